@@ -1,0 +1,4 @@
+"""Where the operators run: one module per compiled backend, beside the plain PyTorch `reference`."""
+
+AUTO = "auto"
+NAMES = ("reference", "cpu", "cuda")

@@ -1,0 +1,482 @@
+"""`QuantizedCache`: a transformers cache whose full-attention layers are stored quantized.
+
+    cache = QuantizedCache(config=model.config, kv_config="int4")
+    with hf_kvquant.attention(model):
+        model(input_ids, past_key_values=cache)
+
+`update` decides the route, and says it by the type that it returns: a tensor means dense attention, a `QuantizedStates`
+the fused operator. The first update returns the states it was given (prefill is exact); a later one of at most `DECODE_MAX`
+tokens returns `QuantizedStates` where the model takes them; a longer one the de-quantized past and the new states.
+
+Whether a model takes them is learned, not listed: the tensors of the first update are fresh views tagged with their layer.
+If those very objects arrive at attention, nothing stood in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from . import ops
+from .config import KVQuantConfig
+from .quantization import QuantSpec
+from .states import QuantizedStates
+
+# The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
+DECODE_MAX = 32
+# How far a rollback may go back and still find exact copies of what its next query reads.
+ROLLBACK = 64
+_FIRST_CAPACITY = 256
+_TAG = "_kvquant_layer"
+
+
+class QuantizedCache(DynamicCache):
+    """A cache for `generate` (as `past_key_values`) or for plain forward calls inside `hf_kvquant.attention(model)`.
+
+    Full-attention layers are quantized; sliding and linear layers stay transformers' own.
+
+    Args:
+        config: the model's config.
+        kv_config: `KVQuantConfig`, a preset's name, a YAML path or a dict.
+        max_length: tokens to allocate storage for at once; None grows it geometrically.
+        attention_mask: `[batch, kv_len]`, 0 where the first tokens are padding; see `set_padding`.
+
+    Raises:
+        ValueError: the model has no full-attention layer, or the config overrides a layer that cannot be quantized.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        kv_config: KVQuantConfig | str | Path | dict,
+        max_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ):
+        self.kv_config = KVQuantConfig.load(kv_config)
+        self._routes = Counter()
+        layers = DynamicCache(config=config).layers
+        quantizable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not quantizable:
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"{config.model_type}: none of the {len(layers)} layers has full attention (they are {', '.join(kinds)}): "
+                "nothing to quantize"
+            )
+        for layer_idx, _ in self.kv_config.layers:
+            if layer_idx not in quantizable:
+                raise ValueError(
+                    f"layers.{layer_idx}: the model has no such full-attention layer; expected one of {quantizable}"
+                )
+        for layer_idx in quantizable:
+            specs = self.kv_config.for_layer(layer_idx)
+            if not all(spec.is_dense for spec in specs):
+                layers[layer_idx] = QuantizedLayer(self.kv_config, layer_idx, self._routes, max_length)
+        Cache.__init__(self, layers=layers)
+        if attention_mask is not None:
+            self.set_padding(attention_mask)
+
+    @property
+    def quantized_layers(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    @property
+    def routes(self) -> dict[str, int]:
+        """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`, and
+        `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
+        names = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
+        nonfinite = sum(int(layer.nonfinite) for layer in self.quantized_layers if layer.is_initialized)
+        return {name: self._routes[name] for name in names} | {"nonfinite": nonfinite}
+
+    def set_padding(self, attention_mask: torch.Tensor) -> None:
+        """Say which columns are padding, `[batch, kv_len]` with 0 for padding; columns beyond the mask are tokens.
+
+        Padding never enters a block's statistics and is no sink. Columns that are stored already keep what was said.
+
+        Raises:
+            ValueError: the mask is not 2-D or its batch differs from the cache's.
+        """
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not allowed; expected [batch, kv_len]")
+        for layer in self.quantized_layers:
+            layer.set_padding(attention_mask == 0)
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for `max_length` tokens, at once."""
+        for layer in self.quantized_layers:
+            layer.reserve(max_length)
+
+    def disable_fused(self, reason: str) -> None:
+        """Read de-quantized states from now on, through the model's own attention."""
+        say_once(f"The quantized KV cache is read through de-quantized copies: {reason}.")
+        for layer in self.quantized_layers:
+            layer.takes_states = False
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes of the cache's tensors.
+
+        `codes` and `scales` (with zero points) of the tokens stored, `dense` (rings, sinks and their positions, padding,
+        and whatever is not quantized), `slack` (allocated, unused), their `total`, and `dense_equivalent`: the same tokens
+        in the model's dtype.
+        """
+        report = Counter({name: 0 for name in ("codes", "scales", "dense", "slack", "total", "dense_equivalent")})
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer):
+                report.update(layer.memory_report())
+            else:
+                tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+                nbytes = sum(t.nbytes for t in tensors)
+                report.update({"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes})
+        return dict(report)
+
+
+class QuantizedLayer(DynamicLayer):
+    """The keys and values of one layer, each in a `_Side`; what differs from `DynamicLayer` is where they are stored."""
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
+        super().__init__()
+        self.kv_config = kv_config
+        self.layer_idx = layer_idx
+        self.routes = routes
+        self.max_length = max_length
+        self.takes_states: bool | None = None
+        self.padding: torch.Tensor | None = None
+        self.length = 0
+
+    # `DynamicLayer` keeps its states in these two attributes; here they are a de-quantized copy for who looks inside.
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._states(self._keys).dequantize() if self.is_initialized and self.length else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        assert value is None, "the states of a quantized layer are written by update()"
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._states(self._values).dequantize() if self.is_initialized and self.length else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        assert value is None, "the states of a quantized layer are written by update()"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch = key_states.shape[0]
+        if self.padding is not None and self.padding.shape[0] != batch:
+            raise ValueError(f"attention_mask: batch {self.padding.shape[0]} does not fit the states' batch {batch}")
+        capacity = self.max_length or 0
+        if capacity < key_states.shape[2]:
+            capacity = max(_FIRST_CAPACITY, key_states.shape[2])
+        config = self.kv_config
+        sides = []
+        for name, spec, states in zip(("keys", "values"), config.for_layer(self.layer_idx), (key_states, value_states)):
+            try:
+                spec = spec.resolve(states.shape[-1])
+            except ValueError as error:
+                raise ValueError(f"layer {self.layer_idx}: {name}.{error}") from None
+            sides.append(_Side(spec, states, capacity, config.sink_length, config.recent_length))
+        self._keys, self._values = sides
+        with torch.inference_mode(False):
+            self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
+        self.sinks_complete = config.sink_length == 0
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        start, n = self.length, key_states.shape[2]
+        if start == 0:
+            self._append(key_states, value_states)
+            self.routes["prefill_dense"] += 1
+            return _tagged(key_states, self), _tagged(value_states, self)
+        if n <= DECODE_MAX:
+            self._append(key_states, value_states)
+            states = self._states(self._keys), self._states(self._values)
+            if self.takes_states:
+                return states
+            self.routes["decode_dequantized"] += 1
+            self._say_dequantized()
+            return tuple(s.dequantize(position=start) for s in states)
+        past = [self._states(side).dequantize(position=start) for side in (self._keys, self._values)]
+        self._append(key_states, value_states)
+        self.routes["decode_dequantized"] += 1
+        return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for name, states, side in (("key_states", key_states, self._keys), ("value_states", value_states, self._values)):
+            batch, heads, _, head_dim = states.shape
+            if (batch, heads, head_dim) != side.shape or states.dtype != self.dtype:
+                raise ValueError(
+                    f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected batch, "
+                    f"num_kv_heads and head_dim {side.shape} of {self.dtype}"
+                )
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end, exact=False)
+        ops.quantize_append(
+            key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
+            self.nonfinite, self.padding, start=start,
+        )  # fmt: skip
+        self.length = end
+        for side in (self._keys, self._values):
+            side.appended(end)
+        if not self.sinks_complete:
+            self._append_sinks(key_states.detach(), value_states.detach(), start)
+        if self.device.type == "cpu" and self.nonfinite:
+            say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
+
+    def _append_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int) -> None:
+        """Copy those of the new tokens that are among the first `sink_length` unpadded ones of their row."""
+        with torch.inference_mode(False):
+            is_token = torch.ones(self.sink_positions.shape[0], self.length, dtype=torch.bool, device=self.device)
+            if self.padding is not None:
+                known = min(self.length, self.padding.shape[1])
+                is_token[:, :known] = ~self.padding[:, :known]
+            rank = is_token.long().cumsum(1) - 1
+            sink_length = self.sink_positions.shape[1]
+            row, column = torch.nonzero(is_token & (rank < sink_length), as_tuple=True)
+            slot = rank[row, column]
+            self.sink_positions[row, slot] = column.int()
+            new = column >= start
+            row, column, slot = row[new], column[new] - start, slot[new]
+            for side, states in ((self._keys, key_states), (self._values, value_states)):
+                if side.sink is not None:
+                    side.sink[row, :, slot] = states[row, :, column]
+            self.sinks_complete = bool((self.sink_positions >= 0).all())
+
+    def _states(self, side: _Side) -> QuantizedStates:
+        return QuantizedStates(
+            side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions, self.length,
+            self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
+        )  # fmt: skip
+
+    def _say_dequantized(self) -> None:
+        if self.takes_states is None:
+            say_once(
+                f"Layer {self.layer_idx}: attention does not take the cached states as they are, so each step de-quantizes "
+                "them (slower, same values)."
+            )
+
+    def reserve(self, max_length: int, exact: bool = True) -> None:
+        """Make room for `max_length` tokens; not exact: at least half as much again, so that growing is amortised."""
+        if not self.is_initialized:
+            self.max_length = max(max_length, self.max_length or 0)
+            return
+        for side in (self._keys, self._values):
+            if max_length > side.capacity:
+                side.grow(max_length if exact else max(max_length, side.capacity * 3 // 2), self.length)
+
+    def set_padding(self, padding: torch.Tensor) -> None:
+        if self.is_initialized:
+            if padding.shape[0] != self.sink_positions.shape[0]:
+                raise ValueError(
+                    f"attention_mask: batch {padding.shape[0]} does not fit the cache's {self.sink_positions.shape[0]}"
+                )
+            padding = padding.to(self.device)
+            stored = torch.zeros_like(padding[:, : self.length]) if self.padding is None else self.padding
+            padding = torch.cat([stored[:, : self.length], padding[:, stored[:, : self.length].shape[1] :]], dim=1)
+        with torch.inference_mode(False):
+            self.padding = padding.clone() if padding.any() else None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
+
+        Up to `ROLLBACK` tokens the cache is as if they had never come; beyond, exact copies that its queries would read
+        are replaced by their de-quantized values (`routes["window_lost"]`).
+        """
+        if not self.is_initialized:
+            return
+        probe = DynamicLayer()
+        probe.lazy_initialization(torch.empty(0), torch.empty(0))
+        probe.keys = probe.values = torch.empty(1, self.length, 1, device="meta")
+        probe.crop(tokens_to_remove)
+        length = probe.keys.shape[-2]
+        if length == self.length:
+            return
+        self.length = length
+        lost = [side.refill(self._states(side)) for side in (self._keys, self._values)]
+        if any(lost):
+            self.routes["window_lost"] += 1
+            say_once(f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones.")
+        if self.sink_positions.shape[1]:
+            self.sink_positions[self.sink_positions >= length] = -1
+            self.sinks_complete = bool((self.sink_positions >= 0).all())
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def _select(self, select) -> None:
+        """Apply `select` along the batch."""
+        with torch.inference_mode(False):
+            if self.padding is not None:
+                self.padding = select(self.padding)
+            if not self.is_initialized:
+                return
+            self.sink_positions = select(self.sink_positions)
+            for side in (self._keys, self._values):
+                side.apply(select)
+
+    def reset(self) -> None:
+        """Empty the layer; the next update allocates anew, for whatever batch comes."""
+        if self.is_initialized:
+            self.max_length = self._keys.capacity
+        self._keys = self._values = self.padding = None
+        self.length = 0
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            for side in (self._keys, self._values):
+                side.apply(lambda x: x.to(device, non_blocking=True))
+
+    def memory_report(self) -> dict[str, int]:
+        report = Counter()
+        for side in (self._keys, self._values):
+            report.update(side.memory_report(self.length))
+        extra = [t for t in (self.sink_positions, self.padding, self.nonfinite) if t is not None] if self.is_initialized else []
+        report.update({"dense": sum(t.nbytes for t in extra), "total": sum(t.nbytes for t in extra)})
+        return report
+
+
+class _Side:
+    """Storage of keys or of values: the body, and the exact copies that override its columns."""
+
+    _tensors = ("data", "scale", "zero_point", "recent", "sink")
+
+    def __init__(self, spec: QuantSpec, states: torch.Tensor, capacity: int, sink_length: int, recent_length: int):
+        batch, num_kv_heads, _, self.head_dim = states.shape
+        self.spec = spec
+        self.dtype, self.device = states.dtype, states.device
+        self.recent_start = 0
+        window = max(recent_length, spec.block_length or 0)
+        self._ring_length = 0 if spec.is_dense or window == 0 else window + ROLLBACK
+        self.sink = None if spec.is_dense or sink_length == 0 else self._empty(batch, num_kv_heads, sink_length)
+        self._allocate(batch, num_kv_heads, capacity)
+
+    def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        # Never inside inference mode: its tensors could not be written outside of it later.
+        with torch.inference_mode(False):
+            return torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
+
+    def _allocate(self, batch: int, num_kv_heads: int, capacity: int) -> None:
+        spec = self.spec
+        heads = (batch, num_kv_heads)
+        self.scale = self.zero_point = self.recent = None
+        if spec.is_dense:
+            self.data = self._empty(*heads, capacity)
+        else:
+            self.data = self._empty(*heads, capacity, head_dim=spec.row_bytes(self.head_dim), dtype=torch.uint8)
+            rows = -(-capacity // spec.block_length) if spec.is_channel else capacity
+            scales = {"head_dim": spec.num_scales(self.head_dim), "dtype": torch.float16}
+            self.scale = self._empty(*heads, rows, **scales)
+            self.zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
+        if self._ring_length:
+            self.recent = self._empty(*heads, min(self._ring_length, capacity))
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """batch, num_kv_heads, head_dim"""
+        return (*self.data.shape[:2], self.head_dim)
+
+    def grow(self, capacity: int, length: int) -> None:
+        """Move the first `length` columns into larger storage."""
+        data, scale, zero_point, recent = self.data, self.scale, self.zero_point, self.recent
+        self._allocate(*data.shape[:2], capacity)
+        self.data[:, :, :length] = data[:, :, :length]
+        if scale is not None:
+            self.scale[:, :, : scale.shape[2]] = scale
+        if zero_point is not None:
+            self.zero_point[:, :, : zero_point.shape[2]] = zero_point
+        if recent is not None:
+            columns = torch.arange(self.recent_start, length, device=self.device)
+            self.recent[:, :, columns % self.recent.shape[2]] = recent[:, :, columns % recent.shape[2]]
+
+    def appended(self, end: int) -> None:
+        """Columns up to `end` are stored: the ring has lost what lies further back than its length."""
+        if self.recent is not None:
+            self.recent_start = max(self.recent_start, end - self.recent.shape[2])
+
+    def refill(self, states: QuantizedStates) -> bool:
+        """After a crop: put de-quantized values where the next query reads the ring, but the ring has lost the column."""
+        needed = states.dense_from(states.length)
+        if self.recent is None or needed >= min(self.recent_start, states.length):
+            return False
+        columns = torch.arange(needed, min(self.recent_start, states.length), device=self.device)
+        self.recent[:, :, columns % self.recent.shape[2]] = states.body(self.dtype)[:, :, columns]
+        self.recent_start = needed
+        return True
+
+    def apply(self, function) -> None:
+        for name in self._tensors:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def memory_report(self, length: int) -> Counter:
+        batch, num_kv_heads, _ = self.shape
+        dense = sum(t.nbytes for t in (self.recent, self.sink) if t is not None)
+        body = sum(t.nbytes for t in (self.data, self.scale, self.zero_point) if t is not None)
+        heads = batch * num_kv_heads
+        rows = length // self.spec.block_length if self.spec.is_channel else length
+        columns = rows * self.spec.block_length if self.spec.is_channel else length
+        codes = heads * columns * self.data.shape[-1] * self.data.element_size()
+        scales = sum(heads * rows * t.shape[-1] * t.element_size() for t in (self.scale, self.zero_point) if t is not None)
+        equivalent = heads * length * self.head_dim * self.dtype.itemsize
+        if self.spec.is_dense:
+            dense, codes, body = dense + codes, 0, body - codes
+        report = {"codes": codes, "scales": scales, "dense": dense, "slack": body - codes - scales}
+        return Counter(report | {"total": sum(report.values()), "dense_equivalent": equivalent})
+
+
+def _tagged(states: torch.Tensor, layer: QuantizedLayer) -> torch.Tensor:
+    """A fresh view that remembers its layer; see `learn_route`."""
+    view = states.view_as(states)
+    setattr(view, _TAG, weakref.ref(layer))
+    return view
+
+
+def learn_route(key: torch.Tensor, value: torch.Tensor) -> None:
+    """Called by attention with its key and value: if they are the very objects that a layer returned from its first
+    update, nothing stands between cache and attention, and the layer may return `QuantizedStates` from now on."""
+    layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
+    if len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None and layers[0].takes_states is None:
+        layers[0].takes_states = True
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)

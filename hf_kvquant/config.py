@@ -1,0 +1,235 @@
+"""`KVQuantConfig`: how a cache is quantized. What a YAML file says, validated.
+
+    KVQuantConfig.preset("int4")            # configs/int4.yaml, shipped with the package
+    KVQuantConfig.from_yaml("mine.yaml")
+    KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int8"}})
+
+Frozen and hashable, so that a config can key a cache of compiled kernels, and plain data through `to_dict`, because
+transformers saves a generation config through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from .backends import AUTO, NAMES
+from .quantization import QuantSpec
+
+BACKENDS = (AUTO, *NAMES)
+MAX_SINK_LENGTH = 1024
+MAX_RECENT_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """Other specs for one layer; None keeps the config's."""
+
+    keys: QuantSpec | None = None
+    values: QuantSpec | None = None
+
+
+@dataclass(frozen=True)
+class KVQuantConfig:
+    """How keys and values are stored, and which tokens queries read exactly.
+
+    Args:
+        keys, values: `QuantSpec`s, chosen independently; values live on the token grid.
+        sink_length: every query reads the first so many unpadded tokens of a row exactly (StreamingLLM,
+            https://arxiv.org/abs/2309.17453).
+        recent_length: a query reads the last so many tokens, its own included, exactly.
+        backend: "auto", or the one backend that must run.
+        layers: `LayerOverride` by layer index.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    keys: QuantSpec
+    values: QuantSpec
+    sink_length: int = 0
+    recent_length: int = 0
+    backend: str = AUTO
+    layers: tuple[tuple[int, LayerOverride], ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.layers, Mapping):
+            object.__setattr__(self, "layers", tuple(sorted(self.layers.items())))
+        for field, limit in (("sink_length", MAX_SINK_LENGTH), ("recent_length", MAX_RECENT_LENGTH)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
+                raise ValueError(f"{field}: {value!r} is not allowed; expected an integer from 0 to {limit}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: {self.backend!r} is not allowed; expected one of {list(BACKENDS)}")
+        _check_specs("", self.keys, self.values)
+        for layer_idx, override in self.layers:
+            if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
+                raise ValueError(f"layers: {layer_idx!r} is not a layer index; expected an integer from 0 on")
+            _check_specs(f"layers.{layer_idx}.", override.keys or self.keys, override.values or self.values)
+
+    def for_layer(self, layer_idx: int) -> tuple[QuantSpec, QuantSpec]:
+        """The specs of keys and of values in one layer."""
+        override = dict(self.layers).get(layer_idx, LayerOverride())
+        return override.keys or self.keys, override.values or self.values
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Stored bits per cached number without windows: the mean of keys and values (16 for a dense side)."""
+        sides = [16.0 if s.is_dense else s.bits_per_element(head_dim) for s in (self.keys, self.values)]
+        return sum(sides) / 2
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """The names of the shipped presets, `configs/*.yaml`."""
+        return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+    @classmethod
+    def preset(cls, name: str) -> KVQuantConfig:
+        """A shipped preset by name.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in cls.preset_names():
+            raise ValueError(f"preset: {name!r} is unknown; expected one of {cls.preset_names()}")
+        return _read_preset(name)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> KVQuantConfig:
+        """Read and validate a file.
+
+        Raises:
+            ValueError: the file cannot be read or parsed, or holds something else than a config; names file, field,
+                value and what is allowed.
+        """
+        return _read_yaml(Path(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> KVQuantConfig:
+        """The inverse of `to_dict`; every field that is missing has its default.
+
+        Raises:
+            ValueError: an unknown field, or a value that is not allowed.
+        """
+        data = _known_fields("", data, cls)
+        for side in ("keys", "values"):
+            if side not in data:
+                raise ValueError(f"{side}: missing; expected a mapping with at least `format`")
+            data[side] = _spec(side, data[side])
+        layers = data.get("layers") or {}
+        if isinstance(layers, tuple):
+            layers = dict(layers)
+        if not isinstance(layers, Mapping):
+            raise ValueError(f"layers: {layers!r} is not allowed; expected a mapping from layer index to overrides")
+        data["layers"] = {_layer_idx(index): _override(index, override) for index, override in layers.items()}
+        return cls(**data)
+
+    @classmethod
+    def load(cls, source: KVQuantConfig | str | Path | Mapping) -> KVQuantConfig:
+        """A config from whatever a user may pass: a config, a preset's name, a YAML path or a dict."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        if isinstance(source, str) and source in cls.preset_names():
+            return cls.preset(source)
+        if isinstance(source, (str, Path)):
+            if not Path(source).exists():
+                raise ValueError(
+                    f"kv_config: {str(source)!r} is neither a preset nor a file; the presets are {cls.preset_names()}"
+                )
+            return cls.from_yaml(source)
+        raise ValueError(
+            f"kv_config: {source!r} is not allowed; expected a KVQuantConfig, a preset's name, a YAML path or a dict"
+        )
+
+    def to_dict(self) -> dict:
+        """Plain data (numbers, strings, dicts), without what is at its default inside the specs."""
+
+        def spec(s: QuantSpec) -> dict:
+            return {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
+
+        def override(o: LayerOverride) -> dict:
+            return {f.name: spec(getattr(o, f.name)) for f in fields(o) if getattr(o, f.name) is not None}
+
+        return {
+            "keys": spec(self.keys),
+            "values": spec(self.values),
+            "sink_length": self.sink_length,
+            "recent_length": self.recent_length,
+            "backend": self.backend,
+            "layers": {index: override(o) for index, o in self.layers},
+        }
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the file that `from_yaml` reads back as an equal config."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
+    for side, spec in (("keys", keys), ("values", values)):
+        if not isinstance(spec, QuantSpec):
+            raise ValueError(f"{prefix}{side}: {spec!r} is not allowed; expected a QuantSpec")
+    if values.is_channel:
+        raise ValueError(f"{prefix}values.grid: 'channel' is not allowed; expected 'token' (values live on that grid)")
+
+
+def _known_fields(where: str, data: object, cls: type) -> dict:
+    names = [f.name for f in fields(cls)]
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where or 'config'}: {data!r} is not allowed; expected a mapping of {names}")
+    for name in data:
+        if name not in names:
+            raise ValueError(f"{where}{'.' if where else ''}{name}: unknown field; expected one of {names}")
+    return dict(data)
+
+
+def _spec(where: str, data: object) -> QuantSpec:
+    if isinstance(data, QuantSpec):
+        return data
+    data = _known_fields(where, data, QuantSpec)
+    if "format" not in data:
+        raise ValueError(f"{where}.format: missing; expected 'int8', 'fp8', 'int4' or 'dense'")
+    try:
+        return QuantSpec(**data)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
+
+
+def _layer_idx(index: object) -> object:
+    """JSON, through which transformers saves a generation config, makes every key a string."""
+    return int(index) if isinstance(index, str) and index.isdecimal() else index
+
+
+def _override(index: object, data: object) -> LayerOverride:
+    if isinstance(data, LayerOverride):
+        return data
+    where = f"layers.{index}"
+    sides = _known_fields(where, data, LayerOverride)
+    return LayerOverride(**{side: _spec(f"{where}.{side}", spec) for side, spec in sides.items()})
+
+
+def _presets():
+    return resources.files(__package__) / "configs"
+
+
+@lru_cache(maxsize=None)
+def _read_preset(name: str) -> KVQuantConfig:
+    return _read_yaml(_presets() / f"{name}.yaml")
+
+
+def _read_yaml(file) -> KVQuantConfig:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: is not valid YAML ({error})") from error
+    try:
+        return KVQuantConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

@@ -1,0 +1,251 @@
+"""What is added to transformers, in one place, and how to take it away again.
+
+transformers has no registry for caches, so two methods of `GenerationMixin` are wrapped; for every name that is not ours
+they pass straight through. Attention functions and their masks are registered under `kvquant|<base>`, where <base> is
+whatever the user loaded the model with: it stays the prefill path.
+
+Private names of transformers appear in this file only.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers.generation import configuration_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from .attention import attend
+from .cache import QuantizedCache
+from .config import KVQuantConfig
+
+NAME = "kvquant"
+_PREFIX = f"{NAME}|"
+
+
+def cache_implementations() -> list[str]:
+    """Every value of `cache_implementation` that is ours: "kvquant" and "kvquant-<preset>"."""
+    return [NAME, *(f"{NAME}-{preset}" for preset in KVQuantConfig.preset_names())]
+
+
+def install() -> None:
+    """Add our names to transformers; done by `import hf_kvquant`, harmless when repeated."""
+    if _originals:
+        return
+    known = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    _originals["ALL_CACHE_IMPLEMENTATIONS"] = known
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = type(known)([*known, *cache_implementations()])
+    for name, wrap in _WRAPPERS.items():
+        _originals[name] = getattr(GenerationMixin, name)
+        setattr(GenerationMixin, name, wrap(_originals[name]))
+
+
+def uninstall() -> None:
+    """Undo `install`; caches that exist go on working inside `attention(model)`."""
+    if not _originals:
+        return
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = _originals.pop("ALL_CACHE_IMPLEMENTATIONS")
+    for name in _WRAPPERS:
+        setattr(GenerationMixin, name, _originals.pop(name))
+
+
+_originals: dict[str, object] = {}
+
+
+@contextmanager
+def attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the model's attention understands what a `QuantizedCache` returns.
+
+    `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and entered by
+    several threads for one model; when the last one leaves, the model is as it was.
+    """
+    configs = _attention_configs(model)
+    with _switch_lock:
+        for config in configs:
+            count, base = _switched.get(id(config), (0, config._attn_implementation))
+            if count == 0:
+                _register(base)
+                config._attn_implementation_internal = _PREFIX + base
+            _switched[id(config)] = (count + 1, base)
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            for config in configs:
+                count, base = _switched.pop(id(config))
+                if count > 1:
+                    _switched[id(config)] = (count - 1, base)
+                else:
+                    config._attn_implementation_internal = base
+
+
+_switch_lock = threading.RLock()
+_switched: dict[int, tuple[int, str]] = {}
+
+
+def _attention_configs(model: PreTrainedModel) -> list:
+    """Every distinct config that an attention module of the model reads, where its class goes through the registry."""
+    found: dict[int, tuple[object, bool]] = {}
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        can_switch = part._can_set_attn_implementation()
+        for module in part.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "_attn_implementation", None) is not None:
+                found[id(config)] = (config, can_switch)
+                # Masks are made with the text config, which a composite model keeps inside its own.
+                text = config.get_text_config(decoder=True)
+                if text._attn_implementation is not None:
+                    found.setdefault(id(text), (text, can_switch))
+    return [config for config, can_switch in found.values() if can_switch]
+
+
+def _register(base: str) -> None:
+    """Attention and mask functions for `kvquant|<base>`; without the mask a left-padded batch would be silently wrong."""
+    if base.startswith(_PREFIX):
+        raise ValueError(f"attn_implementation: {base!r} is set by hf_kvquant while it runs; load the model without it")
+    name = _PREFIX + base
+    if name in AttentionInterface._global_mapping:
+        return
+    AttentionInterface.register(name, functools.partial(attend, dense_attention=functools.partial(_dense, base)))
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
+    """The attention that the module's own forward would have called for `base`."""
+    function = _attention_function(type(module), base)
+    return function(_ModuleView(module, base), *args, **kwargs)
+
+
+@functools.lru_cache(maxsize=None)
+def _attention_function(module_class: type, base: str) -> Callable:
+    forward = inspect.unwrap(module_class.forward)
+    names = forward.__globals__
+    eager = next((names[n] for n in forward.__code__.co_names if n.endswith("eager_attention_forward") and n in names), None)
+    function = names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface()).get_interface(base, eager)
+    if function is None:
+        raise ValueError(f"attn_implementation: {module_class.__name__} has no attention function for {base!r}")
+    return function
+
+
+class _ModuleView:
+    """A module whose config shows the base attention: flash attention looks its name up there, eager its flags."""
+
+    def __init__(self, module: torch.nn.Module, base: str):
+        self._module, self._base = module, base
+
+    def __getattr__(self, name: str):
+        value = getattr(self._module, name)
+        return _ConfigView(value, self._base) if name == "config" else value
+
+
+class _ConfigView:
+    def __init__(self, config, base: str):
+        self._config, self._attn_implementation = config, base
+
+    def __getattr__(self, name: str):
+        return getattr(self._config, name)
+
+
+def _requested(model: PreTrainedModel, generation_config, kwargs: dict) -> str | None:
+    """The `cache_implementation` that a call of `generate` asks for."""
+    own = getattr(model.generation_config, "cache_implementation", None)
+    if getattr(generation_config, "is_assistant", False):
+        return own
+    given = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
+    return given or own
+
+
+def _is_ours(name: object) -> bool:
+    return isinstance(name, str) and (name == NAME or name.startswith(f"{NAME}-"))
+
+
+def _quantized_cache(cache) -> QuantizedCache | None:
+    """The quantized cache in what a user passed as `past_key_values`, if any."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    return cache if isinstance(cache, QuantizedCache) else None
+
+
+def _wrap_generate(generate: Callable) -> Callable:
+    @functools.wraps(generate)
+    def wrapper(self, *args, **kwargs):
+        generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        name = _requested(self, generation_config, kwargs)
+        if not _is_ours(name) and _quantized_cache(kwargs.get("past_key_values")) is None:
+            return generate(self, *args, **kwargs)
+        with attention(self):
+            return generate(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _wrap_prepare_cache(prepare: Callable) -> Callable:
+    @functools.wraps(prepare)
+    def wrapper(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+        arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.is_assistant:
+            # The assistant's generation config is a copy of the target's; its cache is its own model's choice.
+            own = self.generation_config
+            generation_config.cache_implementation = getattr(own, "cache_implementation", None)
+            generation_config.cache_config = getattr(own, "cache_config", None)
+            if model_kwargs.get("past_key_values") is not None:
+                generation_config.cache_implementation = None
+        encoder_decoder = self.config.is_encoder_decoder
+        mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+        given = _quantized_cache(model_kwargs.get("past_key_values"))
+        if given is not None:
+            given.reserve(max_cache_length)
+            if mask is not None:
+                given.set_padding(mask)
+        if not _is_ours(generation_config.cache_implementation) or model_kwargs.get("past_key_values") is not None:
+            return prepare(self, *arguments)
+        cache = _build(self, generation_config, max_cache_length, mask)
+        if encoder_decoder:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config.get_text_config(decoder=True)))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    return wrapper
+
+
+def _build(model: PreTrainedModel, generation_config, max_length: int, mask: torch.Tensor | None) -> QuantizedCache:
+    name, config = generation_config.cache_implementation, generation_config.cache_config
+    if generation_config.use_cache is False:
+        raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
+    if not model._supports_default_dynamic_cache():
+        raise ValueError(f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects")
+    if name == NAME:
+        if config is None:
+            raise ValueError(f"cache_config: missing; cache_implementation={NAME!r} needs a YAML path, dict or KVQuantConfig")
+    elif config is not None:
+        raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
+    else:
+        config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
+    return QuantizedCache(model.config, config, max_length=max_length, attention_mask=mask)
+
+
+def _wrap_continuous_batching(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def wrapper(self, generation_config=None, *args, **kwargs):
+        name = _requested(self, generation_config, {})
+        if _is_ours(name):
+            raise ValueError(f"cache_implementation: {name!r} cannot act in continuous batching, which has its own paged cache")
+        return init(self, generation_config, *args, **kwargs)
+
+    return wrapper
+
+
+_WRAPPERS = {
+    "generate": _wrap_generate,
+    "_prepare_cache_for_generation": _wrap_prepare_cache,
+    "init_continuous_batching": _wrap_continuous_batching,
+}

@@ -1,0 +1,200 @@
+"""The two operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
+
+This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA graphs
+see every storage that is read or written; the two functions at the bottom are how Python calls them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+
+from . import reference
+from .backends import AUTO, NAMES
+from .quantization import QuantSpec
+from .states import QuantizedStates
+
+MAX_Q_LEN = 16
+
+_SIDE = "Tensor{} {side}_data, Tensor{}? {side}_scale, Tensor{}? {side}_zero_point, Tensor{}? {side}_recent"
+_library = torch.library.Library("kvquant", "DEF")
+_library.define(
+    "decode_attention(Tensor query, "
+    + _SIDE.format("", "", "", "", side="k")
+    + ", Tensor? k_sink, "
+    + _SIDE.format("", "", "", "", side="v")
+    + ", Tensor? v_sink, Tensor? sink_positions, Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, int kv_len, "
+    "int recent_length, float scaling, float softcap, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "quantize_append(Tensor key, Tensor value, "
+    + _SIDE.format("(a!)", "(b!)", "(c!)", "(d!)", side="k")
+    + ", "
+    + _SIDE.format("(e!)", "(f!)", "(g!)", "(h!)", side="v")
+    + ", Tensor(i!) nonfinite, Tensor? padding, str k_spec, str v_spec, int start, str backend) -> ()"
+)
+
+
+@lru_cache(maxsize=None)
+def backend_status(name: str) -> str | None:
+    """None if the backend `name` can run on this machine, else the reason why it cannot.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend: {name!r} is unknown; expected one of {[AUTO, *NAMES]}")
+    if name == "reference":
+        return None
+    try:
+        return import_module(f".backends.{name}", __package__).unavailable()
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@lru_cache(maxsize=None)
+def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs for states of `dtype` on `device_type`; only "auto" chooses.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: the requested backend cannot run here, with the reason.
+    """
+    compiled = {"cpu": "cpu", "cuda": "cuda"}.get(device_type)
+    if requested == AUTO:
+        runs = compiled is not None and dtype != torch.float64 and backend_status(compiled) is None
+        return compiled if runs else "reference"
+    reason = backend_status(requested)
+    if reason is None and requested != "reference":
+        if requested != compiled:
+            reason = f"the states are on device type {device_type!r}"
+        elif dtype == torch.float64:
+            reason = "float64 states need backend 'reference'"
+    if reason is not None:
+        raise RuntimeError(f"backend {requested!r} cannot run: {reason}")
+    return requested
+
+
+def _decode_attention(
+    query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, v_scale, v_zero_point, v_recent, v_sink,
+    sink_positions, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend,
+):  # fmt: skip
+    keys, values = (
+        QuantizedStates(
+            QuantSpec.from_code(spec), data, scale, zero_point, recent, sink, sink_positions, kv_len, recent_length,
+            head_dim, query.dtype,
+        )
+        for spec, data, scale, zero_point, recent, sink, head_dim in (
+            (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, query.shape[-1]),
+            (v_spec, v_data, v_scale, v_zero_point, v_recent, v_sink, _head_dim(v_spec, v_data)),
+        )
+    )  # fmt: skip
+    attend = _implementation(backend, query).decode_attention
+    return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
+
+
+def _quantize_append(
+    key, value, k_data, k_scale, k_zero_point, k_recent, v_data, v_scale, v_zero_point, v_recent, nonfinite, padding,
+    k_spec, v_spec, start, backend,
+):  # fmt: skip
+    keys, values = (
+        QuantizedStates(
+            QuantSpec.from_code(spec), data, scale, zero_point, recent, None, None, start, 0, x.shape[-1], x.dtype
+        )
+        for spec, data, scale, zero_point, recent, x in (
+            (k_spec, k_data, k_scale, k_zero_point, k_recent, key),
+            (v_spec, v_data, v_scale, v_zero_point, v_recent, value),
+        )
+    )
+    _implementation(backend, key).quantize_append(key, value, keys, values, nonfinite, padding, start=start)
+
+
+def _implementation(backend: str, tensor: torch.Tensor):
+    name = choose_backend(backend, tensor.device.type, tensor.dtype)
+    return reference if name == "reference" else import_module(f".backends.{name}", __package__)
+
+
+def _head_dim(spec: str, data: torch.Tensor) -> int:
+    row = data.shape[-1]
+    return row * 2 if spec.startswith("int4") else row
+
+
+_library.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")
+_library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kvquant::decode_attention", lib=_library)
+def _(query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, *args):
+    v_spec = args[8]
+    shape = (*query.shape[:-1], _head_dim(v_spec, v_data))
+    return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvquant::quantize_append", lib=_library)
+def _(*args):
+    return None
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.decode_attention` (which see) on the backend that the states name; q_len is 1 to 16.
+
+    Raises:
+        ValueError: shapes, dtypes or lengths that do not fit together, each by name.
+    """
+    _check(query, keys, values, mask, s_aux)
+    return torch.ops.kvquant.decode_attention(
+        query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
+        values.zero_point, values.recent, values.sink, keys.sink_positions, mask, s_aux, keys.spec.code,
+        values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
+    )  # fmt: skip
+
+
+def quantize_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    nonfinite: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    *,
+    start: int,
+) -> None:
+    """`reference.quantize_append` (which see) on the backend that the states name."""
+    torch.ops.kvquant.quantize_append(
+        key, value, keys.data, keys.scale, keys.zero_point, keys.recent, values.data, values.scale, values.zero_point,
+        values.recent, nonfinite, padding, keys.spec.code, values.spec.code, start, keys.backend,
+    )  # fmt: skip
+
+
+def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -> None:
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    for name, value, expected, fits in (
+        ("query head_dim", head_dim, keys.head_dim, head_dim == keys.head_dim),
+        ("query dtype", query.dtype, keys.dtype, query.dtype == keys.dtype),
+        ("query batch", batch, keys.shape[0], batch == keys.shape[0]),
+        ("num_heads", num_heads, f"a multiple of num_kv_heads {num_kv_heads}", num_heads % num_kv_heads == 0),
+        ("q_len", q_len, f"1 to {min(MAX_Q_LEN, keys.length)}", 1 <= q_len <= min(MAX_Q_LEN, keys.length)),
+        ("values length", values.length, keys.length, values.length == keys.length),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: {value} does not fit the cached keys; expected {expected}")
+    if s_aux is not None and tuple(s_aux.shape) != (num_heads,):
+        raise ValueError(f"s_aux: shape {tuple(s_aux.shape)} is not allowed; expected ({num_heads},)")
+    if mask is None:
+        return
+    full = (batch, keys.length) if mask.ndim == 2 else (batch, num_heads, q_len, keys.length)
+    broadcast = mask.ndim == len(full) and mask.shape[-1] == keys.length
+    if not broadcast or any(m not in (1, f) for m, f in zip(mask.shape, full)):
+        raise ValueError(f"mask: shape {tuple(mask.shape)} does not fit; expected {full}, or 1 instead of a size")

@@ -1,0 +1,339 @@
+"""Formats, and the definition of the stored bytes, in plain PyTorch.
+
+A `QuantSpec` says how one side of the cache (keys or values) is stored; `quantize(x, spec)` gives a `QuantizedTensor`,
+and its `dequantize()` the lossy copy. This file is the *definition*: every compiled backend writes the same bytes, bit for
+bit, so all steps are float32 with one IEEE rounding each, and products stand where a library might divide.
+
+Two grids. On the **token grid** a token's vector of one head is quantized on its own, in groups along head_dim with one
+FP16 scale each: bytes never depend on other tokens. On the **channel grid** (keys) `block_length` consecutive tokens of one
+head share, per channel, an FP16 scale and zero point: keys of trained models differ far more between channels than
+between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant, https://arxiv.org/abs/2401.18079).
+
+Layout of the bytes, row-major, one row per token of a head:
+
+    int8   head_dim bytes: token grid two's complement -127..127, channel grid unsigned 0..255
+    fp8    head_dim bytes: e4m3 bit patterns
+    int4   head_dim / 2 bytes, packed along head_dim in chunks of 32 channels (the last chunk may be 16): byte j of a
+           chunk of 2h channels holds channel j in its low and channel h + j in its high nibble.
+           Example, head_dim 32, code of channel c = c % 16:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff
+    scale  token grid [.., kv_len, head_dim / group_size], channel grid [.., blocks, head_dim]; zero_point like scale
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+FP16_MAX = 65504.0
+HEAD_DIM_MULTIPLE = 16
+INT4_CHUNK = 32
+GRIDS = ("token", "channel")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format. `reach`: the largest code magnitude on the symmetric (token) grid; `levels`: the number of
+    steps between smallest and largest code on the channel grid, or None where that grid is symmetric too."""
+
+    name: str
+    bits: int
+    reach: float
+    levels: int | None
+    code_of_zero: int
+
+
+FORMATS = {
+    "int8": Format("int8", bits=8, reach=127.0, levels=255, code_of_zero=0),
+    "fp8": Format("fp8", bits=8, reach=448.0, levels=None, code_of_zero=0),
+    "int4": Format("int4", bits=4, reach=7.5, levels=15, code_of_zero=8),
+}
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one side (keys or values) is stored.
+
+    Args:
+        format: "int8", "fp8", "int4", or "dense" (kept in the model's dtype).
+        grid: "token" or "channel".
+        group_size: token grid: channels that share a scale, a multiple of 16 that divides head_dim; None = whole head.
+        block_length: channel grid: tokens that share a channel's scale, a power of two from 16 to 256 (64 if None).
+        rotate: token grid: store the Hadamard transform along head_dim.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    format: str
+    grid: str = "token"
+    group_size: int | None = None
+    block_length: int | None = None
+    rotate: bool = False
+
+    def __post_init__(self):
+        def refuse(field: str, expected: str):
+            raise ValueError(f"{field}: {getattr(self, field)!r} is not allowed; expected {expected}")
+
+        if self.format != DENSE and self.format not in FORMATS:
+            refuse("format", f"one of {[*FORMATS, DENSE]}")
+        if self.grid not in GRIDS:
+            refuse("grid", f"one of {list(GRIDS)}")
+        if not isinstance(self.rotate, bool):
+            refuse("rotate", "true or false")
+        for field in ("group_size", "block_length"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                refuse(field, "an integer or null")
+        if self.format == DENSE:
+            for field in ("group_size", "block_length"):
+                if getattr(self, field) is not None:
+                    refuse(field, "null when format is dense")
+            if self.grid != "token":
+                refuse("grid", "token when format is dense")
+            if self.rotate:
+                refuse("rotate", "false when format is dense")
+        elif self.grid == "token":
+            if self.block_length is not None:
+                refuse("block_length", "null on the token grid (it belongs to the channel grid)")
+            if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
+                refuse("group_size", "null (whole head) or a positive multiple of 16")
+        else:
+            if self.group_size is not None:
+                refuse("group_size", "null on the channel grid (it belongs to the token grid)")
+            if self.rotate:
+                refuse("rotate", "false on the channel grid (its scales follow the channels already)")
+            if self.block_length is None:
+                object.__setattr__(self, "block_length", 64)
+            if self.block_length not in (16, 32, 64, 128, 256):
+                refuse("block_length", "one of 16, 32, 64, 128, 256")
+
+    @property
+    def is_dense(self) -> bool:
+        return self.format == DENSE
+
+    @property
+    def is_channel(self) -> bool:
+        return self.grid == "channel"
+
+    @property
+    def has_zero_point(self) -> bool:
+        return self.is_channel and FORMATS[self.format].levels is not None
+
+    def resolve(self, head_dim: int) -> QuantSpec:
+        """The same spec with `group_size` filled in and checked for this head_dim.
+
+        Raises:
+            ValueError: head_dim is not a multiple of 16, or group_size does not divide it.
+        """
+        if self.is_dense:
+            return self
+        if head_dim <= 0 or head_dim % HEAD_DIM_MULTIPLE:
+            raise ValueError(f"head_dim: {head_dim} cannot be quantized; expected a multiple of {HEAD_DIM_MULTIPLE}")
+        if self.is_channel:
+            return self
+        group_size = head_dim if self.group_size is None else self.group_size
+        if head_dim % group_size:
+            raise ValueError(f"group_size: {group_size} does not divide head_dim {head_dim}; expected a divisor of it")
+        return replace(self, group_size=group_size)
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of one token's codes in one head (quantized formats)."""
+        return head_dim * FORMATS[self.format].bits // 8
+
+    def num_scales(self, head_dim: int) -> int:
+        """Scales of one row: of a token's groups, or of a block's channels."""
+        return head_dim if self.is_channel else head_dim // (self.group_size or head_dim)
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Stored bits per cached number, scales and zero points included; dense sides have none of their own."""
+        if self.is_dense:
+            raise ValueError("format: 'dense' has the model's own width; bits_per_element needs a quantized format")
+        overhead = 16 * (2 if self.has_zero_point else 1)
+        share = self.block_length if self.is_channel else (self.group_size or head_dim)
+        return FORMATS[self.format].bits + overhead / share
+
+    @property
+    def code(self) -> str:
+        """One word for the spec, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense"."""
+        if self.is_dense:
+            return DENSE
+        if self.is_channel:
+            return f"{self.format}:channel:{self.block_length}"
+        return f"{self.format}:token:{self.group_size or 0}" + (":rotate" if self.rotate else "")
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def from_code(code: str) -> QuantSpec:
+        """The inverse of `code`."""
+        if code == DENSE:
+            return QuantSpec(DENSE)
+        format, grid, length, *rotate = code.split(":")
+        if grid == "channel":
+            return QuantSpec(format, grid, block_length=int(length))
+        return QuantSpec(format, grid, group_size=int(length) or None, rotate=rotate == ["rotate"])
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """Stored bytes of `[batch, num_kv_heads, kv_len, head_dim]`.
+
+    `data` uint8 `[batch, num_kv_heads, kv_len, row_bytes]`, `scale` and `zero_point` float16 (shapes in the module's
+    docstring; zero_point only on the channel grid of integer formats). `spec` is resolved: its group_size is a number.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    spec: QuantSpec
+    head_dim: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.data.shape[:-1], self.head_dim))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scale, self.zero_point) if t is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The lossy copy `[batch, num_kv_heads, kv_len, head_dim]`, computed in float32, rotation undone."""
+        codes = unpack(self.data, self.spec, self.head_dim)
+        scale = self.scale.float()
+        if self.spec.is_channel:
+            kv_len, length = codes.shape[-2], self.spec.block_length
+            scale = scale.repeat_interleave(length, dim=-2)[..., :kv_len, :]
+            x = codes * scale
+            if self.zero_point is not None:
+                x = self.zero_point.float().repeat_interleave(length, dim=-2)[..., :kv_len, :] + x
+        else:
+            x = (codes.unflatten(-1, (-1, self.spec.group_size)) * scale[..., None]).flatten(-2)
+        return (rotate(x) if self.spec.rotate else x).to(dtype)
+
+
+def quantize(x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None = None) -> QuantizedTensor:
+    """Quantize `x` `[batch, num_kv_heads, kv_len, head_dim]` (any float dtype).
+
+    On the channel grid a last, shorter block gets its own scales, and tokens marked True in `padding`
+    `[batch, kv_len]` do not enter the statistics.
+
+    Raises:
+        ValueError: the spec is dense, or does not fit head_dim.
+    """
+    if spec.is_dense:
+        raise ValueError("format: 'dense' is not a quantized format; expected one of " + str(list(FORMATS)))
+    head_dim = x.shape[-1]
+    spec = spec.resolve(head_dim)
+    x = x.detach().float()
+    if spec.is_channel:
+        codes, scale, zero_point = _quantize_channels(x, spec, padding)
+    else:
+        codes, scale = _quantize_tokens(rotate(x) if spec.rotate else x, spec)
+        zero_point = None
+    return QuantizedTensor(pack(codes, spec), scale, zero_point, spec, head_dim)
+
+
+def _quantize_tokens(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (float32, exact) like `x`, and scales; a group with a NaN or infinity gets scale NaN and codes of zero."""
+    form = FORMATS[spec.format]
+    groups = x.unflatten(-1, (-1, spec.group_size))
+    absmax = groups.abs().amax(-1, keepdim=True)
+    scale = (absmax * _float32(1 / form.reach)).clamp(max=FP16_MAX).to(torch.float16)
+    scale = torch.where(absmax.isfinite(), scale, torch.nan)
+    r = 1 / scale.float()
+    if spec.format == "int4":
+        codes = (groups * r + 7.5).round().clamp(0, 15)
+    else:
+        codes = _symmetric_codes(groups * r, spec.format)
+    codes = torch.where(r.isfinite(), codes, float(form.code_of_zero))
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def _quantize_channels(
+    x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zero points per channel of each block; statistics skip padding and non-finite numbers."""
+    form, length = FORMATS[spec.format], spec.block_length
+    kv_len = x.shape[-2]
+    counted = x.isfinite()
+    if padding is not None:
+        counted &= ~padding[:, None, :, None]
+    pad = -kv_len % length
+    blocks = torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, length))
+    counted = torch.nn.functional.pad(counted, (0, 0, 0, pad)).unflatten(-2, (-1, length))
+    empty = ~counted.any(-2, keepdim=True)
+    step = _float32(1 / (form.levels or form.reach))
+    if form.levels is None:
+        absmax = torch.where(counted, blocks.abs(), 0.0).amax(-2, keepdim=True)
+        scale = (absmax * step).clamp(max=FP16_MAX).to(torch.float16)
+        r = 1 / scale.float()
+        codes = _symmetric_codes(blocks * r, spec.format)
+        zero_point = None
+    else:
+        low = torch.where(counted, blocks, torch.inf).amin(-2, keepdim=True).masked_fill(empty, 0.0)
+        high = torch.where(counted, blocks, -torch.inf).amax(-2, keepdim=True).masked_fill(empty, 0.0)
+        zero_point = low.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+        scale = ((high - zero_point.float()) * step).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+        r = 1 / scale.float()
+        codes = ((blocks - zero_point.float()) * r).round().clamp(0, form.levels)
+    codes = torch.where(r.isfinite() & ~blocks.isnan(), codes, 0.0)
+    codes = codes.flatten(-3, -2)[..., :kv_len, :]
+    return codes, scale.squeeze(-2), None if zero_point is None else zero_point.squeeze(-2)
+
+
+def _symmetric_codes(ratio: torch.Tensor, format: str) -> torch.Tensor:
+    if format == "fp8":
+        return ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return ratio.round().clamp(-127, 127)
+
+
+def _float32(x: float) -> float:
+    """The float32 nearest to `x`, so that a Python scalar multiplies as a float32 constant would."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Normalised Hadamard transform of float32 `x` `[.., head_dim]` along the last axis, its own inverse.
+
+    Block-diagonal over the largest power of two that divides head_dim (80 -> 16, 96 -> 32, 192 -> 64). Butterflies of
+    stride 1, 2, 4, .. and one product at the end, in this order, because the bytes depend on the rounding.
+    Source: QuaRot, https://arxiv.org/abs/2404.00456.
+    """
+    head_dim = x.shape[-1]
+    block = rotation_block(head_dim)
+    stride = 1
+    while stride < block:
+        pairs = x.unflatten(-1, (-1, 2, stride))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        stride *= 2
+    return x * _float32(block**-0.5)
+
+
+def rotation_block(head_dim: int) -> int:
+    """The largest power of two that divides head_dim: the size of the Hadamard matrices along its diagonal."""
+    return head_dim & -head_dim
+
+
+def pack(codes: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Bytes uint8 `[.., row_bytes]` of codes `[.., head_dim]` (numbers, exact in float32)."""
+    if spec.format == "fp8":
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+    if spec.format == "int8":
+        return codes.to(torch.uint8) if spec.is_channel else codes.to(torch.int8).view(torch.uint8)
+    chunks = [c.unflatten(-1, (2, -1)) for c in codes.to(torch.uint8).split(INT4_CHUNK, dim=-1)]
+    return torch.cat([c[..., 0, :] | (c[..., 1, :] << 4) for c in chunks], dim=-1)
+
+
+def unpack(data: torch.Tensor, spec: QuantSpec, head_dim: int) -> torch.Tensor:
+    """The numbers that stored codes stand for before scaling, float32 `[.., head_dim]` (token int4: code - 7.5)."""
+    if spec.format == "fp8":
+        return data.view(torch.float8_e4m3fn).float()
+    if spec.format == "int8":
+        return data.float() if spec.is_channel else data.view(torch.int8).float()
+    assert data.shape[-1] * 2 == head_dim, (data.shape, head_dim)
+    chunks = data.split(INT4_CHUNK // 2, dim=-1)
+    codes = torch.cat([part for c in chunks for part in (c & 15, c >> 4)], dim=-1).float()
+    return codes if spec.is_channel else codes - 7.5

@@ -1,0 +1,141 @@
+"""`decode_attention` and `quantize_append` in plain PyTorch, float32: the definition of correct, and slow.
+
+Every backend is tested against these two functions. float64 queries are computed in float64, for exact comparisons.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .quantization import quantize
+from .states import QuantizedStates
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the newest queries over quantized keys and values.
+
+    Args:
+        query: `[batch, num_heads, q_len, head_dim]`; query j stands at column `kv_len - q_len + j`.
+        keys, values: states of the same length `kv_len`.
+        mask: None or `[batch, kv_len]` (non-zero: attend): causal as well; `[batch or 1, num_heads or 1, q_len or 1,
+            kv_len]`, complete: bool (True: attend) or additive, where values at or below `finfo(mask.dtype).min` hide.
+        s_aux: learned sink logits `[num_heads]`, one more column without a value.
+        scaling: factor of the scores; `softcap`: 0, or scores become `softcap * tanh(scores / softcap)`.
+
+    Returns:
+        Output `[batch, num_heads, q_len, v_head_dim]` in the query's dtype, and the log-sum-exp of the scores, float32
+        `[batch, num_heads, q_len]`. A row whose mask hides every key returns zeros.
+    """
+    batch, num_heads, q_len, _ = query.shape
+    kv_len, num_kv_heads = keys.length, keys.shape[1]
+    compute = torch.promote_types(query.dtype, torch.float32)
+
+    def per_head(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(num_heads // num_kv_heads, dim=1)
+
+    k_body, v_body = per_head(keys.body(compute)), per_head(values.body(compute))
+    (k_dense, k_sink), (v_dense, v_sink) = keys.overrides(compute), values.overrides(compute)
+    k_dense, v_dense = per_head(k_dense), per_head(v_dense)
+    columns = torch.arange(kv_len, device=query.device)
+
+    outputs, logsumexps = [], []
+    for j in range(q_len):
+        position = kv_len - q_len + j
+        hidden, bias = _mask_row(mask, j, position, columns, compute)
+        q = query[:, :, j, :, None].to(compute)
+        from_ring = k_sink | (columns >= keys.dense_from(position))
+        scores = torch.where(from_ring[:, None], (k_dense @ q)[..., 0], (k_body @ q)[..., 0]) * scaling
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = (scores + bias).masked_fill(hidden, -torch.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.to(compute)[None, :, None].expand(batch, -1, 1)], dim=-1)
+        logsumexp = scores.logsumexp(-1)
+        weights = (scores - logsumexp[..., None]).exp()[..., :kv_len]
+        # Selected before the product: a hidden column may hold NaN, and 0 * NaN is NaN.
+        from_ring = v_sink | (columns >= values.dense_from(position))
+        v = torch.where(from_ring[:, None, :, None], v_dense, v_body).masked_fill(hidden[..., None], 0.0)
+        weights = weights.masked_fill(hidden, 0.0)
+        outputs.append((weights[..., None, :] @ v)[..., 0, :])
+        logsumexps.append(logsumexp)
+    return torch.stack(outputs, 2).to(query.dtype), torch.stack(logsumexps, 2).float()
+
+
+def _mask_row(
+    mask: torch.Tensor | None, j: int, position: int, columns: torch.Tensor, compute: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden columns, bool, and what is added to the scores, both broadcastable to `[batch, num_heads, kv_len]`."""
+    no_bias = torch.zeros((), dtype=compute, device=columns.device)
+    if mask is None or mask.ndim == 2:
+        hidden = (columns > position)[None, None]
+        return (hidden if mask is None else hidden | (mask == 0)[:, None]), no_bias
+    row = mask[:, :, j if mask.shape[2] > 1 else 0]
+    if row.dtype == torch.bool:
+        return ~row, no_bias
+    return row <= torch.finfo(row.dtype).min, row.to(compute)
+
+
+def quantize_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    nonfinite: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    *,
+    start: int,
+) -> None:
+    """Write new tokens into the storage of `keys` and `values`, in place.
+
+    Args:
+        key, value: `[batch, num_kv_heads, n, head_dim]` for the columns `start .. start + n`.
+        keys, values: states whose storage has room for `start + n` columns; their `length` is not used.
+        nonfinite: int64 scalar; raised by the number of token vectors that hold a NaN or infinity.
+        padding: bool `[batch, p]`, True for columns below p that are padding; they do not enter block statistics.
+        start: the number of columns written before.
+
+    A block of the channel grid is quantized when its last column arrives: earlier columns come from the ring.
+    """
+    for x, states in ((key, keys), (value, values)):
+        n = x.shape[2]
+        end = start + n
+        nonfinite += (~x.isfinite()).any(-1).sum()
+        if states.spec.is_dense:
+            states.data[:, :, start:end] = x
+        elif states.spec.is_channel:
+            _append_blocks(x, states, padding, start)
+        else:
+            quantized = quantize(x, states.spec)
+            states.data[:, :, start:end] = quantized.data
+            states.scale[:, :, start:end] = quantized.scale
+        if states.recent is not None:
+            ring_length = states.recent.shape[2]
+            last = torch.arange(max(start, end - ring_length), end, device=x.device)
+            states.recent[:, :, last % ring_length] = x[:, :, last - start]
+
+
+def _append_blocks(x: torch.Tensor, states: QuantizedStates, padding: torch.Tensor | None, start: int) -> None:
+    """Quantize every block that the columns `start .. start + n` complete."""
+    length = states.spec.block_length
+    first, last = start // length, (start + x.shape[2]) // length
+    if first == last:
+        return
+    early = torch.arange(first * length, start, device=x.device) % states.recent.shape[2]
+    blocks = torch.cat([states.recent[:, :, early], x[:, :, : last * length - start]], dim=2)
+    if padding is not None:
+        padding = padding[:, first * length : last * length]
+        padding = torch.nn.functional.pad(padding, (0, blocks.shape[2] - padding.shape[1]))
+    quantized = quantize(blocks, states.spec, padding)
+    states.data[:, :, first * length : last * length] = quantized.data
+    states.scale[:, :, first:last] = quantized.scale
+    if quantized.zero_point is not None:
+        states.zero_point[:, :, first:last] = quantized.zero_point

@@ -1,0 +1,146 @@
+"""`QuantizedStates`: what `cache.update()` returns when attention shall read the cache as stored.
+
+A frozen value of views, one for keys and one for values; making one copies nothing. It knows which columns a query reads
+from exact (dense) copies instead of the quantized body:
+
+    query i reads column t dense  iff  t is one of the row's first `sink_length` unpadded tokens,
+                                  or   i - t < recent_length,
+                                  or   (channel grid) t lies in the same block as i.
+
+The rule belongs to the query, not to the update, so sixteen queries at once equal sixteen single steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .quantization import QuantizedTensor, QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedStates:
+    """Keys or values of one layer, as stored.
+
+    Args:
+        spec: resolved `QuantSpec` of the body.
+        data: body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) model dtype
+            `[batch, num_kv_heads, capacity, head_dim]`. Columns from `length` on, and on the channel grid those of a
+            block not yet complete, hold nothing.
+        scale, zero_point: float16, as in `QuantizedTensor`, for the whole capacity.
+        recent: ring `[batch, num_kv_heads, ring_length, head_dim]` of the last tokens in model dtype, column t in slot
+            `t % ring_length`; None where no query reads it.
+        sink: `[batch, num_kv_heads, sink_length, head_dim]` exact copies of the columns in `sink_positions`.
+        sink_positions: int32 `[batch, sink_length]`, -1 where a row has no such token yet.
+        length: number of columns (kv_len).
+        recent_length: see the module's docstring.
+        head_dim, dtype: of the states that were stored.
+        backend: the operator's backend, "auto" or a name.
+        routes: the cache's route counter, so that attention can count what it did.
+    """
+
+    spec: QuantSpec
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    zero_point: torch.Tensor | None
+    recent: torch.Tensor | None
+    sink: torch.Tensor | None
+    sink_positions: torch.Tensor | None
+    length: int
+    recent_length: int
+    head_dim: int
+    dtype: torch.dtype
+    backend: str = "auto"
+    routes: Counter = field(default_factory=Counter)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.data.shape[0], self.data.shape[1], self.length, self.head_dim))
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def to(self, *args, **kwargs) -> QuantizedStates:
+        """Moves the storage to another device, as accelerate's hooks do; a change of dtype is refused."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            raise ValueError(f"dtype: quantized states of {self.dtype} cannot become {dtype}; dequantize them")
+        if device is None or device == self.device:
+            return self
+        tensors = ("data", "scale", "zero_point", "recent", "sink", "sink_positions")
+        moved = {name: getattr(self, name) for name in tensors}
+        moved = {n: None if t is None else t.to(device, non_blocking=non_blocking) for n, t in moved.items()}
+        return replace(self, **moved)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise TypeError(
+            f"{getattr(func, '__name__', func)} was called on the quantized states of a KV cache. Run the model through "
+            "generate(), or inside `with hf_kvquant.attention(model):`, so that attention can read them."
+        )
+
+    def shortened(self, length: int) -> QuantizedStates:
+        """The same states as of an earlier length (their queries read the same columns)."""
+        return replace(self, length=length)
+
+    def dense_from(self, position: int) -> int:
+        """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""
+        if self.spec.is_dense:
+            return position + 1
+        start = position - self.recent_length + 1
+        if self.spec.is_channel:
+            start = min(start, position - position % self.spec.block_length)
+        return max(start, 0)
+
+    def body(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The de-quantized body `[batch, num_kv_heads, length, head_dim]`; columns never written are arbitrary."""
+        data = self.data[:, :, : self.length]
+        if self.spec.is_dense:
+            return data.to(dtype)
+        rows = self.length
+        if self.spec.is_channel:
+            rows = -(-self.length // self.spec.block_length)
+        zero_point = None if self.zero_point is None else self.zero_point[:, :, :rows]
+        return QuantizedTensor(data, self.scale[:, :, :rows], zero_point, self.spec, self.head_dim).dequantize(dtype)
+
+    def overrides(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact copies by column, `[batch, num_kv_heads, length, head_dim]`, and which columns are sinks,
+        bool `[batch, length]`. Columns that no query may read dense are arbitrary."""
+        columns = torch.arange(self.length, device=self.device)
+        batch, num_kv_heads = self.data.shape[:2]
+        if self.recent is None:
+            dense = torch.zeros(self.shape, dtype=dtype, device=self.device)
+        else:
+            dense = self.recent[:, :, columns % self.recent.shape[2]].to(dtype)
+        is_sink = torch.zeros(batch, self.length, dtype=torch.bool, device=self.device)
+        if self.sink is not None:
+            row, slot = torch.nonzero((self.sink_positions >= 0) & (self.sink_positions < self.length), as_tuple=True)
+            column = self.sink_positions[row, slot].long()
+            dense[row, :, column] = self.sink[row, :, slot].to(dtype)
+            is_sink[row, column] = True
+        return dense, is_sink
+
+    def dequantize(self, position: int | None = None) -> torch.Tensor:
+        """What the query at `position` (default: the last) reads, `[batch, num_kv_heads, length, head_dim]`, `dtype`.
+
+        For several queries pass the first one's position: later ones then read a few columns more exactly than they
+        would one by one.
+        """
+        if self.spec.is_dense:
+            return self.body(self.dtype)
+        position = self.length - 1 if position is None else position
+        exact = torch.promote_types(self.dtype, torch.float32)
+        dense, is_sink = self.overrides(exact)
+        columns = torch.arange(self.length, device=self.device)
+        read_dense = is_sink | (columns >= self.dense_from(position))
+        return torch.where(read_dense[:, None, :, None], dense, self.body(exact)).to(self.dtype)

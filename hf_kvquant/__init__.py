@@ -8,6 +8,7 @@ from .cache import QuantizedCache
 from .config import KVQuantConfig, LayerOverride
 from .integration import attention, cache_implementations, install, uninstall
 from .quantization import FORMATS, QuantizedTensor, QuantSpec, quantize
+from .scoring import cache_read_share, score, score_by_decoding
 from .states import QuantizedStates
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "QuantizedTensor",
     "attention",
     "cache_implementations",
+    "cache_read_share",
     "install",
     "quantize",
+    "score",
+    "score_by_decoding",
     "uninstall",
 ]
 

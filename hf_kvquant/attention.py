@@ -30,6 +30,8 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     dense_attention: Callable,
+    states_type: type = QuantizedStates,
+    operator: Callable | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention with the signature of transformers' attention functions.
@@ -38,18 +40,19 @@ def attend(
         query: `[batch, num_heads, q_len, head_dim]`.
         key, value: what `cache.update` returned, perhaps changed by the model.
         dense_attention: the model's own attention function; takes the same arguments.
+        states_type, operator: the value that stands for cached states, and what attends to it.
 
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
-    if not isinstance(key, QuantizedStates):
+    if not isinstance(key, states_type):
         learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    obstacle = _obstacle(module, query, value, attention_mask, kwargs)
+    obstacle = _obstacle(module, query, type(value) is type(key), attention_mask, kwargs)
     if obstacle is not None:
         say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
         key.routes["decode_dequantized"] += 1
-        first = key.length - query.shape[2]
+        first = key.shape[2] - query.shape[2]
         key, value = key.dequantize(position=first), value.dequantize(position=first)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     key.routes["decode_fused"] += 1
@@ -57,26 +60,30 @@ def attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kwargs.get("position_bias") is not None:
-        attention_mask = _join(kwargs["position_bias"], attention_mask, query.shape[2], key.length)
-    options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
-    outputs = []
-    for start in range(0, query.shape[2], ops.MAX_Q_LEN):
-        part = query[:, :, start : start + ops.MAX_Q_LEN]
-        end = start + part.shape[2]
-        length = key.length - query.shape[2] + end
-        mask = _rows(attention_mask, start, end, length)
-        output, _ = ops.decode_attention(
-            part, key.shortened(length), value.shortened(length), mask, kwargs.get("s_aux"), **options
-        )
-        outputs.append(output)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        attention_mask = _join(kwargs["position_bias"], attention_mask, query.shape[2], key.shape[2])
+    softcap = float(kwargs.get("softcap") or 0.0)
+    operator = operator or _decode
+    output = operator(query, key, value, attention_mask, kwargs.get("s_aux"), scaling=float(scaling), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _obstacle(module, query: torch.Tensor, value, mask, kwargs: dict) -> str | None:
+def _decode(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, mask, s_aux, **options) -> torch.Tensor:
+    """`ops.decode_attention` for any q_len, in parts of at most `ops.MAX_Q_LEN` queries."""
+    q_len, outputs = query.shape[2], []
+    for start in range(0, q_len, ops.MAX_Q_LEN):
+        part = query[:, :, start : start + ops.MAX_Q_LEN]
+        end = start + part.shape[2]
+        length = keys.length - q_len + end
+        rows = _rows(mask, start, end, length)
+        states = keys.shortened(length), values.shortened(length)
+        outputs.append(ops.decode_attention(part, *states, rows, s_aux, **options)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) -> str | None:
     """Why the operator cannot do this call, or None."""
-    if not isinstance(value, QuantizedStates):
-        return f"values of {type(value).__name__} beside quantized keys"
+    if not same_type:
+        return "values that are not cached as the keys are"
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return "output_attentions=True (attention weights exist only in dense attention)"
     if query.requires_grad and torch.is_grad_enabled():

@@ -25,7 +25,6 @@ from .cache import QuantizedCache
 from .config import KVQuantConfig
 
 NAME = "kvquant"
-_PREFIX = f"{NAME}|"
 
 
 def cache_implementations() -> list[str]:
@@ -58,25 +57,32 @@ _originals: dict[str, object] = {}
 
 
 @contextmanager
-def attention(model: PreTrainedModel) -> Iterator[None]:
+def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAME) -> Iterator[None]:
     """Within this context the model's attention understands what a `QuantizedCache` returns.
 
     `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and entered by
     several threads for one model; when the last one leaves, the model is as it was.
+
+    Args:
+        attend: the attention function, and `name` the prefix that it is registered under (see `scoring`).
     """
     configs = _attention_configs(model)
-    with _switch_lock:
-        for config in configs:
-            count, base = _switched.get(id(config), (0, config._attn_implementation))
-            if count == 0:
-                _register(base)
-                config._attn_implementation_internal = _PREFIX + base
-            _switched[id(config)] = (count + 1, base)
+    entered = []
     try:
+        for config in configs:
+            with _switch_lock:
+                count, base = _switched.get(id(config), (0, config._attn_implementation))
+                _register(name, base, attend)
+                if count == 0:
+                    config._attn_implementation_internal = f"{name}|{base}"
+                elif config._attn_implementation != f"{name}|{base}":
+                    raise RuntimeError(f"the model is in use as {config._attn_implementation!r}; {name!r} has to wait")
+                _switched[id(config)] = (count + 1, base)
+                entered.append(config)
         yield
     finally:
-        with _switch_lock:
-            for config in configs:
+        for config in entered:
+            with _switch_lock:
                 count, base = _switched.pop(id(config))
                 if count > 1:
                     _switched[id(config)] = (count - 1, base)
@@ -106,16 +112,16 @@ def _attention_configs(model: PreTrainedModel) -> list:
     return [config for config, can_switch in found.values() if can_switch]
 
 
-def _register(base: str) -> None:
-    """Attention and mask functions for `kvquant|<base>`; without the mask a left-padded batch would be silently wrong."""
-    if base.startswith(_PREFIX):
-        raise ValueError(f"attn_implementation: {base!r} is set by hf_kvquant while it runs; load the model without it")
-    name = _PREFIX + base
-    if name in AttentionInterface._global_mapping:
+def _register(name: str, base: str, attend: Callable) -> None:
+    """Attention and mask functions for `<name>|<base>`; without the mask a left-padded batch would be silently wrong."""
+    if "|" in base:
+        raise ValueError(f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one")
+    registered = f"{name}|{base}"
+    if registered in AttentionInterface._global_mapping:
         return
-    AttentionInterface.register(name, functools.partial(attend, dense_attention=functools.partial(_dense, base)))
+    AttentionInterface.register(registered, functools.partial(attend, dense_attention=functools.partial(_dense, base)))
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionMaskInterface.register(registered, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
 def _dense(base: str, module: torch.nn.Module, *args, **kwargs):

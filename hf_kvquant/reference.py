@@ -50,7 +50,7 @@ def decode_attention(
     outputs, logsumexps = [], []
     for j in range(q_len):
         position = kv_len - q_len + j
-        hidden, bias = _mask_row(mask, j, position, columns, compute)
+        hidden, bias = (m.squeeze(2) for m in mask_rows(mask, j, j + 1, q_len, kv_len, compute, query.device))
         q = query[:, :, j, :, None].to(compute)
         from_ring = k_sink | (columns >= keys.dense_from(position))
         scores = torch.where(from_ring[:, None], (k_dense @ q)[..., 0], (k_body @ q)[..., 0]) * scaling
@@ -70,18 +70,20 @@ def decode_attention(
     return torch.stack(outputs, 2).to(query.dtype), torch.stack(logsumexps, 2).float()
 
 
-def _mask_row(
-    mask: torch.Tensor | None, j: int, position: int, columns: torch.Tensor, compute: torch.dtype
+def mask_rows(
+    mask: torch.Tensor | None, start: int, end: int, q_len: int, kv_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden columns, bool, and what is added to the scores, both broadcastable to `[batch, num_heads, kv_len]`."""
-    no_bias = torch.zeros((), dtype=compute, device=columns.device)
+    """For the queries `start .. end` of `q_len`: hidden columns, bool, and what is added to the scores, in `dtype`, both
+    broadcastable to `[batch, num_heads, end - start, kv_len]`."""
+    no_bias = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
     if mask is None or mask.ndim == 2:
-        hidden = (columns > position)[None, None]
-        return (hidden if mask is None else hidden | (mask == 0)[:, None]), no_bias
-    row = mask[:, :, j if mask.shape[2] > 1 else 0]
-    if row.dtype == torch.bool:
-        return ~row, no_bias
-    return row <= torch.finfo(row.dtype).min, row.to(compute)
+        position = torch.arange(start, end, device=device)[:, None] + kv_len - q_len
+        hidden = (torch.arange(kv_len, device=device) > position)[None, None]
+        return (hidden if mask is None else hidden | (mask == 0)[:, None, None]), no_bias
+    rows = mask[:, :, start:end] if mask.shape[2] > 1 else mask
+    if rows.dtype == torch.bool:
+        return ~rows, no_bias
+    return rows <= torch.finfo(rows.dtype).min, rows.to(dtype)
 
 
 def quantize_append(

@@ -20,6 +20,16 @@ import torch
 from .quantization import QuantizedTensor, QuantSpec
 
 
+def dense_from(position: int, spec: QuantSpec, recent_length: int) -> int:
+    """The first column that the query at `position` reads exactly because it is near (sinks apart)."""
+    if spec.is_dense:
+        return position + 1
+    start = position - recent_length + 1
+    if spec.is_channel:
+        start = min(start, position - position % spec.block_length)
+    return max(start, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedStates:
     """Keys or values of one layer, as stored.
@@ -95,12 +105,8 @@ class QuantizedStates:
 
     def dense_from(self, position: int) -> int:
         """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""
-        if self.spec.is_dense:
-            return position + 1
-        start = position - self.recent_length + 1
-        if self.spec.is_channel:
-            start = min(start, position - position % self.spec.block_length)
-        return max(start, 0)
+        # Without a ring even columns after the query, which a complete mask may show, are read from the body.
+        return self.length if self.recent is None else dense_from(position, self.spec, self.recent_length)
 
     def body(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The de-quantized body `[batch, num_kv_heads, length, head_dim]`; columns never written are arbitrary."""

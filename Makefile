@@ -1,0 +1,47 @@
+# make demo | test | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a package
+# registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
+
+PYTHON ?= python3
+PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
+SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
+
+.PHONY: demo test test-oldest lint format clean
+
+demo: .venv/installed
+	.venv/bin/hf-kvquant demo
+
+test: .venv/installed
+	.venv/bin/pytest -q
+
+# The oldest transformers that is supported; it needs huggingface-hub below 2.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest -q tests/test_cache.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_scoring.py
+
+lint: .venv-lint/installed
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/clang-format --dry-run --Werror $$(git ls-files 'kernels/*.h' 'kernels/*.cc' 'kernels/*.cu')
+
+format: .venv-lint/installed
+	.venv-lint/bin/ruff check --fix .
+	.venv-lint/bin/ruff format .
+	.venv-lint/bin/clang-format -i $$(git ls-files 'kernels/*.h' 'kernels/*.cc' 'kernels/*.cu')
+
+# The package is installed as a user would have it (a wheel, not the source folder), again whenever a source changes.
+.venv/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) '.[dev]'
+	touch $@
+
+.venv-oldest/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) 'transformers==5.17.0' 'huggingface-hub<2' . pytest hypothesis
+	touch $@
+
+.venv-lint/installed: .ci/lint.txt
+	$(PYTHON) -m venv .venv-lint
+	.venv-lint/bin/python $(PIP) --requirement .ci/lint.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .venv-lint build dist

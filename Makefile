@@ -11,11 +11,11 @@ demo: .venv/installed
 	.venv/bin/hf-kvquant demo
 
 test: .venv/installed
-	.venv/bin/pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q
 
 # The oldest transformers that is supported; it needs huggingface-hub below 2.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/pytest -q tests/test_cache.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_scoring.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_scoring.py
 
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .

@@ -1,0 +1,137 @@
+// Codecs: where column i of a tile is stored, and which numbers are in it.
+//
+// A codec is made for one tile of one head. `row(i)` finds column i, `load(row, c)` gives the
+// numbers of Vec::kWidth channels from c on. The loops of tile_float.h are written once against
+// this.
+#pragma once
+
+#include "cpu/vec.h"
+#include "kvquant/formats.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+constexpr int kTile = 64;  // columns
+constexpr int kMaxHeadDim = 512;
+
+// The stored rows of one head, keys or values.
+struct Body {
+  const uint8_t* data;
+  const uint16_t *scale, *zero_point;
+  int64_t row_bytes, num_scales, group_length;
+  int head_dim;
+  bool rotated;
+};
+
+inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h) {
+  Body body{};
+  body.data = side.data + b * side.data_stride[0] + h * side.data_stride[1];
+  body.row_bytes = row_bytes(side, dtype);
+  body.head_dim = int(side.head_dim);
+  if (side.format == kDense) return body;
+  int64_t offset = (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2;
+  body.scale = side.scale + offset;
+  body.zero_point = side.zero_point ? side.zero_point + offset : nullptr;
+  body.num_scales = num_scales(side);
+  body.group_length = side.group_length;
+  body.rotated = side.rotate != 0;
+  return body;
+}
+
+inline void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::load((const Half*)(from + i)).store(to + i);
+  for (; i < n; ++i) to[i] = to_float(Half{from[i]});
+}
+
+// Token grid: (code - midpoint) * scale, one scale per group of a row.
+template <class Format>
+struct TokenRows {
+  const uint8_t* data;
+  int64_t row_bytes, groups;
+  int head_dim;
+  alignas(64) float scale[kTile * kMaxHeadDim / 16];
+  uint8_t group_of[kMaxHeadDim / 16];
+
+  TokenRows(const Body& body, int64_t first, int columns)
+      : data(body.data + first * body.row_bytes),
+        row_bytes(body.row_bytes),
+        groups(body.num_scales),
+        head_dim(body.head_dim) {
+    halves_to_floats(body.scale + first * groups, columns * groups, scale);
+    for (int i = 0; i < head_dim / 16; ++i) group_of[i] = uint8_t(16 * i / body.group_length);
+  }
+  struct Row {
+    const uint8_t* bytes;
+    const float* scale;
+  };
+  Row row(int i) const { return {data + i * row_bytes, scale + i * groups}; }
+  Vec load(const Row& row, int c) const {
+    Vec x = Vec::numbers(Format{}, row.bytes, c, head_dim);
+    if (Format::kMidpoint != 0.0f) x = x - Vec(Format::kMidpoint);
+    return x * Vec(row.scale[group_of[c / 16]]);
+  }
+};
+
+// Channel grid: zero + code * scale, one scale (and zero point) per channel of a block of columns.
+template <class Format>
+struct ChannelRows {
+  const uint8_t* data;
+  int64_t row_bytes;
+  int head_dim, shift;
+  bool has_zero;
+  alignas(64) float scale[kTile / 16 * kMaxHeadDim], zero[kTile / 16 * kMaxHeadDim];
+
+  ChannelRows(const Body& body, int64_t first, int columns)
+      : data(body.data + first * body.row_bytes),
+        row_bytes(body.row_bytes),
+        head_dim(body.head_dim),
+        shift(__builtin_ctzll(uint64_t(body.group_length))),
+        has_zero(body.zero_point != nullptr) {
+    int64_t block = first >> shift, blocks = ((first + columns - 1) >> shift) - block + 1;
+    halves_to_floats(body.scale + block * head_dim, blocks * head_dim, scale);
+    if (has_zero) halves_to_floats(body.zero_point + block * head_dim, blocks * head_dim, zero);
+  }
+  struct Row {
+    const uint8_t* bytes;
+    const float *scale, *zero;
+  };
+  Row row(int i) const {
+    // A tile begins at a block, or lies inside one.
+    int64_t offset = int64_t(i >> shift) * head_dim;
+    return {data + i * row_bytes, scale + offset, zero + offset};
+  }
+  Vec load(const Row& row, int c) const {
+    Vec x = Vec::numbers(Format{}, row.bytes, c, head_dim), s = Vec::load(row.scale + c);
+    return has_zero ? Vec::fma(x, s, Vec::load(row.zero + c)) : x * s;
+  }
+};
+
+// Numbers as they are, one row after the other.
+template <class T>
+struct DenseRows {
+  const uint8_t* data;
+  int64_t row_bytes;
+  int head_dim;
+
+  DenseRows(const Body& body, int64_t first, int)
+      : data(body.data + first * body.row_bytes),
+        row_bytes(body.row_bytes),
+        head_dim(body.head_dim) {}
+  using Row = const T*;
+  Row row(int i) const { return (const T*)(data + i * row_bytes); }
+  Vec load(Row row, int c) const { return Vec::load(row + c); }
+};
+
+// Exact copies that lie anywhere (ring slots, sinks).
+template <class T>
+struct ScatteredRows {
+  const uint8_t* const* place;
+  int head_dim;
+  using Row = const T*;
+  Row row(int i) const { return (const T*)place[i]; }
+  Vec load(Row row, int c) const { return Vec::load(row + c); }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

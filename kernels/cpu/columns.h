@@ -1,0 +1,108 @@
+// Which columns of a tile a query row sees, and from where: bit i stands for column first + i.
+//
+//   visible   causal order, padding mask or complete mask
+//   dense     read from an exact copy instead of the body: ring (the newest columns) or sink
+#pragma once
+
+#include "cpu/codecs.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+inline uint64_t lowest_bits(int64_t n) {
+  return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
+}
+
+// The bits of columns from `start` on.
+inline uint64_t bits_from(int64_t start, int64_t first) { return ~lowest_bits(start - first); }
+
+template <class Load>
+uint64_t bits_where(int n, Load attends) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= uint64_t(attends(i)) << i;
+  return bits;
+}
+
+struct MaskRow {
+  const KvquantAttention& a;
+  const uint8_t* row;  // of this batch row, head and query
+  int64_t position;    // of the query
+
+  MaskRow(const KvquantAttention& a, int64_t b, int64_t head, int64_t j)
+      : a(a), row(a.mask), position(a.kv_len - a.q_len + j) {
+    if (row) row += b * a.mask_stride[0] + head * a.mask_stride[1] + j * a.mask_stride[2];
+  }
+
+  // Bits of the columns first .. first + n that the query sees; an additive mask's numbers go to
+  // `bias`.
+  uint64_t visible(int64_t first, int n, float* bias) const {
+    const int64_t step = a.mask_stride[3];
+    const uint8_t* p = row + first * step;
+    switch (a.mask_kind) {
+      case kNoMask:
+        return lowest_bits(position + 1 - first) & lowest_bits(n);
+      case kPaddingMask:
+        return lowest_bits(position + 1 - first) & nonzero(p, step, n);
+      case kBoolMask:
+        return bits_where(n, [&](int i) { return p[i * step] != 0; });
+      case kAddFloat32:
+        return additive<float>(p, step, n, -3.4028234663852886e38f, bias);
+      case kAddFloat16:
+        return additive<Half>(p, step, n, -kFp16Max, bias);
+      default:
+        return additive<BFloat16>(p, step, n, -3.3895313892515355e38f, bias);
+    }
+  }
+
+ private:
+  uint64_t nonzero(const uint8_t* p, int64_t step, int n) const {
+    if (a.mask_width == 1) return bits_where(n, [&](int i) { return p[i * step] != 0; });
+    if (a.mask_width == 4)
+      return bits_where(n, [&](int i) { return *(const int32_t*)(p + i * step) != 0; });
+    return bits_where(n, [&](int i) { return *(const int64_t*)(p + i * step) != 0; });
+  }
+  // NaN is not "at or below the smallest": it stays visible.
+  template <class T>
+  static uint64_t additive(const uint8_t* p, int64_t step, int n, float smallest, float* bias) {
+    for (int i = 0; i < n; ++i) bias[i] = to_float(*(const T*)(p + i * step));
+    return bits_where(n, [&](int i) { return !(bias[i] <= smallest); });
+  }
+};
+
+// The exact copies of one head, keys or values.
+struct DenseCopies {
+  const uint8_t *ring, *sink;
+  int64_t ring_length, row_bytes;
+  int64_t recent_length, block_length;  // block_length 1: no block rule
+
+  DenseCopies(const KvquantSide& side, const KvquantAttention& a, int64_t b, int64_t h)
+      : ring(side.recent && side.format != kDense
+                 ? side.recent + b * side.recent_stride[0] + h * side.recent_stride[1]
+                 : nullptr),
+        sink(side.sink ? side.sink + b * side.sink_stride[0] + h * side.sink_stride[1] : nullptr),
+        ring_length(side.ring_length),
+        row_bytes(side.head_dim * dtype_bytes(a.dtype)),
+        recent_length(a.recent_length),
+        block_length(side.format != kDense && side.grid == kChannelGrid ? side.group_length : 1) {}
+
+  // The first column that the query at `position` reads from the ring.
+  int64_t dense_from(int64_t position, int64_t kv_len) const {
+    if (ring == nullptr) return kv_len;
+    int64_t recent = position - recent_length + 1;
+    int64_t block = block_length > 1 ? position - position % block_length : position + 1;
+    int64_t start = recent < block ? recent : block;
+    return start > 0 ? start : 0;
+  }
+
+  // The copies of the columns in `bits`; sinks (slot of each column, -1: none) go before the ring.
+  void find(uint64_t bits, int64_t first, const int16_t* sink_slot, const uint8_t** place) const {
+    for (; bits; bits &= bits - 1) {
+      int i = __builtin_ctzll(bits);
+      place[i] = sink && sink_slot[i] >= 0 ? sink + sink_slot[i] * row_bytes
+                                           : ring + (first + i) % ring_length * row_bytes;
+    }
+  }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

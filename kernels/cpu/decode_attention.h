@@ -1,0 +1,296 @@
+// Attention of a few new queries over one quantized cache.
+//
+//   work item    (batch row, kv head, split of kSplit columns): any thread, results depend on the
+//   item alone
+//     chunk      up to kMaxRows query rows; rows = q_per_kv heads x q_len share every load of the
+//     cache (GQA packing)
+//       tile     64 columns at multiples of 64
+//                  columns    who sees what, and from where
+//                  scores     body keys . rotated queries; exact copies . queries where they
+//                  override softmax    scores -> weights, relative to the largest so far values
+//                  body and exact copies accumulate apart (the body may be rotated)
+//   the last item of a head merges its splits, in their order, and writes the output
+//
+// So the result is the same for any number of threads, and for a row alone and in a batch.
+#pragma once
+
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "cpu/columns.h"
+#include "cpu/methods.h"
+#include "cpu/rotation.h"
+#include "cpu/thread_pool.h"
+#include "kvquant/softmax_state.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+constexpr int kSplit = 512;   // columns of a work item
+constexpr int kMaxRows = 64;  // query rows of a chunk
+constexpr int kInlineBytes =
+    1 << 18;  // a cache smaller than this is read faster than a thread wakes
+
+inline Vec tanh_of(Vec x) {
+  Vec t = Vec::exp(Vec(-2.0f) * Vec::abs(x));
+  Vec y = (Vec(1.0f) - t) / (Vec(1.0f) + t);
+  return Vec::where(Vec::less(x, Vec(0.0f)), Vec(0.0f) - y, y);
+}
+
+// Scores of one row and tile become weights; hidden columns weigh 0. Returns the factor of what is
+// accumulated.
+inline float softmax_tile(SoftmaxState& state, float* x, uint64_t visible, const float* bias,
+                          float scaling, float softcap) {
+  constexpr int W = Vec::kWidth;
+  const Vec hidden(-__builtin_inff());
+  Vec largest = hidden;
+  for (int i = 0; i < kTile; i += W) {
+    Vec s = Vec::load(x + i) * Vec(scaling);
+    if (softcap != 0.0f) s = Vec(softcap) * tanh_of(s * Vec(1.0f / softcap));
+    if (bias) s = s + Vec::load(bias + i);
+    s = Vec::where(uint32_t(visible >> i), s, hidden);
+    s.store(x + i);
+    largest = Vec::max(s, largest);
+  }
+  const float factor = state.update(Vec::largest(largest));
+  const Vec base(state.base());
+  Vec sum(0.0f);
+  for (int i = 0; i < kTile; i += W) {
+    Vec p = Vec::exp(Vec::load(x + i) - base);
+    p.store(x + i);
+    sum = sum + p;
+  }
+  state.sum += Vec::sum(sum);
+  return factor;
+}
+
+inline void scale_row(float* x, size_t n, float factor) {
+  for (size_t c = 0; c < n; c += Vec::kWidth) (Vec::load(x + c) * Vec(factor)).store(x + c);
+}
+
+template <class T>
+void load_row(const uint8_t* from, int n, float* to) {
+  for (int c = 0; c < n; c += Vec::kWidth) Vec::load((const T*)from + c).store(to + c);
+}
+
+template <class T>
+struct DecodeAttention {
+  const KvquantAttention& a;
+  const KeyMethod keys;
+  const ValueMethod values;
+  const int64_t q_per_kv, rows, splits;
+  const int k_dim, v_dim;
+  // Per (batch row, kv head, split): states and sums of every row; per (batch row, kv head): items
+  // not yet done.
+  SoftmaxState* states;
+  float* sums;
+  std::atomic<int32_t>* remaining;
+  std::atomic<bool> no_memory{false};
+
+  DecodeAttention(const KvquantAttention& a, KeyMethod keys, ValueMethod values)
+      : a(a),
+        keys(keys),
+        values(values),
+        q_per_kv(a.num_heads / a.num_kv_heads),
+        rows(q_per_kv * a.q_len),
+        splits((a.kv_len + kSplit - 1) / kSplit),
+        k_dim(int(a.keys.head_dim)),
+        v_dim(int(a.values.head_dim)) {}
+
+  bool run() {
+    const int64_t heads = a.batch * a.num_kv_heads, items = heads * splits;
+    auto* memory = static_cast<uint8_t*>(
+        scratch(kCallScratch,
+                items * rows * (sizeof(SoftmaxState) + v_dim * sizeof(float)) + heads * 4 + 64));
+    if (memory == nullptr) return false;
+    sums = reinterpret_cast<float*>(memory);
+    states = reinterpret_cast<SoftmaxState*>(sums + items * rows * v_dim);
+    remaining = reinterpret_cast<std::atomic<int32_t>*>(states + items * rows);
+    for (int64_t i = 0; i < heads; ++i) new (&remaining[i]) std::atomic<int32_t>(int32_t(splits));
+    const int64_t bytes =
+        heads * a.kv_len * (row_bytes(a.keys, a.dtype) + row_bytes(a.values, a.dtype));
+    // Neighbouring items read neighbouring memory: a thread's next item is most likely the next
+    // split.
+    auto item = [this](int64_t i) {
+      const int64_t head = i / splits;
+      attend(head, i % splits);
+      if (remaining[head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(head);
+    };
+    parallel_for(items, bytes < kInlineBytes ? 1 : a.threads, item);
+    return !no_memory;
+  }
+
+  void attend(int64_t head, int64_t split) {
+    for (int64_t row = 0; row < rows; row += kMaxRows) {
+      int64_t m = rows - row < kMaxRows ? rows - row : kMaxRows;
+      int64_t at = (head * splits + split) * rows + row;
+      attend_chunk(head, split * kSplit, int(row), int(m), states + at, sums + at * v_dim);
+    }
+  }
+
+  // Query row r of a kv head is query r % q_len of its head r / q_len.
+  void attend_chunk(int64_t kv_head, int64_t begin, int row0, int m, SoftmaxState* state,
+                    float* sum) {
+    const int64_t b = kv_head / a.num_kv_heads, h = kv_head % a.num_kv_heads;
+    const int64_t end = begin + kSplit < a.kv_len ? begin + kSplit : a.kv_len;
+    const Body k_body = body_of(a.keys, a.dtype, b, h), v_body = body_of(a.values, a.dtype, b, h);
+    const DenseCopies k_copies(a.keys, a, b, h), v_copies(a.values, a, b, h);
+    const int block = row_block(m), padded = (m + block - 1) / block * block;
+    const size_t acc_dim = values.acc_floats(v_body);
+
+    auto* memory = static_cast<float*>(
+        scratch(kTaskScratch, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile) +
+                                  keys.prepared_bytes(k_body, padded) + 64));
+    if (memory == nullptr) {
+      no_memory = true;
+      return;
+    }
+    float* q = memory;                          // [padded, k_dim], as it came
+    float* q_body = q + padded * k_dim;         // rotated, where keys are
+    float* acc = q_body + padded * k_dim;       // [padded, acc_dim], body
+    float* acc_dense = acc + padded * acc_dim;  // [padded, v_dim]
+    float* p = acc_dense + padded * v_dim;      // [padded, kTile], scores, then weights
+    float* p_dense = p + padded * kTile;
+    float* bias = p_dense + padded * kTile;
+    void* prepared = bias + padded * kTile;
+    std::memset(memory, 0, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile));
+
+    for (int r = 0; r < m; ++r) {
+      int64_t g = (row0 + r) / a.q_len, j = (row0 + r) % a.q_len;
+      load_row<T>(a.query + b * a.query_stride[0] + (h * q_per_kv + g) * a.query_stride[1] +
+                      j * a.query_stride[2],
+                  k_dim, q + r * k_dim);
+      std::memcpy(q_body + r * k_dim, q + r * k_dim, sizeof(float) * k_dim);
+      if (k_body.rotated) rotate(q_body + r * k_dim, k_dim);
+      state[r] = SoftmaxState();
+    }
+    keys.prepare(k_body, q_body, padded, prepared);
+
+    bool body_used = false, dense_used = false;
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int n = int(end - first < kTile ? end - first : kTile);
+      int16_t sink_slot[kTile];
+      const uint64_t sinks = find_sinks(b, first, n, sink_slot);
+      // visible = k_body + k_copy = v_body + v_copy, per row.
+      uint64_t visible[kMaxRows + 3], v_from_body[kMaxRows + 3], v_from_copy[kMaxRows + 3],
+          k_from_copy[kMaxRows + 3];
+      uint64_t any_k_body = 0, any_k_copy = 0, any_v_body = 0, any_v_copy = 0;
+      for (int r = 0; r < padded; ++r) {
+        const int row = row0 + (r < m ? r : m - 1);
+        const MaskRow mask(a, b, h * q_per_kv + row / a.q_len, row % a.q_len);
+        visible[r] = mask.visible(first, n, bias + r * kTile);
+        const uint64_t k_copy = bits_from(k_copies.dense_from(mask.position, a.kv_len), first) |
+                                (k_copies.sink ? sinks : 0);
+        const uint64_t v_copy = bits_from(v_copies.dense_from(mask.position, a.kv_len), first) |
+                                (v_copies.sink ? sinks : 0);
+        k_from_copy[r] = visible[r] & k_copy;
+        v_from_copy[r] = visible[r] & v_copy;
+        v_from_body[r] = visible[r] & ~v_copy;
+        any_k_body |= visible[r] & ~k_copy;
+        any_k_copy |= k_from_copy[r];
+        any_v_body |= v_from_body[r];
+        any_v_copy |= v_from_copy[r];
+      }
+      if ((any_k_body | any_k_copy) == 0) continue;
+
+      if (any_k_body) keys.score(k_body, first, n, any_k_body, q_body, prepared, padded, p);
+      if (any_k_copy) {
+        const uint8_t* place[kTile];
+        k_copies.find(any_k_copy, first, sink_slot, place);
+        score_tile(ScatteredRows<T>{place, k_dim}, any_k_copy, q, padded, p_dense);
+        for (int r = 0; r < m; ++r) {
+          for (int i = 0; i < kTile; i += Vec::kWidth) {
+            float* x = p + r * kTile + i;
+            Vec::where(uint32_t(k_from_copy[r] >> i), Vec::load(p_dense + r * kTile + i),
+                       Vec::load(x))
+                .store(x);
+          }
+        }
+      }
+
+      const bool additive = a.mask_kind >= kAddFloat32;
+      for (int r = 0; r < m; ++r) {
+        float factor =
+            softmax_tile(state[r], p + r * kTile, visible[r], additive ? bias + r * kTile : nullptr,
+                         float(a.scaling), float(a.softcap));
+        if (factor == 1.0f) continue;
+        if (body_used) scale_row(acc + r * acc_dim, acc_dim, factor);
+        if (dense_used) scale_row(acc_dense + r * v_dim, v_dim, factor);
+      }
+
+      if (any_v_body) values.accumulate(v_body, first, n, v_from_body, p, padded, acc);
+      if (any_v_copy) {
+        const uint8_t* place[kTile];
+        v_copies.find(any_v_copy, first, sink_slot, place);
+        accumulate_tile(ScatteredRows<T>{place, v_dim}, v_from_copy, p, padded, acc_dense);
+      }
+      body_used |= any_v_body != 0;
+      dense_used |= any_v_copy != 0;
+    }
+
+    if (body_used) values.finish(v_body, m, acc);
+    for (int r = 0; r < m; ++r) {
+      float* body = acc + r * acc_dim;
+      if (body_used && v_body.rotated) rotate(body, v_dim);
+      for (int c = 0; c < v_dim; c += Vec::kWidth) {
+        (Vec::load(body + c) + Vec::load(acc_dense + r * v_dim + c)).store(sum + r * v_dim + c);
+      }
+    }
+  }
+
+  // Bits of the tile's columns that have a sink copy, and their slots (-1: none).
+  uint64_t find_sinks(int64_t b, int64_t first, int n, int16_t* slot) const {
+    uint64_t bits = 0;
+    if (a.sink_positions == nullptr) return bits;
+    const auto* positions =
+        (const int32_t*)((const uint8_t*)a.sink_positions + b * a.sink_positions_stride);
+    std::memset(slot, 0xff, sizeof(int16_t) * kTile);
+    for (int64_t s = 0; s < a.num_sinks; ++s) {
+      int64_t i = positions[s] - first;
+      if (positions[s] < 0 || i < 0 || i >= n) continue;
+      slot[i] = int16_t(s);
+      bits |= uint64_t(1) << i;
+    }
+    return bits;
+  }
+
+  void merge(int64_t kv_head) {
+    const int64_t b = kv_head / a.num_kv_heads, h = kv_head % a.num_kv_heads;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t head = h * q_per_kv + row / a.q_len,
+                    out = (b * a.num_heads + head) * a.q_len + row % a.q_len;
+      const int64_t first = kv_head * splits * rows + row;
+      SoftmaxState total = states[first];
+      float* sum = sums + first * v_dim;
+      for (int64_t s = 1; s < splits; ++s) {
+        const int64_t at = first + s * rows;
+        const SoftmaxState::Factors factors = total.merge(states[at]);
+        const Vec ours(factors.ours), theirs(factors.theirs);
+        for (int c = 0; c < v_dim; c += Vec::kWidth) {
+          Vec x = Vec::load(sums + at * v_dim + c) * theirs;
+          Vec::fma(Vec::load(sum + c), ours, x).store(sum + c);
+        }
+      }
+      if (a.s_aux) {  // one more column, without a value
+        SoftmaxState sink;
+        sink.max = a.s_aux[head];
+        sink.sum = 1.0f;
+        scale_row(sum, v_dim, total.merge(sink).ours);
+      }
+      const Vec norm(total.finish());
+      T* output = (T*)a.output + out * v_dim;
+      for (int c = 0; c < v_dim; c += Vec::kWidth) (Vec::load(sum + c) * norm).store(output + c);
+      a.logsumexp[out] = total.logsumexp();
+    }
+  }
+};
+
+inline bool decode_attention(const KvquantAttention& a, KeyMethod keys, ValueMethod values) {
+  if (a.dtype == kFloat32) return DecodeAttention<float>(a, keys, values).run();
+  if (a.dtype == kFloat16) return DecodeAttention<Half>(a, keys, values).run();
+  return DecodeAttention<BFloat16>(a, keys, values).run();
+}
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

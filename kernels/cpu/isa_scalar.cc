@@ -1,0 +1,15 @@
+// The level in plain C++, for any machine.
+#include "cpu/decode_attention.h"
+#include "cpu/level.h"
+#include "cpu/quantize_append.h"
+
+namespace kvquant {
+
+const Level kScalarLevel = {"scalar",
+                            [](const KvquantAttention& a) {
+                              return decode_attention(a, float_key_method(a.keys, a.dtype),
+                                                      float_value_method(a.values, a.dtype));
+                            },
+                            [](const KvquantAppend& a) { return quantize_append(a); }};
+
+}  // namespace kvquant

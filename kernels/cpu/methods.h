@@ -1,0 +1,79 @@
+// How one side of the cache takes part in attention: a pair of function pointers per stored form,
+// so that the product of key forms and value forms is never instantiated.
+#pragma once
+
+#include "cpu/tile_float.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+struct KeyMethod {
+  // Bytes of what `prepare` makes of the query rows q `[rows, head_dim]`; 0: nothing.
+  size_t (*prepared_bytes)(const Body& keys, int rows);
+  void (*prepare)(const Body& keys, const float* q, int rows, void* prepared);
+  // scores[r][i] = q[r] . keys[first + i] for the bits i of `columns`; other scores are arbitrary
+  // afterwards.
+  void (*score)(const Body& keys, int64_t first, int n, uint64_t columns, const float* q,
+                void* prepared, int rows, float* scores);
+};
+
+struct ValueMethod {
+  // acc[r] += sum of p[r][i] * values[first + i] over the bits i of columns[r], in an order of
+  // channels of its own.
+  void (*accumulate)(const Body& values, int64_t first, int n, const uint64_t* columns,
+                     const float* p, int rows, float* acc);
+  size_t (*acc_floats)(const Body& values);
+  // The sums in the order of channels.
+  void (*finish)(const Body& values, int rows, float* acc);
+};
+
+template <class Codec>
+KeyMethod float_keys() {
+  return {
+      [](const Body&, int) -> size_t { return 0; }, [](const Body&, const float*, int, void*) {},
+      [](const Body& keys, int64_t first, int n, uint64_t columns, const float* q, void*, int rows,
+         float* scores) { score_tile(Codec(keys, first, n), columns, q, rows, scores); }};
+}
+
+template <class Codec>
+ValueMethod float_values() {
+  return {
+      [](const Body& values, int64_t first, int n, const uint64_t* columns, const float* p,
+         int rows, float* acc) { accumulate_tile(Codec(values, first, n), columns, p, rows, acc); },
+      [](const Body& values) -> size_t { return size_t(values.head_dim); },
+      [](const Body&, int, float*) {}};
+}
+
+inline KeyMethod float_key_method(const KvquantSide& side, int64_t dtype) {
+  const bool channel = side.grid == kChannelGrid;
+  switch (side.format) {
+    case kInt8:
+      return channel ? float_keys<ChannelRows<Unsigned8>>() : float_keys<TokenRows<Signed8>>();
+    case kFp8:
+      return channel ? float_keys<ChannelRows<E4M3>>() : float_keys<TokenRows<E4M3>>();
+    case kInt4:
+      return channel ? float_keys<ChannelRows<Nibble>>() : float_keys<TokenRows<Nibble>>();
+    default:
+      return dtype == kFloat32   ? float_keys<DenseRows<float>>()
+             : dtype == kFloat16 ? float_keys<DenseRows<Half>>()
+                                 : float_keys<DenseRows<BFloat16>>();
+  }
+}
+
+inline ValueMethod float_value_method(const KvquantSide& side, int64_t dtype) {
+  switch (side.format) {
+    case kInt8:
+      return float_values<TokenRows<Signed8>>();
+    case kFp8:
+      return float_values<TokenRows<E4M3>>();
+    case kInt4:
+      return float_values<TokenRows<Nibble>>();
+    default:
+      return dtype == kFloat32   ? float_values<DenseRows<float>>()
+             : dtype == kFloat16 ? float_values<DenseRows<Half>>()
+                                 : float_values<DenseRows<BFloat16>>();
+  }
+}
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

@@ -1,0 +1,272 @@
+// Writes new tokens into the storage of keys and values: hf_kvquant/quantization.py's steps, bit
+// for bit.
+//
+//   tasks   per side and head: chunks of kChunk tokens (token grid: quantize; dense: copy; all:
+//   count the non-finite),
+//           and on the channel grid every block that the new tokens complete, its earlier columns
+//           taken from the ring
+//   then    per side and head: the ring, which the blocks have read by now
+#pragma once
+
+#include <atomic>
+#include <cstring>
+
+#include "cpu/codecs.h"
+#include "cpu/rotation.h"
+#include "cpu/thread_pool.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+constexpr int kChunk = 64;
+constexpr int kMaxBlock = 256;
+constexpr int64_t kInlineNumbers = 1 << 17;  // fewer are written faster than a thread wakes
+constexpr uint16_t kHalfNan = 0x7e00;
+
+inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
+
+// Codes 0..15, one per byte, to nibbles.
+inline void pack_nibbles(const uint8_t* codes, int head_dim, uint8_t* row) {
+  for (int c = 0; c < head_dim; c += 32) {
+    const int half = head_dim - c < 32 ? 8 : 16;
+    for (int j = 0; j < half; ++j)
+      row[c / 2 + j] = uint8_t(codes[c + j] | codes[c + half + j] << 4);
+  }
+}
+
+// One group of the token grid; `codes` has one byte per number.
+template <class Format>
+uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
+  constexpr int W = Vec::kWidth;
+  constexpr float kToScale = float(1.0 / double(Format::kReach));
+  Vec absmax(0.0f);
+  uint32_t finite = lowest_lanes();
+  for (int c = 0; c < n; c += W) {
+    Vec v = Vec::load(x + c);
+    finite &= Vec::finite(v);
+    absmax = Vec::max(absmax, Vec::abs(v));
+  }
+  uint16_t scale = kHalfNan;
+  if (finite == lowest_lanes()) {
+    float s = Vec::largest(absmax) * kToScale;
+    scale = to_half(s < kFp16Max ? s : kFp16Max).bits;
+  }
+  const float r = 1.0f / to_float(Half{scale});
+  if (!(r < __builtin_inff())) {  // scale 0 or NaN
+    std::memset(codes, Format::kMidpoint != 0.0f ? 8 : 0, n);
+    return scale;
+  }
+  for (int c = 0; c < n; c += W) {
+    Vec y = Vec::load(x + c) * Vec(r);
+    if (Format::kMidpoint != 0.0f) {
+      y = Vec::min(Vec::max(Vec::round(y + Vec(7.5f)), Vec(0.0f)), Vec(15.0f));
+    } else {
+      if (!Format::kIsFloat) y = Vec::round(y);
+      y = Vec::min(Vec::max(y, Vec(-Format::kReach)), Vec(Format::kReach));
+    }
+    y.store_codes(typename Format::Code{}, codes + c);
+  }
+  return scale;
+}
+
+// One channel block: `count` rows of T at `rows`, kWidth channels from c on; `codes` `[count,
+// head_dim]`.
+template <class Format, class T>
+void quantize_channels(const uint8_t* const* rows, const bool* counted, int count, int c,
+                       int head_dim, uint16_t* scale, uint16_t* zero_point, uint8_t* codes) {
+  const Vec nothing(0.0f), infinity(__builtin_inff()), limit(kFp16Max);
+  const auto load = [&](int t) { return Vec::load((const T*)rows[t] + c); };
+  const auto limited = [&](Vec x) { return Vec::max(Vec::min(x, limit), nothing - limit); };
+  Vec zero = nothing, range;
+  if (Format::kLevels == 0.0f) {  // symmetric
+    Vec absmax = nothing;
+    for (int t = 0; t < count; ++t) {
+      if (!counted[t]) continue;
+      Vec x = load(t);
+      absmax = Vec::where(Vec::finite(x), Vec::max(absmax, Vec::abs(x)), absmax);
+    }
+    range = absmax * Vec(float(1.0 / double(Format::kReach)));
+  } else {
+    Vec low = infinity, high = nothing - infinity;
+    for (int t = 0; t < count; ++t) {
+      if (!counted[t]) continue;
+      Vec x = load(t);
+      uint32_t finite = Vec::finite(x);
+      low = Vec::where(finite, Vec::min(low, x), low);
+      high = Vec::where(finite, Vec::max(high, x), high);
+    }
+    const uint32_t any = Vec::finite(low);
+    // The sum turns -0 into +0: which of the two zeros is smaller is nobody's business.
+    low = Vec::where(any, low, nothing) + nothing;
+    high = Vec::where(any, high, nothing) + nothing;
+    alignas(64) Half halves[Vec::kWidth];
+    limited(low).store(halves);
+    zero = Vec::load(halves);
+    std::memcpy(zero_point + c, halves, sizeof(halves));
+    range = (high - zero) * Vec(float(1.0 / double(Format::kLevels)));
+  }
+  alignas(64) Half halves[Vec::kWidth];
+  limited(range).store(halves);
+  std::memcpy(scale + c, halves, sizeof(halves));
+  const Vec r = Vec(1.0f) / Vec::load(halves);
+  const uint32_t usable = Vec::finite(r);
+  for (int t = 0; t < count; ++t) {
+    Vec x = load(t), y;
+    if (Format::kLevels == 0.0f) {
+      y = Vec::min(Vec::max(x * r, Vec(-Format::kReach)), Vec(Format::kReach));
+    } else {
+      y = Vec::round((x - zero) * r);
+      y = Vec::min(Vec::max(y, nothing), Vec(Format::kLevels));
+    }
+    Vec::where(usable & Vec::not_nan(x), y, nothing)
+        .store_codes(typename Format::Code{}, codes + t * head_dim + c);
+  }
+}
+
+template <class T>
+struct QuantizeAppend {
+  const KvquantAppend& a;
+  const KvquantNewTokens* sides[2];
+  std::atomic<int64_t> nonfinite{0};
+  std::atomic<bool> no_memory{false};
+
+  explicit QuantizeAppend(const KvquantAppend& a) : a(a), sides{&a.keys, &a.values} {}
+
+  static int64_t num_chunks(const KvquantNewTokens& x) { return (x.n + kChunk - 1) / kChunk; }
+  int64_t num_blocks(const KvquantNewTokens& x) const {
+    if (x.side.format == kDense || x.side.grid != kChannelGrid) return 0;
+    return (a.start + x.n) / x.side.group_length - a.start / x.side.group_length;
+  }
+
+  bool run() {
+    const int64_t heads = a.batch * a.num_kv_heads;
+    const int64_t chunks[2] = {num_chunks(a.keys), num_chunks(a.values)};
+    const int64_t per_head[2] = {chunks[0] + num_blocks(a.keys), chunks[1] + num_blocks(a.values)};
+    int64_t numbers = 0;
+    for (const KvquantNewTokens* x : sides) {
+      numbers += heads * x->side.head_dim * (x->n + num_blocks(*x) * x->side.group_length);
+    }
+    const int64_t threads = numbers < kInlineNumbers ? 1 : a.threads;
+
+    auto write = [&](int64_t i) {
+      const int side = i >= heads * per_head[0];
+      if (side) i -= heads * per_head[0];
+      const int64_t head = i / per_head[side], part = i % per_head[side];
+      const int64_t b = head / a.num_kv_heads, h = head % a.num_kv_heads;
+      if (part < chunks[side]) {
+        write_chunk(*sides[side], b, h, part);
+      } else {
+        write_block(*sides[side], b, h,
+                    a.start / sides[side]->side.group_length + part - chunks[side]);
+      }
+    };
+    parallel_for(heads * (per_head[0] + per_head[1]), threads, write);
+    auto ring = [&](int64_t i) {
+      write_ring(*sides[i >= heads], i % heads / a.num_kv_heads, i % heads % a.num_kv_heads);
+    };
+    parallel_for(2 * heads, threads, ring);
+    *a.nonfinite += nonfinite.load();
+    return !no_memory;
+  }
+
+  const uint8_t* new_row(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t t) const {
+    return x.x + b * x.x_stride[0] + h * x.x_stride[1] + (t - a.start) * x.x_stride[2];
+  }
+  static uint8_t* ring_row(const KvquantSide& side, int64_t b, int64_t h, int64_t t) {
+    return side.recent + b * side.recent_stride[0] + h * side.recent_stride[1] +
+           t % side.ring_length * side.head_dim * int64_t(sizeof(T));
+  }
+
+  void write_chunk(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t chunk) {
+    const KvquantSide& side = x.side;
+    const int head_dim = int(side.head_dim);
+    const int64_t first = a.start + chunk * kChunk, end = a.start + x.n;
+    alignas(64) float row[kMaxHeadDim];
+    alignas(64) uint8_t codes[kMaxHeadDim];
+    uint8_t* data = side.data + b * side.data_stride[0] + h * side.data_stride[1];
+    uint16_t* scale = side.scale + (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2;
+    const int64_t bytes = row_bytes(side, a.dtype), groups = num_scales(side);
+    int64_t bad = 0;
+    for (int64_t t = first; t < first + kChunk && t < end; ++t) {
+      const uint8_t* from = new_row(x, b, h, t);
+      uint32_t finite = lowest_lanes();
+      for (int c = 0; c < head_dim; c += Vec::kWidth) {
+        Vec v = Vec::load((const T*)from + c);
+        finite &= Vec::finite(v);
+        v.store(row + c);
+      }
+      bad += finite != lowest_lanes();
+      if (side.format == kDense) {
+        std::memcpy(data + t * bytes, from, bytes);
+      } else if (side.grid == kTokenGrid) {
+        if (side.rotate) rotate(row, head_dim);
+        const int n = int(side.group_length);
+        for (int g = 0; g < groups; ++g) {
+          scale[t * groups + g] =
+              side.format == kInt8  ? quantize_group<Signed8>(row + g * n, n, codes + g * n)
+              : side.format == kFp8 ? quantize_group<E4M3>(row + g * n, n, codes + g * n)
+                                    : quantize_group<Nibble>(row + g * n, n, codes + g * n);
+        }
+        write_codes(side, codes, data + t * bytes);
+      }
+    }
+    if (bad) nonfinite += bad;
+  }
+
+  void write_block(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t block) {
+    const KvquantSide& side = x.side;
+    const int length = int(side.group_length), head_dim = int(side.head_dim);
+    const uint8_t* rows[kMaxBlock];
+    bool counted[kMaxBlock];
+    for (int i = 0; i < length; ++i) {
+      const int64_t t = block * length + i;
+      rows[i] = t < a.start ? ring_row(side, b, h, t) : new_row(x, b, h, t);
+      counted[i] = !(a.padding && t < a.padding_length && a.padding[b * a.padding_stride + t]);
+    }
+    auto* codes = static_cast<uint8_t*>(scratch(kTaskScratch, size_t(length) * head_dim));
+    if (codes == nullptr) {
+      no_memory = true;
+      return;
+    }
+    const int64_t at = (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2 + block * head_dim;
+    uint16_t *scale = side.scale + at, *zero = side.zero_point ? side.zero_point + at : nullptr;
+    for (int c = 0; c < head_dim; c += Vec::kWidth) {
+      if (side.format == kInt8)
+        quantize_channels<Unsigned8, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+      if (side.format == kFp8)
+        quantize_channels<E4M3, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+      if (side.format == kInt4)
+        quantize_channels<Nibble, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+    }
+    const int64_t bytes = row_bytes(side, a.dtype);
+    uint8_t* data =
+        side.data + b * side.data_stride[0] + h * side.data_stride[1] + block * length * bytes;
+    for (int i = 0; i < length; ++i) write_codes(side, codes + i * head_dim, data + i * bytes);
+  }
+
+  static void write_codes(const KvquantSide& side, const uint8_t* codes, uint8_t* row) {
+    if (side.format == kInt4) {
+      pack_nibbles(codes, int(side.head_dim), row);
+    } else {
+      std::memcpy(row, codes, side.head_dim);
+    }
+  }
+
+  void write_ring(const KvquantNewTokens& x, int64_t b, int64_t h) {
+    if (x.side.recent == nullptr) return;
+    const int64_t end = a.start + x.n,
+                  first = end - x.side.ring_length > a.start ? end - x.side.ring_length : a.start;
+    for (int64_t t = first; t < end; ++t) {
+      std::memcpy(ring_row(x.side, b, h, t), new_row(x, b, h, t), x.side.head_dim * sizeof(T));
+    }
+  }
+};
+
+inline bool quantize_append(const KvquantAppend& a) {
+  if (a.dtype == kFloat32) return QuantizeAppend<float>(a).run();
+  if (a.dtype == kFloat16) return QuantizeAppend<Half>(a).run();
+  return QuantizeAppend<BFloat16>(a).run();
+}
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

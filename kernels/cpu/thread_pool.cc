@@ -1,0 +1,169 @@
+// Workers sleep on a condition variable, but first spin for a moment: the layers of a decode step
+// call in quick succession, and a wake-up costs as much as a short layer.
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+namespace kvquant {
+namespace {
+
+constexpr int kMaxWorkers = 255;
+constexpr std::chrono::microseconds kSpin(30);
+
+struct Job {
+  void (*task)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+  int64_t count = 0;
+  std::atomic<int64_t> next{0};
+
+  void run() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+  }
+};
+
+inline void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  sched_yield();
+#endif
+}
+
+class Pool {
+ public:
+  // Held by one caller at a time.
+  std::mutex in_use;
+
+  //   caller    publish job, tickets = helpers | run items .. | tickets = 0 | wait for those who
+  //   joined worker    spin, sleep                 | take a ticket, run items .. , done + 1
+  // A worker that comes too late finds no ticket, so a short job never waits for a wake-up.
+  void run(int64_t threads, Job& job) {
+    int wanted = int(threads - 1 < kMaxWorkers ? threads - 1 : kMaxWorkers);
+    while (num_workers_ < wanted && start_worker()) {
+    }
+    int helpers = wanted < num_workers_ ? wanted : num_workers_;
+    done_.store(0, std::memory_order_relaxed);
+    job_.store(&job, std::memory_order_relaxed);
+    tickets_.store(helpers, std::memory_order_release);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    if (asleep_.load() > 0) wake_.notify_all();
+    job.run();
+    int left = tickets_.exchange(0, std::memory_order_acq_rel);
+    int joined = helpers - (left > 0 ? left : 0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < joined; ++spins) {
+      if (spins < 4096) {
+        pause_briefly();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  bool start_worker() {
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, &Pool::work, this) != 0) return false;
+    pthread_detach(thread);
+    ++num_workers_;
+    return true;
+  }
+
+  static void* work(void* argument) {
+    Pool& pool = *static_cast<Pool*>(argument);
+    for (uint64_t seen = 0;;) {
+      seen = pool.wait_for_change(seen);
+      if (pool.tickets_.fetch_sub(1, std::memory_order_acq_rel) <= 0) continue;
+      pool.job_.load(std::memory_order_relaxed)->run();
+      pool.done_.fetch_add(1, std::memory_order_release);
+    }
+    return nullptr;
+  }
+
+  uint64_t wait_for_change(uint64_t seen) {
+    uint64_t now;
+    auto until = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 32; ++i) {
+        if ((now = epoch_.load(std::memory_order_acquire)) != seen) return now;
+        pause_briefly();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    while ((now = epoch_.load(std::memory_order_acquire)) == seen) wake_.wait(lock);
+    asleep_.fetch_sub(1);
+    return now;
+  }
+
+  int num_workers_ = 0;
+  std::mutex mutex_;  // of sleeping and waking
+  std::condition_variable wake_;
+  std::atomic<int> asleep_{0}, tickets_{0}, done_{0};
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<Job*> job_{nullptr};
+};
+
+std::atomic<Pool*> the_pool{nullptr};
+
+// Threads do not survive a fork: the child leaves the old pool behind and makes its own.
+void forget_pool() { the_pool.store(nullptr); }
+
+Pool* pool() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_pool); });
+  Pool* current = the_pool.load();
+  if (current != nullptr) return current;
+  auto* made = new (std::nothrow) Pool;
+  if (made == nullptr) return nullptr;
+  if (the_pool.compare_exchange_strong(current, made)) return made;
+  delete made;
+  return current;
+}
+
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(memory); }
+};
+thread_local Scratch scratch_of_thread[2];
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t threads, void (*task)(void*, int64_t), void* context) {
+  if (threads > count) threads = count;
+  Pool* shared = threads > 1 ? pool() : nullptr;
+  if (shared == nullptr || !shared->in_use.try_lock()) {
+    for (int64_t i = 0; i < count; ++i) task(context, i);
+    return;
+  }
+  Job job;
+  job.task = task;
+  job.context = context;
+  job.count = count;
+  shared->run(threads, job);
+  shared->in_use.unlock();
+}
+
+void* scratch(ScratchSlot slot, size_t bytes) {
+  Scratch& own = scratch_of_thread[slot];
+  if (own.bytes < bytes) {
+    std::free(own.memory);
+    own.bytes = (bytes + 4095) / 4096 * 4096;
+    own.memory = std::aligned_alloc(64, own.bytes);
+    if (own.memory == nullptr) own.bytes = 0;
+  }
+  return own.memory;
+}
+
+}  // namespace kvquant

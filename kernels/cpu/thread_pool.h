@@ -1,0 +1,27 @@
+// A small pool of threads, and memory that each thread keeps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvquant {
+
+// Calls task(context, i) once for every i < count, on at most `threads` threads (the caller is
+// one), and returns when all are done. Which thread takes which i is not defined: a task's result
+// must depend on i alone. If another call holds the pool, this one runs on the caller's thread.
+void parallel_for(int64_t count, int64_t threads, void (*task)(void* context, int64_t i),
+                  void* context);
+
+template <class F>
+void parallel_for(int64_t count, int64_t threads, F& f) {
+  parallel_for(
+      count, threads, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, &f);
+}
+
+// At least `bytes` bytes, 64-byte aligned, the calling thread's own until its next call with the
+// same slot; null without memory. Slots: one for what a task needs, one for what the caller of
+// parallel_for shares with its tasks.
+enum ScratchSlot { kTaskScratch = 0, kCallScratch = 1 };
+void* scratch(ScratchSlot slot, size_t bytes);
+
+}  // namespace kvquant

@@ -1,0 +1,146 @@
+// Number formats of the stored bytes, and the conversions that define them, one number at a time.
+//
+// hf_kvquant/quantization.py is the definition; this file says the same in C++ for every device. A
+// row is one token of one head, head_dim numbers:
+//
+//   Signed8    head_dim bytes, two's complement -127..127                              int8, token
+//   grid Unsigned8  head_dim bytes, 0..255                                                  int8,
+//   channel grid E4M3       head_dim bytes: sign, 4 bits of exponent (bias 7), 3 of mantissa fp8
+//   Nibble     head_dim / 2 bytes, packed along head_dim in chunks of 32 channels      int4
+//              (the last chunk may be 16): byte j of a chunk of 2h channels holds
+//              channel j in its low and channel h + j in its high nibble
+//
+// Example, head_dim 32, int4, code of channel c = c % 16:  00 11 22 33 44 55 66 77 88 99 aa bb cc
+// dd ee ff Example, head_dim 48, code of channel c = c / 4: 40 40 40 40 51 51 51 51 62 62 62 62 73
+// 73 73 73 | a8 a8 a8 a8 b9 b9 b9 b9
+#pragma once
+
+#include "kvquant/params.h"
+
+#ifdef __CUDACC__
+#define KVQUANT_FN __host__ __device__ inline
+#else
+#define KVQUANT_FN inline
+#endif
+#ifndef KVQUANT_ISA
+#define KVQUANT_ISA portable
+#endif
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+// The stored types of dense numbers; float is the third.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+static_assert(sizeof(Half) == 2 && sizeof(BFloat16) == 2, "dense numbers are 16 bits");
+
+KVQUANT_FN uint32_t bits_of(float x) {
+  union {
+    float f;
+    uint32_t u;
+  } v = {x};
+  return v.u;
+}
+KVQUANT_FN float float_of(uint32_t bits) {
+  union {
+    uint32_t u;
+    float f;
+  } v = {bits};
+  return v.f;
+}
+
+constexpr float kFp16Max = 65504.0f;
+
+KVQUANT_FN float to_float(float x) { return x; }
+KVQUANT_FN float to_float(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+KVQUANT_FN float to_float(Half x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x0400u) return float_of(sign | ((magnitude << 13) + (112u << 23)));
+  float subnormal = float(int32_t(magnitude)) * 5.9604644775390625e-08f;  // 2^-24
+  return sign ? -subnormal : subnormal;
+}
+
+// Rounding half to even, subnormals included, as IEEE hardware does.
+KVQUANT_FN Half to_half(float x) {
+  uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and more
+  if (magnitude < 0x38800000u) {                             // below 2^-14: a multiple of 2^-24
+    uint32_t shifted = bits_of(float_of(magnitude) + 0.5f);  // 0.5 has ulp 2^-24
+    return {uint16_t(sign | (shifted - 0x3f000000u))};
+  }
+  return {uint16_t(sign | (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
+}
+KVQUANT_FN BFloat16 to_bfloat16(float x) {
+  uint32_t bits = bits_of(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(bits >> 16 | 0x40u)};
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+KVQUANT_FN float e4m3_to_float(uint8_t code) {
+  uint32_t exponent = code >> 3 & 15u, mantissa = code & 7u;
+  float magnitude = exponent ? float_of((exponent + 120u) << 23 | mantissa << 20)
+                             : float(int32_t(mantissa)) * 0.001953125f;  // 2^-9
+  return code & 0x80u ? -magnitude : magnitude;
+}
+
+// |x| <= 448, rounding half to even.
+KVQUANT_FN uint8_t float_to_e4m3(float x) {
+  uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+  if (magnitude < 0x3c800000u) {  // below 2^-6: a multiple of 2^-9, the ulp of 2^14
+    return uint8_t(sign | (bits_of(float_of(magnitude) + 16384.0f) - 0x46800000u));
+  }
+  return uint8_t(sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3)));
+}
+
+// Where channel c (a multiple of 8, or the first of 16 in a whole chunk) begins in a row of
+// nibbles.
+struct NibblePlace {
+  int byte;   // channel c + i is in byte `byte + i`, for i < 8 (16 in a whole chunk) ..
+  int shift;  // .. in its low (0) or high (4) nibble
+};
+KVQUANT_FN NibblePlace nibble_place(int c, int head_dim) {
+  int chunk = c / 32 * 32, half = head_dim - chunk < 32 ? 8 : 16, j = c - chunk;
+  return j < half ? NibblePlace{chunk / 2 + j, 0} : NibblePlace{chunk / 2 + j - half, 4};
+}
+
+// A number format. kReach: the largest magnitude of a code on the symmetric grid; kLevels: steps
+// from the smallest to the largest code on the channel grid, 0 where that grid is symmetric too;
+// kMidpoint: what is subtracted from a token-grid code; Code: how one code is written to a byte.
+struct Signed8 {
+  using Code = Signed8;
+  static constexpr float kReach = 127.0f, kLevels = 0.0f, kMidpoint = 0.0f;
+  static constexpr bool kIsFloat = false;
+};
+struct Unsigned8 {
+  using Code = Signed8;
+  static constexpr float kReach = 255.0f, kLevels = 255.0f, kMidpoint = 0.0f;
+  static constexpr bool kIsFloat = false;
+};
+struct E4M3 {
+  using Code = E4M3;
+  static constexpr float kReach = 448.0f, kLevels = 0.0f, kMidpoint = 0.0f;
+  static constexpr bool kIsFloat = true;
+};
+struct Nibble {
+  using Code = Signed8;
+  static constexpr float kReach = 7.5f, kLevels = 15.0f, kMidpoint = 7.5f;
+  static constexpr bool kIsFloat = false;
+};
+
+KVQUANT_FN int dtype_bytes(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+KVQUANT_FN int64_t row_bytes(const KvquantSide& side, int64_t dtype) {
+  if (side.format == kDense) return side.head_dim * dtype_bytes(dtype);
+  return side.format == kInt4 ? side.head_dim / 2 : side.head_dim;
+}
+KVQUANT_FN int64_t num_scales(const KvquantSide& side) {
+  return side.grid == kChannelGrid ? side.head_dim : side.head_dim / side.group_length;
+}
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

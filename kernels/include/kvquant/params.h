@@ -1,0 +1,86 @@
+// The operators' arguments as plain C structs: what crosses the border between a host language and
+// the kernels.
+//
+// Every field is 8 bytes wide, so that a host can fill the structs without knowing about padding.
+// Strides are in bytes; the last axis of every tensor is contiguous, and so are the rows (tokens)
+// of stored codes, scales and dense copies.
+#pragma once
+
+#ifndef __CUDACC_RTC__
+#include <stdint.h>
+#else
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#endif
+
+enum KvquantDtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum KvquantFormat { kInt8 = 0, kFp8 = 1, kInt4 = 2, kDense = 3 };
+enum KvquantGrid { kTokenGrid = 0, kChannelGrid = 1 };
+// How `mask` hides columns: kPaddingMask `[batch, kv_len]`, non-zero integers of `mask_width` bytes
+// attend, causal as well; the others `[batch, num_heads, q_len, kv_len]` are complete, and stride 0
+// repeats an axis.
+enum KvquantMask {
+  kNoMask = 0,
+  kPaddingMask = 1,
+  kBoolMask = 2,
+  kAddFloat32 = 3,
+  kAddFloat16 = 4,
+  kAddBFloat16 = 5
+};
+
+// Keys or values of one layer, as stored: `[batch, num_kv_heads, rows, ..]` each.
+typedef struct KvquantSide {
+  uint8_t* data;         // codes, or numbers of the query's dtype where the format is dense
+  uint16_t* scale;       // FP16: one row per token (token grid) or per block (channel grid)
+  uint16_t* zero_point;  // like scale, or null
+  uint8_t* recent;       // ring of exact copies, column t in slot t % ring_length; or null
+  const uint8_t* sink;   // exact copies of the columns in sink_positions; or null
+  int64_t data_stride[2], scale_stride[2], recent_stride[2], sink_stride[2];  // of batch and head
+  int64_t ring_length;
+  int64_t format, grid;
+  int64_t group_length;  // token grid: channels that share a scale; channel grid: tokens that do
+  int64_t rotate;
+  int64_t head_dim;
+} KvquantSide;
+
+typedef struct KvquantAttention {
+  const uint8_t* query;  // `[batch, num_heads, q_len, head_dim]`
+  uint8_t* output;   // `[batch, num_heads, q_len, values.head_dim]`, contiguous, the query's dtype
+  float* logsumexp;  // `[batch, num_heads, q_len]`, contiguous
+  const uint8_t* mask;
+  const float* s_aux;             // `[num_heads]`, or null
+  const int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
+  int64_t query_stride[3];        // of batch, head and query
+  int64_t mask_stride[4];         // of batch, head, query and column
+  int64_t sink_positions_stride;  // of batch
+  int64_t num_sinks;
+  int64_t mask_kind, mask_width;
+  int64_t dtype;
+  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, recent_length;
+  int64_t isa, threads;
+  double scaling, softcap;
+  KvquantSide keys, values;
+} KvquantAttention;
+
+// New tokens of one side: x `[batch, num_kv_heads, n, head_dim]` for the columns start .. start +
+// n.
+typedef struct KvquantNewTokens {
+  const uint8_t* x;
+  int64_t x_stride[3];  // of batch, head and token
+  int64_t n;
+  KvquantSide side;
+} KvquantNewTokens;
+
+typedef struct KvquantAppend {
+  int64_t* nonfinite;      // raised by the number of token vectors that hold a NaN or infinity
+  const uint8_t* padding;  // bool `[batch, padding_length]`, or null
+  int64_t padding_stride, padding_length;
+  int64_t dtype;
+  int64_t batch, num_kv_heads, start;
+  int64_t isa, threads;
+  KvquantNewTokens keys, values;
+} KvquantAppend;

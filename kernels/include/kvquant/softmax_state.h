@@ -1,0 +1,49 @@
+// The softmax state of one query row: largest score, sum of exponentials, and (kept by the caller)
+// the accumulated values, all relative to the largest score so far. Scores arrive in tiles, parts
+// are merged in any fixed grouping. Source: online softmax, https://arxiv.org/abs/1805.02867; split
+// and merge, https://arxiv.org/abs/2311.01282.
+#pragma once
+
+#ifndef __CUDACC_RTC__
+#include <math.h>
+#endif
+
+#include "kvquant/formats.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+struct SoftmaxState {
+  float max = -__builtin_inff();
+  float sum = 0.0f;
+
+  // What scores are measured from: the largest, or 0 while every column was hidden.
+  KVQUANT_FN float base() const { return max == -__builtin_inff() ? 0.0f : max; }
+
+  // Makes room for scores up to `largest`; returns the factor of everything accumulated so far.
+  KVQUANT_FN float update(float largest) {
+    if (!(largest > max)) return 1.0f;
+    float factor = expf(max - largest);
+    max = largest;
+    sum *= factor;
+    return factor;
+  }
+
+  // Takes in another part; its accumulated values join with `theirs`, what is here is multiplied
+  // with `ours`.
+  struct Factors {
+    float ours, theirs;
+  };
+  KVQUANT_FN Factors merge(const SoftmaxState& other) {
+    float ours = update(other.max), theirs = other.max == max ? 1.0f : expf(other.max - base());
+    sum += theirs * other.sum;
+    return {ours, theirs};
+  }
+
+  // The factor that turns accumulated values into the output; 0 where every column was hidden.
+  KVQUANT_FN float finish() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  KVQUANT_FN float logsumexp() const { return sum == 0.0f ? -__builtin_inff() : max + logf(sum); }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

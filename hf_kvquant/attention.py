@@ -49,11 +49,13 @@ def attend(
         learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     obstacle = _obstacle(module, query, type(value) is type(key), attention_mask, kwargs)
+    if obstacle is None and operator is None and _looks_ahead(attention_mask, query.shape[2]):
+        obstacle = f"a mask that looks ahead in an update of more than {ops.MAX_Q_LEN} tokens"
     if obstacle is not None:
         say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
         key.routes["decode_dequantized"] += 1
         first = key.shape[2] - query.shape[2]
-        key, value = key.dequantize(position=first), value.dequantize(position=first)
+        key, value = (s.dequantize(position=first) if isinstance(s, states_type) else s for s in (key, value))
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     key.routes["decode_fused"] += 1
     scaling = kwargs.get("scaling")
@@ -98,6 +100,14 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) 
         return "is_causal=False"
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     return f"the attention argument {unknown[0]!r}" if unknown else None
+
+
+def _looks_ahead(mask: torch.Tensor | None, q_len: int) -> bool:
+    """Whether a query sees keys of a later part of the update (see `_decode`), as in prefix or image attention."""
+    if mask is None or mask.ndim == 2 or q_len <= ops.MAX_Q_LEN:
+        return False
+    later = mask[:, :, : ops.MAX_Q_LEN, mask.shape[-1] - q_len + ops.MAX_Q_LEN :]
+    return bool((later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min).any())
 
 
 def _rows(mask: torch.Tensor | None, start: int, end: int, length: int) -> torch.Tensor | None:

@@ -129,8 +129,7 @@ class QuantizedCache(DynamicCache):
             if isinstance(layer, QuantizedLayer):
                 report.update(layer.memory_report())
             else:
-                tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-                nbytes = sum(t.nbytes for t in tensors)
+                nbytes = _storage_nbytes(vars(layer))
                 report.update({"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes})
         return dict(report)
 
@@ -183,6 +182,7 @@ class QuantizedLayer(DynamicLayer):
             sides.append(_Side(spec, states, capacity, config.sink_length, config.recent_length))
         self._keys, self._values = sides
         with torch.inference_mode(False):
+            self.padding = None if self.padding is None else self.padding.to(self.device)
             self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
             self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
         self.sinks_complete = config.sink_length == 0
@@ -283,8 +283,11 @@ class QuantizedLayer(DynamicLayer):
                     f"attention_mask: batch {padding.shape[0]} does not fit the cache's {self.sink_positions.shape[0]}"
                 )
             padding = padding.to(self.device)
-            stored = torch.zeros_like(padding[:, : self.length]) if self.padding is None else self.padding
-            padding = torch.cat([stored[:, : self.length], padding[:, stored[:, : self.length].shape[1] :]], dim=1)
+            stored = padding.new_zeros(padding.shape[0], self.length)
+            if self.padding is not None:
+                known = min(self.length, self.padding.shape[1])
+                stored[:, :known] = self.padding[:, :known]
+            padding = torch.cat([stored, padding[:, self.length :]], dim=1)
         with torch.inference_mode(False):
             self.padding = padding.clone() if padding.any() else None
 
@@ -352,16 +355,16 @@ class QuantizedLayer(DynamicLayer):
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
-            for side in (self._keys, self._values):
-                side.apply(lambda x: x.to(device, non_blocking=True))
+            with torch.inference_mode(False):
+                for side in (self._keys, self._values):
+                    side.apply(lambda x: x.to(device, non_blocking=True))
 
-    def memory_report(self) -> dict[str, int]:
-        report = Counter()
-        for side in (self._keys, self._values):
-            report.update(side.memory_report(self.length))
-        extra = [t for t in (self.sink_positions, self.padding, self.nonfinite) if t is not None] if self.is_initialized else []
-        report.update({"dense": sum(t.nbytes for t in extra), "total": sum(t.nbytes for t in extra)})
-        return report
+    def memory_report(self) -> Counter:
+        if not self.is_initialized:
+            return Counter()
+        report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
+        extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.nonfinite) if t is not None)
+        return report + Counter({"dense": extra, "total": extra})
 
 
 class _Side:
@@ -429,9 +432,10 @@ class _Side:
     def refill(self, states: QuantizedStates) -> bool:
         """After a crop: put de-quantized values where the next query reads the ring, but the ring has lost the column."""
         needed = states.dense_from(states.length)
-        if self.recent is None or needed >= min(self.recent_start, states.length):
+        self.recent_start = min(self.recent_start, states.length)
+        if self.recent is None or needed >= self.recent_start:
             return False
-        columns = torch.arange(needed, min(self.recent_start, states.length), device=self.device)
+        columns = torch.arange(needed, self.recent_start, device=self.device)
         self.recent[:, :, columns % self.recent.shape[2]] = states.body(self.dtype)[:, :, columns]
         self.recent_start = needed
         return True
@@ -456,6 +460,19 @@ class _Side:
             dense, codes, body = dense + codes, 0, body - codes
         report = {"codes": codes, "scales": scales, "dense": dense, "slack": body - codes - scales}
         return Counter(report | {"total": sum(report.values()), "dense_equivalent": equivalent})
+
+
+def _storage_nbytes(attributes: dict) -> int:
+    """Bytes of the distinct storages behind the tensors in a layer's attributes, and in their lists and dicts."""
+    storages, pending = {}, list(attributes.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return sum(storages.values())
 
 
 def _tagged(states: torch.Tensor, layer: QuantizedLayer) -> torch.Tensor:

@@ -58,8 +58,6 @@ class KVQuantConfig:
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.layers, Mapping):
-            object.__setattr__(self, "layers", tuple(sorted(self.layers.items())))
         for field, limit in (("sink_length", MAX_SINK_LENGTH), ("recent_length", MAX_RECENT_LENGTH)):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
@@ -67,10 +65,18 @@ class KVQuantConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: {self.backend!r} is not allowed; expected one of {list(BACKENDS)}")
         _check_specs("", self.keys, self.values)
-        for layer_idx, override in self.layers:
+        layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
+        seen = set()
+        for layer_idx, override in layers:
             if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
                 raise ValueError(f"layers: {layer_idx!r} is not a layer index; expected an integer from 0 on")
+            if layer_idx in seen:
+                raise ValueError(f"layers: {layer_idx} is given twice; expected each layer once")
+            if not isinstance(override, LayerOverride):
+                raise ValueError(f"layers.{layer_idx}: {override!r} is not allowed; expected a LayerOverride")
+            seen.add(layer_idx)
             _check_specs(f"layers.{layer_idx}.", override.keys or self.keys, override.values or self.values)
+        object.__setattr__(self, "layers", tuple(sorted(layers, key=lambda layer: layer[0])))
 
     def for_layer(self, layer_idx: int) -> tuple[QuantSpec, QuantSpec]:
         """The specs of keys and of values in one layer."""
@@ -120,12 +126,13 @@ class KVQuantConfig:
             if side not in data:
                 raise ValueError(f"{side}: missing; expected a mapping with at least `format`")
             data[side] = _spec(side, data[side])
-        layers = data.get("layers") or {}
+        layers = {} if data.get("layers") is None else data["layers"]
         if isinstance(layers, tuple):
             layers = dict(layers)
         if not isinstance(layers, Mapping):
             raise ValueError(f"layers: {layers!r} is not allowed; expected a mapping from layer index to overrides")
-        data["layers"] = {_layer_idx(index): _override(index, override) for index, override in layers.items()}
+        # Pairs, not a dict: 1 and "1" would silently become one.
+        data["layers"] = tuple((_layer_idx(index), _override(index, override)) for index, override in layers.items())
         return cls(**data)
 
     @classmethod

@@ -208,7 +208,9 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
         given = _quantized_cache(model_kwargs.get("past_key_values"))
         if given is not None:
-            given.reserve(max_cache_length)
+            # An assistant comes back every few tokens, each time a little longer: its cache grows by itself.
+            if not generation_config.is_assistant:
+                given.reserve(max_cache_length)
             if mask is not None:
                 given.set_padding(mask)
         if not _is_ours(generation_config.cache_implementation) or model_kwargs.get("past_key_values") is not None:

@@ -272,8 +272,9 @@ def _quantize_channels(
         codes = _symmetric_codes(blocks * r, spec.format)
         zero_point = None
     else:
-        low = torch.where(counted, blocks, torch.inf).amin(-2, keepdim=True).masked_fill(empty, 0.0)
-        high = torch.where(counted, blocks, -torch.inf).amax(-2, keepdim=True).masked_fill(empty, 0.0)
+        # The sum turns -0 into +0: which of the two is smaller depends on the order of the search.
+        low = torch.where(counted, blocks, torch.inf).amin(-2, keepdim=True).masked_fill(empty, 0.0) + 0.0
+        high = torch.where(counted, blocks, -torch.inf).amax(-2, keepdim=True).masked_fill(empty, 0.0) + 0.0
         zero_point = low.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
         scale = ((high - zero_point.float()) * step).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
         r = 1 / scale.float()

@@ -30,6 +30,13 @@ def dense_from(position: int, spec: QuantSpec, recent_length: int) -> int:
     return max(start, 0)
 
 
+def _not_a_tensor(what: object) -> str:
+    return (
+        f"{what} was called on the quantized states of a KV cache. Run the model through generate(), or inside "
+        "`with hf_kvquant.attention(model):`, so that attention can read them."
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedStates:
     """Keys or values of one layer, as stored.
@@ -94,10 +101,13 @@ class QuantizedStates:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise TypeError(
-            f"{getattr(func, '__name__', func)} was called on the quantized states of a KV cache. Run the model through "
-            "generate(), or inside `with hf_kvquant.attention(model):`, so that attention can read them."
-        )
+        raise TypeError(_not_a_tensor(getattr(func, "__name__", func)))
+
+    def __getitem__(self, index):
+        raise TypeError(_not_a_tensor("indexing"))
+
+    def __getattr__(self, name: str):
+        raise AttributeError(_not_a_tensor(name))
 
     def shortened(self, length: int) -> QuantizedStates:
         """The same states as of an earlier length (their queries read the same columns)."""

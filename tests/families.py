@@ -1,0 +1,128 @@
+"""Tiny random models of every family that generation is tested with; nothing is downloaded.
+
+    model = families.build("llama")            # float32, sdpa
+    ids = families.prompt(model, batch=2, length=70)
+
+Weights are larger than usual, so that attention decides the logits and a wrong cache shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+
+VOCAB = 96
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "head_dim": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny model is made: the names of its config and model class, and what differs from `COMMON`.
+
+    `num_full`: how many layers a quantized cache stores. `fused`: whether its attention takes the states as they are.
+    """
+
+    config: str
+    model: str
+    options: dict = field(default_factory=dict)
+    num_full: int = 2
+    fused: bool = True
+    without: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "llama": Family("LlamaConfig", "LlamaForCausalLM"),
+    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 128}),
+    "mistral": Family("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "gemma2": Family(
+        "Gemma2Config", "Gemma2ForCausalLM",
+        {"sliding_window": 24, "num_hidden_layers": 4, "query_pre_attn_scalar": 64}, num_full=2,
+    ),
+    "gemma3": Family(
+        "Gemma3TextConfig", "Gemma3ForCausalLM",
+        {"sliding_window": 24, "query_pre_attn_scalar": 64, "num_hidden_layers": 3,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, num_full=1,
+    ),
+    "phi3": Family(
+        "Phi3Config", "Phi3ForCausalLM", {"sliding_window": None, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ),
+    "gpt2": Family("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "gpt_neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", {"num_attention_heads": 2}),
+    "opt": Family("OPTConfig", "OPTForCausalLM", {"ffn_dim": 128, "word_embed_proj_dim": 128, "num_attention_heads": 2}),
+    "gpt_oss": Family(
+        "GptOssConfig", "GptOssForCausalLM",
+        {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 4},
+        num_full=2,
+    ),
+    "t5": Family(
+        "T5Config", "T5ForConditionalGeneration",
+        {"d_model": 128, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+         "decoder_start_token_id": 0, "initializer_factor": 1.0},
+        without=("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"),
+    ),
+}  # fmt: skip
+
+# No attention at all.
+OTHERS = {"mamba": Family("MambaConfig", "MambaForCausalLM", num_full=0, without=("num_attention_heads", "head_dim"))}
+
+# Their attention changes the states before it reads them, or does not go through the registry.
+UNFUSED = {
+    "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}, fused=False),
+    "bloom": Family("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 2}, fused=False),
+    "falcon": Family(
+        "FalconConfig", "FalconForCausalLM",
+        {"num_attention_heads": 2, "num_kv_heads": 1, "new_decoder_architecture": True},
+        fused=False, without=("head_dim",),
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3Config", "DeepseekV3ForCausalLM",
+        {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
+         "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+         "moe_intermediate_size": 32, "first_k_dense_replace": 1}, fused=False, without=("head_dim",),
+    ),
+}  # fmt: skip
+
+
+ALL = FAMILIES | UNFUSED | OTHERS
+
+
+def config(name: str, **options) -> transformers.PreTrainedConfig:
+    family = ALL[name]
+    common = {key: value for key, value in COMMON.items() if key not in family.without}
+    return getattr(transformers, family.config)(**common | family.options | options)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", seed: int = 0, **options):
+    """A model in eval mode, the same one for the same arguments."""
+    family = ALL[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        settings = config(name, **options)
+        settings._attn_implementation = attn
+        model = getattr(transformers, family.model)(settings)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval().to(dtype)
+
+
+def prompt(batch: int = 1, length: int = 70, seed: int = 1) -> torch.Tensor:
+    """Random token ids `[batch, length]` without special tokens."""
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,301 @@
+"""The benchmarks on tiny shapes: they check before they time, refuse when a check fails, and say what they did.
+
+Nothing here asserts a time.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig
+
+from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
+
+EVAL = Path(__file__).parents[1] / "eval"
+SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
+DECODE = ["--lengths", "67,130", *SHAPE, "--prompt", "70", "--rounds", "3"]
+GENERATE = ["--lengths", "70", *SHAPE, "--layers", "2", "--hidden", "32", "--new", "2", "--no-memory"]
+COMMON = {
+    "benchmark",
+    "command",
+    "date",
+    "machine",
+    "versions",
+    "arguments",
+    "backend",
+    "configs",
+    "tolerance",
+    "checks",
+}
+SUMMARY = {"median", "min", "max", "n"}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A benchmark's module by name, imported as a script would import it."""
+    monkeypatch.syspath_prepend(str(EVAL))
+
+    def load(name: str):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return __import__(name)
+
+    return load
+
+
+def run(script: str, arguments: list[str], out: Path) -> tuple[dict, str]:
+    command = [sys.executable, str(EVAL / script), *arguments, "--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text(encoding="utf-8")), done.stdout
+
+
+def check_common(result: dict, text: str) -> None:
+    assert set(result) >= COMMON
+    assert result["checks"]
+    assert all(check["passed"] for check in result["checks"])
+    assert f"{len(result['checks'])} checks passed" in text
+    assert f"backend {result['backend']}" in text
+    assert result["backend"] == ops.choose_backend("auto", "cpu", torch.bfloat16)
+    assert result["machine"]["threads"] == 1
+    assert result["versions"]["torch"] == torch.__version__
+    written = json.dumps(result)
+    for private in (str(Path.home()), str(EVAL.parent), "--out", "/tmp"):
+        assert private not in written, private
+    for name, config in result["configs"].items():
+        assert KVQuantConfig.from_dict(config).to_dict() == json.loads(json.dumps(config), object_hook=_int_keys), name
+
+
+def _int_keys(data: dict) -> dict:
+    return {int(key) if key.isdecimal() else key: value for key, value in data.items()}
+
+
+def test_decode_result(tmp_path):
+    result, text = run("bench_decode.py", DECODE, tmp_path / "decode.json")
+    check_common(result, text)
+    assert set(result["configs"]) >= set(KVQuantConfig.preset_names())
+    rows = {(row["length"], row["name"]): row for row in result["decode"]}
+    names = {"sdpa-bfloat16", "sdpa-bfloat16-gqa", "sdpa-float32", *result["configs"]}
+    assert set(rows) == {(length, name) for length in (67, 130) for name in names}
+    for row in rows.values():
+        assert set(row["ms"]) == SUMMARY
+        assert row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+        assert row["ms"]["n"] == 3
+        read = row["bytes_read"] / row["ms"]["median"] / 1e6
+        assert row["gb_per_s"] == pytest.approx(read)
+        assert row["share_of_plain_read"] == pytest.approx(read / row["plain_read_gb_per_s"])
+    assert {(row["length"], row["name"]) for row in result["append"]} == {
+        (length, name) for length in (67, 130) for name in ("torch.cat", *result["configs"])
+    }
+    assert {row["name"] for row in result["prompt"]} >= {"prefill attention", *result["configs"]}
+    assert [row["length"] for row in result["plain_read"]] == [67, 130]
+    # Two heads, keys and values of 32 int8 codes and one float16 scale.
+    assert rows[130, "int8-plain"]["bytes_read"] == 2 * 2 * 130 * (32 + 2)
+    assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
+
+
+def test_generate_result(tmp_path):
+    result, text = run("bench_generate.py", GENERATE, tmp_path / "generate.json")
+    check_common(result, text)
+    rows = {row["name"]: row for row in result["steps"]}
+    rivals = {"static", "hf-quanto-int4", "hf-hqq-int4", "hf-hqq-int8", "hf-fp8"}
+    skipped = {row["name"]: row["reason"] for row in result["skipped"]}
+    assert set(rows) | set(skipped) == {"dynamic", "dynamic-float32", *rivals, *KVQuantConfig.preset_names()}
+    assert set(skipped) <= rivals
+    assert not set(rows) & set(skipped)
+    for name, why in skipped.items():
+        assert why
+        assert f"skipped {name}" in text
+    for row in rows.values():
+        assert set(row["ms"]) == SUMMARY
+        assert row["ms"]["n"] == 2
+        assert row["faster_than_dynamic"] == pytest.approx(rows["dynamic"]["ms"]["median"] / row["ms"]["median"])
+    # Two layers, keys and values, two heads.
+    assert rows["dynamic"]["cache_bytes"] == 2 * 2 * 2 * 70 * 32 * 2
+    assert rows["dynamic-float32"]["cache_bytes"] == 2 * rows["dynamic"]["cache_bytes"]
+    assert rows["int8-plain"]["cache_bytes"] == rows["int8-plain"]["memory_report"]["total"]
+    done = {check["check"] for check in result["checks"] if check["name"] == "int4"}
+    assert {"every step took the fused route", "memory_report counts every tensor", "logits are finite"} <= done
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process memory is read from /proc")
+def test_process_memory_grows_by_the_cache(bench):
+    generate = bench("bench_generate")
+    shape = ["--heads", "4", "--kv-heads", "4", "--head-dim", "64", "--layers", "2", "--threads", "1"]
+    args = generate.parse(["--length", "8192", *shape, "--presets", "int8-plain"])
+    cache_bytes = 2 * 2 * 4 * 8192 * 64 * 2
+    found = generate.measure_memory(args, 8192, ["dynamic", "dynamic-float32", "int8-plain"])
+    assert found["dynamic"]["cache_mb"] == pytest.approx(cache_bytes / 1e6, rel=0.25)
+    assert found["dynamic-float32"]["cache_mb"] == pytest.approx(2 * cache_bytes / 1e6, rel=0.25)
+    # A step of DynamicCache copies keys of a layer before it drops the old ones.
+    assert found["dynamic"]["step_peak_mb"] >= found["dynamic"]["cache_mb"]
+    assert found["int8-plain"]["cache_mb"] < 0.8 * found["dynamic"]["cache_mb"]
+
+
+def expect_refusal(text: str, out: Path) -> None:
+    """It says so, shows no figures and writes no file."""
+    assert "REFUSED" in text
+    assert "checks passed" not in text
+    assert " ms " not in text
+    assert not out.exists()
+
+
+def _wrong_output(decode_attention):
+    def wrong(*args, **kwargs):
+        output, logsumexp = decode_attention(*args, **kwargs)
+        return output * 1.02, logsumexp
+
+    return wrong
+
+
+def _nan_output(decode_attention):
+    def wrong(*args, **kwargs):
+        output, logsumexp = decode_attention(*args, **kwargs)
+        return output * torch.nan, logsumexp
+
+    return wrong
+
+
+def _wrong_logsumexp(decode_attention):
+    def wrong(*args, **kwargs):
+        output, logsumexp = decode_attention(*args, **kwargs)
+        return output, logsumexp + 0.1
+
+    return wrong
+
+
+@pytest.mark.parametrize("wrong", [_wrong_output, _nan_output, _wrong_logsumexp])
+def test_decode_refuses_wrong_attention(bench, monkeypatch, capsys, tmp_path, wrong):
+    """The reference is what every other backend is compared with: with another reference nothing fits."""
+    monkeypatch.setattr(reference, "decode_attention", wrong(reference.decode_attention))
+    out = tmp_path / "decode.json"
+    assert bench("bench_decode").main([*DECODE, "--presets", "int8", "--backend", "auto", "--out", str(out)]) == 1
+    expect_refusal(capsys.readouterr().out, out)
+
+
+def test_decode_refuses_wrong_operator(bench, monkeypatch, capsys, tmp_path):
+    decode = bench("bench_decode")
+    right = ops.decode_attention
+
+    def wrong(query, keys, values, *args, **kwargs):
+        output, logsumexp = right(query, keys, values, *args, **kwargs)
+        return (output if keys.backend == "reference" else output * 1.02), logsumexp
+
+    monkeypatch.setattr(ops, "decode_attention", wrong)
+    out = tmp_path / "decode.json"
+    assert decode.main([*DECODE, "--presets", "int4-small", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "attention against the reference" in text
+    expect_refusal(text, out)
+
+
+def test_decode_refuses_wrong_bytes(bench, monkeypatch, capsys, tmp_path):
+    decode = bench("bench_decode")
+    right = ops.quantize_append
+
+    def wrong(key, value, keys, values, *args, **kwargs):
+        right(key, value, keys, values, *args, **kwargs)
+        if keys.backend != "reference":
+            values.data[0, 0, kwargs["start"], 0] ^= 1
+
+    monkeypatch.setattr(ops, "quantize_append", wrong)
+    out = tmp_path / "decode.json"
+    assert decode.main([*DECODE, "--presets", "int8", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "appended values" in text
+    expect_refusal(text, out)
+
+
+def test_generate_refuses_wrong_operator(bench, monkeypatch, capsys, tmp_path):
+    """Off by 2 %: no more than int8 loses, so only the comparison with the de-quantized route can tell."""
+    monkeypatch.setattr(ops, "decode_attention", _wrong_output(ops.decode_attention))
+    out = tmp_path / "generate.json"
+    arguments = [*GENERATE, "--presets", "int8", "--out", str(out)]
+    assert bench("bench_generate").main(arguments) == 1
+    text = capsys.readouterr().out
+    assert "fused against the de-quantized" in text
+    expect_refusal(text, out)
+
+
+def test_generate_refuses_a_cache_that_is_not_read_fused(bench, monkeypatch, capsys, tmp_path):
+    generate = bench("bench_generate")
+    fill = generate.fill
+
+    def unlearned(cache, *args, **kwargs):
+        fill(cache, *args, **kwargs)
+        for layer in getattr(cache, "quantized_layers", []):
+            layer.takes_states = False
+
+    monkeypatch.setattr(generate, "fill", unlearned)
+    out = tmp_path / "generate.json"
+    assert generate.main([*GENERATE, "--presets", "int8", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "fused route" in text
+    expect_refusal(text, out)
+
+
+def test_generate_names_the_reason_of_a_rival_that_cannot_run(bench, monkeypatch):
+    import transformers
+
+    def broken(backend, *args, **kwargs):
+        raise ImportError(f"no {backend} in /some/where/site-packages/{backend}.py")
+
+    monkeypatch.setattr(transformers, "QuantizedCache", broken)
+    generate = bench("bench_generate")
+    args = generate.parse([*GENERATE, "--presets", "int8"])
+    found = generate.bench_length(args, 70)
+    reasons = {row["name"]: row["reason"] for row in found["skipped"]}
+    assert reasons["hf-fp8"] == "ImportError: no fp8 in fp8.py"
+    assert {row["name"] for row in found["steps"]} == {"dynamic", "dynamic-float32", "static", "int8"}
+
+
+def test_tensor_bytes_counts_storages_once(bench):
+    """A view of a large storage keeps all of it alive; two views of it are one."""
+    generate = bench("bench_generate")
+    cache = DynamicCache()
+    whole = torch.zeros(2, 1, 1, 10, 16)
+    cache.update(whole[0], whole[1], 0)
+    cache.layers[0].keys, cache.layers[0].values = whole[0, :, :, :5], whole[1, :, :, :5]
+    assert generate.tensor_bytes(cache) == whole.nbytes
+
+
+@pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
+def test_tensor_bytes_of_ours_is_the_memory_report(bench, preset):
+    generate = bench("bench_generate")
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    cache = QuantizedCache(config, preset)
+    for layer_idx in range(2):
+        cache.update(*torch.randn(2, 3, 2, 130, 32), layer_idx)
+    assert generate.tensor_bytes(cache) == cache.memory_report()["total"]
+
+
+def test_bytes_read_of_the_channel_grid_with_windows(bench):
+    """int4 preset at 130 tokens: keys 98 columns in two blocks (recent_length 32) and so on, counted by hand."""
+    decode = bench("bench_decode")
+    keys, values = decode.fill(KVQuantConfig.preset("int4"), *torch.randn(2, 1, 2, 130, 32).bfloat16(), 1, 0)
+    exact = 32 * 32 * 2 + 4 * 32 * 2
+    assert decode.bytes_read(keys) == 2 * (98 * 16 + 2 * (32 + 32) * 2 + exact)
+    assert decode.bytes_read(values) == 2 * (98 * 16 + 98 * 2 + exact)
+
+
+def test_command_and_reasons_carry_no_folders(bench):
+    _bench = bench("_bench")
+    argv = ["--lengths", "1,2", "--presets", "/home/someone/mine.yaml", "--out", "/tmp/x.json", "--rounds", "3"]
+    assert _bench.command("decode", argv) == (
+        "python eval/bench_decode.py --lengths 1,2 --presets mine.yaml --rounds 3"
+    )
+    assert _bench.command("decode", ["--out=/tmp/x.json"]) == "python eval/bench_decode.py"
+    assert _bench.without_paths("see https://a.b/c/d and kv_len/2") == "see https://a.b/c/d and kv_len/2"
+
+
+def test_rounds_are_interleaved_and_bounded(bench):
+    _bench = bench("_bench")
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "AB"}
+    samples = _bench.time_interleaved(tasks, rounds=5, seconds=60, before=lambda: calls.append("-"))
+    assert calls == list("-A-B") * (5 + _bench.WARM_UP_ROUNDS)
+    assert {name: len(s) for name, s in samples.items()} == {"A": 5, "B": 5}
+    samples = _bench.time_interleaved(tasks, rounds=50, seconds=0, before=lambda: None)
+    assert {name: len(s) for name, s in samples.items()} == {"A": _bench.MIN_ROUNDS, "B": _bench.MIN_ROUNDS}

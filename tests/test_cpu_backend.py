@@ -1,0 +1,444 @@
+"""The CPU backend equals the reference: attention within a tolerance, written bytes bit for bit."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from hf_kvquant import reference
+from hf_kvquant.backends import cpu
+from hf_kvquant.quantization import QuantSpec
+from hf_kvquant.states import QuantizedStates
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+LEVELS = cpu.info()["available"]
+
+# Largest error of an output, relative to the largest value, and of a log-sum-exp. FP32: sums in another order.
+# FP16 and BF16: the output is rounded to the query's dtype (2^-11, 2^-9).
+TOLERANCE = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (8e-3, 4e-3)}
+
+KEY_SPECS = {
+    "int8": QuantSpec("int8"),
+    "int8-group16": QuantSpec("int8", group_size=16),
+    "int8-rotated": QuantSpec("int8", group_size=32, rotate=True),
+    "int8-channel": QuantSpec("int8", "channel"),
+    "int8-channel16": QuantSpec("int8", "channel", block_length=16),
+    "fp8": QuantSpec("fp8"),
+    "fp8-rotated": QuantSpec("fp8", rotate=True),
+    "fp8-channel32": QuantSpec("fp8", "channel", block_length=32),
+    "int4": QuantSpec("int4", group_size=32),
+    "int4-rotated": QuantSpec("int4", rotate=True),
+    "int4-channel": QuantSpec("int4", "channel"),
+    "int4-channel256": QuantSpec("int4", "channel", block_length=256),
+    "dense": QuantSpec("dense"),
+}
+VALUE_SPECS = {name: spec for name, spec in KEY_SPECS.items() if not spec.is_channel}
+
+
+def make_states(x, spec, *, recent_length=0, sink_length=0, padding=None, slack=5):
+    """States that hold the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, written by the reference; what is
+    not written is NaN (0xff in bytes)."""
+    batch, heads, kv_len, head_dim = x.shape
+    spec = spec.resolve(head_dim)
+    block = spec.block_length if spec.is_channel else 1
+    capacity = -(-(kv_len + slack) // block) * block
+
+    def fresh(*shape, dtype):
+        raw = torch.full((*shape[:-1], shape[-1] * dtype.itemsize), 0xFF, dtype=torch.uint8)
+        return raw.view(dtype)
+
+    scale = zero_point = None
+    if spec.is_dense:
+        data = fresh(batch, heads, capacity, head_dim, dtype=x.dtype)
+    else:
+        data = fresh(batch, heads, capacity, spec.row_bytes(head_dim), dtype=torch.uint8)
+        rows = capacity // block if spec.is_channel else capacity
+        scale = fresh(batch, heads, rows, spec.num_scales(head_dim), dtype=torch.float16)
+        if spec.has_zero_point:
+            zero_point = fresh(batch, heads, rows, head_dim, dtype=torch.float16)
+    ring_length = max(block, recent_length) + 64
+    has_ring = not spec.is_dense and (spec.is_channel or recent_length > 0)
+    recent = fresh(batch, heads, ring_length, head_dim, dtype=x.dtype) if has_ring else None
+    sink = positions = None
+    if sink_length:
+        start = torch.zeros(batch, dtype=torch.long) if padding is None else padding.sum(-1)
+        positions = start[:, None] + torch.arange(sink_length)
+        positions = torch.where(positions < kv_len, positions, -1).to(torch.int32)
+        sink = fresh(batch, heads, sink_length, head_dim, dtype=x.dtype)
+        for b in range(batch):
+            for s, column in enumerate(positions[b].tolist()):
+                if column >= 0:
+                    sink[b, :, s] = x[b, :, column]
+    states = QuantizedStates(
+        spec, data, scale, zero_point, recent, sink, positions, kv_len, recent_length, head_dim, x.dtype
+    )
+    if kv_len:
+        empty = torch.zeros(())
+        reference.quantize_append(x, x[:, :, :0], states, states, empty, padding, start=0)
+    return states
+
+
+def random_states(generator, batch, heads, kv_len, head_dim, dtype):
+    """Numbers with outlier channels, outlier tokens and a constant offset per channel, as keys of real models have."""
+    x = torch.randn(batch, heads, kv_len, head_dim, generator=generator)
+    x = x * (1 + 6 * (torch.rand(1, heads, 1, head_dim, generator=generator) > 0.95))
+    x = x * (1 + 4 * (torch.rand(batch, heads, kv_len, 1, generator=generator) > 0.98))
+    return (x + torch.randn(1, heads, 1, head_dim, generator=generator)).to(dtype)
+
+
+def problem(
+    k="int8", v="int8", *, seed=0, batch=1, num_kv_heads=2, q_per_kv=2, q_len=1, kv_len=130, head_dim=64,
+    v_head_dim=None, dtype=torch.float32, recent_length=0, sink_length=0, padding=None,
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, num_kv_heads, kv_len)
+    key = random_states(generator, *shape, head_dim, dtype)
+    value = random_states(generator, *shape, v_head_dim or head_dim, dtype)
+    window = dict(recent_length=recent_length, sink_length=sink_length, padding=padding)
+    keys, values = make_states(key, KEY_SPECS[k], **window), make_states(value, VALUE_SPECS[v], **window)
+    # As a projection gives it: [batch, q_len, heads, head_dim] in memory.
+    query = torch.randn(batch, q_len, num_kv_heads * q_per_kv, head_dim, generator=generator).to(dtype)
+    return query.transpose(1, 2), keys, values
+
+
+def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, levels=LEVELS):
+    scaling = query.shape[-1] ** -0.5
+    arguments = (query, keys, values, mask, s_aux)
+    expected, expected_lse = reference.decode_attention(*arguments, scaling=scaling, softcap=softcap)
+    tolerance, lse_tolerance = TOLERANCE[query.dtype]
+    for level in levels:
+        output, lse = cpu.decode_attention(*arguments, scaling=scaling, softcap=softcap, isa=level)
+        assert output.dtype == expected.dtype and output.shape == expected.shape
+        assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
+        largest = max(expected.float().abs().max().item(), 1e-6)
+        error = (output.float() - expected.float()).abs().max().item()
+        assert error <= tolerance * largest, (level, error, largest)
+        torch.testing.assert_close(lse, expected_lse, rtol=lse_tolerance, atol=lse_tolerance, msg=level)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("k", KEY_SPECS)
+def test_key_formats(k, dtype):
+    check(*problem(k, "int8", dtype=dtype, kv_len=300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("v", VALUE_SPECS)
+def test_value_formats(v, dtype):
+    check(*problem("int8-channel", v, dtype=dtype, kv_len=300))
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128, 192, 256, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [("int8", "int8"), ("fp8", "fp8-rotated"), ("int4-rotated", "int4-rotated"), ("int4-channel", "int4-rotated"),
+     ("int8-channel", "dense"), ("dense", "fp8")],
+)  # fmt: skip
+def test_head_dims(k, v, head_dim, dtype):
+    check(*problem(k, v, head_dim=head_dim, kv_len=70, dtype=dtype, q_per_kv=3, num_kv_heads=1))
+
+
+def test_keys_and_values_of_different_head_dim():
+    check(*problem("int8-channel", "int4-rotated", head_dim=192, v_head_dim=128, kv_len=200))
+
+
+@pytest.mark.parametrize("kv_len", [1, 63, 64, 65, 130, 1000, 2500])
+@pytest.mark.parametrize(("k", "v"), [("int8", "int8"), ("int4-channel", "int4-rotated"), ("fp8", "dense")])
+def test_lengths(k, v, kv_len):
+    check(*problem(k, v, kv_len=kv_len, num_kv_heads=1))
+    check(
+        *problem(
+            k, v, kv_len=kv_len, num_kv_heads=1, q_per_kv=4, dtype=torch.bfloat16, recent_length=24, sink_length=4
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("q_per_kv", "q_len"),
+    [
+        (1, 1),
+        (1, 2),
+        (1, 16),
+        (2, 1),
+        (2, 7),
+        (3, 1),
+        (3, 3),
+        (4, 1),
+        (4, 16),
+        (5, 2),
+        (8, 1),
+        (8, 9),
+        (16, 1),
+        (16, 16),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_grouped_queries(q_per_kv, q_len, dtype):
+    check(*problem("int8-channel", "int4", q_per_kv=q_per_kv, q_len=q_len, num_kv_heads=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("kv_len", [17, 64, 71, 525])
+@pytest.mark.parametrize("window", [(0, 0), (1, 0), (32, 4), (100, 1)], ids=lambda w: f"recent{w[0]}-sink{w[1]}")
+@pytest.mark.parametrize(("k", "v"), [("int4-channel", "int4-rotated"), ("fp8-channel32", "fp8"), ("int8", "dense")])
+def test_windows_across_blocks(k, v, window, kv_len):
+    recent_length, sink_length = window
+    dtype = torch.bfloat16 if kv_len % 2 else torch.float32
+    check(
+        *problem(
+            k, v, kv_len=kv_len, q_len=16, q_per_kv=1, num_kv_heads=1, recent_length=recent_length,
+            sink_length=sink_length, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+def left_padding(kv_len, *lengths):
+    return torch.arange(kv_len) < torch.tensor(lengths)[:, None]
+
+
+def test_sink_ring_of_rows_that_have_no_sink_yet():
+    padding = left_padding(66, 0, 64)
+    mask = (~padding).long()
+    check(*problem("int4", "int4", kv_len=66, batch=2, sink_length=4, recent_length=8, padding=padding), mask)
+
+
+@pytest.mark.parametrize("kind", ["int64", "bool", "int32", "float32"])
+def test_padding_mask(kind):
+    kv_len, padding = 200, left_padding(200, 0, 70, 199)
+    arguments = problem("int8-channel", "int8", batch=3, q_len=1, kv_len=kv_len, sink_length=2, padding=padding)
+    check(*arguments, (~padding).to(getattr(torch, kind)))
+    arguments = problem("int8-channel", "int8", batch=3, q_len=4, kv_len=kv_len, padding=padding)
+    check(*arguments, (~padding).to(getattr(torch, kind)))
+    check(*arguments, (~padding).to(getattr(torch, kind))[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 5), (2, 8, 5), (1, 8, 1), (1, 1, 5)], ids=str)
+def test_complete_mask(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    kv_len = 150
+    visible = torch.rand(*shape, kv_len, generator=generator) > 0.3
+    columns = torch.arange(kv_len)
+    visible &= columns <= kv_len - shape[2] + torch.arange(shape[2])[:, None]
+    if dtype == torch.bool:
+        mask = visible
+    else:
+        mask = torch.randn(*shape, kv_len, generator=generator).to(dtype)
+        mask = torch.where(visible, mask, torch.finfo(dtype).min)
+        mask[..., 3] = -torch.inf
+    arguments = dict(batch=2, num_kv_heads=2, q_per_kv=4, q_len=5, kv_len=kv_len)
+    check(*problem("int8", "int4", **arguments), mask)
+    check(*problem("int4-channel", "fp8", **arguments, recent_length=16, dtype=torch.bfloat16), mask)
+
+
+def test_a_strided_mask():
+    mask = torch.rand(1, 1, 2, 300, generator=torch.Generator().manual_seed(2))[..., ::2] > 0.5
+    check(*problem(q_len=2, kv_len=150), mask)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_that_sees_nothing_returns_zeros(level):
+    query, keys, values = problem(batch=2, kv_len=80, dtype=torch.bfloat16)
+    mask = torch.ones(2, 80, dtype=torch.bool)
+    mask[1] = False
+    output, lse = cpu.decode_attention(query, keys, values, mask, scaling=0.1, isa=level)
+    assert output[1].eq(0).all() and lse[1].eq(-torch.inf).all()
+    assert output[0].ne(0).any() and lse[0].isfinite().all()
+    s_aux = torch.arange(4.0)
+    output, lse = cpu.decode_attention(query, keys, values, mask, s_aux, scaling=0.1, isa=level)
+    assert output[1].eq(0).all() and torch.equal(lse[1, :, 0], s_aux)
+
+
+@pytest.mark.parametrize("kv_len", [5, 600])
+def test_softcap_and_learned_sinks(kv_len):
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = problem("int8", "int8", kv_len=kv_len, q_per_kv=4, q_len=2, dtype=dtype)
+        s_aux = torch.linspace(-3, 9, 8).to(dtype)
+        check(*arguments, softcap=7.5)
+        check(*arguments, None, s_aux)
+        check(*arguments, None, s_aux, softcap=20.0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("k", "v"), [("int8", "int8"), ("int4", "fp8"), ("dense", "dense")])
+def test_a_bad_token_is_seen_only_by_the_rows_that_see_it(k, v, level):
+    key = random_states(torch.Generator().manual_seed(3), 2, 1, 100, 64, torch.bfloat16)
+    value = key.flip(-1).contiguous()
+    clean = [make_states(x.clone(), KEY_SPECS[s]) for x, s in ((key, k), (value, v))]
+    value[0, :, 40, 7] = torch.nan
+    bad = [make_states(x, KEY_SPECS[s]) for x, s in ((key, k), (value, v))]
+    query = torch.randn(2, 2, 1, 64, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    mask = torch.ones(2, 2, 1, 100, dtype=torch.bool)
+    mask[0, 1, 0, 40] = False
+    expected, _ = cpu.decode_attention(query, *clean, mask, scaling=0.1, isa=level)
+    output, _ = cpu.decode_attention(query, *bad, mask, scaling=0.1, isa=level)
+    assert output[0, 0].isnan().any()
+    torch.testing.assert_close(output[0, 1], expected[0, 1], rtol=1e-2, atol=1e-2)
+    assert torch.equal(output[1], expected[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("k", "v"), [("int8", "int8"), ("int4-channel", "int4-rotated"), ("fp8", "fp8")])
+def test_threads_and_batch_do_not_change_a_bit(k, v, level):
+    arguments = dict(batch=3, kv_len=1700, q_per_kv=4, dtype=torch.bfloat16, recent_length=20)
+    query, keys, values = problem(k, v, **arguments)
+
+    def run(rows):
+        parts = [
+            QuantizedStates(
+                s.spec, s.data[rows], s.scale[rows], None if s.zero_point is None else s.zero_point[rows],
+                None if s.recent is None else s.recent[rows], None, None, s.length, s.recent_length, s.head_dim,
+                s.dtype,
+            )
+            for s in (keys, values)
+        ]  # fmt: skip
+        return cpu.decode_attention(query[rows], *parts, scaling=0.125, isa=level)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        output, lse = run(slice(None))
+        for n in (2, 3, 8):
+            torch.set_num_threads(n)
+            again = run(slice(None))
+            assert torch.equal(again[0], output) and torch.equal(again[1], lse)
+    finally:
+        torch.set_num_threads(threads)
+    for row in range(3):
+        alone = run(slice(row, row + 1))
+        assert torch.equal(alone[0][0], output[row]) and torch.equal(alone[1][0], lse[row])
+
+
+def test_python_threads_at_once():
+    arguments = problem("int8-channel", "int8", kv_len=4000, q_per_kv=4, dtype=torch.bfloat16)
+    expected = cpu.decode_attention(*arguments, scaling=0.125)[0]
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(cpu.decode_attention(*arguments, scaling=0.125)[0], expected):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork():
+    arguments = problem("int8", "int8", kv_len=4000, q_per_kv=4, dtype=torch.bfloat16)
+    expected = cpu.decode_attention(*arguments, scaling=0.125)[0].view(torch.int16).numpy().tobytes()
+    child = os.fork()
+    if child == 0:
+        same = cpu.decode_attention(*arguments, scaling=0.125)[0].view(torch.int16).numpy().tobytes() == expected
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def same_bytes(a: QuantizedStates, b: QuantizedStates) -> None:
+    for name in ("data", "scale", "zero_point", "recent"):
+        x, y = getattr(a, name), getattr(b, name)
+        if x is not None:
+            x, y = x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)
+            different = (x != y).nonzero()
+            assert not len(different), (name, len(different), different[0].tolist(), x[x != y][:4], y[x != y][:4])
+
+
+def extreme(dtype, head_dim=64, kv_len=150):
+    generator = torch.Generator().manual_seed(5)
+    x = random_states(generator, 2, 2, kv_len, head_dim, torch.float32)
+    x[0, 0, 3] = 0
+    x[0, 0, 4] = -0.0
+    x[0, 0, 5] = 1e-9 * torch.randn(head_dim, generator=generator)
+    x[0, 0, 6, 1] = 3e4
+    x[0, 0, 7] = 0.37
+    x[0, 0, 8] = 2.0**-14 * torch.randn(head_dim, generator=generator)
+    x[0, 1, 10, 2] = torch.nan
+    x[0, 1, 11, 3] = torch.inf
+    x[0, 1, 12, 4] = -torch.inf
+    x[1, 0, :, 0] = 0.1  # constant channels: a zero point above the maximum, a negative or zero scale
+    x[1, 0, :, 1] = -1.7
+    x[1, 0, :, 2] = 0
+    x[1, 0, ::2, 3] = 0
+    x[1, 0, 1::2, 3] = -0.0
+    x[1, 0, :, 4] *= 1e-7
+    x[1, 1, 64:128, 5] = torch.nan
+    if dtype != torch.float16:
+        x[1, 1, 20, 6] = 1e30
+        x[1, 1, 21, 7] = -3e38
+        x[1, 1, 22] = 3e38
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("spec", KEY_SPECS)
+def test_bytes_equal_the_definition(spec, dtype, level):
+    padding = left_padding(150, 0, 30)
+    for head_dim in (64, 96, 80):
+        if head_dim % (KEY_SPECS[spec].group_size or 16):
+            continue
+        x = extreme(dtype, head_dim)
+        # As a projection gives it: [batch, n, heads, head_dim] in memory.
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        expected, states = (make_states(x[:, :, :0], KEY_SPECS[spec], recent_length=8, slack=155) for _ in range(2))
+        count, expected_count = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        reference.quantize_append(x, x[:, :, :0], expected, expected, expected_count, padding, start=0)
+        cpu.quantize_append(x, x[:, :, :0], states, states, count, padding, start=0, isa=level)
+        same_bytes(states, expected)
+        assert count == expected_count > 0
+
+
+@pytest.mark.parametrize("k", ["int8-channel", "int4-channel", "int4-channel256", "int8", "int4-rotated", "dense"])
+def test_chunks_equal_all_at_once(k):
+    x = random_states(torch.Generator().manual_seed(6), 2, 2, 600, 64, torch.bfloat16)
+    padding = left_padding(590, 0, 40)
+    count = torch.zeros((), dtype=torch.int64)
+    specs = (KEY_SPECS[k], KEY_SPECS["int4-rotated"])
+    once, chunked = ([make_states(x[:, :, :0], s, recent_length=8, slack=605) for s in specs] for _ in range(2))
+    cpu.quantize_append(x, x, *once, count, padding, start=0)
+    start = 0
+    for n in (1, 63, 1, 1, 62, 127, 2, 200, 16, 16, 16, 1, 94):
+        part = x[:, :, start : start + n]
+        cpu.quantize_append(part, part, *chunked, count, padding, start=start)
+        start += n
+    assert start == 600
+    for a, b in zip(once, chunked):
+        same_bytes(a, b)
+    assert count == 0
+
+
+def test_a_long_prompt_on_two_threads():
+    x = random_states(torch.Generator().manual_seed(7), 1, 2, 3000, 128, torch.bfloat16)
+    states, expected = (
+        [make_states(x[:, :, :0], KEY_SPECS[s], slack=3000) for s in ("int4-channel", "int4-rotated")]
+        for _ in range(2)
+    )
+    count = torch.zeros((), dtype=torch.int64)
+    cpu.quantize_append(x, x, *states, count, start=0)
+    reference.quantize_append(x, x, *expected, count, start=0)
+    for a, b in zip(states, expected):
+        same_bytes(a, b)
+
+
+def test_refusals_name_the_cause():
+    query, keys, values = problem()
+    with pytest.raises(ValueError, match="dtype: torch.float64"):
+        cpu.decode_attention(query.double(), keys, values, scaling=1.0)
+    with pytest.raises(ValueError, match="mask: dtype torch.int64"):
+        cpu.decode_attention(query, keys, values, torch.ones(1, 1, 1, 130, dtype=torch.long), scaling=1.0)
+    with pytest.raises(ValueError, match="level 'sse9' is unknown"):
+        cpu.decode_attention(query, keys, values, scaling=1.0, isa="sse9")
+    channel = make_states(torch.randn(1, 2, 130, 64), QuantSpec("int8", "channel"))
+    with pytest.raises(ValueError, match="values grid: 'channel'"):
+        cpu.decode_attention(query, keys, channel, scaling=1.0)
+    x = torch.randn(1, 2, 9, 64)
+    with pytest.raises(ValueError, match="key: shape"):
+        cpu.quantize_append(x, x, keys, values, torch.zeros((), dtype=torch.int64), start=130)

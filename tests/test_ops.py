@@ -1,0 +1,295 @@
+"""The two operators as torch sees them (schema, fake, mutation), their clear errors, and who runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_kvquant import QuantSpec, ops, reference
+from hf_kvquant.backends import AUTO, NAMES
+
+PAIRS = {
+    "int8": (QuantSpec("int8"), QuantSpec("int8")),
+    "int4": (QuantSpec("int4", "channel", block_length=16), QuantSpec("int4", group_size=16, rotate=True)),
+    "fp8": (QuantSpec("fp8", "channel", block_length=32), QuantSpec("fp8")),
+    "dense-keys": (QuantSpec("dense"), QuantSpec("int4")),
+}
+by_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+TOLERANCE = {torch.float32: 2e-5}
+
+
+@pytest.fixture
+def setting(outlier, store):
+    """Queries `[2, 4, q_len, 32]` and states of 40 columns with 2 heads."""
+
+    def make(pair=PAIRS["int4"], q_len=2, dtype=torch.float32, backend="reference"):
+        key, value = outlier(2, 2, 40, 32, dtype=dtype), outlier(2, 2, 40, 32, dtype=dtype)
+        options = {"sink_length": 2, "recent_length": 5, "append": reference.quantize_append}
+        keys, values = store(key, value, *pair, backend=backend, **options)
+        return torch.randn(2, 4, q_len, 32, dtype=dtype), keys, values
+
+    return make
+
+
+def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
+    """The operator's arguments, as the schema lists them."""
+    return (
+        query,
+        *(keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink),
+        *(values.data, values.scale, values.zero_point, values.recent, values.sink),
+        *(keys.sink_positions, mask, s_aux, keys.spec.code, values.spec.code, keys.length, keys.recent_length),
+        *(0.2, 0.0, keys.backend),
+    )
+
+
+def append_arguments(key, value, keys, values, padding=None) -> tuple:
+    return (
+        *(key, value, keys.data, keys.scale, keys.zero_point, keys.recent),
+        *(values.data, values.scale, values.zero_point, values.recent),
+        *(torch.zeros((), dtype=torch.int64), padding, keys.spec.code, values.spec.code, keys.length, keys.backend),
+    )
+
+
+class TestSchema:
+    def test_names_and_results(self):
+        attention = torch.ops.kvquant.decode_attention.default._schema
+        append = torch.ops.kvquant.quantize_append.default._schema
+        assert attention.name == "kvquant::decode_attention"
+        assert [str(r.type) for r in attention.returns] == ["Tensor", "Tensor"]
+        assert append.name == "kvquant::quantize_append"
+        assert len(append.returns) == 0
+
+    def test_only_storage_is_written(self):
+        """Appending declares every tensor of the storage, and the counter, as written; attention writes nothing."""
+
+        def written(operator):
+            arguments = operator.default._schema.arguments
+            return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+        assert written(torch.ops.kvquant.decode_attention) == []
+        sides = [f"{side}_{name}" for side in "kv" for name in ("data", "scale", "zero_point", "recent")]
+        assert written(torch.ops.kvquant.quantize_append) == [*sides, "nonfinite"]
+
+    @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+    @by_pair
+    def test_opcheck_attention(self, pair, mask, setting):
+        query, keys, values = setting(pair)
+        masks = {"none": None, "padding": torch.ones(2, 40, dtype=torch.long), "additive": torch.zeros(2, 1, 2, 40)}
+        s_aux = torch.randn(4) if mask == "additive" else None
+        torch.library.opcheck(
+            torch.ops.kvquant.decode_attention.default,
+            attention_arguments(query, keys, values, masks[mask], s_aux),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+    @by_pair
+    def test_opcheck_append(self, pair, setting, outlier):
+        _, keys, values = setting(pair)
+        padding = torch.zeros(2, 50, dtype=torch.bool)
+        torch.library.opcheck(
+            torch.ops.kvquant.quantize_append.default,
+            append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+class TestFake:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("v_format", ["int8", "int4", "fp8", "dense"])
+    def test_attention(self, v_format, dtype):
+        """Shapes without a number computed: values have a head_dim of their own."""
+        rows = {"int8": 48, "int4": 24, "fp8": 48, "dense": 48}
+        with FakeTensorMode():
+            query = torch.empty(2, 6, 3, 64, dtype=dtype)
+            k_data, v_data = (torch.empty(2, 2, 40, row, dtype=torch.uint8) for row in (64, rows[v_format]))
+            if v_format == "dense":
+                v_data = v_data.to(dtype)
+            scale = torch.empty(2, 2, 40, 1, dtype=torch.float16)
+            output, lse = torch.ops.kvquant.decode_attention(
+                query, k_data, scale, None, None, None, v_data, None if v_format == "dense" else scale, None, None,
+                None, None, None, None, "int8:token:64", QuantSpec(v_format).code, 40, 0, 0.2, 0.0, "auto",
+            )  # fmt: skip
+        assert (output.shape, output.dtype) == ((2, 6, 3, 48), dtype)
+        assert (lse.shape, lse.dtype) == ((2, 6, 3), torch.float32)
+        assert output.is_contiguous()
+
+    def test_append(self):
+        with FakeTensorMode():
+            x = torch.empty(2, 2, 1, 64)
+            data, scale = torch.empty(2, 2, 40, 64, dtype=torch.uint8), torch.empty(2, 2, 40, 1, dtype=torch.float16)
+            storage = (data, scale, None, None)
+            code = "int8:token:64"
+            nonfinite = torch.zeros((), dtype=torch.int64)
+            result = torch.ops.kvquant.quantize_append(
+                x, x, *storage, *storage, nonfinite, None, code, code, 39, "auto"
+            )
+        assert result is None
+
+
+class TestCalls:
+    @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+    @by_pair
+    def test_attention_passes_everything_on(self, pair, mask, setting):
+        """Each argument changes the result, so that none may be lost or swapped on the way."""
+        query, keys, values = setting(pair)
+        masks = {"none": None, "padding": torch.rand(2, 40) < 0.5, "additive": torch.randn(2, 4, 2, 40)}
+        arguments = (query, keys, values, masks[mask], torch.randn(4))
+        actual = ops.decode_attention(*arguments, scaling=0.3, softcap=4.0)
+        expected = reference.decode_attention(*arguments, scaling=0.3, softcap=4.0)
+        for a, e in zip(actual, expected):
+            assert torch.equal(a, e)
+
+    @by_pair
+    def test_append_passes_everything_on(self, pair, outlier, store):
+        key, value = outlier(2, 2, 70, 32), outlier(2, 2, 70, 32)
+        key[0, 0, 3, 3] = torch.nan
+        padding = torch.zeros(2, 70, dtype=torch.bool)
+        padding[1, :20] = True
+        results = []
+        for append in (ops.quantize_append, reference.quantize_append):
+            nonfinite = torch.zeros((), dtype=torch.int64)
+            options = {"padding": padding, "chunks": [30, 3, 1, 36], "nonfinite": nonfinite, "recent_length": 9}
+            states = store(key, value, *pair, append=append, **options)
+            tensors = [t for s in states for t in (s.data, s.scale, s.zero_point, s.recent) if t is not None]
+            results.append([t.view(torch.uint8) for t in tensors])
+            assert nonfinite.item() == 1
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_auto_equals_the_reference(self, setting):
+        """Whichever backend `auto` picks here."""
+        query, keys, values = setting(backend="auto")
+        tolerance = TOLERANCE[torch.float32]
+        for q in (query, query[:, :, :1]):
+            actual = ops.decode_attention(q, keys, values, scaling=0.2)
+            expected = reference.decode_attention(q, keys, values, scaling=0.2)
+            for a, e in zip(actual, expected):
+                torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+class TestClearErrors:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda q, k, v: (q[..., :16], k, v), ["query head_dim", "16", "expected 32"]),
+            (lambda q, k, v: (q.half(), k, v), ["query dtype", "torch.float16", "expected torch.float32"]),
+            (lambda q, k, v: (q[:1], k, v), ["query batch", "1", "expected 2"]),
+            (lambda q, k, v: (q[:, :3], k, v), ["num_heads", "3", "a multiple of num_kv_heads 2"]),
+            (lambda q, k, v: (q[:, :, :0], k, v), ["q_len", "0", "expected 1 to 16"]),
+            (lambda q, k, v: (q.repeat(1, 1, 17, 1), k, v), ["q_len", "34", "expected 1 to 16"]),
+            (lambda q, k, v: (q, k.shortened(1), v.shortened(1)), ["q_len", "2", "expected 1 to 1"]),
+            (lambda q, k, v: (q, k, v.shortened(39)), ["values length", "39", "expected 40"]),
+        ],
+        ids=["head_dim", "dtype", "batch", "num_heads", "q_len 0", "q_len 34", "q_len beyond kv_len", "values length"],
+    )
+    def test_queries_and_states(self, change, words, setting):
+        query, keys, values = change(*setting())
+        with pytest.raises(ValueError) as error:
+            ops.decode_attention(query, keys, values, scaling=0.2)
+        assert all(word in str(error.value) for word in words), str(error.value)
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ((2, 39), r"\(2, 40\)"),
+            ((3, 40), r"\(2, 40\)"),
+            ((40,), r"\(2, 4, 2, 40\)"),
+            ((2, 1, 40), r"\(2, 4, 2, 40\)"),
+            ((2, 1, 2, 41), r"\(2, 4, 2, 40\)"),
+            ((2, 1, 2, 1), r"\(2, 4, 2, 40\)"),
+            ((2, 1, 3, 40), r"\(2, 4, 2, 40\)"),
+            ((2, 2, 2, 40), r"\(2, 4, 2, 40\)"),
+            ((3, 1, 1, 40), r"\(2, 4, 2, 40\)"),
+        ],
+        ids=str,
+    )
+    def test_mask(self, shape, expected, setting):
+        with pytest.raises(ValueError, match=rf"mask: shape .*{', '.join(map(str, shape))}.*expected {expected}"):
+            ops.decode_attention(*setting(), torch.ones(shape), scaling=0.2)
+
+    @pytest.mark.parametrize("shape", [(1, 40), (2, 40), (1, 1, 1, 40), (1, 4, 2, 40), (2, 1, 2, 40), (2, 4, 1, 40)])
+    def test_masks_that_broadcast(self, shape, setting):
+        query, keys, values = setting()
+        mask = torch.rand(shape) < 0.5
+        output, _ = ops.decode_attention(query, keys, values, mask, scaling=0.2)
+        full = (2, 40) if mask.ndim == 2 else (2, 4, 2, 40)
+        expected, _ = reference.decode_attention(query, keys, values, mask.expand(full), scaling=0.2)
+        assert torch.equal(output, expected)
+
+    @pytest.mark.parametrize("shape", [(3,), (1,), (4, 1)], ids=str)
+    def test_s_aux(self, shape, setting):
+        with pytest.raises(ValueError, match=r"s_aux: shape .* expected \(4,\)"):
+            ops.decode_attention(*setting(), None, torch.zeros(shape), scaling=0.2)
+
+
+class TestBackends:
+    def test_status(self):
+        """None, or a reason in words."""
+        assert ops.backend_status("reference") is None
+        for name in NAMES:
+            status = ops.backend_status(name)
+            assert status is None or len(status) > 10, (name, status)
+
+    def test_status_of_an_unknown_name(self):
+        with pytest.raises(ValueError) as error:
+            ops.backend_status("gpu")
+        assert all(word in str(error.value) for word in ("backend", "'gpu'", AUTO, *NAMES))
+
+    def test_an_unknown_backend(self):
+        with pytest.raises(ValueError, match="backend: 'gpu' is unknown; expected one of"):
+            ops.choose_backend("gpu", "cpu", torch.float32)
+
+    def test_auto_picks_the_devices_own(self):
+        for device in ("cpu", "cuda"):
+            best = device if ops.backend_status(device) is None else "reference"
+            assert ops.choose_backend(AUTO, device, torch.float32) == best
+            assert ops.choose_backend(AUTO, device, torch.bfloat16) == best
+
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_auto_picks_a_compiled_backend_where_it_runs(self, runs, monkeypatch):
+        monkeypatch.setattr(ops, "backend_status", lambda name: None if runs else "no compiler")
+        choose = ops.choose_backend.__wrapped__
+        assert choose(AUTO, "cuda", torch.float16) == ("cuda" if runs else "reference")
+        assert choose(AUTO, "cpu", torch.float32) == ("cpu" if runs else "reference")
+
+    @pytest.mark.parametrize(
+        ("device", "dtype"), [("cpu", torch.float64), ("meta", torch.float32), ("mps", torch.float32)]
+    )
+    def test_auto_picks_the_reference_elsewhere(self, device, dtype):
+        assert ops.choose_backend(AUTO, device, dtype) == "reference"
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+    def test_the_reference_runs_anywhere(self, device):
+        assert ops.choose_backend("reference", device, torch.float64) == "reference"
+
+    @pytest.mark.parametrize(
+        ("name", "device", "dtype", "reason"),
+        [
+            ("cpu", "cuda", torch.float32, "device type 'cuda'"),
+            ("cuda", "cpu", torch.float32, "device type 'cpu'"),
+            ("cpu", "meta", torch.float32, "device type 'meta'"),
+            ("cpu", "cpu", torch.float64, "float64 states need backend 'reference'"),
+        ],
+    )
+    def test_a_backend_that_runs_but_not_for_these_states(self, name, device, dtype, reason, monkeypatch):
+        monkeypatch.setattr(ops, "backend_status", lambda name: None)
+        with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: .*{reason}"):
+            ops.choose_backend.__wrapped__(name, device, dtype)
+
+    def test_a_backend_that_cannot_run_says_why(self, monkeypatch):
+        monkeypatch.setattr(ops, "backend_status", lambda name: "no compiler was found")
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: no compiler was found"):
+            ops.choose_backend.__wrapped__("cuda", "cuda", torch.float32)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+    def test_no_silent_fallback(self, setting):
+        """States that ask for a backend which cannot run raise in the operator; they are not served by another one."""
+        query, keys, values = setting()
+        keys, values = (dataclasses.replace(s, backend="cuda") for s in (keys, values))
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):
+            ops.decode_attention(query, keys, values, scaling=0.2)
+        x = torch.zeros(2, 2, 1, 32)
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):
+            ops.quantize_append(x, x, keys, values, torch.zeros((), dtype=torch.int64), start=40)

@@ -1,8 +1,8 @@
 """What each choice behind the int4 presets costs: KL divergence to the dense cache against bits per element.
 
-Scores the same windows of text decode-faithfully with one field of a preset changed at a time (block length, group size,
-rotation, sink and recent lengths, grids), and prints and saves the mean KL divergence. The presets in configs/ are chosen
-from this table; bits are of the body at the model's head_dim, windows cost a constant on top.
+Scores the same windows of text decode-faithfully with one field of a preset changed at a time (block length, group
+size, rotation, sink and recent lengths, grids), and prints and saves the mean KL divergence. The presets in configs/
+are chosen from this table; bits are of the body at the model's head_dim, windows cost a constant on top.
 
     python eval/tune_presets.py --model hf_kvquant/models/stdlib-nano --text FILE --out eval/results/presets/NAME.json
 """

@@ -69,7 +69,9 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _decode(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, mask, s_aux, **options) -> torch.Tensor:
+def _decode(
+    query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, mask, s_aux, **options
+) -> torch.Tensor:
     """`ops.decode_attention` for any q_len, in parts of at most `ops.MAX_Q_LEN` queries."""
     q_len, outputs = query.shape[2], []
     for start in range(0, q_len, ops.MAX_Q_LEN):

@@ -102,7 +102,9 @@ class QuantizedCache(DynamicCache):
             ValueError: the mask is not 2-D or its batch differs from the cache's.
         """
         if attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not allowed; expected [batch, kv_len]")
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)} is not allowed; expected [batch, kv_len]"
+            )
         for layer in self.quantized_layers:
             layer.set_padding(attention_mask == 0)
 
@@ -174,7 +176,9 @@ class QuantizedLayer(DynamicLayer):
             capacity = max(_FIRST_CAPACITY, key_states.shape[2])
         config = self.kv_config
         sides = []
-        for name, spec, states in zip(("keys", "values"), config.for_layer(self.layer_idx), (key_states, value_states)):
+        for name, spec, states in zip(
+            ("keys", "values"), config.for_layer(self.layer_idx), (key_states, value_states)
+        ):
             try:
                 spec = spec.resolve(states.shape[-1])
             except ValueError as error:
@@ -212,7 +216,10 @@ class QuantizedLayer(DynamicLayer):
         return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        for name, states, side in (("key_states", key_states, self._keys), ("value_states", value_states, self._values)):
+        for name, states, side in (
+            ("key_states", key_states, self._keys),
+            ("value_states", value_states, self._values),
+        ):
             batch, heads, _, head_dim = states.shape
             if (batch, heads, head_dim) != side.shape or states.dtype != self.dtype:
                 raise ValueError(
@@ -263,8 +270,8 @@ class QuantizedLayer(DynamicLayer):
     def _say_dequantized(self) -> None:
         if self.takes_states is None:
             say_once(
-                f"Layer {self.layer_idx}: attention does not take the cached states as they are, so each step de-quantizes "
-                "them (slower, same values)."
+                "This model's attention does not take the cached states as they are, so each step de-quantizes them (slower, "
+                "same values)."
             )
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
@@ -313,7 +320,9 @@ class QuantizedLayer(DynamicLayer):
         lost = [side.refill(self._states(side)) for side in (self._keys, self._values)]
         if any(lost):
             self.routes["window_lost"] += 1
-            say_once(f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones.")
+            say_once(
+                f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones."
+            )
         if self.sink_positions.shape[1]:
             self.sink_positions[self.sink_positions >= length] = -1
             self.sinks_complete = bool((self.sink_positions >= 0).all())
@@ -454,7 +463,9 @@ class _Side:
         rows = length // self.spec.block_length if self.spec.is_channel else length
         columns = rows * self.spec.block_length if self.spec.is_channel else length
         codes = heads * columns * self.data.shape[-1] * self.data.element_size()
-        scales = sum(heads * rows * t.shape[-1] * t.element_size() for t in (self.scale, self.zero_point) if t is not None)
+        scales = sum(
+            heads * rows * t.shape[-1] * t.element_size() for t in (self.scale, self.zero_point) if t is not None
+        )
         equivalent = heads * length * self.head_dim * self.dtype.itemsize
         if self.spec.is_dense:
             dense, codes, body = dense + codes, 0, body - codes

@@ -115,7 +115,9 @@ def _attention_configs(model: PreTrainedModel) -> list:
 def _register(name: str, base: str, attend: Callable) -> None:
     """Attention and mask functions for `<name>|<base>`; without the mask a left-padded batch would be silently wrong."""
     if "|" in base:
-        raise ValueError(f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one")
+        raise ValueError(
+            f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"
+        )
     registered = f"{name}|{base}"
     if registered in AttentionInterface._global_mapping:
         return
@@ -134,7 +136,9 @@ def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
 def _attention_function(module_class: type, base: str) -> Callable:
     forward = inspect.unwrap(module_class.forward)
     names = forward.__globals__
-    eager = next((names[n] for n in forward.__code__.co_names if n.endswith("eager_attention_forward") and n in names), None)
+    eager = next(
+        (names[n] for n in forward.__code__.co_names if n.endswith("eager_attention_forward") and n in names), None
+    )
     function = names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface()).get_interface(base, eager)
     if function is None:
         raise ValueError(f"attn_implementation: {module_class.__name__} has no attention function for {base!r}")
@@ -230,10 +234,14 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, mask: tor
     if generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
     if not model._supports_default_dynamic_cache():
-        raise ValueError(f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects")
+        raise ValueError(
+            f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
+        )
     if name == NAME:
         if config is None:
-            raise ValueError(f"cache_config: missing; cache_implementation={NAME!r} needs a YAML path, dict or KVQuantConfig")
+            raise ValueError(
+                f"cache_config: missing; cache_implementation={NAME!r} needs a YAML path, dict or KVQuantConfig"
+            )
     elif config is not None:
         raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
     else:
@@ -246,7 +254,9 @@ def _wrap_continuous_batching(init: Callable) -> Callable:
     def wrapper(self, generation_config=None, *args, **kwargs):
         name = _requested(self, generation_config, {})
         if _is_ours(name):
-            raise ValueError(f"cache_implementation: {name!r} cannot act in continuous batching, which has its own paged cache")
+            raise ValueError(
+                f"cache_implementation: {name!r} cannot act in continuous batching, which has its own paged cache"
+            )
         return init(self, generation_config, *args, **kwargs)
 
     return wrapper

@@ -1,7 +1,7 @@
 """The two operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
 
-This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA graphs
-see every storage that is read or written; the two functions at the bottom are how Python calls them.
+This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA
+graphs see every storage that is read or written; the two functions at the bottom are how Python calls them.
 """
 
 from __future__ import annotations

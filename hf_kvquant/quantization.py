@@ -1,13 +1,14 @@
 """Formats, and the definition of the stored bytes, in plain PyTorch.
 
 A `QuantSpec` says how one side of the cache (keys or values) is stored; `quantize(x, spec)` gives a `QuantizedTensor`,
-and its `dequantize()` the lossy copy. This file is the *definition*: every compiled backend writes the same bytes, bit for
-bit, so all steps are float32 with one IEEE rounding each, and products stand where a library might divide.
+and its `dequantize()` the lossy copy. This file is the *definition*: every compiled backend writes the same bytes, bit
+for bit, so all steps are float32 with one IEEE rounding each, and products stand where a library might divide.
 
-Two grids. On the **token grid** a token's vector of one head is quantized on its own, in groups along head_dim with one
-FP16 scale each: bytes never depend on other tokens. On the **channel grid** (keys) `block_length` consecutive tokens of one
-head share, per channel, an FP16 scale and zero point: keys of trained models differ far more between channels than
-between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant, https://arxiv.org/abs/2401.18079).
+Two grids. On the **token grid** a token's vector of one head is quantized on its own, in groups along head_dim with
+one FP16 scale each: bytes never depend on other tokens. On the **channel grid** (keys) `block_length` consecutive
+tokens of one head share, per channel, an FP16 scale and zero point: keys of trained models differ far more between
+channels than between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant,
+https://arxiv.org/abs/2401.18079).
 
 Layout of the bytes, row-major, one row per token of a head:
 

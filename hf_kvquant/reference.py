@@ -73,8 +73,8 @@ def decode_attention(
 def mask_rows(
     mask: torch.Tensor | None, start: int, end: int, q_len: int, kv_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the queries `start .. end` of `q_len`: hidden columns, bool, and what is added to the scores, in `dtype`, both
-    broadcastable to `[batch, num_heads, end - start, kv_len]`."""
+    """For the queries `start .. end` of `q_len`: hidden columns, bool, and what is added to the scores, in `dtype`,
+    both broadcastable to `[batch, num_heads, end - start, kv_len]`."""
     no_bias = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
     if mask is None or mask.ndim == 2:
         position = torch.arange(start, end, device=device)[:, None] + kv_len - q_len

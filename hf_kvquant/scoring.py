@@ -1,7 +1,8 @@
 """Decode-faithful scoring: the logits of real decode through a quantized cache, in one parallel pass.
 
-Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured that
-way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key and value
+Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured
+that way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key
+and value
 as decode would: which columns are exact depends only on the query's position (see `states`), so no loop over tokens is
 needed.
 """
@@ -121,7 +122,9 @@ class ScoredStates:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise ValueError(f"score: {getattr(func, '__name__', func)} changes the cached states before attention; {_REFUSED}")
+        raise ValueError(
+            f"score: {getattr(func, '__name__', func)} changes the cached states before attention; {_REFUSED}"
+        )
 
     def __getattr__(self, name: str):
         raise AttributeError(f"score: .{name} of the cached states is asked for before attention; {_REFUSED}")
@@ -200,7 +203,9 @@ class _ScoringLayer(DynamicLayer):
 class _ScoringCache(DynamicCache):
     """The layers of a `QuantizedCache`, those that it quantizes replaced by `_ScoringLayer`."""
 
-    def __init__(self, model: PreTrainedModel, config: KVQuantConfig, contexts: torch.Tensor, padding: torch.Tensor | None):
+    def __init__(
+        self, model: PreTrainedModel, config: KVQuantConfig, contexts: torch.Tensor, padding: torch.Tensor | None
+    ):
         layers = QuantizedCache(model.config, config).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):

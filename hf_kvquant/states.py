@@ -1,7 +1,7 @@
 """`QuantizedStates`: what `cache.update()` returns when attention shall read the cache as stored.
 
-A frozen value of views, one for keys and one for values; making one copies nothing. It knows which columns a query reads
-from exact (dense) copies instead of the quantized body:
+A frozen value of views, one for keys and one for values; making one copies nothing. It knows which columns a query
+reads from exact (dense) copies instead of the quantized body:
 
     query i reads column t dense  iff  t is one of the row's first `sink_length` unpadded tokens,
                                   or   i - t < recent_length,

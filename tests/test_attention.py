@@ -88,7 +88,13 @@ def test_tensors_go_to_dense_attention():
 def test_states_go_to_the_operator(store, q_len, mask):
     query, keys, values = inputs(store, q_len)
     mask = masks(q_len)[mask]
-    options = {"dropout": 0.0, "is_causal": True, "output_attentions": False, "position_ids": torch.zeros(1), "labels": None}
+    options = {
+        "dropout": 0.0,
+        "is_causal": True,
+        "output_attentions": False,
+        "position_ids": torch.zeros(1),
+        "labels": None,
+    }
     output, weights = attend(None, query, keys, values, mask, dense_attention=forbidden, scaling=SCALING, **options)
     expected, _ = reference.decode_attention(query, keys, values, mask, scaling=SCALING)
     assert weights is None
@@ -136,7 +142,10 @@ def test_obstacles_are_dequantized_counted_and_said_once(store, q_len, given, re
 
     with pytest.warns(UserWarning, match=f"de-quantized copies of the KV cache, because of {reason}") as said:
         for _ in range(3):
-            assert attend(module, query, keys, values, mask, dense_attention=dense, **arguments) == ("output", "weights")
+            assert attend(module, query, keys, values, mask, dense_attention=dense, **arguments) == (
+                "output",
+                "weights",
+            )
     assert len(said) == 1
     assert dict(keys.routes) == {"decode_dequantized": 3}
     (got_module, got_query, got_key, got_value, got_mask), kwargs = seen[0]
@@ -172,7 +181,16 @@ def test_values_that_the_model_changed_are_an_obstacle(store):
 @pytest.mark.parametrize("mask", [None, "padding"])
 def test_single_queries_need_no_causality(store, mask):
     query, keys, values = inputs(store, 1)
-    attend(None, query, keys, values, masks(1)[mask or "none"], dense_attention=forbidden, scaling=SCALING, is_causal=False)
+    attend(
+        None,
+        query,
+        keys,
+        values,
+        masks(1)[mask or "none"],
+        dense_attention=forbidden,
+        scaling=SCALING,
+        is_causal=False,
+    )
     assert dict(keys.routes) == {"decode_fused": 1}
 
 

@@ -24,7 +24,7 @@ from hf_kvquant.quantization import unpack
 PRESETS = ("int8", "fp8", "int4", "int4-small")
 TOKEN_GRIDS = ("int8-plain", "fp8", "int4-small")
 # Distance of logits to those of the dense cache, root mean square over logits, as a share of the logits' own spread.
-TOLERANCE = {"int8": 0.05, "int8-plain": 0.05, "fp8": 0.12, "int4": 0.25, "int4-small": 0.5}
+TOLERANCE = {"int8": 0.03, "int8-plain": 0.03, "fp8": 0.12, "int4": 0.3, "int4-small": 0.45}
 # Fused and de-quantized attention differ by rounding only; for half precision, by that of a model's worth of layers.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 STEPS = 10
@@ -44,13 +44,16 @@ every_family_and_base = pytest.mark.parametrize(
 
 @functools.lru_cache(maxsize=None)
 def build(name: str, dtype: torch.dtype = torch.float32, attn: str | None = None):
-    return families.build(name, dtype, attn or bases(name)[0])
+    # transformers' grouped matrix product of experts has no float64.
+    options = {"experts_implementation": "eager"} if (name, dtype) == ("gpt_oss", torch.float64) else {}
+    return families.build(name, dtype, attn or bases(name)[0], **options)
 
 
 def generate(model, ids: torch.Tensor, **kwargs):
     """Greedy generation; T5 gets the prompt as its decoder's, so that its cache has something to read."""
     if model.config.is_encoder_decoder:
-        kwargs = {"decoder_input_ids": ids} | kwargs
+        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+        kwargs = {"decoder_input_ids": torch.cat([start, ids[:, 1:]], 1)} | kwargs
         ids = families.prompt(ids.shape[0], 30, seed=3)
     options = {"do_sample": False, "max_new_tokens": STEPS + 1, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
@@ -168,7 +171,7 @@ def test_half_precision(name, dtype, preset):
     ids = families.prompt(1, 70)
     out = generate(model, ids, cache_implementation=f"kvquant-{preset}")
     cache, layers = own(out.past_key_values), families.FAMILIES[name].num_full
-    assert cache.layers[-1].dtype == dtype if name != "gemma2" else True
+    assert all(layer.dtype == dtype for layer in cache.quantized_layers)
     assert {r: n for r, n in cache.routes.items() if n} == {"prefill_dense": layers, "decode_fused": layers * STEPS}
     fused = Runner(model, QuantizedCache(model.config, preset))
     with hf_kvquant.attention(model):
@@ -225,13 +228,15 @@ class Say:
 @pytest.mark.parametrize("preset", TOKEN_GRIDS)
 def test_left_padding_changes_nothing(name, preset):
     """Token grids: a row's bytes do not depend on its neighbours."""
-    model = build(name, torch.float64)
+    # Gemma 2 has eager attention only, which makes NaN of padded rows in float64, with a dense cache too.
+    dtype, tolerance = (torch.float32, 5e-3) if name == "gemma2" else (torch.float64, 1e-5)
+    model = build(name, dtype)
     ids, mask = padded(name)
     forced = families.prompt(3, STEPS + 1, seed=12)
     choice = {"cache_implementation": f"kvquant-{preset}"}
     batch = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)], **choice)
     alone, _ = rows_alone(model, ids, mask, forced=forced, **choice)
-    torch.testing.assert_close(torch.stack(batch.logits, 1), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.stack(batch.logits, 1), alone, rtol=0, atol=tolerance)
     assert batch.past_key_values.routes["decode_fused"] == families.FAMILIES[name].num_full * STEPS
 
 

@@ -247,7 +247,7 @@ def test_the_choice_may_stand_in_either_generation_config(model):
     assert type(generate(model, cache_implementation="dynamic").past_key_values) is DynamicCache
 
 
-def test_names_that_cannot_act_raise(model):
+def test_names_that_cannot_act_raise(model, monkeypatch):
     def refused(match, model=model, **kwargs):
         with pytest.raises(ValueError, match=match):
             generate(model, **kwargs)
@@ -264,8 +264,11 @@ def test_names_that_cannot_act_raise(model):
     sliding = families.build("mistral", sliding_window=16)
     refused("none of the 2 layers has full attention", sliding, cache_implementation="kvquant-int4")
     mamba = families.build("mamba", attn="eager")
-    refused("MambaForCausalLM does not support Cache objects", mamba, cache_implementation="kvquant-int4")
-    wide = families.build("phi3", hidden_size=48)
+    refused("mamba: none of the 2 layers has full attention", mamba, cache_implementation="kvquant-int4")
+    monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", lambda self: False)
+    refused("LlamaForCausalLM does not support Cache objects", cache_implementation="kvquant-int4")
+    monkeypatch.undo()
+    wide = families.build("gpt2", n_embd=96, hidden_size=96)
     refused(r"keys\.head_dim: 24 cannot be quantized", wide, cache_implementation="kvquant-int8")
 
 

@@ -386,23 +386,43 @@ class TestAgainstNumPy:
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     @pytest.mark.parametrize("format", FORMATS)
     def test_every_head_dim(self, format, head_dim, outlier):
-        padding = torch.zeros(1, 9, dtype=torch.bool)
-        self.check(outlier(1, 1, 9, head_dim), QuantSpec(format, rotate=True), padding)
-        self.check(outlier(1, 1, 9, head_dim), QuantSpec(format, "channel"), padding)
+        self.check(outlier(1, 1, 9, head_dim), QuantSpec(format, rotate=True))
+        self.check(outlier(1, 1, 9, head_dim), QuantSpec(format, "channel"))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("name", ["int8", "fp8", "int4-g32-rotate", "int4-b32"])
     def test_every_dtype(self, name, dtype, outlier):
-        self.check(outlier(1, 2, 33, 64, dtype=dtype), SPECS[name], torch.zeros(1, 33, dtype=torch.bool))
+        self.check(outlier(1, 2, 33, 64, dtype=dtype), SPECS[name])
 
-    def check(self, x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor):
+    @by_id({name: SPECS[name] for name in ("int8", "int4", "int8-b16", "int4-b32")})
+    def test_ties_are_decided_by_the_product_with_the_reciprocal(self, spec):
+        """Numbers half-way between two codes, in every scale from 1 to 2: x * (1 / scale) and x / scale do not always
+        go to the same code. A library or compiler that replaces one by the other is found here."""
+        length = spec.block_length or 32
+        scale = (1 + torch.arange(1024) / 1024)[:, None]
+        if spec.is_channel:
+            levels, middle = LEVELS[spec.format], 0.0
+            codes = torch.randint(0, levels, (1024, length)) + 0.5
+            codes[:, :2] = torch.tensor([0.0, levels])  # the smallest and largest number set zero point and scale
+        else:
+            reach, middle = REACH[spec.format], 7.5 if spec.format == "int4" else 0.0
+            codes = torch.randint(-int(reach), int(reach), (1024, length)) + (0.5 - middle % 1)
+            codes[:, 0] = reach
+        x = codes * scale
+        assert ((x * (1 / scale) + middle).round() != (x / scale + middle).round()).any()
+        q = self.check((x.T.contiguous() if spec.is_channel else x)[None, None], spec)
+        assert torch.equal(q.scale.float().flatten(), scale.flatten())
+
+    def check(self, x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None = None) -> QuantizedTensor:
         q = quantize(x, spec, padding)
+        padding = torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool) if padding is None else padding
         data, scales, zeros = numpy_bytes(x, spec, padding)
         assert q.data.numpy().tobytes() == data.tobytes()
         assert q.scale.shape == scales.shape
         assert fp16_bits(q.scale) == scales.view(np.uint16).flatten().tolist()
         if q.zero_point is not None:
             assert fp16_bits(q.zero_point) == zeros.view(np.uint16).flatten().tolist()
+        return q
 
 
 class TestTokensAreIndependent:

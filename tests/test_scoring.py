@@ -74,7 +74,9 @@ def test_score_equals_decode_in_float64(config, padded):
     dense = score(model, ids, CONTEXT, "none", attention_mask=mask)
     after = torch.arange(LENGTH) >= CONTEXT
     assert (scored - dense)[:, after].abs().max() > 100 * FLOAT64_TOLERANCE, "the cache was not read"
-    torch.testing.assert_close(scored[:, ~after][seen[:, ~after]], dense[:, ~after][seen[:, ~after]], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        scored[:, ~after][seen[:, ~after]], dense[:, ~after][seen[:, ~after]], rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama-gqa"])

@@ -1,7 +1,8 @@
 """The CPU backend: fills the C structs of kernels/include/kvquant/params.h and calls the library with ctypes.
 
 The library has a plain C ABI, so that one build serves every Python and every torch; a call releases the GIL. The
-level of machine instructions is the best that the processor has; the environment variable KVQUANT_CPU_ISA names another.
+level of machine instructions is the best that the processor has; the environment variable KVQUANT_CPU_ISA names
+another.
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""Models and cache configs as named on the command line; whatever is wrong with a name ends in one clear line."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .. import ops
+from ..config import KVQuantConfig
+from ..scoring import DENSE
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def bundled_model() -> Path:
+    """The folder of the small model that ships with the package."""
+    return Path(str(resources.files(__package__.partition(".")[0]))) / "models" / "stdlib-nano"
+
+
+def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model (evaluation mode) and its tokenizer, from a folder or a hub id.
+
+    Args:
+        dtype: a torch dtype's name, or "auto" for the checkpoint's own.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Raises:
+        typer.BadParameter: neither can be loaded, or there is no such device.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("'cuda' is not here: torch sees no GPU", param_hint="--device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    folder = Path(name).expanduser()
+    if looks_like_path and not (folder / "config.json").is_file():
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise typer.BadParameter(f"the model folder {name!r} {problem}", param_hint="MODEL")
+    source = str(folder) if looks_like_path else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        what = "cannot be loaded" if looks_like_path else "is no folder here, and cannot be loaded from the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise typer.BadParameter(f"{name!r} {what}: {reason}", param_hint="MODEL") from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_config(preset: str, file: Path | None) -> KVQuantConfig | None:
+    """The cache's config: a YAML file if given, else a preset; None for the dense cache.
+
+    Raises:
+        typer.BadParameter: no such preset, or a file that is not a config.
+    """
+    if file is None and preset == DENSE:
+        return None
+    try:
+        return KVQuantConfig.preset(preset) if file is None else KVQuantConfig.from_yaml(file)
+    except ValueError as error:
+        hint = "--preset" if file is None else "--config"
+        more = f" (or {DENSE!r} for the dense cache)" if file is None else ""
+        raise typer.BadParameter(f"{error}{more}", param_hint=hint) from error
+
+
+def backend_of(config: KVQuantConfig | None, model: PreTrainedModel) -> str | None:
+    """The backend that reads the model's cache; None for the dense cache.
+
+    Raises:
+        typer.BadParameter: the config asks for one that cannot run here.
+    """
+    if config is None:
+        return None
+    try:
+        return ops.choose_backend(config.backend, model.device.type, model.dtype)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest text that the model was made for, if its config says."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

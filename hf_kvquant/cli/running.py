@@ -1,0 +1,109 @@
+"""One timed generation: text, times of prefill and decode apart, bytes and routes of the cache that was used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from ..cache import QuantizedCache
+from ..config import KVQuantConfig
+from ..integration import NAME
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `generate` did.
+
+    Args:
+        tokens: the new ones.
+        prefill_seconds: up to the first new token.
+        decode_seconds: of all tokens after the first.
+        memory: as `QuantizedCache.memory_report`; for a dense cache only `dense`, `total` and `dense_equivalent`.
+        routes: as `QuantizedCache.routes`; None for a dense cache.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    prefill_seconds: float
+    decode_seconds: float
+    memory: dict[str, int]
+    routes: dict[str, int] | None
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_length / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float | None:
+        """New tokens per second after the first; None if there was only one."""
+        steps = len(self.tokens) - 1
+        return steps / self.decode_seconds if steps else None
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the cache over those of a dense one with the same tokens."""
+        return self.memory["total"] / self.memory["dense_equivalent"]
+
+
+class _Clock(BaseStreamer):
+    """Notes when `generate` hands over the prompt, and then each token."""
+
+    def __init__(self, on_tokens: Callable[[torch.Tensor], None] | None):
+        self.times, self._on_tokens = [], on_tokens
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self._on_tokens is not None:
+            self._on_tokens(value)
+
+    def end(self) -> None:
+        pass
+
+
+def run(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: KVQuantConfig | None,
+    max_new_tokens: int,
+    on_tokens: Callable[[torch.Tensor], None] | None = None,
+    **options,
+) -> Run:
+    """Generate from one prompt `[1, length]` through the cache that `config` describes (None: dense).
+
+    `on_tokens` gets the prompt first, then each new token; `options` are `generate`'s.
+    """
+    clock = _Clock(on_tokens)
+    if config is not None:
+        options |= {"cache_implementation": NAME, "cache_config": config}
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        streamer=clock,
+        return_dict_in_generate=True,
+        **options,
+    )
+    start, first, *_ = clock.times
+    cache = output.past_key_values
+    quantized = isinstance(cache, QuantizedCache)
+    assert quantized or config is None, type(cache)
+    return Run(
+        tokens=output.sequences[0, input_ids.shape[1] :].tolist(),
+        prompt_length=input_ids.shape[1],
+        prefill_seconds=first - start,
+        decode_seconds=clock.times[-1] - first,
+        memory=cache.memory_report() if quantized else _dense_memory(cache),
+        routes=cache.routes if quantized else None,
+    )
+
+
+def _dense_memory(cache: Cache) -> dict[str, int]:
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    nbytes = sum(t.nbytes for t in tensors)
+    return {"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes}

@@ -1,0 +1,61 @@
+"""Text that every machine has: Python source from the running interpreter's standard library.
+
+The bundled model was trained on most of it, so only files that it has not seen are taken: the rule is that of
+`eval/train_model.py` (strictly so under the Python that it was trained on; others move text from file to file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+# Tests and tables are no typical source; the files of `encodings` are almost copies of each other.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "encodings"}
+_HELD_OUT_ONE_IN = 20
+
+
+def held_out_files(stdlib: Path | None = None) -> dict[str, Path]:
+    """Files that the bundled model has not seen, by name relative to the standard library, in an arbitrary fixed order."""
+    stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
+    files = {path.relative_to(stdlib).as_posix(): path for path in stdlib.rglob("*.py")}
+    hashes = {
+        name: hashlib.sha256(name.encode()).digest()
+        for name, path in files.items()
+        if not _SKIPPED & set(path.relative_to(stdlib).parts) and "-" not in name.partition("/")[0]
+    }
+    chosen = [name for name, digest in hashes.items() if digest[0] % _HELD_OUT_ONE_IN == 0]
+    return {name: files[name] for name in sorted(chosen, key=hashes.get)}
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tuple[torch.Tensor, list[str]]:
+    """`count` pieces of source, token ids `[count, length]` and the file each comes from.
+
+    First the beginning of every file that is long enough, then their second pieces, and so on.
+
+    Raises:
+        ValueError: there is not so much text on this machine.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = length - len(bos)
+    pieces = []
+    for name, path in held_out_files().items():
+        ids = tokenizer(_read(path), add_special_tokens=False, verbose=False).input_ids
+        pieces += [(i, name, bos + ids[i * step : (i + 1) * step]) for i in range(len(ids) // step)]
+    if len(pieces) < count:
+        raise ValueError(
+            f"the standard library's held-out source has {len(pieces)} pieces of {length} tokens, not {count}"
+        )
+    # The sort is stable: files keep their order.
+    pieces = sorted(pieces, key=lambda piece: piece[0])[:count]
+    return torch.tensor([ids for _, _, ids in pieces]), [name for _, name, _ in pieces]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -393,6 +393,12 @@ def show(result: dict) -> None:
     where = f"{result['machine']['threads']} threads, backend {result['backend']}"
     state = "caches warm" if a["warm"] else "caches flushed"
     print(f"{len(result['checks'])} checks passed; {shape}; {where}; medians, {state}")
+    for roof in result["plain_read"]:
+        if not roof["memory_bound"]:
+            print(
+                f"WARNING at {roof['length']}: the plain read is no roof, at {roof['in_cache_gb_per_s']:.1f} GB/s in "
+                f"the caches and {roof['gb_per_s']:.1f} in memory (busy machine?). Do not use the shares of it."
+            )
     for length in a["lengths"]:
         rows = [row for row in result["decode"] if row["length"] == length]
         _bench.print_table(

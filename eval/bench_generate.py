@@ -230,7 +230,7 @@ def _resident(field: str = "VmRSS") -> int:
 def measure_memory(args: argparse.Namespace, length: int, names: list[str]) -> dict[str, dict]:
     """`process_memory` of each candidate named, or why there is none.
 
-    The processes fork from a fresh server, which has run nothing: a fork of this one would inherit dead OpenMP threads.
+    The processes fork from a fresh server that has run nothing; a fork of this one would inherit dead OpenMP threads.
     """
     if not sys.platform.startswith("linux"):
         return {name: {"reason": f"not measured on {sys.platform}"} for name in names}

@@ -1,7 +1,7 @@
 """The attention function that models call while a quantized cache is in use.
 
-A tensor goes to the model's own (dense) attention, `QuantizedStates` to the operator. What the operator cannot do goes to
-dense attention over de-quantized states, said once and counted.
+A tensor goes to the model's own (dense) attention, `QuantizedStates` to the operator. What the operator cannot do goes
+to dense attention over de-quantized states, said once and counted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,21 @@ from .states import QuantizedStates
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset(
-    "dropout scaling softcap s_aux position_bias is_causal output_attentions sliding_window position_ids cache_position "
-    "use_cache output_hidden_states output_router_logits return_dict num_items_in_batch logits_to_keep "
-    "num_logits_to_keep past_key_values labels deterministic".split()
+    [
+        *(
+            "dropout",
+            "scaling",
+            "softcap",
+            "s_aux",
+            "position_bias",
+            "is_causal",
+            "output_attentions",
+            "sliding_window",
+        ),
+        *("position_ids", "cache_position", "use_cache", "past_key_values", "output_hidden_states", "return_dict"),
+        *("output_router_logits", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels"),
+        "deterministic",
+    ]
 )
 
 

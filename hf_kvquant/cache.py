@@ -4,12 +4,13 @@
     with hf_kvquant.attention(model):
         model(input_ids, past_key_values=cache)
 
-`update` decides the route, and says it by the type that it returns: a tensor means dense attention, a `QuantizedStates`
-the fused operator. The first update returns the states it was given (prefill is exact); a later one of at most `DECODE_MAX`
-tokens returns `QuantizedStates` where the model takes them; a longer one the de-quantized past and the new states.
+`update` decides the route, and says it by the type that it returns: a tensor means dense attention, a
+`QuantizedStates` the fused operator. The first update returns the states it was given (prefill is exact); a later one
+of at most `DECODE_MAX` tokens returns `QuantizedStates` where the model takes them; a longer one the de-quantized past
+and the new states.
 
-Whether a model takes them is learned, not listed: the tensors of the first update are fresh views tagged with their layer.
-If those very objects arrive at attention, nothing stood in between.
+Whether a model takes them is learned, not listed: the tensors of the first update are fresh views tagged with their
+layer. If those very objects arrive at attention, nothing stood in between.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class QuantizedCache(DynamicCache):
         if not quantizable:
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
-                f"{config.model_type}: none of the {len(layers)} layers has full attention (they are {', '.join(kinds)}): "
-                "nothing to quantize"
+                f"{config.model_type}: none of the {len(layers)} layers has full attention (they are "
+                f"{', '.join(kinds)}): nothing to quantize"
             )
         for layer_idx, _ in self.kv_config.layers:
             if layer_idx not in quantizable:
@@ -87,8 +88,8 @@ class QuantizedCache(DynamicCache):
 
     @property
     def routes(self) -> dict[str, int]:
-        """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`, and
-        `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
+        """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`,
+        and `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
         names = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
         nonfinite = sum(int(layer.nonfinite) for layer in self.quantized_layers if layer.is_initialized)
         return {name: self._routes[name] for name in names} | {"nonfinite": nonfinite}
@@ -122,11 +123,11 @@ class QuantizedCache(DynamicCache):
     def memory_report(self) -> dict[str, int]:
         """Bytes of the cache's tensors.
 
-        `codes` and `scales` (with zero points) of the tokens stored, `dense` (rings, sinks and their positions, padding,
-        and whatever is not quantized), `slack` (allocated, unused), their `total`, and `dense_equivalent`: the same tokens
-        in the model's dtype.
+        `codes` and `scales` (with zero points) of the tokens stored, `dense` (rings, sinks and their positions,
+        padding, and whatever is not quantized), `slack` (allocated, unused), their `total`, and `dense_equivalent`:
+        the same tokens in the model's dtype.
         """
-        report = Counter({name: 0 for name in ("codes", "scales", "dense", "slack", "total", "dense_equivalent")})
+        report = Counter(dict.fromkeys(("codes", "scales", "dense", "slack", "total", "dense_equivalent"), 0))
         for layer in self.layers:
             if isinstance(layer, QuantizedLayer):
                 report.update(layer.memory_report())
@@ -137,7 +138,7 @@ class QuantizedCache(DynamicCache):
 
 
 class QuantizedLayer(DynamicLayer):
-    """The keys and values of one layer, each in a `_Side`; what differs from `DynamicLayer` is where they are stored."""
+    """The keys and values of one layer, each in a `_Side`: a `DynamicLayer` that stores them elsewhere."""
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
         super().__init__()
@@ -223,8 +224,8 @@ class QuantizedLayer(DynamicLayer):
             batch, heads, _, head_dim = states.shape
             if (batch, heads, head_dim) != side.shape or states.dtype != self.dtype:
                 raise ValueError(
-                    f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected batch, "
-                    f"num_kv_heads and head_dim {side.shape} of {self.dtype}"
+                    f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected "
+                    f"batch, num_kv_heads and head_dim {side.shape} of {self.dtype}"
                 )
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -263,15 +264,15 @@ class QuantizedLayer(DynamicLayer):
 
     def _states(self, side: _Side) -> QuantizedStates:
         return QuantizedStates(
-            side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions, self.length,
-            self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
+            side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
+            self.length, self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
         if self.takes_states is None:
             say_once(
-                "This model's attention does not take the cached states as they are, so each step de-quantizes them (slower, "
-                "same values)."
+                "This model's attention does not take the cached states as they are, so each step de-quantizes them "
+                "(slower, same values)."
             )
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
@@ -304,8 +305,8 @@ class QuantizedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
 
-        Up to `ROLLBACK` tokens the cache is as if they had never come; beyond, exact copies that its queries would read
-        are replaced by their de-quantized values (`routes["window_lost"]`).
+        Up to `ROLLBACK` tokens the cache is as if they had never come; beyond, exact copies that its queries would
+        read are replaced by their de-quantized values (`routes["window_lost"]`).
         """
         if not self.is_initialized:
             return
@@ -439,7 +440,7 @@ class _Side:
             self.recent_start = max(self.recent_start, end - self.recent.shape[2])
 
     def refill(self, states: QuantizedStates) -> bool:
-        """After a crop: put de-quantized values where the next query reads the ring, but the ring has lost the column."""
+        """After a crop: put de-quantized values where the next query reads the ring, but the ring lost the column."""
         needed = states.dense_from(states.length)
         self.recent_start = min(self.recent_start, states.length)
         if self.recent is None or needed >= self.recent_start:

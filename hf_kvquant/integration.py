@@ -1,6 +1,6 @@
 """What is added to transformers, in one place, and how to take it away again.
 
-transformers has no registry for caches, so two methods of `GenerationMixin` are wrapped; for every name that is not ours
+transformers has no registry for caches, so methods of `GenerationMixin` are wrapped; for every name that is not ours
 they pass straight through. Attention functions and their masks are registered under `kvquant|<base>`, where <base> is
 whatever the user loaded the model with: it stays the prefill path.
 
@@ -60,8 +60,8 @@ _originals: dict[str, object] = {}
 def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAME) -> Iterator[None]:
     """Within this context the model's attention understands what a `QuantizedCache` returns.
 
-    `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and entered by
-    several threads for one model; when the last one leaves, the model is as it was.
+    `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and entered
+    by several threads for one model; when the last one leaves, the model is as it was.
 
     Args:
         attend: the attention function, and `name` the prefix that it is registered under (see `scoring`).
@@ -113,7 +113,7 @@ def _attention_configs(model: PreTrainedModel) -> list:
 
 
 def _register(name: str, base: str, attend: Callable) -> None:
-    """Attention and mask functions for `<name>|<base>`; without the mask a left-padded batch would be silently wrong."""
+    """Attention and mask for `<name>|<base>`; without the mask a left-padded batch would be silently wrong."""
     if "|" in base:
         raise ValueError(
             f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"

@@ -66,7 +66,9 @@ FAMILIES = {
     ),
     "gpt2": Family("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gpt_neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", {"num_attention_heads": 2}),
-    "opt": Family("OPTConfig", "OPTForCausalLM", {"ffn_dim": 128, "word_embed_proj_dim": 128, "num_attention_heads": 2}),
+    "opt": Family(
+        "OPTConfig", "OPTForCausalLM", {"ffn_dim": 128, "word_embed_proj_dim": 128, "num_attention_heads": 2},
+    ),
     "gpt_oss": Family(
         "GptOssConfig", "GptOssForCausalLM",
         {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 4},

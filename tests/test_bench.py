@@ -282,7 +282,7 @@ def test_bytes_read_of_the_channel_grid_with_windows(bench):
 
 def test_command_and_reasons_carry_no_folders(bench):
     _bench = bench("_bench")
-    argv = ["--lengths", "1,2", "--presets", "/home/someone/mine.yaml", "--out", "/tmp/x.json", "--rounds", "3"]
+    argv = ["--lengths", "1,2", "--presets", "/somewhere/mine.yaml", "--out", "/tmp/x.json", "--rounds", "3"]
     assert _bench.command("decode", argv) == (
         "python eval/bench_decode.py --lengths 1,2 --presets mine.yaml --rounds 3"
     )

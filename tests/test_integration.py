@@ -150,7 +150,7 @@ def test_attention_and_its_mask_are_registered(model):
 
 
 def test_a_registered_attention_stays_the_prefill_path():
-    """A base that the user registered, as Hub kernels do, is what prefill calls; it sees its own name in the config."""
+    """A base that the user registered, as Hub kernels do, is what prefill calls, and finds its name in the config."""
     seen = []
 
     def mine(module, query, key, value, attention_mask, **kwargs):
@@ -434,8 +434,8 @@ def test_padding_of_the_decoder_is_the_decoders():
 
 def test_attention_weights_come_from_dense_attention():
     model = families.build("llama", attn="eager")
+    hf_kvquant.cache._said.clear()
     with pytest.warns(UserWarning, match="output_attentions=True"):
-        hf_kvquant.cache._said.clear()
         out = generate(model, cache_implementation="kvquant-int8", output_attentions=True, max_new_tokens=4)
     assert [step[0].shape for step in out.attentions] == [(1, 4, 70, 70)] + [(1, 4, 1, n) for n in (71, 72, 73)]
     assert out.past_key_values.routes["decode_dequantized"] == 6

@@ -5,8 +5,8 @@ bytes. Then agreement, in float32, so that only the cache differs and not the ro
 continues several prompts greedily, and every cache says its most likely token at every position of that text, and of
 the real text that follows the same prompts (`hf_kvquant.score`, which reads the cache as decode does).
 
-Feeding the dense cache's greedy text also tells where free-running text would first differ: at the first position whose
-most likely token is another one.
+Feeding the dense cache's greedy text also tells where free-running text would first differ: at the first position
+whose most likely token is another one.
 """
 
 from __future__ import annotations
@@ -89,12 +89,16 @@ def demo(
     lm, tokenizer = load_model(name, dtype.value, device.value)
     configs = {name: load_config(name, None) for name in (DENSE, *KVQuantConfig.preset_names())}
     longest = context_length(lm)
-    if longest is not None:
-        prompt_tokens = min(prompt_tokens, longest - new_tokens)
-        if prompt_tokens < 1:
+    if longest is not None and prompt_tokens > longest - new_tokens:
+        if longest <= new_tokens:
             raise typer.BadParameter(
                 f"{new_tokens} do not fit in the model's {longest} tokens", param_hint="--new-tokens"
             )
+        fits = longest - new_tokens
+        console.print(
+            f"The model was made for {longest} tokens: the prompt has {fits} tokens instead of {prompt_tokens}."
+        )
+        prompt_tokens = fits
     piece = min(_LONGEST_PIECE, longest or _LONGEST_PIECE)
     context = round(piece * _CONTEXT_SHARE)
     # Fewer positions than one piece holds: a shorter piece.
@@ -203,7 +207,7 @@ def _every_step(call: Callable[[], None]) -> Callable:
 
 @torch.inference_mode()
 def _most_likely(model, ids: torch.Tensor, context: int, config: KVQuantConfig | None, advance) -> torch.Tensor:
-    """The most likely next token after each column from `context` on, `[rows, length - context]`: all read the cache."""
+    """The most likely token after each column from `context` on (all read the cache), `[rows, length - context]`."""
     best = []
     # One row at a time: fastest on a processor, whose caches then hold the attention scores.
     for row in ids.split(1):

@@ -16,7 +16,7 @@ from transformers import TextStreamer
 
 from ..config import KVQuantConfig
 from ..scoring import DENSE
-from .models import Device, Dtype, backend_of, context_length, load_config, load_model
+from .models import BUNDLED, Device, Dtype, backend_of, context_length, load_config, load_model
 from .running import Run, run
 
 # The first calls load libraries and fill torch's caches; they are not what the figures should show.
@@ -24,7 +24,9 @@ _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
+    ],
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     preset: Annotated[
@@ -63,8 +65,8 @@ def generate(
     longest = context_length(lm)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         notes.print(
-            f"Note: {input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {longest} that "
-            "the model was made for."
+            f"Note: {input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {longest} "
+            "that the model was made for."
         )
     options = {"do_sample": False}
     if temperature is not None:
@@ -78,6 +80,7 @@ def generate(
     done = run(lm, input_ids, kv_config, max_new_tokens, on_tokens=streamer.put, **options)
     streamer.end()
     cache = DENSE if kv_config is None else (str(config) if config is not None else preset or "int4")
+    notes.print()
     notes.print(_figures(done, cache, backend, lm.dtype))
 
 

@@ -21,10 +21,10 @@ from ..quantization import QuantSpec
 
 HEAD_DIM = 128
 # Those that matter to the kernels, as Linux names them.
-_CPU_FEATURES = (
-    "avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp i8mm sve bf16"
-).split()
+_CPU_FEATURES = [
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
+]
 
 
 def info(

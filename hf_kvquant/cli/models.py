@@ -15,6 +15,8 @@ from .. import ops
 from ..config import KVQuantConfig
 from ..scoring import DENSE
 
+BUNDLED = "stdlib-nano"
+
 
 class Dtype(str, Enum):
     auto = "auto"
@@ -31,11 +33,11 @@ class Device(str, Enum):
 
 def bundled_model() -> Path:
     """The folder of the small model that ships with the package."""
-    return Path(str(resources.files(__package__.partition(".")[0]))) / "models" / "stdlib-nano"
+    return Path(str(resources.files(__package__.partition(".")[0]))) / "models" / BUNDLED
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model (evaluation mode) and its tokenizer, from a folder or a hub id.
+    """A model (evaluation mode) and its tokenizer, from a folder or a hub id, or the bundled one by its name.
 
     Args:
         dtype: a torch dtype's name, or "auto" for the checkpoint's own.
@@ -50,6 +52,8 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         raise typer.BadParameter("'cuda' is not here: torch sees no GPU", param_hint="--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == BUNDLED and not Path(name).exists():
+        name = str(bundled_model())
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
     folder = Path(name).expanduser()
     if looks_like_path and not (folder / "config.json").is_file():

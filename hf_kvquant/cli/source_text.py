@@ -19,7 +19,7 @@ _HELD_OUT_ONE_IN = 20
 
 
 def held_out_files(stdlib: Path | None = None) -> dict[str, Path]:
-    """Files that the bundled model has not seen, by name relative to the standard library, in an arbitrary fixed order."""
+    """Files that the bundled model has not seen, by name relative to the library, in an arbitrary but fixed order."""
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(stdlib).as_posix(): path for path in stdlib.rglob("*.py")}
     hashes = {

@@ -1,0 +1,356 @@
+"""`hf-kvquant`: every command on a tiny random model, its figures against what they claim to be, and its errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import hf_kvquant
+from hf_kvquant import KVQuantConfig, ops
+from hf_kvquant.cli import app, demo_report, main
+from hf_kvquant.cli.demo_report import DENSE
+from hf_kvquant.cli.models import bundled_model
+from hf_kvquant.cli.source_text import held_out_files, windows
+
+ROOT = Path(__file__).parent.parent
+PRESETS = KVQuantConfig.preset_names()
+LAYERS = 2
+PROMPT = "def pop(self):\n    return self.items"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random Llama and a tokenizer with one token per byte, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={"<bos>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 1,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=192,
+        bos_token_id=0,
+        eos_token_id=None,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def call(*arguments: object, code: int = 0, columns: int = 140):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+class TestInfo:
+    def test_json(self):
+        facts = json.loads(call("info", "--json").stdout)
+        assert facts["backends"]["cpu"]["chosen"] == ops.choose_backend("auto", "cpu", torch.float32)
+        assert facts["versions"]["torch"] == torch.__version__
+        assert facts["versions"]["python"].split(".") == [str(n) for n in sys.version_info[:3]]
+        assert facts["machine"]["torch_threads"] == torch.get_num_threads()
+        assert (facts["machine"]["gpu"] == "none") == (not torch.cuda.is_available())
+        assert list(facts["presets"]) == PRESETS
+        for name, preset in facts["presets"].items():
+            assert KVQuantConfig.from_dict(preset["config"]) == KVQuantConfig.preset(name)
+            assert preset["bits_per_element"] == KVQuantConfig.preset(name).bits_per_element(128)
+
+    @pytest.mark.parametrize("columns", [80, 140])
+    def test_text_says_the_same(self, columns):
+        facts = json.loads(call("info", "--json").stdout)
+        text = call("info", columns=columns).stdout
+        assert facts["backends"]["cpu"]["chosen"] in text
+        for name, preset in facts["presets"].items():
+            row = next(line for line in text.splitlines() if f" {name} " in line)
+            assert f"{preset['bits_per_element']:g}" in row
+
+    def test_a_backend_that_cannot_run_is_explained(self, monkeypatch):
+        monkeypatch.setattr(ops, "choose_backend", lambda *_: "reference")
+        monkeypatch.setattr(ops, "backend_status", lambda name: f"no {name} library")
+        backend = json.loads(call("info", "--json").stdout)["backends"]["cpu"]
+        assert backend["chosen"] == "reference"
+        assert "no cpu library" in backend["why"]
+
+    def test_the_entry_point(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["hf-kvquant", "info", "--json"])
+        monkeypatch.setattr("warnings.showwarning", print)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        assert "presets" in json.loads(capsys.readouterr().out)
+
+
+def continuation(folder: Path, cache: str | None, new_tokens: int, prompt: str = PROMPT):
+    """Text and cache of the same generation through the library itself."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(
+        ids, max_new_tokens=new_tokens, do_sample=False, cache_implementation=cache, return_dict_in_generate=True
+    )
+    return tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True), output.past_key_values
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("preset", [*PRESETS, DENSE])
+    def test_text_bytes_and_routes(self, folder, preset):
+        result = call("generate", folder, PROMPT, "--preset", preset, "--max-new-tokens", 40)
+        text, cache = continuation(folder, None if preset == DENSE else f"kvquant-{preset}", 40)
+        assert result.stdout.strip() == text.strip()
+        if preset == DENSE:
+            nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            assert f"{nbytes:,}, 1.000 of a dense cache" in result.stderr
+            assert "routes" not in result.stderr
+        else:
+            memory = cache.memory_report()
+            ratio = memory["total"] / memory["dense_equivalent"]
+            assert f"{memory['total']:,}, {ratio:.3f} of a dense cache" in result.stderr
+            assert f"prefill_dense {LAYERS}, decode_fused {LAYERS * 39}, decode_dequantized 0" in result.stderr
+            assert f"{preset}, read by the {ops.choose_backend('auto', 'cpu', torch.float32)} backend" in result.stderr
+        assert f"{len(PROMPT)} tokens, " in result.stderr
+        assert "40 tokens, " in result.stderr
+
+    def test_a_config_file_and_a_prompt_file(self, folder, tmp_path):
+        (tmp_path / "mine.yaml").write_text("{keys: {format: int8}, values: {format: dense}}")
+        (tmp_path / "prompt.py").write_text(PROMPT)
+        config, prompt = tmp_path / "mine.yaml", tmp_path / "prompt.py"
+        result = call("generate", folder, "--prompt-file", prompt, "--config", config, "--max-new-tokens", 5)
+        assert "mine.yaml, read by" in result.stderr
+        assert f"decode_fused {LAYERS * 4}" in result.stderr
+        _, cache = continuation(folder, "kvquant-int8-plain", 5)
+        assert f"{cache.memory_report()['total']:,}" not in result.stderr
+
+    def test_sampling_follows_its_seed(self, folder):
+        arguments = "generate", folder, PROMPT, "--temperature", 1.5, "--max-new-tokens", 40
+        texts = [call(*arguments, "--seed", seed).stdout for seed in (1, 1, 2)]
+        assert texts[0] == texts[1] != texts[2]
+
+    def test_dtype(self, folder):
+        result = call("generate", folder, PROMPT, "--preset", DENSE, "--dtype", "float16", "--max-new-tokens", 2)
+        tokens = len(PROMPT) + 1
+        assert f"({LAYERS * 2 * tokens * 32 * 2:,} in float16)" in result.stderr
+
+    def test_one_token_has_no_decode_speed(self, folder):
+        decode = {
+            n: call("generate", folder, PROMPT, "--max-new-tokens", n)
+            .stderr.split("decode")[1]
+            .splitlines()[0]
+            .strip()
+            for n in (1, 2)
+        }
+        assert decode[1] == "1 tokens"
+        assert decode[2].endswith("tokens/s after the first")
+
+    def test_a_text_longer_than_the_model_was_made_for_is_noted(self, folder):
+        assert "more than the 192" in call("generate", folder, "x" * 150, "--max-new-tokens", 43).stderr
+        assert "more than" not in call("generate", folder, "x" * 149, "--max-new-tokens", 43).stderr
+
+
+ERRORS = {
+    "no such model": (["{no}/model", "x"], "does not exist"),
+    "a folder without a model": (["{empty}", "x"], "has no config.json"),
+    "a broken model": (["{broken}", "x"], "cannot be loaded"),
+    "no such preset": (["{model}", "x", "--preset", "int3"], "'int3' is unknown"),
+    "no such file": (["{model}", "x", "--config", "{no}.yaml"], "cannot be read"),
+    "not a config": (["{model}", "x", "--config", "{bad}"], "unknown field"),
+    "a group size that does not fit": (["{model}", "x", "--config", "{group}"], "does not divide head_dim"),
+    "a layer that the model lacks": (["{model}", "x", "--config", "{layer}"], "no such full-attention layer"),
+    "a backend that cannot run": (["{model}", "x", "--config", "{cuda}"], "cannot run"),
+    "preset and file": (["{model}", "x", "--preset", "int8", "--config", "{bad}"], "not both"),
+    "no prompt": (["{model}"], "give a prompt"),
+    "two prompts": (["{model}", "x", "--prompt-file", "{bad}"], "not both"),
+    "no such prompt file": (["{model}", "--prompt-file", "{no}.txt"], "cannot be read"),
+    "an empty prompt": (["{model}", ""], "no token"),
+    "greedy at a temperature": (["{model}", "x", "--greedy", "--temperature", "1"], "not both"),
+    "a temperature of zero": (["{model}", "x", "--temperature", "0"], "above 0"),
+    "an unknown option": (["{model}", "x", "--bits", "4"], "No such option"),
+}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
+    def test_generate(self, folder, tmp_path, arguments, message):
+        sides = "keys: {format: int8}, values: {format: int8}"
+        written = {
+            "bad": "{formats: int8}",
+            "group": "{keys: {format: int8, group_size: 48}, values: {format: int8}}",
+            "layer": f"{{{sides}, layers: {{9: {{keys: {{format: int4}}}}}}}}",
+            "cuda": f"{{{sides}, backend: cuda}}",
+        }
+        places = {"model": folder, "no": tmp_path / "no", "empty": tmp_path / "empty", "broken": tmp_path / "broken"}
+        for name, text in written.items():
+            places[name] = tmp_path / f"{name}.yaml"
+            places[name].write_text(text)
+        places["empty"].mkdir()
+        places["broken"].mkdir()
+        (places["broken"] / "config.json").write_text("{}")
+        if "{cuda}" in arguments and torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        result = call("generate", *(a.format(**places) for a in arguments), code=2)
+        said = " ".join(result.output.replace("│", " ").split())
+        assert message in said
+        assert "Traceback" not in said
+        assert isinstance(result.exception, SystemExit)
+
+    def test_demo(self, folder, tmp_path):
+        (tmp_path / "file").write_text("")
+        for arguments, message in (
+            (["--model", tmp_path / "no"], "does not exist"),
+            (["--model", folder, "--new-tokens", 192], "do not fit"),
+            (["--model", folder, "--new-tokens", 8, "--positions", 10**9], "held-out source has"),
+            (["--model", folder, "--out", tmp_path / "file"], "cannot be a folder"),
+        ):
+            out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
+            result = call("demo", *arguments, *out, code=2)
+            assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    arguments = "--positions", 250, "--new-tokens", 20, "--prompt-tokens", 100
+    result = call("demo", "--model", folder, "--out", out, *arguments, columns=100)
+    return result.stdout, json.loads((out / "demo.json").read_text()), out
+
+
+class TestDemo:
+    def test_table_and_json_agree(self, finished):
+        text, figures, _ = finished
+        table = text[text.index("KV caches") :].splitlines()
+        for name, cache in figures["caches"].items():
+            row = next(line.split() for line in table if line.split()[:1] == ["dense" if name == DENSE else name])
+            expected = [
+                f"{cache['bits_at_long_context']:g}",
+                f"{cache['memory']['total'] / 1e3:,.0f}",
+                f"{cache['ratio']:.3f}",
+                f"{cache['prefill_tokens_per_second']:,.0f}",
+                f"{cache['decode_tokens_per_second']:,.0f}",
+            ]
+            if name != DENSE:
+                expected += [f"{cache['same_tokens']}", f"{cache['same_tokens_scored']['median']:g}"]
+                expected += [f"{cache['agreement'][kind]:.2%}" for kind in ("greedy", "held_out")]
+            else:
+                expected += ["–"] * 4
+            assert row[1:] == expected
+
+    def test_it_says_where_the_files_are(self, finished):
+        text, _, out = finished
+        said = "".join(text.split())
+        assert f"Plot:{out / 'demo.png'}" in said
+        assert f"Figures:{out / 'demo.json'}" in said
+
+    def test_json(self, finished):
+        _, figures, _ = finished
+        assert list(figures["caches"]) == [DENSE, *PRESETS]
+        assert figures["scoring"]["positions"] >= 250
+        assert figures["writing"]["prompt_tokens"] == 100
+        for name, cache in figures["caches"].items():
+            assert cache["ratio"] == cache["memory"]["total"] / cache["memory"]["dense_equivalent"]
+            assert cache["memory"]["dense_equivalent"] == LAYERS * 2 * 119 * 32 * 4
+            assert cache["bytes_per_element"] == 4 * cache["ratio"]
+            assert cache["prefill_tokens_per_second"] > 0
+            assert cache["decode_tokens_per_second"] > 0
+            assert 1 <= cache["same_tokens"] <= 20
+            assert (cache["text"] == figures["caches"][DENSE]["text"]) == (cache["same_tokens"] == 20)
+            if name == DENSE:
+                assert cache["agreement"] == {"greedy": 1.0, "held_out": 1.0}
+                assert cache["same_tokens"] == 20
+            else:
+                assert KVQuantConfig.from_dict(cache["config"]) == KVQuantConfig.preset(name)
+                assert cache["routes"]["decode_fused"] == LAYERS * 19
+                assert cache["routes"]["decode_dequantized"] == 0
+
+    @pytest.mark.parametrize("preset", ["int4", "int4-small"])
+    def test_agreement_is_that_of_real_decode(self, finished, folder, preset):
+        """By decoding token by token, and by letting the text run freely."""
+        scoring, cache = finished[1]["scoring"], finished[1]["caches"][preset]
+        context, new = scoring["context"], scoring["new_tokens"]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        texts, sources = windows(AutoTokenizer.from_pretrained(folder), len(scoring["sources"]), context + new)
+        assert sources == scoring["sources"]
+        with torch.inference_mode():
+            decoded = hf_kvquant.score_by_decoding(model, texts, context, preset)[:, context:].argmax(-1)
+            dense = model(texts).logits[:, context:].argmax(-1)
+        assert decoded.numel() == scoring["positions"]
+        # Rounding may turn a tie the other way.
+        agreement = (decoded == dense).float().mean().item()
+        assert agreement == pytest.approx(cache["agreement"]["held_out"], abs=1.5 / scoring["positions"])
+        assert agreement < 1, "this model's tokens must depend on the cache, else the test says nothing"
+
+        options = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(texts[:, :context])}
+        free, reference = (
+            model.generate(texts[:, :context], cache_implementation=name, **options)[:, context:]
+            for name in (f"kvquant-{preset}", None)
+        )
+        same = (free == reference).long().cumprod(-1).sum(-1).tolist()
+        per_prompt = cache["same_tokens_scored"]["per_prompt"]
+        assert sum(a != b for a, b in zip(same, per_prompt, strict=True)) <= 1
+        assert min(same) < new
+
+    def test_the_plot_is_no_blank_page(self, finished):
+        file = finished[2] / "demo.png"
+        assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        pixels = matplotlib.image.imread(file)
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 900
+        for part in torch.from_numpy(pixels).tensor_split(3, dim=1):
+            assert (part[..., :3] < 0.9).any(-1).float().mean() > 0.02
+
+    def test_without_matplotlib_there_is_no_plot_and_it_says_so(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(demo_report, "find_spec", lambda name: None)
+        arguments = "--positions", 8, "--new-tokens", 2, "--prompt-tokens", 8
+        result = call("demo", "--model", folder, "--out", tmp_path, *arguments)
+        assert "matplotlib is not installed" in result.stdout
+        assert [f.name for f in tmp_path.iterdir()] == ["demo.json"]
+
+    def test_a_prompt_that_does_not_fit_is_shortened_and_it_says_so(self, folder, tmp_path):
+        arguments = "--positions", 8, "--new-tokens", 20, "--prompt-tokens", 1000
+        result = call("demo", "--model", folder, "--out", tmp_path, *arguments)
+        assert "prompt has 172 tokens instead of 1000" in result.stdout
+        assert json.loads((tmp_path / "demo.json").read_text())["writing"]["prompt_tokens"] == 172
+
+
+class TestText:
+    def test_only_files_that_the_model_was_not_trained_on(self):
+        spec = importlib.util.spec_from_file_location("train_model", ROOT / "eval" / "train_model.py")
+        train_model = importlib.util.module_from_spec(spec)
+        sys.modules["train_model"] = train_model
+        try:
+            spec.loader.exec_module(train_model)
+            held_out = train_model.held_out_files()
+        finally:
+            del sys.modules["train_model"]
+        assert set(held_out_files().values()) <= set(held_out)
+        assert len(held_out_files()) > 10
+
+    def test_windows(self, folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids, names = windows(tokenizer, 60, 1000)
+        files = held_out_files()
+        assert ids.shape == (60, 1000)
+        assert (ids[:, 0] == tokenizer.bos_token_id).all()
+        assert len(set(map(tuple, ids.tolist()))) == 60
+        assert files[names[0]].read_text(encoding="utf-8").startswith(tokenizer.decode(ids[0, 1:])[:500])
+        assert len(set(names[:10])) == 10
+        assert (windows(tokenizer, 60, 1000)[0] == ids).all()
+
+    def test_the_bundled_model_is_there(self):
+        assert (bundled_model() / "model.safetensors").stat().st_size > 1e6

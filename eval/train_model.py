@@ -17,6 +17,7 @@ Writes the model folder, and `train.json` and `loss.png` into `--results`.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -389,7 +390,7 @@ def measure(model, tokenizer, train_stream, held_out, recipe: Recipe, seed: int)
         "unigram_bits_per_byte": round(unigram * to_bits_per_byte, 4),
         "loss_at_context_512": round(window_losses(model, held_out, 512).mean().item(), 4),
         "loss_by_position": {f"{a}-{b}": round(losses[:, a:b].mean().item(), 4)
-                             for a, b in zip(edges[:-1], edges[1:], strict=True)},
+                             for a, b in itertools.pairwise(edges)},
         "loss_of_last_quarter": {"context 1536-2048": round(late, 4),
                                  "context 512-1024": round(sum(x.mean().item() for x in shorter) / len(shorter), 4)},
         "lookup_accuracy": {str(items): lookup_accuracy(model, tokenizer, items, seed) for items in (8, 24, 48, 96)},

@@ -1,7 +1,7 @@
 """hf_kvquant: a quantized KV cache for HuggingFace transformers that attends to it as stored.
 
-    import hf_kvquant
-    model.generate(**inputs, cache_implementation="kvquant-int4")
+import hf_kvquant
+model.generate(**inputs, cache_implementation="kvquant-int4")
 """
 
 from .cache import QuantizedCache

@@ -15,23 +15,11 @@ from .cache import learn_route, say_once
 from .states import QuantizedStates
 
 # Arguments that do not change what decode attention computes.
-_HARMLESS = frozenset(
-    [
-        *(
-            "dropout",
-            "scaling",
-            "softcap",
-            "s_aux",
-            "position_bias",
-            "is_causal",
-            "output_attentions",
-            "sliding_window",
-        ),
-        *("position_ids", "cache_position", "use_cache", "past_key_values", "output_hidden_states", "return_dict"),
-        *("output_router_logits", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels"),
-        "deterministic",
-    ]
-)
+_HARMLESS = frozenset({
+    "dropout", "scaling", "softcap", "s_aux", "position_bias", "is_causal", "output_attentions", "sliding_window",
+    "position_ids", "cache_position", "use_cache", "past_key_values", "output_hidden_states", "output_router_logits",
+    "return_dict", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels", "deterministic",
+})  # fmt: skip
 
 
 def attend(

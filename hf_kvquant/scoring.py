@@ -10,6 +10,7 @@ needed.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -84,7 +85,7 @@ def score_by_decoding(
     cuts = [0, *range(context_length, length, chunk), length]
     logits = []
     with attention(model):
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in itertools.pairwise(cuts):
             inputs = _mask_inputs(model, attention_mask, start, end)
             logits.append(model(input_ids[:, start:end], past_key_values=cache, use_cache=True, **inputs).logits)
     return torch.cat(logits, dim=1)

@@ -221,7 +221,13 @@ def _override(index: object, data: object) -> LayerOverride:
 
 
 def _presets():
-    return resources.files(__package__) / "configs"
+    folder = resources.files(__package__) / "configs"
+    if not folder.is_dir():
+        raise ImportError(
+            "this hf_kvquant is its source folder, which has no presets and no compiled library; install it "
+            "(`pip install .`) and start Python in another folder, or install it with `pip install -e .`"
+        )
+    return folder
 
 
 @lru_cache(maxsize=None)

@@ -227,7 +227,7 @@ class TestErrors:
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     arguments = "--positions", 250, "--new-tokens", 20, "--prompt-tokens", 100
-    result = call("demo", "--model", folder, "--out", out, *arguments, columns=100)
+    result = call("demo", "--model", folder, "--out", out, *arguments, columns=80)
     return result.stdout, json.loads((out / "demo.json").read_text()), out
 
 

@@ -254,6 +254,8 @@ def test_left_padding_moves_blocks(name, preset):
     batch = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)], **choice)
     alone, _ = rows_alone(model, ids, mask, forced=forced, **choice)
     assert distance(torch.stack(batch.logits, 1), alone) <= TOLERANCE[preset]
+    for layer in batch.past_key_values.quantized_layers:
+        assert torch.equal(layer.padding, mask == 0)
     # The first row has no padding: it is the same bytes.
     torch.testing.assert_close(torch.stack(batch.logits, 1)[0], alone[0], rtol=0, atol=5e-3)
 

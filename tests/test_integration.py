@@ -301,6 +301,7 @@ def test_a_second_turn_prefills_only_what_is_new(model, preset, new_tokens):
     assert lengths == [new_tokens + 1] + [1] * 7
     assert second.past_key_values is cache
     assert cache.get_seq_length() == 70 + 8 + new_tokens + 7
+    assert cache.layers[0]._keys.capacity == cache.get_seq_length()
     assert cache.routes["prefill_dense"] == 2
     is_short = new_tokens + 1 <= 32
     assert cache.routes["decode_fused"] == 14 + 14 + (2 if is_short else 0)

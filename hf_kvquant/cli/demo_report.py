@@ -133,7 +133,8 @@ def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -
         if cache != DENSE and cache not in same:
             _show_difference(report, cache, tokenizer, console)
     console.print()
-    console.print(_table(report))
+    console.print(_table(report, console.width))
+    console.print()
     for line in _notes(report):
         console.print(f"• {line}", highlight=False)
 
@@ -158,19 +159,21 @@ def _code(text: str, word_wrap: bool = True) -> Syntax:
     return Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=word_wrap)
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report, width: int) -> Table:
     scored = report.scored
     table = Table(
         title="KV caches, and how far each agrees with the dense one",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
-        padding=(0, 1),
+        # Every figure must be readable on 80 columns.
+        padding=(0, 1 if width >= 90 else 0),
         collapse_padding=True,
         pad_edge=False,
+        show_edge=False,
     )
     table.add_column("\ncache", style="bold", no_wrap=True)
-    headers = "\nbits", "cache\nkB", "of\ndense", "prefill\ntokens/s", "decode\ntokens/s", "same\ntokens"
+    headers = "\nbits", "cache\nkB", "of\ndense", "prefill\ntok/s", "decode\ntok/s", "same\ntokens"
     for header in (*headers, f"median\nof {len(scored.sources)}", "agree,\ngreedy", "agree,\nheld-out"):
         table.add_column(header, justify="right", no_wrap=True)
     for cache, run in report.runs.items():
@@ -207,8 +210,8 @@ def _notes(report: Report) -> list[str]:
         "bits: of one cached number at long context, scales included. cache kB, of dense: of this run "
         f"({report.dtype}, {len(report.prompt) + new_tokens - 1:,} tokens), with the tokens that are kept exact; "
         "these weigh less and less as the context grows.",
-        f"tokens/s: one prompt, on {report.device}, {report.backend} backend; {routes} decode steps of quantized "
-        f"caches read them as stored. {speeds}",
+        f"tok/s: tokens per second of one prompt, on {report.device}, {report.backend} backend; {routes} decode steps "
+        f"of quantized caches read them as stored. {speeds}",
         "same tokens: how many greedy tokens equal the dense cache's before the first differs, of the "
         f"{new_tokens} above, in {report.dtype}; median of {len(scored.sources)}: the same over "
         f"{len(scored.sources)} prompts, of {scored.new_tokens} tokens in float32.",

@@ -273,9 +273,11 @@ def test_names_that_cannot_act_raise(model, monkeypatch):
 
 
 def test_continuous_batching_raises(model):
-    ids = families.prompt()[0].tolist()
+    given = GenerationConfig(cache_implementation="kvquant-int4")
     with pytest.raises(ValueError, match="cannot act in continuous batching"):
-        model.generate_batch([ids], generation_config=GenerationConfig(cache_implementation="kvquant-int4"))
+        model.init_continuous_batching(generation_config=given)
+    with pytest.raises(ValueError, match="cannot act in continuous batching"):
+        model.generate_batch([families.prompt()[0].tolist()], generation_config=given)
     model.generation_config.cache_implementation = "kvquant-int8"
     with pytest.raises(ValueError, match="'kvquant-int8' cannot act in continuous batching"):
         model.init_continuous_batching()
@@ -346,14 +348,14 @@ class Seen:
 
 
 @pytest.mark.parametrize("assistant_choice", [None, "kvquant-int4"])
-@pytest.mark.parametrize("target_choice", [None, "kvquant-int8"])
+@pytest.mark.parametrize("target_choice", [None, "dynamic", "kvquant-int8"])
 def test_an_assistant_uses_its_own_choice(model, target_choice, assistant_choice):
     assistant = assistant_of(model)
     assistant.generation_config.cache_implementation = assistant_choice
     seen, target = Seen(assistant), Seen(model)
     given = {"cache_implementation": target_choice, "max_new_tokens": 20}
     out = generate(model, assistant_model=assistant, **given)
-    assert target.types == {QuantizedCache if target_choice else DynamicCache}
+    assert target.types == {QuantizedCache if target_choice == "kvquant-int8" else DynamicCache}
     assert seen.types == {QuantizedCache if assistant_choice else DynamicCache}
     # The assistant proposes, the target decides: the text is the target's own.
     assert torch.equal(out.sequences, generate(model, **given).sequences)

@@ -32,6 +32,7 @@ DENSE = "none"
 _ROWS = 256
 
 
+@torch.no_grad()
 def score(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -68,6 +69,7 @@ def score(
         return model(input_ids, past_key_values=cache, use_cache=True, **model_kwargs).logits
 
 
+@torch.no_grad()
 def score_by_decoding(
     model: PreTrainedModel,
     input_ids: torch.Tensor,

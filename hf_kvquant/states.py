@@ -133,7 +133,7 @@ class QuantizedStates:
         """Exact copies by column, `[batch, num_kv_heads, length, head_dim]`, and which columns are sinks,
         bool `[batch, length]`. Columns that no query may read dense are arbitrary."""
         columns = torch.arange(self.length, device=self.device)
-        batch, _num_kv_heads = self.data.shape[:2]
+        batch = self.data.shape[0]
         if self.recent is None:
             dense = torch.zeros(self.shape, dtype=dtype, device=self.device)
         else:

@@ -127,6 +127,13 @@ def test_float32_agrees_up_to_flipped_codes():
     assert between < 0.02 * lossy
 
 
+def test_scoring_needs_no_gradients():
+    """Called as the README shows it, outside torch.no_grad, on parameters that require gradients."""
+    model = tiny("llama-gqa", torch.float32)
+    assert next(model.parameters()).requires_grad
+    assert not score(model, text(padded=False)[0], CONTEXT, "int8").requires_grad
+
+
 def test_context_length_out_of_range_is_refused():
     model = tiny("llama-gqa", torch.float32)
     for context in (0, LENGTH + 1):

@@ -76,7 +76,21 @@ def _library() -> ctypes.CDLL:
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(struct):
             raise OSError(f"{_path()} does not belong to this version of the package (size of {function} arguments)")
+    library.kvquant_use_openmp(ctypes.c_void_p(_openmp_parallel()))
     return library
+
+
+@lru_cache(maxsize=None)
+def _openmp_parallel() -> int | None:
+    """Address of `GOMP_parallel` of the OpenMP runtime that torch uses, or None if it has no such runtime.
+
+    Sharing torch's threads is what keeps the machine from being oversubscribed: they spin for a while after each of
+    torch's operators. The name is the border of GNU's and LLVM's runtimes; the process finds torch's, as torch does.
+    """
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 @lru_cache(maxsize=None)
@@ -121,7 +135,13 @@ def unavailable() -> str | None:
 
 def info() -> dict:
     """What `hf-kvquant info` says about this backend."""
-    return {"isa": isa(), "available": list(_levels()[1]), "threads": torch.get_num_threads(), "library": _path()}
+    return {
+        "isa": isa(),
+        "available": list(_levels()[1]),
+        "threads": torch.get_num_threads(),
+        "thread pool": "own" if _openmp_parallel() is None else "torch's OpenMP",
+        "library": _path(),
+    }
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

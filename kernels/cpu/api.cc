@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cpu/level.h"
+#include "cpu/thread_pool.h"
 
 #define KVQUANT_API extern "C" __attribute__((visibility("default")))
 
@@ -10,8 +11,9 @@ namespace {
 using kvquant::Level;
 
 // In ascending order; a level that this processor lacks is null.
-constexpr int kNumLevels = 3;
-const char* const kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512"};
+constexpr int kNumLevels = 5;
+const char* const kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512", "avx512_vnni",
+                                             "avx512_bf16"};
 
 const Level* level(int64_t i) {
 #ifdef KVQUANT_X86
@@ -20,8 +22,13 @@ const Level* level(int64_t i) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 =
+      vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   if (i == 1) return avx2 ? &kvquant::kAvx2Level : nullptr;
   if (i == 2) return avx512 ? &kvquant::kAvx512Level : nullptr;
+  if (i == 3) return vnni ? &kvquant::kAvx512VnniLevel : nullptr;
+  if (i == 4) return bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
 #endif
   return i == 0 ? &kvquant::kScalarLevel : nullptr;
 }
@@ -41,6 +48,11 @@ KVQUANT_API int kvquant_level_runs(int64_t i) { return level(i) != nullptr; }
 // Sizes of the structs, so that the two sides of the border can be compared.
 KVQUANT_API int64_t kvquant_attention_size() { return sizeof(KvquantAttention); }
 KVQUANT_API int64_t kvquant_append_size() { return sizeof(KvquantAppend); }
+
+// Runs work on the threads of an OpenMP runtime, given its `GOMP_parallel`; null: on our own.
+KVQUANT_API void kvquant_use_openmp(void* parallel) {
+  kvquant::use_openmp(reinterpret_cast<kvquant::OpenMpParallel>(parallel));
+}
 
 KVQUANT_API int kvquant_decode_attention(const KvquantAttention* a) {
   const Level* chosen = level(a->isa);

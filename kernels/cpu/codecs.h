@@ -20,7 +20,7 @@ struct Body {
   const uint16_t *scale, *zero_point;
   int64_t row_bytes, num_scales, group_length;
   int head_dim;
-  bool rotated;
+  bool rotated, channel_grid;
 };
 
 inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h) {
@@ -35,6 +35,7 @@ inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h
   body.num_scales = num_scales(side);
   body.group_length = side.group_length;
   body.rotated = side.rotate != 0;
+  body.channel_grid = side.grid == kChannelGrid;
   return body;
 }
 

@@ -27,7 +27,7 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kSplit = 512;   // columns of a work item
+constexpr int kSplit = 1024;  // columns of a work item
 constexpr int kMaxRows = 64;  // query rows of a chunk
 constexpr int kInlineBytes =
     1 << 18;  // a cache smaller than this is read faster than a thread wakes
@@ -38,32 +38,48 @@ inline Vec tanh_of(Vec x) {
   return Vec::where(Vec::less(x, Vec(0.0f)), Vec(0.0f) - y, y);
 }
 
-// Scores of one row and tile become weights; hidden columns weigh 0. Returns the factor of what is
-// accumulated.
-inline float softmax_tile(SoftmaxState& state, float* x, uint64_t visible, const float* bias,
-                          float scaling, float softcap) {
-  constexpr int W = Vec::kWidth;
-  const Vec hidden(-__builtin_inff());
-  Vec largest = hidden;
-  for (int i = 0; i < kTile; i += W) {
-    Vec s = Vec::load(x + i) * Vec(scaling);
-    if (softcap != 0.0f) s = Vec(softcap) * tanh_of(s * Vec(1.0f / softcap));
-    if (bias) s = s + Vec::load(bias + i);
-    s = Vec::where(uint32_t(visible >> i), s, hidden);
-    s.store(x + i);
-    largest = Vec::max(s, largest);
+// A softmax state while its scores arrive: the sum in as many parts as a vector has lanes, so that
+// it is added up only once.
+struct RunningSoftmax {
+  SoftmaxState state;
+  alignas(64) float sums[Vec::kWidth] = {};
+
+  SoftmaxState finished() const {
+    SoftmaxState whole = state;
+    whole.sum = Vec::sum(Vec::load(sums));
+    return whole;
   }
-  const float factor = state.update(Vec::largest(largest));
-  const Vec base(state.base());
-  Vec sum(0.0f);
-  for (int i = 0; i < kTile; i += W) {
-    Vec p = Vec::exp(Vec::load(x + i) - base);
-    p.store(x + i);
-    sum = sum + p;
+
+  // Scores of a tile become weights; hidden columns weigh 0. Returns the factor of what is
+  // accumulated.
+  float update(float* x, uint64_t visible, const float* bias, float scaling, float softcap) {
+    constexpr int W = Vec::kWidth;
+    const Vec hidden(-__builtin_inff());
+    Vec largest = hidden;
+    for (int i = 0; i < kTile; i += W) {
+      Vec s = Vec::load(x + i) * Vec(scaling);
+      if (softcap != 0.0f) s = Vec(softcap) * tanh_of(s * Vec(1.0f / softcap));
+      if (bias) s = s + Vec::load(bias + i);
+      s = Vec::where(uint32_t(visible >> i), s, hidden);
+      s.store(x + i);
+      largest = Vec::max(s, largest);
+    }
+    Vec sum = Vec::load(sums);
+    float factor = 1.0f;
+    if (Vec::less(Vec(state.max), largest) != 0) {
+      factor = state.update(Vec::largest(largest));
+      sum = sum * Vec(factor);
+    }
+    const Vec base(state.base());
+    for (int i = 0; i < kTile; i += W) {
+      const Vec p = Vec::exp(Vec::load(x + i) - base);
+      p.store(x + i);
+      sum = sum + p;
+    }
+    sum.store(sums);
+    return factor;
   }
-  state.sum += Vec::sum(sum);
-  return factor;
-}
+};
 
 inline void scale_row(float* x, size_t n, float factor) {
   for (size_t c = 0; c < n; c += Vec::kWidth) (Vec::load(x + c) * Vec(factor)).store(x + c);
@@ -129,18 +145,27 @@ struct DecodeAttention {
     }
   }
 
+  // Asks for the first tile of a split; later ones are fetched by those before them.
+  static void prefetch(const Body& body, int64_t first) {
+    const uint8_t* p = body.data + first * body.row_bytes;
+    for (int64_t i = 0; i < kTile * body.row_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+
   // Query row r of a kv head is query r % q_len of its head r / q_len.
   void attend_chunk(int64_t kv_head, int64_t begin, int row0, int m, SoftmaxState* state,
                     float* sum) {
     const int64_t b = kv_head / a.num_kv_heads, h = kv_head % a.num_kv_heads;
     const int64_t end = begin + kSplit < a.kv_len ? begin + kSplit : a.kv_len;
     const Body k_body = body_of(a.keys, a.dtype, b, h), v_body = body_of(a.values, a.dtype, b, h);
+    prefetch(k_body, begin);
+    prefetch(v_body, begin);
     const DenseCopies k_copies(a.keys, a, b, h), v_copies(a.values, a, b, h);
     const int block = row_block(m), padded = (m + block - 1) / block * block;
     const size_t acc_dim = values.acc_floats(v_body);
 
     auto* memory = static_cast<float*>(
         scratch(kTaskScratch, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile) +
+                                  padded * sizeof(RunningSoftmax) +
                                   keys.prepared_bytes(k_body, padded) + 64));
     if (memory == nullptr) {
       no_memory = true;
@@ -153,7 +178,8 @@ struct DecodeAttention {
     float* p = acc_dense + padded * v_dim;      // [padded, kTile], scores, then weights
     float* p_dense = p + padded * kTile;
     float* bias = p_dense + padded * kTile;
-    void* prepared = bias + padded * kTile;
+    auto* softmax = reinterpret_cast<RunningSoftmax*>(bias + padded * kTile);
+    void* prepared = softmax + padded;
     std::memset(memory, 0, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile));
 
     for (int r = 0; r < m; ++r) {
@@ -163,7 +189,7 @@ struct DecodeAttention {
                   k_dim, q + r * k_dim);
       std::memcpy(q_body + r * k_dim, q + r * k_dim, sizeof(float) * k_dim);
       if (k_body.rotated) rotate(q_body + r * k_dim, k_dim);
-      state[r] = SoftmaxState();
+      softmax[r] = RunningSoftmax();
     }
     keys.prepare(k_body, q_body, padded, prepared);
 
@@ -211,9 +237,9 @@ struct DecodeAttention {
 
       const bool additive = a.mask_kind >= kAddFloat32;
       for (int r = 0; r < m; ++r) {
-        float factor =
-            softmax_tile(state[r], p + r * kTile, visible[r], additive ? bias + r * kTile : nullptr,
-                         float(a.scaling), float(a.softcap));
+        const float factor =
+            softmax[r].update(p + r * kTile, visible[r], additive ? bias + r * kTile : nullptr,
+                              float(a.scaling), float(a.softcap));
         if (factor == 1.0f) continue;
         if (body_used) scale_row(acc + r * acc_dim, acc_dim, factor);
         if (dense_used) scale_row(acc_dense + r * v_dim, v_dim, factor);
@@ -231,6 +257,7 @@ struct DecodeAttention {
 
     if (body_used) values.finish(v_body, m, acc);
     for (int r = 0; r < m; ++r) {
+      state[r] = softmax[r].finished();
       float* body = acc + r * acc_dim;
       if (body_used && v_body.rotated) rotate(body, v_dim);
       for (int c = 0; c < v_dim; c += Vec::kWidth) {

@@ -11,6 +11,6 @@ struct Level {
   bool (*quantize_append)(const KvquantAppend&);
 };
 
-extern const Level kScalarLevel, kAvx2Level, kAvx512Level;
+extern const Level kScalarLevel, kAvx2Level, kAvx512Level, kAvx512VnniLevel, kAvx512Bf16Level;
 
 }  // namespace kvquant

@@ -1,5 +1,8 @@
-// Workers sleep on a condition variable, but first spin for a moment: the layers of a decode step
-// call in quick succession, and a wake-up costs as much as a short layer.
+// Work runs on the host's OpenMP threads where it has some: they spin between two operators of the
+// host, so a second set of threads would find every core taken. Without them, and in a forked
+// process, where they are lost, there is a pool of our own. Its workers sleep on a condition
+// variable, but first spin for a moment: the layers of a decode step call in quick succession, and
+// a wake-up costs as much as a short layer.
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
@@ -116,12 +119,20 @@ class Pool {
 
 std::atomic<Pool*> the_pool{nullptr};
 
-// Threads do not survive a fork: the child leaves the old pool behind and makes its own.
-void forget_pool() { the_pool.store(nullptr); }
+std::atomic<OpenMpParallel> openmp_parallel{nullptr};
+
+// Threads do not survive a fork: the child leaves the old ones behind and makes a pool of its own.
+void forget_threads() {
+  the_pool.store(nullptr);
+  openmp_parallel.store(nullptr);
+}
+void watch_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_threads); });
+}
 
 Pool* pool() {
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_pool); });
+  watch_forks();
   Pool* current = the_pool.load();
   if (current != nullptr) return current;
   auto* made = new (std::nothrow) Pool;
@@ -140,17 +151,23 @@ thread_local Scratch scratch_of_thread[2];
 
 }  // namespace
 
+void use_openmp(OpenMpParallel parallel) {
+  watch_forks();
+  openmp_parallel.store(parallel);
+}
+
 void parallel_for(int64_t count, int64_t threads, void (*task)(void*, int64_t), void* context) {
-  if (threads > count) threads = count;
-  Pool* shared = threads > 1 ? pool() : nullptr;
-  if (shared == nullptr || !shared->in_use.try_lock()) {
-    for (int64_t i = 0; i < count; ++i) task(context, i);
-    return;
-  }
   Job job;
   job.task = task;
   job.context = context;
   job.count = count;
+  if (threads > count) threads = count;
+  if (threads <= 1) return job.run();
+  if (OpenMpParallel parallel = openmp_parallel.load()) {
+    return parallel([](void* all) { static_cast<Job*>(all)->run(); }, &job, unsigned(threads), 0);
+  }
+  Pool* shared = pool();
+  if (shared == nullptr || !shared->in_use.try_lock()) return job.run();
   shared->run(threads, job);
   shared->in_use.unlock();
 }

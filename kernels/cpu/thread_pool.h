@@ -1,4 +1,4 @@
-// A small pool of threads, and memory that each thread keeps.
+// Threads, the host's or a small pool of our own, and memory that each thread keeps.
 #pragma once
 
 #include <cstddef>
@@ -6,9 +6,15 @@
 
 namespace kvquant {
 
+// `GOMP_parallel` of an OpenMP runtime: calls work(data) on `threads` threads, the caller's among
+// them, and returns when all have. Null: a pool of our own.
+using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+void use_openmp(OpenMpParallel parallel);
+
 // Calls task(context, i) once for every i < count, on at most `threads` threads (the caller is
 // one), and returns when all are done. Which thread takes which i is not defined: a task's result
-// must depend on i alone. If another call holds the pool, this one runs on the caller's thread.
+// must depend on i alone. If another call holds our own
+// pool, this one runs on the caller's thread.
 void parallel_for(int64_t count, int64_t threads, void (*task)(void* context, int64_t i),
                   void* context);
 

@@ -89,7 +89,11 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static Vec exp(Vec a) { return exp_of_negative(a); }
+  // Of x <= 0; `scalef` underflows to 0 by itself.
+  static Vec exp(Vec x) {
+    const ExpParts<Vec> e(max(Vec(-110.0f), x));
+    return _mm512_scalef_ps(e.y.v, e.n.v);
+  }
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
   static uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }

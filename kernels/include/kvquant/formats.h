@@ -108,6 +108,11 @@ KVQUANT_FN NibblePlace nibble_place(int c, int head_dim) {
   int chunk = c / 32 * 32, half = head_dim - chunk < 32 ? 8 : 16, j = c - chunk;
   return j < half ? NibblePlace{chunk / 2 + j, 0} : NibblePlace{chunk / 2 + j - half, 4};
 }
+// The channel whose nibble is in byte `byte` of a row.
+KVQUANT_FN int nibble_channel(int byte, bool high, int head_dim) {
+  int chunk = byte / 16 * 32, half = head_dim - chunk < 32 ? 8 : 16;
+  return chunk + byte % 16 + (high ? half : 0);
+}
 
 // A number format. kReach: the largest magnitude of a code on the symmetric grid; kLevels: steps
 // from the smallest to the largest code on the channel grid, 0 where that grid is symmetric too;

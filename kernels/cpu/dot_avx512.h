@@ -1,0 +1,212 @@
+// Dot products of four bytes (or two BF16 numbers) at a time, for AVX-512 VNNI and BF16.
+//
+// `Quads` is a vector of sixteen groups of four bytes. A dot product multiplies each with the same
+// four weights:
+//
+//   IntDot<n>   codes 0..255, four a quad; weights are whole numbers of n bytes
+//   Bf16Dot<n>  BF16 numbers, two a quad; weights are sums of n BF16 numbers
+//
+// BF16 queries need n = 2 and 1, FP16 ones 2 and 2, float ones 3 and 2: then weights are as exact as
+// the queries. The products are written as assembly, because GCC 12 moves the sums of the intrinsics
+// through other registers and the stack.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/vec.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+struct Quads {
+  static constexpr int kCount = 16, kLanes = 4;  // a lane is 16 bytes
+  __m512i v;
+
+  Quads() = default;
+  Quads(__m512i x) : v(x) {}
+  explicit Quads(uint8_t byte) : v(_mm512_set1_epi8(char(byte))) {}
+
+  static Quads load(const void* p) { return _mm512_loadu_si512(p); }
+  static Quads load_first(const uint8_t* p, int bytes) {
+    return _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - bytes), p);
+  }
+  void store(void* p) const { _mm512_store_si512(p, v); }
+  friend Quads operator^(Quads a, Quads b) { return _mm512_xor_si512(a.v, b.v); }
+  friend Quads operator&(Quads a, Quads b) { return _mm512_and_si512(a.v, b.v); }
+  Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)) & Quads(15); }
+
+  // Lane l is the 16 bytes (8 if `half`, then zeros) at p + l * stride.
+  static Quads lanes(const uint8_t* p, int64_t stride, bool half) {
+    const auto at = [&](int l) {
+      const auto* from = (const __m128i*)(p + l * stride);
+      return half ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
+    };
+    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  }
+  // Within each lane: quad i of x[j] becomes quad j of x[i].
+  static void transpose_quads(Quads* x) {
+    __m512i a = _mm512_unpacklo_epi32(x[0].v, x[1].v), b = _mm512_unpackhi_epi32(x[0].v, x[1].v);
+    __m512i c = _mm512_unpacklo_epi32(x[2].v, x[3].v), d = _mm512_unpackhi_epi32(x[2].v, x[3].v);
+    x[0] = _mm512_unpacklo_epi64(a, c);
+    x[1] = _mm512_unpackhi_epi64(a, c);
+    x[2] = _mm512_unpacklo_epi64(b, d);
+    x[3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // Within each lane: byte 8 part + 4i + j of x[k] becomes byte 4j + k of out[i].
+  static void interleave_bytes(const Quads* x, int part, Quads* out) {
+    const auto unpack = [&](Quads a, Quads b) {
+      return part ? _mm512_unpackhi_epi8(a.v, b.v) : _mm512_unpacklo_epi8(a.v, b.v);
+    };
+    const __m512i a = unpack(x[0], x[1]), b = unpack(x[2], x[3]);
+    out[0] = _mm512_unpacklo_epi16(a, b);
+    out[1] = _mm512_unpackhi_epi16(a, b);
+  }
+};
+
+// Weights are whole numbers of n signed bytes, lowest first; their common factor is float.
+template <int n>
+struct IntDot {
+  static constexpr int kPasses = n;       // vectors of weights
+  static constexpr int kQuadsOfFour = 1;  // quads that hold four numbers
+  static constexpr float kLargest = 127 << 8 * (n - 1);  // rounded up still n bytes
+
+  // The factor of `count` numbers (a multiple of 16): NaN if one is not finite.
+  static float factor(const float* x, int count) {
+    // Without signs the bits of floats are in the order of the numbers, then infinity, then NaN.
+    __m512i largest = _mm512_setzero_si512();
+    for (int c = 0; c < count; c += 16) {
+      const __m512i bits = _mm512_loadu_si512(x + c);
+      largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    const uint32_t bits = _mm512_reduce_max_epu32(largest);
+    if (bits >= 0x7f800000u) return __builtin_nanf("");
+    const float most = float_of(bits);
+    return most < 1e-30f ? 0.0f : most * (1.0f / kLargest);
+  }
+  static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
+
+  // The quads of 64 numbers of magnitude up to kLargest (and a rounding error), byte k from
+  // quads + k * stride on; returns the sum of the weights.
+  static int32_t split(const Vec* x, int32_t* quads, int stride) {
+    __m512i w[4], sum = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) {
+      w[i] = _mm512_cvtps_epi32(x[i].v);
+      sum = _mm512_add_epi32(sum, w[i]);
+    }
+    // Packing leaves quad l of vector d in place d of lane l.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int k = 0; k < n; ++k, quads += stride) {
+      __m512i low[4];
+      for (int i = 0; i < 4; ++i) {
+        low[i] = _mm512_srai_epi32(_mm512_slli_epi32(w[i], 24), 24);
+        w[i] = _mm512_srai_epi32(_mm512_sub_epi32(w[i], low[i]), 8);
+      }
+      const __m512i ab = _mm512_packs_epi32(low[0], low[1]),
+                    cd = _mm512_packs_epi32(low[2], low[3]);
+      _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+    }
+    return _mm512_reduce_add_epi32(sum);
+  }
+
+  __m512i sum[n];
+  void clear() {
+#pragma GCC unroll 3
+    for (int k = 0; k < n; ++k) sum[k] = _mm512_setzero_si512();
+  }
+  void add(Quads codes, const int32_t* quad, int stride) {
+#pragma GCC unroll 3
+    for (int k = 0; k < n; ++k) {
+      asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[k]) : "v"(codes.v), "m"(quad[k * stride]));
+    }
+  }
+  // times * dot product - offset * sum of the weights; times is 1 or 2. With two bytes a whole
+  // number, which wraps around on the way.
+  Vec result(int times, int32_t offset, int32_t weights) const {
+    __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
+    if (times == 2) low = _mm512_add_epi32(low, low);
+    if (n == 2)
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(offset * weights)));
+    const Vec high = Vec(_mm512_cvtepi32_ps(sum[n - 1])) * Vec(65536.0f * float(times));
+    return (high - Vec(float(offset) * float(weights))) + Vec(_mm512_cvtepi32_ps(low));
+  }
+};
+
+#ifdef __AVX512BF16__
+// Numbers 0 and 2 of four are in the first of their quads, 1 and 3 in the second.
+template <int n>
+struct Bf16Dot {
+  static constexpr int kPasses = n, kQuadsOfFour = 2;
+
+  static float factor(const float*, int) { return 1.0f; }
+  static float inverse(float) { return 1.0f; }
+  static int32_t split(const Vec* x, int32_t* quads, int stride) {
+    for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
+      const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v);
+      store(numbers, quads);
+      if (n == 1) continue;
+      const auto float_of = [](__m256i half) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      };
+      const __m512 r0 = _mm512_sub_ps(x[0].v, float_of(_mm512_castsi512_si256(numbers)));
+      const __m512 r1 = _mm512_sub_ps(x[1].v, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
+      store((__m512i)_mm512_cvtne2ps_pbh(r1, r0), quads + stride);
+    }
+    return 0;
+  }
+
+  __m512 sum;
+  void clear() { sum = _mm512_setzero_ps(); }
+  void add(Quads numbers, const int32_t* quad, int stride) {
+#pragma GCC unroll 2
+    for (int k = 0; k < n; ++k) {
+      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(numbers.v), "m"(quad[k * stride]));
+    }
+  }
+  Vec result(int, int32_t, int32_t) const { return sum; }
+
+ private:
+  static void store(__m512i numbers, int32_t* quads) {
+    numbers = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(numbers, 0xd8), 0xd8);
+    _mm512_storeu_si512(quads, numbers);
+  }
+};
+
+// E4M3 codes as BF16, exactly. Both bytes of a number come from a table of the 128 magnitudes.
+struct E4M3ToBf16 {
+  __m512i high[2], low[2];
+
+  E4M3ToBf16() {
+    static const Table table;
+    for (int i = 0; i < 2; ++i) {
+      high[i] = _mm512_load_si512(table.high + 64 * i);
+      low[i] = _mm512_load_si512(table.low + 64 * i);
+    }
+  }
+  // Numbers 0 and 2 of each quad to out[0], 1 and 3 to out[1].
+  void expand(Quads codes, Quads* out) const {
+    const __m512i sign = _mm512_and_si512(codes.v, _mm512_set1_epi8(char(0x80)));
+    const __m512i h = _mm512_or_si512(_mm512_permutex2var_epi8(high[0], codes.v, high[1]), sign);
+    const __m512i l = _mm512_permutex2var_epi8(low[0], codes.v, low[1]);
+    const __m512i even = _mm512_set1_epi16(0x00ff);
+    out[0] = _mm512_or_si512(_mm512_and_si512(even, l), _mm512_slli_epi16(h, 8));
+    out[1] = _mm512_or_si512(_mm512_srli_epi16(l, 8), _mm512_andnot_si512(even, h));
+  }
+
+ private:
+  struct Table {
+    alignas(64) uint8_t high[128], low[128];
+    Table() {
+      for (int i = 0; i < 128; ++i) {
+        const uint32_t bits = bits_of(e4m3_to_float(uint8_t(i))) >> 16;
+        high[i] = uint8_t(bits >> 8);
+        low[i] = uint8_t(bits);
+      }
+    }
+  };
+};
+#endif
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

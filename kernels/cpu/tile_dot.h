@@ -1,0 +1,448 @@
+// Scores of, and weighted sums over, a tile of columns in dot products of stored codes.
+//
+// Four inputs of sixteen outputs are one vector; it is made in registers from the stored rows and
+// multiplied with four weights of each query row, while the loads, shuffles and shifts of the next
+// one go on beside the multiplications:
+//
+//   score        outputs: 16 columns    inputs: channels   weights: the query, scales folded in
+//                  16 bytes of each of 16 columns -> transpose quads -> 4 vectors of 4 channels
+//   accumulate   outputs: channels      inputs: columns    weights: probabilities x scales of
+//   values
+//                  64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
+//
+// Symmetric codes are multiplied with an offset (xor 128, or the nibble as it is): it comes off as
+// offset x the sum of the weights.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/dot_avx512.h"
+#include "cpu/methods.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
+constexpr int kMaxGroups = kMaxDotDim / 16;
+constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
+
+// How stored bytes become operands of a dot product: `expand` makes kOut vectors of one. The
+// numbers are then (kTimes * dot - kOffset * sum of weights) / kTimes.
+template <class Format, bool kCentered, int kBytes>
+struct Operand {
+  using Dot = IntDot<kBytes>;
+  static constexpr bool kNibbles = false;
+  static constexpr int kOut = 1, kTimes = 1, kOffset = kCentered ? 128 : 0;
+  void expand(Quads x, Quads* out) const { out[0] = kCentered ? x ^ Quads(128) : x; }
+};
+template <bool kCentered, int kBytes>
+struct Operand<Nibble, kCentered, kBytes> {
+  using Dot = IntDot<kBytes>;
+  static constexpr bool kNibbles = true;
+  static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1, kOffset = kCentered ? 15 : 0;
+  void expand(Quads x, Quads* out) const {
+    out[0] = x & Quads(15);
+    out[1] = x.high_nibbles();
+  }
+};
+#ifdef __AVX512BF16__
+template <int kPasses>
+struct E4M3Operand {
+  using Dot = Bf16Dot<kPasses>;
+  static constexpr bool kNibbles = false;
+  static constexpr int kOut = 2, kTimes = 1, kOffset = 0;
+  const E4M3ToBf16 table;
+  void expand(Quads x, Quads* out) const { table.expand(x, out); }
+};
+#endif
+
+// Weights that share a factor: number = factor * weight.
+struct Share {
+  float factor;
+  int32_t sum;  // of the weights
+};
+
+// Splits n numbers (a multiple of 16) into `Dot::kPasses` rows of quads, which have room for a
+// multiple of 64 numbers.
+template <class Dot>
+inline Share make_weights(const float* x, int n, int32_t* quads, int stride) {
+  Share share{Dot::factor(x, n), 0};
+  const Vec inverse(Dot::inverse(share.factor));
+  for (int c = 0; c < n; c += 64) {
+    Vec v[4];
+    for (int i = 0; i < 4; ++i) {
+      v[i] = c + 16 * i < n ? Vec::load(x + c + 16 * i) * inverse : Vec(0.0f);
+    }
+    share.sum += Dot::split(v, quads + c / 4 * Dot::kQuadsOfFour, stride);
+  }
+  return share;
+}
+
+// The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.
+inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t* rest) {
+  const uint8_t* rows = body.data + first * body.row_bytes;
+  if (n == kTile) return rows;
+  std::memcpy(rest, rows, n * body.row_bytes);
+  std::memset(rest + n * body.row_bytes, 0, (kTile - n) * body.row_bytes);
+  return rest;
+}
+
+// Calls f(first row, std::integral_constant<number of rows>) for blocks of at most kMost rows.
+template <int kMost, class F>
+inline void for_row_blocks(int rows, F f) {
+  int r = 0;
+  for (; kMost == 4 && r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>());
+  for (; kMost >= 2 && r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>());
+  for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
+}
+
+// The next tile is fetched while this one is computed, spread evenly: more at once would queue.
+inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
+  __builtin_prefetch(p + kTile * row_bytes, 0, 2);
+}
+
+template <class Operand>
+struct DotKeys {
+  using Dot = typename Operand::Dot;
+  static constexpr int kQuads = (kMaxDotDim + 64) / 4 * Dot::kQuadsOfFour;
+
+  // A query row, split; on the channel grid of the present block, with its scales folded in.
+  struct Row {
+    int32_t quads[Dot::kPasses][kQuads];
+    Share share[kMaxGroups];
+    float zero;  // the zero points' part of every score
+  };
+
+  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+
+  static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
+    if (keys.channel_grid) return;
+    Row* row = static_cast<Row*>(prepared);
+    const int length = int(keys.group_length);
+    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
+      for (int g = 0; g < keys.num_scales; ++g) {
+        const int quad = g * length / 4 * Dot::kQuadsOfFour;
+        row->share[g] = make_weights<Dot>(q + g * length, length, row->quads[0] + quad, kQuads);
+      }
+    }
+  }
+
+  static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
+                    void* prepared, int rows, float* scores) {
+    Row* row = static_cast<Row*>(prepared);
+    if (keys.channel_grid) fold_scales(keys, first / keys.group_length, q, rows, row);
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(keys, first, n, rest);
+
+    const int groups = keys.channel_grid ? 1 : int(keys.num_scales);
+    const int group_bytes = int(keys.row_bytes / groups);
+    const int group_quads = keys.head_dim / groups / 4 * Dot::kQuadsOfFour;
+    alignas(64) float scale[kMaxGroups][kTile];
+    if (!keys.channel_grid) load_scales(keys, first, n, scale);
+    for (int i = 0; i < kTile; i += Quads::kCount) {
+      for (int g = 0; g < groups; ++g) {
+        for_row_blocks<4>(rows, [&](int r0, auto block) {
+          Dot sum[block];
+          score_columns<block>(data + i * keys.row_bytes + g * group_bytes, keys.row_bytes,
+                               group_bytes, row + r0, g * group_quads, sum);
+          for (int r = r0; r < r0 + block; ++r) {
+            const Share share = row[r].share[g];
+            float* out = scores + r * kTile + i;
+            Vec s = sum[r - r0].result(Operand::kTimes, Operand::kOffset, share.sum) *
+                    Vec(share.factor / Operand::kTimes);
+            if (keys.channel_grid) {
+              s = s + Vec(row[r].zero);
+            } else {
+              s = s * Vec::load(scale[g] + i);
+            }
+            (g == 0 ? s : s + Vec::load(out)).store(out);
+          }
+        });
+      }
+    }
+  }
+
+ private:
+  static void fold_scales(const Body& keys, int64_t block, const float* q, int rows, Row* row) {
+    alignas(64) float scale[kMaxDotDim], zero[kMaxDotDim], scaled[kMaxDotDim];
+    halves_to_floats(keys.scale + block * keys.head_dim, keys.head_dim, scale);
+    if (keys.zero_point)
+      halves_to_floats(keys.zero_point + block * keys.head_dim, keys.head_dim, zero);
+    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
+      Vec sum(0.0f);
+      for (int c = 0; c < keys.head_dim; c += Vec::kWidth) {
+        const Vec v = Vec::load(q + c);
+        (v * Vec::load(scale + c)).store(scaled + c);
+        if (keys.zero_point) sum = Vec::fma(v, Vec::load(zero + c), sum);
+      }
+      row->zero = Vec::sum(sum);
+      row->share[0] = make_weights<Dot>(scaled, keys.head_dim, row->quads[0], kQuads);
+    }
+  }
+
+  // scale[g][i] of column first + i.
+  static void load_scales(const Body& keys, int64_t first, int n, float (*scale)[kTile]) {
+    const int groups = int(keys.num_scales);
+    const uint16_t* from = keys.scale + first * groups;
+    if (groups == 1) return halves_to_floats(from, n, scale[0]);
+    for (int i = 0; i < n; ++i) {
+      for (int g = 0; g < groups; ++g) scale[g][i] = to_float(Half{from[i * groups + g]});
+    }
+  }
+
+  // The sums of 16 columns over the `bytes` bytes of each from `columns` on, with the weights of
+  // kRows query rows from `quad` on.
+  template <int kRows>
+  static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
+                            int quad, Dot* sum) {
+    Dot acc[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) acc[r].clear();
+    for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * kQuadsOfByteQuad) {
+      for (int i = 0; i < 16; i += 4) prefetch_tile(columns + (c + i) * 16, row_bytes);
+      score_piece<kRows, 4>(columns + c, row_bytes, row, quad, acc);
+    }
+    if (Operand::kNibbles && bytes % 16)
+      score_piece<kRows, 2>(columns + bytes - 8, row_bytes, row, quad, acc);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r] = acc[r];
+  }
+  static constexpr int kQuadsOfByteQuad = Operand::kOut;
+
+  template <int kRows, int kByteQuads>
+  static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row,
+                                 int quad, Dot* acc) {
+    const Operand operand{};
+    Quads in[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      in[i] = Quads::lanes(columns + i * row_bytes, 4 * row_bytes, kByteQuads == 2);
+    }
+    Quads::transpose_quads(in);
+#pragma GCC unroll 4
+    for (int d = 0; d < kByteQuads; ++d) {
+      Quads out[Operand::kOut];
+      operand.expand(in[d], out);
+#pragma GCC unroll 2
+      for (int o = 0; o < Operand::kOut; ++o) {
+        // Nibbles: the high ones are the next channels; BF16: the other two of four numbers.
+        const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) acc[r].add(out[o], row[r].quads[0] + at, kQuads);
+      }
+    }
+  }
+};
+
+template <class Operand>
+struct DotValues {
+  using Dot = typename Operand::Dot;
+  static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are taken at once
+  // Vectors of sums of a chunk: bytes 0..3, 4..7, 8..11, 12..15 of every lane. Nibbles have as
+  // many again, of their high halves.
+  static constexpr int kHalves = Operand::kNibbles ? 2 : 1, kSums = 4 * kHalves * Vec::kWidth;
+  static constexpr int kSteps = kTile / 4 * Dot::kQuadsOfFour;
+  // Rows whose sums fit the registers.
+  static constexpr int kMaxRows = kHalves * Dot::kPasses <= 2   ? 4
+                                  : kHalves * Dot::kPasses <= 4 ? 2
+                                                                : 1;
+
+  // Weights of one row: probabilities with the scales of a group folded in.
+  struct Row {
+    int32_t quads[Dot::kPasses][kSteps];
+    Share share;
+  };
+
+  // Calls f(group, first byte, number of bytes, first of the 64 sums) for each chunk of a row.
+  template <class F>
+  static void for_chunks(const Body& values, F f) {
+    const int group_bytes = int(values.row_bytes / values.num_scales);
+    int sum = 0;
+    for (int g = 0; g < values.num_scales; ++g) {
+      for (int c = 0; c < group_bytes; c += kChunk, sum += kSums) {
+        f(g, g * group_bytes + c, group_bytes - c < kChunk ? group_bytes - c : kChunk, sum);
+      }
+    }
+  }
+
+  static size_t acc_floats(const Body& values) {
+    size_t n = 0;
+    for_chunks(values, [&](int, int, int, int sum) { n = sum + kSums; });
+    return n;
+  }
+
+  static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
+                         const float* p, int rows, float* acc) {
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(values, first, n, rest);
+    Row row[kMaxDotRows];
+    const size_t acc_dim = acc_floats(values);
+    int weighted = -1;
+    for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
+      if (g != weighted) make_rows(values, g, first, n, columns, p, rows, row);
+      weighted = g;
+      for (int part = 0; part < 2; ++part) {
+        for_row_blocks<kMaxRows>(rows, [&](int r0, auto block) {
+          Dot sum[block][2 * kHalves];
+          if (part == 0)
+            accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r0, sum);
+          if (part == 1)
+            accumulate_chunk<block, 1>(data + byte, values.row_bytes, bytes, row + r0, sum);
+          for (int r = r0; r < r0 + block; ++r) {
+            const Vec factor(row[r].share.factor / Operand::kTimes);
+            float* out = acc + r * acc_dim + first_sum + part * 2 * kHalves * Vec::kWidth;
+            for (int j = 0; j < 2 * kHalves; ++j, out += Vec::kWidth) {
+              const Vec s =
+                  sum[r - r0][j].result(Operand::kTimes, Operand::kOffset, row[r].share.sum);
+              Vec::fma(s, factor, Vec::load(out)).store(out);
+            }
+          }
+        });
+      }
+    });
+  }
+
+  // Sums of a chunk: vector 2 * kHalves * part + kHalves * i + half has, in lane l, those of the
+  // bytes 16 l + 8 part + 4 i .. + 4.
+  static void finish(const Body& values, int rows, float* acc) {
+    const size_t acc_dim = acc_floats(values);
+    alignas(64) float sums[kMaxDotDim];
+    for (int r = 0; r < rows; ++r, acc += acc_dim) {
+      for_chunks(values, [&](int, int byte, int bytes, int first_sum) {
+        for (int half = 0; half < kHalves; ++half) {
+          for (int b = 0; b < bytes; b += 4) {
+            const int from = ((b % 16 / 4 * kHalves + half) * Quads::kLanes + b / 16) * 4;
+            const int channel =
+                Operand::kNibbles ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
+            std::memcpy(sums + channel, acc + first_sum + from, 4 * sizeof(float));
+          }
+        }
+      });
+      std::memcpy(acc, sums, values.head_dim * sizeof(float));
+    }
+  }
+
+ private:
+  static void make_rows(const Body& values, int g, int64_t first, int n, const uint64_t* columns,
+                        const float* p, int rows, Row* row) {
+    alignas(64) float scale[kTile] = {}, weighted[kTile];
+    const int64_t groups = values.num_scales;
+    const uint16_t* from = values.scale + first * groups + g;
+    if (groups == 1) {
+      halves_to_floats(from, n, scale);
+    } else {
+      for (int i = 0; i < n; ++i) scale[i] = to_float(Half{from[i * groups]});
+    }
+    for (int r = 0; r < rows; ++r, ++row) {
+      for (int i = 0; i < kTile; i += Vec::kWidth) {
+        const Vec w = Vec::load(p + r * kTile + i) * Vec::load(scale + i);
+        Vec::where(uint32_t(columns[r] >> i), w, Vec(0.0f)).store(weighted + i);
+      }
+      row->share = make_weights<Dot>(weighted, kTile, row->quads[0], kSteps);
+    }
+  }
+
+  // The sums over 64 columns of the `bytes` bytes of each from `columns` on: of the lower (kPart 0)
+  // or upper eight bytes of every lane.
+  template <int kRows, int kPart>
+  static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
+                               Dot (*sum)[2 * kHalves]) {
+    const Operand operand{};
+    Dot acc[kRows][2 * kHalves];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * kHalves; ++j) acc[r][j].clear();
+    }
+    for (int q = 0; q < kTile / 4; ++q, columns += 4 * row_bytes) {
+      Quads in[4], pair[2];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* p = columns + i * row_bytes;
+        if (i % 2 == kPart) prefetch_tile(p, row_bytes);
+        in[i] = bytes == kChunk ? Quads::load(p) : Quads::load_first(p, bytes);
+      }
+      Quads::interleave_bytes(in, kPart, pair);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        Quads out[Operand::kOut];
+        operand.expand(pair[i], out);
+#pragma GCC unroll 2
+        for (int o = 0; o < Operand::kOut; ++o) {
+          const int at = Operand::kNibbles ? q : q * Operand::kOut + o;
+          const int j = Operand::kNibbles ? i * 2 + o : i;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) acc[r][j].add(out[o], row[r].quads[0] + at, kSteps);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * kHalves; ++j) sum[r][j] = acc[r][j];
+    }
+  }
+};
+
+template <class Operand>
+KeyMethod dot_keys() {
+  return {DotKeys<Operand>::prepared_bytes, DotKeys<Operand>::prepare, DotKeys<Operand>::score};
+}
+template <class Operand>
+ValueMethod dot_values() {
+  return {DotValues<Operand>::accumulate, DotValues<Operand>::acc_floats,
+          DotValues<Operand>::finish};
+}
+
+// A group of nibbles must be whole pieces of 32 channels, a tile must lie in one block of keys.
+inline bool dot_takes(const KvquantSide& side) {
+  if (side.head_dim > kMaxDotDim) return false;
+  if (side.grid == kChannelGrid) return side.group_length >= kTile;
+  return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
+}
+
+// kBytes and kNumbers: the precision of weights, of integers and of BF16.
+template <int kBytes, int kNumbers>
+KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
+  const bool channel = side.grid == kChannelGrid;
+  if (dot_takes(side)) {
+    if (side.format == kInt8) {
+      return channel ? dot_keys<Operand<Unsigned8, false, kBytes>>()
+                     : dot_keys<Operand<Signed8, true, kBytes>>();
+    }
+    if (side.format == kInt4) {
+      return channel ? dot_keys<Operand<Nibble, false, kBytes>>()
+                     : dot_keys<Operand<Nibble, true, kBytes>>();
+    }
+#ifdef __AVX512BF16__
+    if (side.format == kFp8) return dot_keys<E4M3Operand<kNumbers>>();
+#endif
+  }
+  return float_key_method(side, dtype);
+}
+inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
+  return dtype == kFloat32   ? dot_key_method<3, 2>(side, dtype)
+         : dtype == kFloat16 ? dot_key_method<2, 2>(side, dtype)
+                             : dot_key_method<2, 1>(side, dtype);
+}
+
+template <int kBytes, int kNumbers>
+ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
+  if (dot_takes(side)) {
+    if (side.format == kInt8) return dot_values<Operand<Signed8, true, kBytes>>();
+    if (side.format == kInt4) return dot_values<Operand<Nibble, true, kBytes>>();
+#ifdef __AVX512BF16__
+    if (side.format == kFp8) return dot_values<E4M3Operand<kNumbers>>();
+#endif
+  }
+  return float_value_method(side, dtype);
+}
+inline ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
+  return dtype == kFloat32   ? dot_value_method<3, 2>(side, dtype)
+         : dtype == kFloat16 ? dot_value_method<2, 2>(side, dtype)
+                             : dot_value_method<2, 1>(side, dtype);
+}
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

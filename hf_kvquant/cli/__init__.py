@@ -1,4 +1,4 @@
-"""The command line: `hf-kvquant info | generate | demo`. One file per command.
+"""The command line: `hf-kvquant info | generate | demo | eval`. One file per command.
 
 Nothing here is imported by `import hf_kvquant`.
 """
@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from . import demo, generate, info
+from . import demo, evaluate, generate, info
 
 app = typer.Typer(
     help="A quantized KV cache for HuggingFace transformers, attended to as stored.",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("eval")(evaluate.evaluate)
 
 
 def main() -> None:

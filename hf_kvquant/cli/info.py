@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -126,20 +127,22 @@ def _gpu() -> str:
     return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
 
 
-def versions() -> dict[str, str]:
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Of this package and what it stands on, and of other packages by name."""
     return {
-        "hf_kvquant": _version("hf_kvquant"),
+        "hf_kvquant": _version("hf_kvquant", "not installed (run from its source folder)"),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "python": platform.python_version(),
+        **{package: _version(package) for package in more},
     }
 
 
-def _version(package: str) -> str:
+def _version(package: str, missing: str = "not installed") -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed (run from its source folder)"
+        return missing
 
 
 def describe(config: KVQuantConfig) -> dict:

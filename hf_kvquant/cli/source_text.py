@@ -39,7 +39,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tupl
     Raises:
         ValueError: there is not so much text on this machine.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = _bos(tokenizer)
     step = length - len(bos)
     pieces = []
     for name, path in held_out_files().items():
@@ -52,6 +52,30 @@ def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tupl
     # The sort is stable: files keep their order.
     pieces = sorted(pieces, key=lambda piece: piece[0])[:count]
     return torch.tensor([ids for _, _, ids in pieces]), [name for _, name, _ in pieces]
+
+
+def file_windows(tokenizer: PreTrainedTokenizerBase, file: Path, count: int, length: int) -> torch.Tensor:
+    """`count` pieces of a text file, evenly spread over it, token ids `[count, length]`.
+
+    Raises:
+        ValueError: the file cannot be read as UTF-8, or holds less text.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text: {str(file)!r} cannot be read: {error}") from error
+    bos = _bos(tokenizer)
+    step = length - len(bos)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    pieces = len(ids) // step
+    if pieces < count:
+        raise ValueError(f"text: {str(file)!r} holds {pieces} pieces of {length} tokens; expected at least {count}")
+    starts = [i * pieces // count * step for i in range(count)]
+    return torch.tensor([bos + ids[start : start + step] for start in starts])
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def _read(path: Path) -> str:

@@ -1,0 +1,132 @@
+"""`hf-kvquant eval`: what each cache costs in accuracy, on one model and one text.
+
+Without any option: the bundled model on source text that it was not trained on. The measuring is `comparison`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from ..comparison import Settings, compare, notes, peers, presets, read_tasks, rich_table, task_table
+from ..comparison.store import RESULT, write_json
+from ..comparison.tables import columns
+from ..config import KVQuantConfig
+from .info import HEAD_DIM, machine, versions
+from .models import BUNDLED, Device, Dtype, load_model
+from .source_text import file_windows, windows
+
+STANDARD_LIBRARY = "held-out source of Python's standard library"
+_PEER_PACKAGES = ("optimum-quanto", "hqq")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help=f"A folder or hub id, or {BUNDLED}, which is bundled.")] = BUNDLED,
+    preset_names: Annotated[
+        str | None,
+        typer.Option(
+            "--presets",
+            help="Comma separated: presets, YAML files, fp16 (the dense cache in 16 bits).",
+            show_default="fp16 and every preset",
+        ),
+    ] = None,
+    with_peers: Annotated[
+        bool, typer.Option("--peers", help="Also transformers' own quantized caches, token by token (slow).")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file.", show_default="source of Python's standard library")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 16,
+    window: Annotated[int, typer.Option(min=3, help="Tokens of a piece.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Of a piece, tokens that are prefilled; others decode.")] = 128,
+    greedy_tokens: Annotated[int, typer.Option(min=0, help="Length of the greedy texts that are compared.")] = 64,
+    dtype: Annotated[
+        Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
+    ] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    task_results: Annotated[
+        list[Path] | None, typer.Option(help="lm-eval result files, to stand in the result too.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the result. A run that was killed goes on in its folder.")
+    ] = Path("kvquant-eval"),
+) -> None:
+    """Compare caches with the dense one: perplexity, KL divergence, agreement, text, bytes."""
+    console = Console()
+    settings = Settings(context=context, greedy_tokens=greedy_tokens)
+    try:
+        methods = [
+            *presets(default_presets() if preset_names is None else preset_names.split(",")),
+            *(peers() if with_peers else []),
+        ]
+        tasks = [score for file in task_results or [] for score in read_tasks(read_json(file))]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    lm, tokenizer = load_model(model, dtype.value, device.value)
+    try:
+        ids, source = read_documents(tokenizer, text, documents, window)
+        facts = {"model": model_name(model), "text": source, "versions": all_versions(), "machine": machine()}
+        result = compare(lm, ids, methods, settings, facts, folder=out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if tasks:
+        result["tasks"] = tasks
+        write_json(out / RESULT, result)
+    show(result, console)
+    console.print(f"Result: {out / RESULT}. A page of it: hf-kvquant report {out}", soft_wrap=True)
+
+
+def default_presets() -> list[str]:
+    """The dense cache in 16 bits and every preset, by falling bytes."""
+    names = KVQuantConfig.preset_names()
+    return ["fp16", *sorted(names, key=lambda name: -KVQuantConfig.preset(name).bits_per_element(HEAD_DIM))]
+
+
+def read_documents(
+    tokenizer: PreTrainedTokenizerBase, text: Path | None, documents: int, window: int
+) -> tuple[torch.Tensor, str]:
+    """Token ids `[documents, window]`, and what text that is.
+
+    Raises:
+        ValueError: there is not so much text.
+    """
+    if text is None:
+        return windows(tokenizer, documents, window)[0], STANDARD_LIBRARY
+    return file_windows(tokenizer, text, documents, window), text.name
+
+
+def model_name(model: str) -> str:
+    """How results name a model: a folder by its own name, a hub id as it is."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def all_versions() -> dict[str, str]:
+    """Of everything that a figure depends on."""
+    return versions(_PEER_PACKAGES)
+
+
+def read_json(file: Path) -> dict:
+    """Raises `ValueError`: the file is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+
+
+def show(result: dict, console: Console) -> None:
+    """Print the table and what it means."""
+    console.print(rich_table(result))
+    for name, meaning in columns(result).items():
+        if name != "cache":
+            console.print(f"[bold]{name}[/]: {meaning}.", highlight=False)
+    console.print()
+    for note in notes(result):
+        console.print(f"• {note}", highlight=False)
+    if result["tasks"]:
+        console.print(task_table(result["tasks"]))

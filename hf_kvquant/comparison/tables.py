@@ -1,0 +1,139 @@
+"""The comparison as a table: one definition of the columns for the terminal, Markdown and the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+BLIND = "does not see the cache"
+
+# Header of each column, and what it says.
+COLUMNS = {
+    "cache": "the cache; bold names in reports are this package's presets",
+    "bytes": "bytes per cached number while the text is decoded, keys and values together, with scales and with exact "
+    "tokens (in 16 bits; the reference weighs what it does in the dtype it runs in)",
+    "bytes, long": "the same after 8192 tokens, where exact tokens weigh little",
+    "perplexity": "of the scored tokens (the model's own, as a check)",
+    "change %": "of the perplexity against the dense cache, ± one standard error",
+    "KL": "mean KL divergence of the next token's distribution from the dense cache's, in 0.001 nats, ± one standard "
+    "error",
+    "KL 99 %": "its 99th percentile over tokens, in 0.001 nats",
+    "top-1 %": "how often the most likely token is the dense cache's",
+    "1 - TV %": "1 - total variation distance from the dense cache's distribution",
+    "same tokens": "greedy tokens before the text first differs from the dense cache's, median over prompts",
+    "seconds": "of scoring, not a cache's speed: other packages' caches can only be driven token by token",
+}
+
+
+def columns(result: Mapping) -> dict[str, str]:
+    """Headers and their meanings, of those columns that `result` fills."""
+    greedy = result["plan"]["settings"]["greedy_tokens"]
+    found = {name: text for name, text in COLUMNS.items() if greedy or name != "same tokens"}
+    return {f"{name} (of {greedy})" if name == "same tokens" else name: text for name, text in found.items()}
+
+
+def rows(result: Mapping) -> dict[str, list[str]]:
+    """The cells of each cache, under `columns`."""
+    return {name: _cells(name, cache, result["cache_read_share"]) for name, cache in result["caches"].items()}
+
+
+def _cells(name: str, cache: Mapping, share: float) -> list[str]:
+    weight, same = cache["bytes_per_element"], cache["same_tokens"]
+    if name == "dense":
+        compared = ["–"] * 5
+    elif share == 0:
+        compared = [BLIND, *["–"] * 4]
+    else:
+        compared = [
+            _with_error(cache["perplexity_change"], 100, "+"),
+            _with_error(cache["kl"], 1000),
+            f"{1000 * cache['kl']['p99']:.3g}",
+            f"{100 * cache['agreement']['mean']:.2f}",
+            f"{100 * cache['overlap']['mean']:.2f}",
+        ]
+    tokens = [] if same is None else ["–" if name == "dense" else f"{same['median']:g}"]
+    head = [name, f"{weight['here']:.3f}", f"{weight['long']:.3f}", f"{cache['perplexity']['mean']:.2f}"]
+    return [*head, *compared, *tokens, f"{cache['seconds']:.1f}"]
+
+
+def _with_error(x: Mapping, factor: float, sign: str = "") -> str:
+    """Mean and standard error, with the digits that the error leaves."""
+    mean, error = factor * x["mean"], x["se"]
+    if not error:
+        return f"{mean:{sign}.3g}"
+    error *= factor
+    first, _, exponent = f"{error:e}".partition("e")
+    # One digit of the error, two if it begins with 1.
+    digits = max(0, -int(exponent) + (first[0] == "1"))
+    return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+
+
+def notes(result: Mapping) -> list[str]:
+    """What was scored, in sentences."""
+    plan, settings = result["plan"], result["plan"]["settings"]
+    documents, length = plan["documents"], plan["document_length"]
+    first = settings["context"] + 1 if settings["first_scored"] is None else settings["first_scored"]
+    share = result["cache_read_share"]
+    seen = "none read the cache: " + BLIND if share == 0 else f"{share:.1%} of their logits read the cache"
+    found = [
+        f"{plan['model']} ({plan['parameters']:,} parameters, {plan['dtype']}) on {plan['text']}: {documents} pieces "
+        f"of {length} tokens, the first {settings['context']} prefilled; {documents * (length - first):,} tokens "
+        f"scored, {seen}.",
+        "Standard errors are those of a mean over pieces of text.",
+    ]
+    return found + [f"{name} was left out: {reason}" for name, reason in result["skipped"].items()]
+
+
+def rich_table(result: Mapping) -> Table:
+    """For the terminal."""
+    table = Table(title=f"{result['plan']['model']}: what each cache costs", title_justify="left", box=SIMPLE_HEAD,
+                  collapse_padding=True, pad_edge=False)  # fmt: skip
+    for i, header in enumerate(columns(result)):
+        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for cells in rows(result).values():
+        table.add_row(*cells)
+    return table
+
+
+def markdown_table(result: Mapping) -> str:
+    """For Markdown; presets in bold."""
+    headers = list(columns(result))
+    lines = [f"| {' | '.join(headers)} |", "|---" + "|---:" * (len(headers) - 1) + "|"]
+    for name, cells in rows(result).items():
+        if result["caches"][name]["kind"] == "preset":
+            cells = [f"**{cells[0]}**", *cells[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TASK_COLUMNS = ("model", "cache", "task", "metric", "score", "saw the cache")
+
+
+def task_rows(tasks: Sequence[Mapping]) -> list[list[str]]:
+    """The cells of each task score (`tasks.read_tasks`), under `TASK_COLUMNS`."""
+    return [
+        [task["model"], task["cache"], task["task"], task["metric"], _score(task), _seen(task["cache_read_share"])]
+        for task in tasks
+    ]
+
+
+def _score(task: Mapping) -> str:
+    return f"{task['value']:.4g}" if not task["se"] else _with_error({"mean": task["value"], "se": task["se"]}, 1)
+
+
+def _seen(share: float | None) -> str:
+    if share is None:
+        return "not said"
+    return BLIND if share == 0 else f"{share:.1%}"
+
+
+def task_table(tasks: Sequence[Mapping]) -> Table:
+    """For the terminal."""
+    table = Table(title="Task scores", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for i, header in enumerate(TASK_COLUMNS):
+        table.add_column(header, justify="right" if i == 4 else "left")
+    for cells in task_rows(tasks):
+        table.add_row(*cells)
+    return table

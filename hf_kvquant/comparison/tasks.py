@@ -1,0 +1,72 @@
+"""Task scores, read from lm-eval's result files, beside the comparison's own figures.
+
+    {"results": {"lambada_openai": {"acc,none": 0.61, "acc_stderr,none": 0.007, ...}}, "config": {"model_args": ...}}
+
+Which cache a file is about stands in its `model_args` (`kv_config`); one without is about the dense cache. How much of
+a score saw the cache stands beside it as `cache_read_share`, where `hf_kvquant`'s model class wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..scoring import DENSE
+from .methods import Dense
+
+_SHARE = "cache_read_share"
+
+
+def is_lm_eval(data: object) -> bool:
+    return isinstance(data, Mapping) and isinstance(data.get("results"), Mapping)
+
+
+def read_tasks(data: Mapping) -> list[dict]:
+    """One dict per score: `model`, `cache`, `task`, `metric`, `value`, `se`, `cache_read_share` (None if not said).
+
+    Raises:
+        ValueError: not a result of lm-eval.
+    """
+    if not is_lm_eval(data):
+        raise ValueError(f"lm-eval result: {sorted(data)} is not allowed; expected a mapping with `results`")
+    arguments = _arguments((data.get("config") or {}).get("model_args"))
+    cache = Path(str(arguments.get("kv_config", DENSE))).stem
+    found = []
+    for task, scores in data["results"].items():
+        for key, value in scores.items():
+            metric, _, filtered = key.partition(",")
+            if metric.endswith("_stderr") or metric == _SHARE or isinstance(value, bool):
+                continue
+            if not filtered or not isinstance(value, (int, float)):
+                continue
+            error = scores.get(f"{metric}_stderr,{filtered}")
+            found.append(
+                {
+                    "model": Path(str(arguments.get("pretrained", data.get("model_name", "")))).name,
+                    "cache": Dense.name if cache == DENSE else cache,
+                    "task": task,
+                    "metric": metric if filtered == "none" else f"{metric} ({filtered})",
+                    "value": value,
+                    # lm-eval writes "N/A" where it has none.
+                    "se": error if isinstance(error, (int, float)) else None,
+                    "cache_read_share": _share(data, task, scores, filtered),
+                }
+            )
+    return found
+
+
+def _share(data: Mapping, task: str, scores: Mapping, filtered: str) -> float | None:
+    for share in (scores.get(f"{_SHARE},{filtered}"), scores.get(_SHARE), data.get(_SHARE)):
+        if isinstance(share, Mapping):
+            share = share.get(task)
+        if isinstance(share, (int, float)):
+            return float(share)
+    return None
+
+
+def _arguments(model_args: object) -> dict:
+    """lm-eval writes them as it got them: a mapping, or "name=value,name=value"."""
+    if isinstance(model_args, Mapping):
+        return dict(model_args)
+    pairs = (pair.partition("=") for pair in str(model_args or "").split(",") if pair)
+    return {name.strip(): value for name, _, value in pairs}

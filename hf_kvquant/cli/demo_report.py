@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..config import KVQuantConfig
+from ..report.style import COLORS, PRINT, new_figure
 from ..scoring import DENSE
 from .info import machine, versions
 from .running import Run
@@ -239,14 +240,10 @@ def save(report: Report, folder: Path, console: Console) -> None:
 
 def plot(figures: dict, path: Path) -> None:
     """Agreement over bytes per number; tokens until the text differs; speed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     caches, scoring, writing = figures["caches"], figures["scoring"], figures["writing"]
     quantized = [cache for cache in caches if cache != DENSE]
-    colors = dict(zip(caches, ("0.45", "C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")))
-    figure = Figure(figsize=(13.5, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    colors = dict(zip(caches, COLORS))
+    figure = new_figure(PRINT, (13.5, 4.8))
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
 
     for cache in quantized:

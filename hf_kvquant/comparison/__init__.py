@@ -12,9 +12,9 @@ over a text would not, and would call every format perfect.
 
 from .methods import Method, Preset, presets
 from .peers import PEERS, Peer, peers
-from .runner import REFERENCE, Settings, compare
+from .runner import REFERENCE, Settings, compare, is_result
 from .tables import BLIND, markdown_table, notes, rich_table, task_table
-from .tasks import read_tasks
+from .tasks import is_lm_eval, read_tasks
 
 __all__ = [
     "BLIND",
@@ -25,6 +25,8 @@ __all__ = [
     "Preset",
     "Settings",
     "compare",
+    "is_lm_eval",
+    "is_result",
     "markdown_table",
     "notes",
     "peers",

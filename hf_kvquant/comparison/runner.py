@@ -11,7 +11,7 @@ import hashlib
 import statistics
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,6 +129,11 @@ def compare(
         result["caches"][name]["layer_errors"] = errors
     store.finish(result)
     return result
+
+
+def is_result(data: object) -> bool:
+    """Whether `data` is what `compare` gives."""
+    return isinstance(data, Mapping) and data.get("kind") == KIND
 
 
 def _weigh(

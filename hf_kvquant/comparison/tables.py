@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 BLIND = "does not see the cache"
+_MOST_DIGITS = 5
 
 # Header of each column, and what it says.
 COLUMNS = {
@@ -47,8 +48,8 @@ def _cells(name: str, cache: Mapping, share: float) -> list[str]:
         compared = [BLIND, *["–"] * 4]
     else:
         compared = [
-            _with_error(cache["perplexity_change"], 100, "+"),
-            _with_error(cache["kl"], 1000),
+            with_error(cache["perplexity_change"], 100, "+"),
+            with_error(cache["kl"], 1000),
             f"{1000 * cache['kl']['p99']:.3g}",
             f"{100 * cache['agreement']['mean']:.2f}",
             f"{100 * cache['overlap']['mean']:.2f}",
@@ -58,7 +59,7 @@ def _cells(name: str, cache: Mapping, share: float) -> list[str]:
     return [*head, *compared, *tokens, f"{cache['seconds']:.1f}"]
 
 
-def _with_error(x: Mapping, factor: float, sign: str = "") -> str:
+def with_error(x: Mapping, factor: float = 1, sign: str = "") -> str:
     """Mean and standard error, with the digits that the error leaves."""
     mean, error = factor * x["mean"], x["se"]
     if not error:
@@ -67,7 +68,11 @@ def _with_error(x: Mapping, factor: float, sign: str = "") -> str:
     first, _, exponent = f"{error:e}".partition("e")
     # One digit of the error, two if it begins with 1.
     digits = max(0, -int(exponent) + (first[0] == "1"))
-    return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+    if digits > _MOST_DIGITS:
+        smallest = 10**-_MOST_DIGITS
+        return f"{mean:{sign}.{_MOST_DIGITS}f}" if abs(mean) >= smallest else f"below {smallest:.{_MOST_DIGITS}f}"
+    # The sum makes +0 of -0.
+    return f"{round(mean, digits) + 0.0:{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def notes(result: Mapping) -> list[str]:
@@ -120,7 +125,7 @@ def task_rows(tasks: Sequence[Mapping]) -> list[list[str]]:
 
 
 def _score(task: Mapping) -> str:
-    return f"{task['value']:.4g}" if not task["se"] else _with_error({"mean": task["value"], "se": task["se"]}, 1)
+    return f"{task['value']:.4g}" if not task["se"] else with_error({"mean": task["value"], "se": task["se"]}, 1)
 
 
 def _seen(share: float | None) -> str:

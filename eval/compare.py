@@ -1,0 +1,131 @@
+"""Publish what each cache costs: run the comparison, keep a small JSON of it, and write the README's tables from it.
+
+    python eval/compare.py --peers --documents 12 --window 1024 --context 256
+    python eval/compare.py --model MODEL --text FILE --peers --out runs/mine
+    python eval/compare.py --from runs/mine      # publish a finished run of `hf-kvquant eval`
+    python eval/compare.py --readme              # only write the README's tables again
+
+All options but --from and --readme are those of `hf-kvquant eval`, which does the work (see its --help); the JSON goes
+to eval/results/accuracy/<model>.json. It holds, for every cache:
+
+    perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
+    kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99
+    agreement, overlap              share of equal most likely tokens; 1 - total variation distance
+    same_tokens                     greedy tokens before the text first differs from the dense cache's
+    bytes_per_element               of the cache: while the text was decoded, and after 8192 tokens
+    by_position, layer_errors       curves along the text; relative errors of keys and values by layer
+    cache_read_share                share of the scored tokens whose logits read the cache
+
+"mean" comes with "se", one standard error over pieces of text. Seconds are those of scoring, not a cache's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from hf_kvquant.cli import app
+from hf_kvquant.comparison import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results" / "accuracy"
+README = ROOT / "README.md"
+FIRST = "stdlib-nano"
+BEGIN, END = "<!-- accuracy: written by eval/compare.py -->", "<!-- accuracy: end -->"
+_DIGITS = 6
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
+    parser.add_argument("--readme", action="store_true", help="only write the README's tables again")
+    args, rest = parser.parse_known_args(argv)
+    if args.finished is not None or args.readme:
+        if rest:
+            parser.error(f"{rest[0]}: unknown beside --from and --readme")
+        for folder in args.finished or []:
+            publish(folder)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else Path(temporary)
+            app(["eval", *rest, *([] if "--out" in rest else ["--out", str(folder)])], standalone_mode=False)
+            publish(folder)
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), published()), encoding="utf-8")
+
+
+def publish(folder: Path) -> Path:
+    """Write the result of a finished run, without what only that run needs, under `RESULTS`."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for cache in result["caches"].values():
+        if cache["same_tokens"]:
+            del cache["same_tokens"]["each"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{result['plan']['model'].replace('/', '--')}.json"
+    text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
+    # A curve stands on one line.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    file.write_text(text + "\n", encoding="utf-8")
+    return file
+
+
+def _rounded(data: object) -> object:
+    if isinstance(data, float):
+        return float(f"{data:.{_DIGITS}g}")
+    if isinstance(data, dict):
+        return {name: _rounded(value) for name, value in data.items()}
+    return [_rounded(value) for value in data] if isinstance(data, list) else data
+
+
+def published() -> list[dict]:
+    """The results under `RESULTS`, the bundled model's first."""
+    files = sorted(RESULTS.glob("*.json"), key=lambda file: (file.stem != FIRST, file.stem))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def with_tables(readme: str, results: list[dict]) -> str:
+    """`readme` with the tables between its two markers written anew.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}, between which the tables stand")
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + "\n" + tables(results) + "\n" + END + rest.partition(END)[2]
+
+
+def tables(results: list[dict]) -> str:
+    """Markdown: everything about the first model, and of all models the mean KL divergence."""
+    first, plan = results[0], results[0]["plan"]
+    tokens = next(iter(first["caches"].values()))["tokens"]
+    lines = [
+        f"`{plan['model']}` on {plan['text']}: {tokens:,} tokens in {plan['documents']} pieces of "
+        f"{plan['document_length']}, each after {plan['settings']['context']} tokens of prefill.",
+        "",
+        markdown_table(first),
+    ]
+    if len(results) > 1:
+        names = list(dict.fromkeys(name for result in results for name in result["caches"] if name != "dense"))
+        lines += [
+            "",
+            "The mean KL divergence (0.001 nats) on every model measured:",
+            "",
+            f"| cache | {' | '.join(result['plan']['model'] for result in results)} |",
+            "|---" + "|---:" * len(results) + "|",
+        ]
+        for name in names:
+            kind = next(r["caches"][name]["kind"] for r in results if name in r["caches"])
+            cells = [_divergence(result, name) for result in results]
+            lines.append(f"| {f'**{name}**' if kind == 'preset' else name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _divergence(result: dict, name: str) -> str:
+    return f"{1000 * result['caches'][name]['kl']['mean']:.3g}" if name in result["caches"] else "–"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""How plots look, in one place: colours, figure sizes, and labels that do not cover each other."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# One per cache, in the order of the table; readable on white and on black.
+COLORS = ("#7c8794", "#2b7bd6", "#12a594", "#8e63d9", "#e5732f", "#d63864", "#3f9e4d", "#b98a1d", "#5d9fd8", "#b07aa1")
+PEER_COLORS = ("#6f97c0", "#a68ccd", "#cf9a6b", "#c98299", "#8aa06a", "#9c8f84")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of what is not data."""
+
+    ink: str
+    muted: str
+    grid: str
+    paper: str
+
+
+PRINT = Theme(ink="#1a1d21", muted="#5b6470", grid="#dfe3e8", paper="#ffffff")
+# Unlikely colours, which `to_svg` replaces by the page's CSS variables.
+PAGE = Theme(ink="#010203", muted="#010204", grid="#010205", paper="#010206")
+# Inches. Text has the same size in all, so that it stays readable on a phone.
+WIDE, NARROW = 9.0, 4.3
+
+
+def new_figure(theme: Theme, size: tuple[float, float]) -> Figure:
+    """An empty figure on the theme's paper, laid out so that nothing is cut off."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(axes: Axes, theme: Theme) -> None:
+    """Colours, a light grid, and no box around the data."""
+    axes.set_facecolor(theme.paper)
+    axes.grid(color=theme.grid, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.muted, labelsize=9)
+    axes.minorticks_off()
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(theme.ink)
+        text.set_size(10)
+
+
+# Where a label may stand: this far from its point (in points of print), in these directions, near before far.
+_PLACES = [
+    (dx * far, dy * far)
+    for far in (9, 18, 28, 40, 54)
+    for dx, dy in ((1, 0), (-1, 0), (0.6, 0.8), (-0.6, 0.8), (0.6, -0.8), (-0.6, -0.8), (0, 1), (0, -1))
+]
+_FAR = 20
+
+
+def label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str, str]], lines: Sequence[Sequence[tuple[float, float]]] = ()
+) -> None:
+    """Write each point's label `(x, y, text, color)` beside it where it covers no other label or point.
+
+    The nearest place that covers no straight line of `lines` either, else the nearest that does. Limits and scales of
+    the axes must be final.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    half = 5 * figure.dpi / 72
+
+    def around(x: float, y: float) -> Bbox:
+        return Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half)
+
+    taken = [around(*place) for place in axes.transData.transform([(x, y) for x, y, *_ in points])]
+    crossed = []
+    for line in lines:
+        # Beads on the line, equally far from each other where it is drawn.
+        start, end = axes.transData.transform(line)
+        crossed += [around(*(start + (end - start) * i / 12)) for i in range(13)]
+    room = axes.get_window_extent(renderer)
+    for x, y, text, color in points:
+        for obstacles, (right, up) in itertools.product((taken + crossed, taken), _PLACES):
+            label = axes.annotate(
+                text, (x, y), xytext=(right, up), textcoords="offset points", color=color, fontsize=9,
+                ha="left" if right > 0 else "right" if right < 0 else "center",
+                va="bottom" if up > 0 else "top" if up < 0 else "center",
+                arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6} if right**2 + up**2 > _FAR**2 else None,
+            )  # fmt: skip
+            box = Bbox(label.get_window_extent(renderer))
+            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            if inside and not box.count_overlaps(obstacles):
+                break
+            label.remove()
+        else:
+            # Better covered than missing.
+            axes.annotate(text, (x, y), xytext=(9, 0), textcoords="offset points", color=color, fontsize=9)
+        taken.append(box)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` for a page: it fills its place, and takes ink and paper from CSS variables."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Text as text; ids that depend on the plot's name, not on chance.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    for field in ("ink", "muted", "grid", "paper"):
+        svg = svg.replace(getattr(PAGE, field), f"var(--{field})")
+    return svg.strip()

@@ -13,7 +13,7 @@ were decoded one by one, so that every logit reads the quantized cache. The figu
     saw the cache  the share of scored tokens whose logits read the cache
 
 --one-pass measures the usual way instead: the whole piece in one prefill. No logit reads the cache then, so every
-format looks perfect, and the table says so ("does not see the cache"). It is here to show why that way must not be used.
+format looks perfect, and the table says so ("does not see the cache"). It is here to show why that way won't do.
 """
 
 from __future__ import annotations

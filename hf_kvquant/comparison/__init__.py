@@ -11,7 +11,7 @@ over a text would not, and would call every format perfect.
 """
 
 from .methods import Method, Preset, presets
-from .peers import PEERS, Peer, peers
+from .peer_caches import PEERS, Peer, peers
 from .runner import REFERENCE, Settings, compare, is_result
 from .tables import BLIND, markdown_table, notes, rich_table, task_table
 from .tasks import is_lm_eval, read_tasks

@@ -1,7 +1,7 @@
 """The caches that are compared: how each is scored, and what it weighs.
 
 A `Method` yields the logits of a document's rows, and makes an empty cache whose bytes can be counted. The dense cache
-and our presets are scored in one pass; transformers' quantized caches (`peers`) only token by token.
+and our presets are scored in one pass; transformers' quantized caches (`peer_caches`) only token by token.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def bytes_per_element(model: PreTrainedModel, method: Method, context: int, leng
     does in the model's dtype.
     """
     decoded = length - context
-    lengths = sorted({context + decoded * (i + 1) // _SAMPLES for i in range(_SAMPLES)})
+    lengths = sorted({context - -decoded * (i + 1) // _SAMPLES for i in range(_SAMPLES)})
     return sum(_weigh(model, method, context, lengths)) / len(lengths)
 
 

@@ -63,10 +63,9 @@ def dress(axes: Axes, theme: Theme) -> None:
 # Where a label may stand: this far from its point (in points of print), in these directions, near before far.
 _PLACES = [
     (dx * far, dy * far)
-    for far in (9, 18, 28, 40, 54)
+    for far in (9, 16, 24, 32)
     for dx, dy in ((1, 0), (-1, 0), (0.6, 0.8), (-0.6, 0.8), (0.6, -0.8), (-0.6, -0.8), (0, 1), (0, -1))
 ]
-_FAR = 20
 
 
 def label_points(
@@ -82,7 +81,8 @@ def label_points(
     figure = axes.figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    half = 5 * figure.dpi / 72
+    pixels = figure.dpi / 72
+    half = 5 * pixels
 
     def around(x: float, y: float) -> Bbox:
         return Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half)
@@ -95,21 +95,23 @@ def label_points(
         crossed += [around(*(start + (end - start) * i / 12)) for i in range(13)]
     room = axes.get_window_extent(renderer)
     for x, y, text, color in points:
+        written = axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", color=color, fontsize=9)
+        size = written.get_window_extent(renderer).size
+        corner = axes.transData.transform((x, y))
         for obstacles, (right, up) in itertools.product((taken + crossed, taken), _PLACES):
-            label = axes.annotate(
-                text, (x, y), xytext=(right, up), textcoords="offset points", color=color, fontsize=9,
-                ha="left" if right > 0 else "right" if right < 0 else "center",
-                va="bottom" if up > 0 else "top" if up < 0 else "center",
-                arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6} if right**2 + up**2 > _FAR**2 else None,
-            )  # fmt: skip
-            box = Bbox(label.get_window_extent(renderer))
+            # Which point of the label stands at the place: the one next to its mark.
+            anchor = (0 if right > 0 else 1 if right < 0 else 0.5, 0 if up > 0 else 1 if up < 0 else 0.5)
+            box = Bbox.from_bounds(*(corner + (right * pixels, up * pixels) - anchor * size), *size)
             inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
             if inside and not box.count_overlaps(obstacles):
                 break
-            label.remove()
         else:
             # Better covered than missing.
-            axes.annotate(text, (x, y), xytext=(9, 0), textcoords="offset points", color=color, fontsize=9)
+            (right, up), anchor = _PLACES[0], (0, 0.5)
+        written.set_position((right, up))
+        written.set(
+            ha=("left", "center", "right")[int(2 * anchor[0])], va=("bottom", "center", "top")[int(2 * anchor[1])]
+        )
         taken.append(box)
 
 

@@ -3,10 +3,11 @@
     python eval/compare.py --peers --documents 12 --window 1024 --context 256
     python eval/compare.py --model MODEL --text FILE --peers --out runs/mine
     python eval/compare.py --from runs/mine      # publish a finished run of `hf-kvquant eval`
+    python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, not for the README
     python eval/compare.py --readme              # only write the README's tables again
 
-All options but --from and --readme are those of `hf-kvquant eval`, which does the work (see its --help); the JSON goes
-to eval/results/accuracy/<model>.json. It holds, for every cache:
+All options but --from, --to and --readme are those of `hf-kvquant eval`, which does the work (see its --help). The JSON
+goes to eval/results/accuracy/<model>.json; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
     kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99
@@ -22,6 +23,7 @@ to eval/results/accuracy/<model>.json. It holds, for every cache:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import tempfile
@@ -29,11 +31,14 @@ from pathlib import Path
 
 from hf_kvquant.cli import app
 from hf_kvquant.comparison import markdown_table
+from hf_kvquant.comparison.tables import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
 README = ROOT / "README.md"
 FIRST = "stdlib-nano"
+# By rising loss: what shipped formats and the coarsest peer have to come in.
+ORDER = ("int8", "fp8", "int4", "quanto-int2")
 BEGIN, END = "<!-- accuracy: written by eval/compare.py -->", "<!-- accuracy: end -->"
 _DIGITS = 6
 
@@ -41,29 +46,35 @@ _DIGITS = 6
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
+    parser.add_argument("--to", type=Path, help="folder for the JSON of --from; default: eval/results/accuracy")
     parser.add_argument("--readme", action="store_true", help="only write the README's tables again")
     args, rest = parser.parse_known_args(argv)
     if args.finished is not None or args.readme:
         if rest:
             parser.error(f"{rest[0]}: unknown beside --from and --readme")
         for folder in args.finished or []:
-            publish(folder)
+            publish(folder, args.to)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else Path(temporary)
-            app(["eval", *rest, *([] if "--out" in rest else ["--out", str(folder)])], standalone_mode=False)
+            try:
+                app(["eval", *rest, *([] if "--out" in rest else ["--out", str(folder)])])
+            except SystemExit as done:
+                if done.code:
+                    raise
             publish(folder)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), published()), encoding="utf-8")
 
 
-def publish(folder: Path) -> Path:
-    """Write the result of a finished run, without what only that run needs, under `RESULTS`."""
+def publish(folder: Path, to: Path | None = None) -> Path:
+    """Write the result of a finished run, without what only that run needs, into `to` (default: `RESULTS`)."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     for cache in result["caches"].values():
         if cache["same_tokens"]:
             del cache["same_tokens"]["each"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{result['plan']['model'].replace('/', '--')}.json"
+    to = RESULTS if to is None else to
+    to.mkdir(parents=True, exist_ok=True)
+    file = to / f"{result['plan']['model'].replace('/', '--')}.json"
     text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
     # A curve stands on one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
@@ -97,21 +108,27 @@ def with_tables(readme: str, results: list[dict]) -> str:
     return before + BEGIN + "\n" + tables(results) + "\n" + END + rest.partition(END)[2]
 
 
+def exceptions(result: dict) -> list[str]:
+    """Where a cache of `ORDER` does not lose less than the next, in words."""
+    kl = {name: cache["kl"]["mean"] for name, cache in result["caches"].items()}
+    pairs = itertools.pairwise(name for name in ORDER if name in kl)
+    return [f"{worse} loses less than {better}" for better, worse in pairs if kl[worse] <= kl[better]]
+
+
 def tables(results: list[dict]) -> str:
-    """Markdown: everything about the first model, and of all models the mean KL divergence."""
-    first, plan = results[0], results[0]["plan"]
-    tokens = next(iter(first["caches"].values()))["tokens"]
-    lines = [
-        f"`{plan['model']}` on {plan['text']}: {tokens:,} tokens in {plan['documents']} pieces of "
-        f"{plan['document_length']}, each after {plan['settings']['context']} tokens of prefill.",
-        "",
-        markdown_table(first),
-    ]
+    """Markdown: everything about the first model, of all models the mean KL divergence, and whether caches come in
+    the order that their bits suggest."""
+    first = results[0]
+    # How long scoring took on somebody's machine says nothing about a cache.
+    lines = [f"{_scored([first])}:", "", markdown_table(first, leave_out=["seconds"])]
     if len(results) > 1:
         names = list(dict.fromkeys(name for result in results for name in result["caches"] if name != "dense"))
+        alike = {}
+        for result in results[1:]:
+            alike.setdefault(_on(result), []).append(result)
         lines += [
             "",
-            "The mean KL divergence (0.001 nats) on every model measured:",
+            f"The mean KL divergence (0.001 nats) there, and of {'; of '.join(map(_scored, alike.values()))}:",
             "",
             f"| cache | {' | '.join(result['plan']['model'] for result in results)} |",
             "|---" + "|---:" * len(results) + "|",
@@ -120,11 +137,31 @@ def tables(results: list[dict]) -> str:
             kind = next(r["caches"][name]["kind"] for r in results if name in r["caches"])
             cells = [_divergence(result, name) for result in results]
             lines.append(f"| {f'**{name}**' if kind == 'preset' else name} | {' | '.join(cells)} |")
+    found = {}
+    for result in results:
+        found.setdefault(" and ".join(exceptions(result)), []).append(result["plan"]["model"])
+    lines += ["", f"Expected order of the loss: {' < '.join(ORDER)}."]
+    for wrong, names in found.items():
+        lines[-1] += f" On {', '.join(names)}, {wrong or 'it is so'}."
     return "\n".join(lines)
 
 
+def _scored(results: list[dict]) -> str:
+    """Which models, and on which tokens; the same for all of `results`."""
+    return f"{', '.join(result['plan']['model'] for result in results)} on {_on(results[0])}"
+
+
+def _on(result: dict) -> str:
+    plan = result["plan"]
+    tokens = next(iter(result["caches"].values()))["tokens"]
+    return (
+        f"{plan['text']}, {tokens:,} tokens in {plan['documents']} pieces of {plan['document_length']}, each after "
+        f"{plan['settings']['context']} tokens of prefill"
+    )
+
+
 def _divergence(result: dict, name: str) -> str:
-    return f"{1000 * result['caches'][name]['kl']['mean']:.3g}" if name in result["caches"] else "–"
+    return three_digits(1000 * result["caches"][name]["kl"]["mean"]) if name in result["caches"] else "–"
 
 
 if __name__ == "__main__":

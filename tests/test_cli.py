@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, ops
-from hf_kvquant.cli import app, demo_report, main
+from hf_kvquant.cli import app, demo_report, evaluate, main, report
 from hf_kvquant.cli.demo_report import DENSE
 from hf_kvquant.cli.models import bundled_model
 from hf_kvquant.cli.source_text import held_out_files, windows
@@ -354,3 +354,93 @@ class TestText:
 
     def test_the_bundled_model_is_there(self):
         assert (bundled_model() / "model.safetensors").stat().st_size > 1e6
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of one evaluation, and what the command printed."""
+    out = tmp_path_factory.mktemp("evaluated")
+    return out, call("eval", "--model", folder, *EVALUATION, "--out", out).stdout
+
+
+EVALUATION = ["--presets", "fp16,int8,int4", "--documents", "2", "--window", "100", "--context", "50",
+              "--greedy-tokens", "8"]  # fmt: skip
+LM_EVAL = {
+    "results": {"copying": {"acc,none": 0.5, "acc_stderr,none": 0.01}},
+    "config": {"model_args": "pretrained=m"},
+}
+
+
+class TestEval:
+    def test_table_and_files(self, folder, evaluated):
+        out, printed = evaluated
+        result = json.loads((out / "result.json").read_text())
+        assert list(result["caches"]) == ["dense", "fp16", "int8", "int4"]
+        assert result["plan"]["model"] == folder.name
+        assert result["plan"]["text"] == evaluate.STANDARD_LIBRARY
+        assert result["plan"]["versions"]["torch"] == torch.__version__
+        assert result["plan"]["settings"] == {"context": 50, "first_scored": None, "greedy_tokens": 8}
+        said = (
+            "2 pieces of 100 tokens, the first 50 prefilled; 98 tokens scored, 100.0% of their logits read the cache"
+        )
+        assert said in " ".join(printed.split())
+        assert f"{result['caches']['int4']['bytes_per_element']['here']:.3f}" in printed
+
+    def test_it_goes_on_and_refuses_other_settings(self, folder, evaluated):
+        out, _ = evaluated
+        before = (out / "result.json").read_text()
+        call("eval", "--model", folder, *EVALUATION, "--out", out)
+        assert (out / "result.json").read_text() == before
+        result = call("eval", "--model", folder, *EVALUATION, "--context", 51, "--out", out, code=2)
+        assert "settings.context: 50 became 51" in " ".join(result.output.replace("│", " ").split())
+
+    def test_a_text_file_is_scored_in_pieces_spread_over_it(self, folder, tmp_path):
+        text = "".join(f"{i:04d}" for i in range(500))
+        (tmp_path / "numbers.txt").write_text(text, encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids, name = evaluate.read_documents(tokenizer, tmp_path / "numbers.txt", 3, 101)
+        assert name == "numbers.txt"
+        assert (ids[:, 0] == tokenizer.bos_token_id).all()
+        assert [tokenizer.decode(row[1:]) for row in ids] == [text[start : start + 100] for start in (0, 600, 1300)]
+
+    def test_task_results_stand_beside_it(self, folder, tmp_path):
+        (tmp_path / "lm.json").write_text(json.dumps(LM_EVAL), encoding="utf-8")
+        arguments = "--task-results", tmp_path / "lm.json", "--out", tmp_path / "out"
+        printed = call("eval", "--model", folder, *EVALUATION, *arguments).stdout
+        assert "copying" in printed and "not said" in printed
+        assert json.loads((tmp_path / "out" / "result.json").read_text())["tasks"][0]["se"] == 0.01
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (["--presets", "int3"], "'int3' is neither a preset nor a file"),
+            (["--context", "100"], "context: 100 leaves no token to score"),
+            (["--window", "500"], "expected at most the model's 192"),
+            (["--text", "no.txt"], "text: 'no.txt' cannot be read"),
+            (["--task-results", "no.json"], "'no.json' cannot be read as JSON"),
+        ],
+        ids=lambda x: str(x[0]) if isinstance(x, list) else "",
+    )
+    def test_wrong_use_is_one_clear_line(self, folder, tmp_path, arguments, match):
+        result = call("eval", "--model", folder, *EVALUATION, *arguments, "--out", tmp_path / "out", code=2)
+        assert match in " ".join(result.output.replace("│", " ").split())
+        assert "Traceback" not in result.output
+        assert not (tmp_path / "out").exists()
+
+
+class TestReport:
+    def test_page_and_plots(self, evaluated, tmp_path):
+        (tmp_path / "lm.json").write_text(json.dumps(LM_EVAL), encoding="utf-8")
+        call("report", evaluated[0], tmp_path / "lm.json", "--out", tmp_path / "page")
+        page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+        assert "<svg" in page and "copying" in page
+        assert len(list((tmp_path / "page").glob("*.png"))) == 3
+
+    def test_what_is_no_result(self, tmp_path):
+        (tmp_path / "a.json").write_text("{}", encoding="utf-8")
+        assert "neither a result of" in call("report", tmp_path / "a.json", code=2).output
+        assert "cannot be read as JSON" in call("report", tmp_path, code=2).output
+
+    def test_without_matplotlib_it_says_so(self, evaluated, tmp_path, monkeypatch):
+        monkeypatch.setattr(report, "find_spec", lambda name: None)
+        assert "need matplotlib" in call("report", evaluated[0], "--out", tmp_path, code=2).output

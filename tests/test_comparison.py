@@ -32,7 +32,7 @@ from hf_kvquant.comparison import (
 )
 from hf_kvquant.comparison.layer_errors import layer_errors
 from hf_kvquant.comparison.methods import Dense
-from hf_kvquant.comparison.tables import rows, with_error
+from hf_kvquant.comparison.tables import rows, three_digits, with_error
 from hf_kvquant.comparison.weighing import LONG, bytes_per_element, bytes_per_element_long, held_bytes
 
 LENGTH, CONTEXT, LAYERS, HEAD_DIM = 90, 40, 2, 32
@@ -448,6 +448,12 @@ class TestTables:
     )
     def test_digits_follow_the_error(self, mean, se, text):
         assert with_error({"mean": mean, "se": se}) == text
+
+    @pytest.mark.parametrize(
+        ("x", "text"), [(2934.4, "2934"), (81.72, "81.7"), (0.0, "0.00"), (0.01234, "0.0123"), (1.83e-5, "0.000018")]
+    )
+    def test_three_digits(self, x, text):
+        assert three_digits(x) == text
 
     def test_terminal_and_markdown_say_the_same(self, model, documents, capsys):
         result = run(model, documents, *presets(["int8"]))

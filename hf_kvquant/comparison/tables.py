@@ -50,13 +50,19 @@ def _cells(name: str, cache: Mapping, share: float) -> list[str]:
         compared = [
             with_error(cache["perplexity_change"], 100, "+"),
             with_error(cache["kl"], 1000),
-            f"{1000 * cache['kl']['p99']:.3g}",
+            three_digits(1000 * cache["kl"]["p99"]),
             f"{100 * cache['agreement']['mean']:.2f}",
             f"{100 * cache['overlap']['mean']:.2f}",
         ]
     tokens = [] if same is None else ["–" if name == "dense" else f"{same['median']:g}"]
     head = [name, f"{weight['here']:.3f}", f"{weight['long']:.3f}", f"{cache['perplexity']['mean']:.2f}"]
     return [*head, *compared, *tokens, f"{cache['seconds']:.1f}"]
+
+
+def three_digits(x: float) -> str:
+    """`x` with three significant digits and no exponent; at most six decimals."""
+    exponent = int(f"{x:e}".partition("e")[2])
+    return f"{x:.{min(max(0, 2 - exponent), 6)}f}"
 
 
 def with_error(x: Mapping, factor: float = 1, sign: str = "") -> str:
@@ -102,11 +108,13 @@ def rich_table(result: Mapping) -> Table:
     return table
 
 
-def markdown_table(result: Mapping) -> str:
-    """For Markdown; presets in bold."""
-    headers = list(columns(result))
+def markdown_table(result: Mapping, leave_out: Sequence[str] = ()) -> str:
+    """For Markdown; presets in bold, without the columns `leave_out`."""
+    kept = [i for i, header in enumerate(columns(result)) if header not in leave_out]
+    headers = [header for i, header in enumerate(columns(result)) if i in kept]
     lines = [f"| {' | '.join(headers)} |", "|---" + "|---:" * (len(headers) - 1) + "|"]
     for name, cells in rows(result).items():
+        cells = [cells[i] for i in kept]
         if result["caches"][name]["kind"] == "preset":
             cells = [f"**{cells[0]}**", *cells[1:]]
         lines.append(f"| {' | '.join(cells)} |")

@@ -11,7 +11,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..comparison import BLIND, notes
-from ..comparison.tables import TASK_COLUMNS, columns, rows, task_rows
+from ..comparison.tables import TASK_COLUMNS, columns, rows, task_rows, three_digits
 from .plots import PLOTS
 from .style import NARROW, PAGE, WIDE, to_svg
 
@@ -75,7 +75,7 @@ def _summary(results: Sequence[Mapping]) -> dict | None:
 def _divergence(result: Mapping, name: str) -> str:
     if name not in result["caches"]:
         return "–"
-    return BLIND if result["cache_read_share"] == 0 else f"{1000 * result['caches'][name]['kl']['mean']:.3g}"
+    return BLIND if result["cache_read_share"] == 0 else three_digits(1000 * result["caches"][name]["kl"]["mean"])
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MILLI = 1000
+# Nats of added loss up to which its axis is linear.
+_LINEAR = 0.02
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def by_position(result: Mapping, theme: Theme, width: float) -> Figure:
         left.plot(middles, [_MILLI * y for y in curves["kl"]], **line)
         right.plot(middles, curves["added_loss"], **line)
     left.set_yscale("log")
+    # Linear near zero, where most caches are; logarithmic where the coarsest ones leave the picture.
+    right.set_yscale("symlog", linthresh=_LINEAR)
     right.axhline(0, color=theme.muted, lw=0.8)
     left.set(xlabel="position in the text (tokens)", ylabel="KL divergence (0.001 nats)", title="KL divergence")
     right.set(xlabel="position in the text (tokens)", ylabel="nats", title="Loss minus the dense cache's")
@@ -137,7 +141,7 @@ def by_layer(result: Mapping, theme: Theme, width: float) -> Figure:
 def _finish(figure: Figure, axes, theme: Theme, wide: bool) -> None:
     for panel in axes:
         dress(panel, theme)
-        if panel.get_yscale() == "log":
+        if panel.get_yscale() != "linear":
             panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6 if wide else 3, frameon=False, fontsize=9,

@@ -1,0 +1,132 @@
+"""The published accuracy: the README says what the JSON says, and the JSON what it should; and the two scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_kvquant import KVQuantConfig
+from hf_kvquant.cli.models import BUNDLED, load_model
+from hf_kvquant.comparison import BLIND, PEERS
+from hf_kvquant.comparison.runner import fingerprint
+
+ROOT = Path(__file__).parent.parent
+# Of the formats that must be near-lossless, in nats; and above zero, or the cache was not read.
+MOST_KL = 0.002
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare, perplexity = script("compare"), script("perplexity")
+RESULTS = {result["plan"]["model"]: result for result in compare.published()}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class TestPublished:
+    def test_the_readme_says_what_the_results_say(self):
+        assert compare.with_tables(README, list(RESULTS.values())) == README, "python eval/compare.py --readme"
+
+    def test_the_bundled_model_is_published_as_it_is_shipped(self):
+        model, _ = load_model(BUNDLED, "float32", "cpu")
+        assert RESULTS[BUNDLED]["plan"]["weights"] == fingerprint(model), "its weights changed: run eval/compare.py"
+
+    @pytest.mark.parametrize("name", RESULTS)
+    def test_every_cache_is_there_and_was_read(self, name):
+        result = RESULTS[name]
+        assert set(result["caches"]) | set(result["skipped"]) == {
+            "dense", "fp16", *KVQuantConfig.preset_names(), *PEERS
+        }  # fmt: skip
+        assert result["skipped"] == {}
+        assert result["cache_read_share"] == 1.0
+        assert len({cache["tokens"] for cache in result["caches"].values()}) == 1
+
+    @pytest.mark.parametrize("name", RESULTS)
+    def test_presets_are_those_that_are_shipped(self, name):
+        for preset in KVQuantConfig.preset_names():
+            assert KVQuantConfig.from_dict(RESULTS[name]["caches"][preset]["settings"]) == KVQuantConfig.preset(preset)
+
+    @pytest.mark.parametrize("cache", ["int8", "int8-plain", "fp8"])
+    @pytest.mark.parametrize("name", RESULTS)
+    def test_eight_bits_lose_next_to_nothing_but_something(self, name, cache):
+        assert 0 < RESULTS[name]["caches"][cache]["kl"]["mean"] <= MOST_KL
+        assert RESULTS[name]["caches"]["fp16"]["kl"]["mean"] < RESULTS[name]["caches"][cache]["kl"]["mean"]
+
+    @pytest.mark.parametrize("name", RESULTS)
+    def test_an_unexpected_order_is_told_in_the_readme(self, name):
+        for exception in compare.exceptions(RESULTS[name]):
+            assert re.search(rf"On [^.]*\b{name},[^.]*{exception}", README)
+
+    @pytest.mark.parametrize("name", RESULTS)
+    def test_small_and_without_paths(self, name):
+        file = compare.RESULTS / f"{name}.json"
+        assert file.stat().st_size < 100_000
+        assert "/" not in RESULTS[name]["plan"]["text"]
+
+
+class TestExceptions:
+    def result(self, **kl: float) -> dict:
+        return {"caches": {name.replace("_", "-"): {"kl": {"mean": mean}} for name, mean in kl.items()}}
+
+    def test_the_order_as_expected(self):
+        assert compare.exceptions(self.result(int8=1, fp8=2, int4=3, quanto_int2=4)) == []
+
+    def test_a_pair_that_is_not(self):
+        assert compare.exceptions(self.result(int8=1, fp8=3, int4=2, quanto_int2=4)) == ["int4 loses less than fp8"]
+
+    def test_without_a_peer(self):
+        assert compare.exceptions(self.result(int8=3, fp8=2, int4=4)) == ["fp8 loses less than int8"]
+
+
+ARGUMENTS = ["--presets", "int8", "--documents", "2", "--window", "64", "--context", "32"]
+
+
+class TestScripts:
+    def test_compare_publishes_and_writes_the_readme(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(compare, "RESULTS", tmp_path / "accuracy")
+        monkeypatch.setattr(compare, "README", tmp_path / "README.md")
+        compare.README.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n", encoding="utf-8")
+        compare.main([*ARGUMENTS, "--greedy-tokens", "4", "--out", str(tmp_path / "run")])
+        readme = compare.README.read_text(encoding="utf-8")
+        published = json.loads((tmp_path / "accuracy" / f"{BUNDLED}.json").read_text(encoding="utf-8"))
+        measured = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+        kl = measured["caches"]["int8"]["kl"]["mean"]
+        assert published["caches"]["int8"]["kl"]["mean"] == pytest.approx(kl, rel=1e-5) != 0
+        assert "old" not in readme and "| **int8** |" in readme and readme.endswith("\nafter\n")
+        compare.main(["--readme"])
+        assert compare.README.read_text(encoding="utf-8") == readme
+
+    def test_compare_refuses_what_it_does_not_know(self, capsys):
+        with pytest.raises(SystemExit):
+            compare.main(["--readme", "--window", "5"])
+        assert "--window: unknown beside --from and --readme" in capsys.readouterr().err
+
+    def test_markers_that_are_missing(self):
+        with pytest.raises(ValueError, match="README.md: expected the lines"):
+            compare.with_tables("no markers", [])
+
+    def test_perplexity_as_decode_reads_it(self, capsys):
+        perplexity.main(ARGUMENTS)
+        printed = capsys.readouterr().out
+        assert "100.0%" in printed and BLIND not in printed
+
+    def test_perplexity_in_one_pass_does_not_see_the_cache(self, capsys):
+        perplexity.main([*ARGUMENTS, "--one-pass"])
+        assert capsys.readouterr().out.count(BLIND) == 2
+
+    @pytest.mark.parametrize("module", [compare, perplexity], ids=["compare", "perplexity"])
+    def test_help_explains_the_numbers(self, module, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [module.__name__])
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        printed = capsys.readouterr().out
+        assert "KL divergence" in printed and "standard error" in printed

@@ -6,8 +6,8 @@
     python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, not for the README
     python eval/compare.py --readme              # only write the README's tables again
 
-All options but --from, --to and --readme are those of `hf-kvquant eval`, which does the work (see its --help). The JSON
-goes to eval/results/accuracy/<model>.json; it holds, for every cache:
+All options but --from, --to and --readme are those of `hf-kvquant eval`, which does the work (see its --help). The
+JSON goes to eval/results/accuracy/<model>.json; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
     kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99

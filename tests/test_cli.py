@@ -357,10 +357,21 @@ class TestText:
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder, tmp_path_factory) -> tuple[Path, str]:
+def evaluation(folder, tmp_path_factory) -> list:
+    """Arguments of a small evaluation."""
+    text = tmp_path_factory.mktemp("text") / "numbers.txt"
+    text.write_text(NUMBERS, encoding="utf-8")
+    return ["eval", "--model", folder, "--text", text, *EVALUATION]
+
+
+@pytest.fixture(scope="module")
+def evaluated(evaluation, tmp_path_factory) -> tuple[Path, str]:
     """The folder of one evaluation, and what the command printed."""
     out = tmp_path_factory.mktemp("evaluated")
-    return out, call("eval", "--model", folder, *EVALUATION, "--out", out).stdout
+    return out, call(*evaluation, "--out", out).stdout
+
+
+NUMBERS = "".join(f"{i:04d}" for i in range(500))
 
 
 EVALUATION = ["--presets", "fp16,int8,int4", "--documents", "2", "--window", "100", "--context", "50",
@@ -377,7 +388,7 @@ class TestEval:
         result = json.loads((out / "result.json").read_text())
         assert list(result["caches"]) == ["dense", "fp16", "int8", "int4"]
         assert result["plan"]["model"] == folder.name
-        assert result["plan"]["text"] == evaluate.STANDARD_LIBRARY
+        assert result["plan"]["text"] == "numbers.txt"
         assert result["plan"]["versions"]["torch"] == torch.__version__
         assert result["plan"]["settings"] == {"context": 50, "first_scored": None, "greedy_tokens": 8}
         said = (
@@ -386,27 +397,32 @@ class TestEval:
         assert said in " ".join(printed.split())
         assert f"{result['caches']['int4']['bytes_per_element']['here']:.3f}" in printed
 
-    def test_it_goes_on_and_refuses_other_settings(self, folder, evaluated):
+    def test_it_goes_on_and_refuses_other_settings(self, evaluation, evaluated):
         out, _ = evaluated
         before = (out / "result.json").read_text()
-        call("eval", "--model", folder, *EVALUATION, "--out", out)
+        call(*evaluation, "--out", out)
         assert (out / "result.json").read_text() == before
-        result = call("eval", "--model", folder, *EVALUATION, "--context", 51, "--out", out, code=2)
+        result = call(*evaluation, "--context", 51, "--out", out, code=2)
         assert "settings.context: 50 became 51" in " ".join(result.output.replace("│", " ").split())
 
     def test_a_text_file_is_scored_in_pieces_spread_over_it(self, folder, tmp_path):
-        text = "".join(f"{i:04d}" for i in range(500))
-        (tmp_path / "numbers.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "numbers.txt").write_text(NUMBERS, encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids, name = evaluate.read_documents(tokenizer, tmp_path / "numbers.txt", 3, 101)
         assert name == "numbers.txt"
         assert (ids[:, 0] == tokenizer.bos_token_id).all()
-        assert [tokenizer.decode(row[1:]) for row in ids] == [text[start : start + 100] for start in (0, 600, 1300)]
+        assert [tokenizer.decode(row[1:]) for row in ids] == [NUMBERS[start : start + 100] for start in (0, 600, 1300)]
 
-    def test_task_results_stand_beside_it(self, folder, tmp_path):
+    def test_without_a_text_it_is_source_that_every_machine_has(self, folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids, name = evaluate.read_documents(tokenizer, None, 3, 101)
+        assert name == evaluate.STANDARD_LIBRARY
+        assert ids.tolist() == windows(tokenizer, 3, 101)[0].tolist()
+
+    def test_task_results_stand_beside_it(self, evaluation, tmp_path):
         (tmp_path / "lm.json").write_text(json.dumps(LM_EVAL), encoding="utf-8")
         arguments = "--task-results", tmp_path / "lm.json", "--out", tmp_path / "out"
-        printed = call("eval", "--model", folder, *EVALUATION, *arguments).stdout
+        printed = call(*evaluation, *arguments).stdout
         assert "copying" in printed and "not said" in printed
         assert json.loads((tmp_path / "out" / "result.json").read_text())["tasks"][0]["se"] == 0.01
 
@@ -421,8 +437,8 @@ class TestEval:
         ],
         ids=lambda x: str(x[0]) if isinstance(x, list) else "",
     )
-    def test_wrong_use_is_one_clear_line(self, folder, tmp_path, arguments, match):
-        result = call("eval", "--model", folder, *EVALUATION, *arguments, "--out", tmp_path / "out", code=2)
+    def test_wrong_use_is_one_clear_line(self, evaluation, tmp_path, arguments, match):
+        result = call(*evaluation, *arguments, "--out", tmp_path / "out", code=2)
         assert match in " ".join(result.output.replace("│", " ").split())
         assert "Traceback" not in result.output
         assert not (tmp_path / "out").exists()

@@ -143,6 +143,12 @@ class TestPage:
                 assert image.shape[1] > 1000
                 assert image[..., :3].std() > 0.05
 
+    @pytest.mark.filterwarnings("error")
+    def test_nothing_to_draw_is_no_error(self, results, tmp_path):
+        """A run of the dense cache alone."""
+        alone = {**results[0], "caches": {"dense": results[0]["caches"]["dense"]}}
+        assert "<svg" in write([alone], [], tmp_path).read_text(encoding="utf-8")
+
     def test_tasks_alone_make_a_page(self, tmp_path):
         text = "".join(Elements(write([], TASKS, tmp_path).read_text(encoding="utf-8")).text)
         assert "mmlu" in text and BLIND in text

@@ -8,7 +8,7 @@ from .cache import QuantizedCache
 from .config import KVQuantConfig, LayerOverride
 from .integration import attention, cache_implementations, install, uninstall
 from .quantization import FORMATS, QuantizedTensor, QuantSpec, quantize
-from .scoring import cache_read_share, score, score_by_decoding
+from .scoring import cache_read_share, score, score_by_decoding, score_chunks, score_tokens
 from .states import QuantizedStates
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "quantize",
     "score",
     "score_by_decoding",
+    "score_chunks",
+    "score_tokens",
     "uninstall",
 ]
 

@@ -1,10 +1,16 @@
 """Decode-faithful scoring: the logits of real decode through a quantized cache, in one parallel pass.
 
+    logits = score(model, input_ids, context_lengths=128, kv_config="int4")                  # [batch, length, vocab]
+    for start, logits in score_chunks(model, input_ids, 128, "int4"): ...                    # long texts, piece by piece
+    log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")                       # only what perplexity needs
+
 Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured
 that way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key
-and value
-as decode would: which columns are exact depends only on the query's position (see `states`), so no loop over tokens is
-needed.
+and value as decode would: which columns are exact depends only on the query's position (see `states`), so no loop over
+tokens is needed.
+
+A text goes through the model in chunks of a fixed length, so memory grows with the cache and not with its square, nor
+with length times vocabulary. The chunks do not show in the result, but for rounding.
 """
 
 from __future__ import annotations
@@ -12,33 +18,40 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import attend
 from .cache import QuantizedCache, QuantizedLayer
 from .config import KVQuantConfig
 from .integration import attention
-from .quantization import QuantSpec, quantize
+from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
 from .states import dense_from
 
 DENSE = "none"
-_ROWS = 256
+CHUNK_LENGTH = 1024
+# Every block length divides it, so that the blocks of the channel grid are whole in every chunk.
+_CHUNK_MULTIPLE = 256
+# Attention scores in memory at once: so many queries are taken together that there are no more, one at least.
+_MAX_SCORES = 2**24
+_MAX_ROWS = 256
 
 
-@torch.no_grad()
 def score(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     context_lengths: int | Sequence[int] | torch.Tensor,
     kv_config: KVQuantConfig | str | Path | dict,
     attention_mask: torch.Tensor | None = None,
+    *,
+    decode_tail: int = 0,
+    chunk_length: int = CHUNK_LENGTH,
     **model_kwargs,
 ) -> torch.Tensor:
     """Logits `[batch, length, vocab]` as decode gives them after prefilling `context_lengths` columns of each row.
@@ -50,23 +63,119 @@ def score(
         input_ids: `[batch, length]`.
         context_lengths: columns that are prefilled, per row or for all, 1 to length; padding columns count.
         kv_config: how the cache is quantized; "none" for the dense cache.
-        attention_mask: `[batch, length]`, 0 for (left) padding.
+        attention_mask: `[batch, length]`, 0 for (left) padding. Padding on the right needs no mask.
+        decode_tail: so many of the last context columns are decoded instead of prefilled (one is prefilled at least),
+            so that even the token after the context is predicted from the cache. It is no more than a shorter
+            context: give `cache_read_share` the same number.
+        chunk_length: columns per forward call, a multiple of 256.
         model_kwargs: passed on to the model's forward.
 
     Raises:
-        ValueError: a context length out of range, or a model whose attention cannot be scored in one pass.
+        ValueError: an argument out of range, or a model whose attention cannot be scored in one pass.
+    """
+    options = {"decode_tail": decode_tail, "chunk_length": chunk_length, **model_kwargs}
+    chunks = [
+        part for _, part in score_chunks(model, input_ids, context_lengths, kv_config, attention_mask, **options)
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    context_lengths: int | Sequence[int] | torch.Tensor,
+    kv_config: KVQuantConfig | str | Path | dict,
+    attention_mask: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `score` says of the text itself, without holding its logits.
+
+    Returns:
+        For the tokens `input_ids[:, 1:]`: natural log-probabilities, float32 `[batch, length - 1]`, and whether each
+        is the most likely one, bool. Arguments and errors are those of `score`.
+    """
+    log_probs, is_greedy = [], []
+    for start, logits in score_chunks(model, input_ids, context_lengths, kv_config, attention_mask, **options):
+        targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]]
+        logits = logits[:, : targets.shape[1]]
+        targets = targets.to(logits.device)
+        log_probs.append(logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets[..., None])[..., 0])
+        is_greedy.append(logits.argmax(-1) == targets)
+    return torch.cat(log_probs, dim=1), torch.cat(is_greedy, dim=1)
+
+
+def score_chunks(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    context_lengths: int | Sequence[int] | torch.Tensor,
+    kv_config: KVQuantConfig | str | Path | dict,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    decode_tail: int = 0,
+    chunk_length: int = CHUNK_LENGTH,
+    first_row: int = 0,
+    **model_kwargs,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The logits of `score` piece by piece: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
+
+    Rows before `first_row` are not given, and where the model can do without (`logits_to_keep`) not computed; the
+    model is free for other use between two pieces. Layers other than full and sliding attention (linear ones) carry a
+    state that the host cannot continue by several tokens: such a model takes the whole text as one piece.
     """
     batch, length = input_ids.shape
     contexts = torch.as_tensor(context_lengths, device=input_ids.device).expand(batch)
-    if bool((contexts < 1).any()) or bool((contexts > length).any()):
-        raise ValueError(f"context_lengths: {contexts.tolist()} is not allowed; expected 1 to {length} (the length)")
-    model_kwargs = _mask_inputs(model, attention_mask, 0, length) | model_kwargs
+    _check_range("context_lengths", contexts.tolist(), 1, length, "the length")
+    _check_range("first_row", [first_row], 0, length - 1, "the last row")
+    _check_range("decode_tail", [decode_tail], 0, None, "")
+    if chunk_length < 1 or chunk_length % _CHUNK_MULTIPLE:
+        raise ValueError(
+            f"chunk_length: {chunk_length} is not allowed; expected a positive multiple of {_CHUNK_MULTIPLE}"
+        )
+    contexts = (contexts - decode_tail).clamp(min=1)
     if kv_config == DENSE:
-        return model(input_ids, use_cache=False, **model_kwargs).logits
-    padding = None if attention_mask is None else attention_mask == 0
-    cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding)
-    with attention(model, _attend, name="kvquant-score"):
-        return model(input_ids, past_key_values=cache, use_cache=True, **model_kwargs).logits
+        cache = DynamicCache(config=model.config)
+    else:
+        padding = None if attention_mask is None else attention_mask == 0
+        cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding, length)
+    if not all(type(layer) in (_ScoringLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        chunk_length = length
+    per_token = [name for name, x in model_kwargs.items() if isinstance(x, torch.Tensor) and length in x.shape[1:2]]
+    if per_token and chunk_length < length:
+        raise ValueError(
+            f"{per_token[0]}: a value per token cannot be given in chunks; expected chunk_length of at least {length}"
+        )
+    return _chunks(model, input_ids, cache, attention_mask, chunk_length, first_row, model_kwargs)
+
+
+@torch.no_grad()
+def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, first_row: int, model_kwargs: dict):
+    length = input_ids.shape[1]
+    dense = not isinstance(cache, _ScoringCache)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for start in range(0, length, chunk_length):
+        end = min(start + chunk_length, length)
+        # The model must see every column, even those whose logits nobody wants; 0 would mean "all".
+        wanted = max(end - max(start, first_row), 0)
+        inputs = _mask_inputs(model, attention_mask, start, end) | model_kwargs
+        if keeps and wanted < end - start:
+            inputs["logits_to_keep"] = max(wanted, 1)
+        if dense and end - start == length:
+            inputs["use_cache"] = False
+        else:
+            inputs |= {"past_key_values": cache, "use_cache": True}
+        if dense:
+            logits = model(input_ids[:, start:end], **inputs).logits
+        else:
+            with attention(model, _attend, name="kvquant-score"):
+                logits = model(input_ids[:, start:end], **inputs).logits
+        if wanted:
+            yield end - wanted, logits[:, -wanted:]
+
+
+def _check_range(name: str, values: Sequence[int], low: int, high: int | None, what: str) -> None:
+    if min(values) < low or (high is not None and max(values) > high):
+        expected = f"{low} to {high} ({what})" if high is not None else f"{low} or more"
+        raise ValueError(f"{name}: {values if len(values) > 1 else values[0]} is not allowed; expected {expected}")
 
 
 @torch.no_grad()
@@ -103,24 +212,27 @@ def _mask_inputs(model: PreTrainedModel, attention_mask: torch.Tensor | None, st
     return inputs
 
 
-def cache_read_share(context_lengths: Sequence[int], scored_from: Sequence[int], lengths: Sequence[int]) -> float:
-    """The share of scored tokens whose logits read the cache.
+def cache_read_share(
+    context_lengths: Sequence[int], scored_from: Sequence[int], lengths: Sequence[int], decode_tail: int = 0
+) -> float:
+    """The share of scored tokens whose logits read the cache; a score with share 0 does not see the cache.
 
-    Token t is predicted by row t - 1, which read the cache iff t - 1 >= context_length. Row r scores the tokens
-    `scored_from[r] .. lengths[r]`.
+    Token t is predicted by row t - 1, which read the cache iff t - 1 >= context_length (less `decode_tail`, see
+    `score`). Row r scores the tokens `scored_from[r] .. lengths[r]`.
     """
-    read = sum(max(0, n - max(s, c + 1)) for c, s, n in zip(context_lengths, scored_from, lengths))
+    contexts = [max(c - decode_tail, 1) for c in context_lengths]
+    read = sum(max(0, n - max(s, c + 1)) for c, s, n in zip(contexts, scored_from, lengths))
     scored = sum(n - s for s, n in zip(scored_from, lengths))
     return read / scored if scored else 0.0
 
 
 class ScoredStates:
-    """Keys or values of one layer for all queries at once: the exact ones, and what their quantized copies say."""
+    """Keys or values of one layer for all queries of a chunk at once: the exact ones, `[batch, num_kv_heads, length,
+    head_dim]` with all columns up to the chunk's end, and what their quantized copies say."""
 
-    def __init__(self, states: torch.Tensor, spec: QuantSpec, layer: _ScoringLayer):
-        self.exact, self.layer = states, layer
-        self.spec = spec if spec.is_dense else spec.resolve(states.shape[-1])
-        self.shape, self.dtype, self.device = states.shape, states.dtype, states.device
+    def __init__(self, exact: torch.Tensor, pieces: Sequence[QuantizedTensor], spec: QuantSpec, layer: _ScoringLayer):
+        self.exact, self.pieces, self.spec, self.layer = exact, pieces, spec, layer
+        self.shape, self.dtype, self.device = exact.shape, exact.dtype, exact.device
         self.routes = Counter()
 
     @classmethod
@@ -139,10 +251,11 @@ class ScoredStates:
         """De-quantized copies of all columns, `[batch, num_kv_heads, length, head_dim]`."""
         if self.spec.is_dense:
             return self.exact.to(dtype)
-        return quantize(self.exact, self.spec, self.layer.padding).dequantize(dtype)
+        return torch.cat([piece.dequantize(dtype) for piece in self.pieces], dim=2)
 
     def read_exactly(self, start: int, end: int) -> torch.Tensor:
-        """Which columns the queries `start .. end` read exactly, bool `[batch, 1, end - start, length]`."""
+        """Which columns the queries at the positions `start .. end` read exactly, bool
+        `[batch, 1, end - start, length]`."""
         layer = self.layer
         columns = torch.arange(self.shape[2], device=self.device)
         first = torch.tensor([dense_from(i, self.spec, layer.recent_length) for i in range(start, end)])
@@ -150,7 +263,7 @@ class ScoredStates:
         in_context = torch.arange(start, end, device=self.device)[:, None] < layer.contexts[:, None, None]
         is_sink = columns < layer.sink_length
         if layer.padding is not None:
-            token = ~layer.padding
+            token = ~layer.padding[:, : self.shape[2]]
             is_sink = (token & (token.long().cumsum(1) <= layer.sink_length))[:, None]
         return (near | in_context | is_sink)[:, None]
 
@@ -159,29 +272,38 @@ _REFUSED = "this model cannot be scored in one pass, use score_by_decoding"
 
 
 def _attention(query, keys: ScoredStates, values: ScoredStates, mask, s_aux, *, scaling: float, softcap: float):
-    """`reference.decode_attention` for all queries of a text, each reading what it would read in decode."""
-    length, num_heads = keys.shape[2], query.shape[1]
+    """`reference.decode_attention` for all queries of a chunk, each reading what it would read in decode."""
+    batch, num_heads, q_len, _ = query.shape
+    num_kv_heads, kv_len = keys.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
+    k_exact, v_exact = keys.exact.to(dtype), values.exact.to(dtype)
+    k_body, v_body = keys.body(dtype), values.body(dtype)
+
+    def per_kv_head(x: torch.Tensor) -> torch.Tensor:
+        # The query heads that share a KV head become more rows of it, so that keys and values need no copies.
+        return x.reshape(batch, num_kv_heads, -1, x.shape[-1])
 
     def per_head(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+        return x.reshape(batch, num_heads, -1, x.shape[-1])
 
-    k_exact, v_exact = per_head(keys.exact.to(dtype)), per_head(values.exact.to(dtype))
-    k_body, v_body = per_head(keys.body(dtype)), per_head(values.body(dtype))
     outputs = []
-    for start in range(0, length, _ROWS):
-        end = min(start + _ROWS, length)
-        q = query[:, :, start:end].to(dtype)
-        hidden, bias = mask_rows(mask, start, end, length, length, dtype, query.device)
-        scores = torch.where(keys.read_exactly(start, end), q @ k_exact.mT, q @ k_body.mT) * scaling
+    step = min(max(_MAX_SCORES // (batch * num_heads * kv_len), 1), _MAX_ROWS)
+    for start in range(0, q_len, step):
+        end = min(start + step, q_len)
+        positions = start + kv_len - q_len, end + kv_len - q_len
+        q = per_kv_head(query[:, :, start:end].to(dtype))
+        hidden, bias = mask_rows(mask, start, end, q_len, kv_len, dtype, query.device)
+        exactly = keys.read_exactly(*positions)
+        scores = torch.where(exactly, per_head(q @ k_exact.mT), per_head(q @ k_body.mT)) * scaling
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = (scores + bias).masked_fill(hidden, -torch.inf)
         if s_aux is not None:
             scores = torch.cat([scores, s_aux.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-        weights = scores.softmax(-1)[..., :length].masked_fill(hidden, 0.0)
-        exactly = values.read_exactly(start, end)
-        outputs.append(weights.masked_fill(~exactly, 0.0) @ v_exact + weights.masked_fill(exactly, 0.0) @ v_body)
+        weights = scores.softmax(-1)[..., :kv_len].masked_fill(hidden, 0.0)
+        exactly = values.read_exactly(*positions)
+        near, far = weights.masked_fill(~exactly, 0.0), weights.masked_fill(exactly, 0.0)
+        outputs.append(per_head(per_kv_head(near) @ v_exact + per_kv_head(far) @ v_body))
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
@@ -189,28 +311,48 @@ _attend = partial(attend, states_type=ScoredStates, operator=_attention)
 
 
 class _ScoringLayer(DynamicLayer):
-    """Stands where `QuantizedLayer` stands in decode; sees every token in one update."""
+    """Stands where `QuantizedLayer` stands in decode; keeps every token, exact and quantized."""
 
-    def __init__(self, specs: tuple[QuantSpec, QuantSpec], config: KVQuantConfig, contexts, padding):
+    def __init__(self, specs: tuple[QuantSpec, QuantSpec], config: KVQuantConfig, contexts, padding, length: int):
         super().__init__()
-        self.specs, self.contexts, self.padding = specs, contexts, padding
+        self.specs, self.contexts, self.padding, self.max_length = specs, contexts, padding, length
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.contexts = self.contexts.to(self.device)
+        self.padding = None if self.padding is None else self.padding.to(self.device)
+        states = key_states, value_states
+        self.specs = tuple(spec if spec.is_dense else spec.resolve(x.shape[-1]) for spec, x in zip(self.specs, states))
+        self.exact = tuple(x.new_empty(*x.shape[:2], self.max_length, x.shape[-1]) for x in states)
+        self.pieces = ([], [])
+        self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        return tuple(ScoredStates(x, spec, self) for x, spec in zip((key_states, value_states), self.specs))
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        padding = None if self.padding is None else self.padding[:, start : self.length]
+        for states, spec, exact, pieces in zip((key_states, value_states), self.specs, self.exact, self.pieces):
+            exact[:, :, start : self.length] = states
+            if not spec.is_dense:
+                pieces.append(quantize(states, spec, padding))
+        return tuple(
+            ScoredStates(exact[:, :, : self.length], tuple(pieces), spec, self)
+            for spec, exact, pieces in zip(self.specs, self.exact, self.pieces)
+        )
 
     def get_seq_length(self) -> int:
-        return 0
+        return self.length
 
 
 class _ScoringCache(DynamicCache):
     """The layers of a `QuantizedCache`, those that it quantizes replaced by `_ScoringLayer`."""
 
-    def __init__(
-        self, model: PreTrainedModel, config: KVQuantConfig, contexts: torch.Tensor, padding: torch.Tensor | None
-    ):
+    def __init__(self, model: PreTrainedModel, config: KVQuantConfig, contexts, padding, length: int):
         layers = QuantizedCache(model.config, config).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
-                layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding)
+                layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding, length)
         Cache.__init__(self, layers=layers)

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GptOssConfig, LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GptOssConfig, Lfm2Config, LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantSpec, cache_read_share, score, score_by_decoding
+from hf_kvquant import (
+    KVQuantConfig,
+    QuantSpec,
+    cache_read_share,
+    score,
+    score_by_decoding,
+    score_chunks,
+    score_tokens,
+)
 
 LENGTH, CONTEXT = 100, 58
+# Three chunks of the shortest allowed length, the last one neither whole nor a whole number of blocks.
+LONG, LONG_CONTEXT, CHUNK = 601, 200, 256
 # float64: the quantized inputs of both ways agree to rounding, so codes do, and logits agree to accumulated rounding.
 FLOAT64_TOLERANCE = 1e-5
 
@@ -23,6 +35,10 @@ FAMILIES = {
         num_experts_per_tok=1, layer_types=["full_attention", "full_attention"],
     ),
 }  # fmt: skip
+LINEAR = Lfm2Config(
+    **SHAPE, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
+    layer_types=["conv", "full_attention"],
+)  # fmt: skip
 
 
 def spec(format, **fields):
@@ -41,8 +57,10 @@ CONFIGS = {
 }
 
 
-def tiny(family: str, dtype: torch.dtype) -> torch.nn.Module:
+def tiny(family: str | object, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(1)
+    if not isinstance(family, str):
+        return AutoModelForCausalLM.from_config(family, dtype=dtype).eval()
     # The grouped matrix product of experts does not know float64.
     options = {"experts_implementation": "eager"} if family.startswith("gpt-oss") else {}
     model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype, **options).eval()
@@ -52,10 +70,10 @@ def tiny(family: str, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def text(padded: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def text(padded: bool, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor | None]:
     torch.manual_seed(2)
-    ids = torch.randint(3, 97, (3, LENGTH))
-    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    ids = torch.randint(3, 97, (3, length))
+    mask = torch.ones(3, length, dtype=torch.long)
     mask[1, :11] = 0
     mask[2, :50] = 0
     return (ids, mask) if padded else (ids[:1], None)
@@ -149,6 +167,174 @@ def test_a_model_that_changes_states_is_refused():
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises((ValueError, AttributeError), match="score_by_decoding"):
         score(model, text(padded=False)[0], CONTEXT, "int8")
+
+
+class TestChunks:
+    @pytest.mark.parametrize("padded", [False, True], ids=["alone", "left-padded"])
+    @pytest.mark.parametrize("config", [*CONFIGS, "none"])
+    def test_do_not_show_in_the_logits(self, config, padded):
+        model = tiny("llama-gqa", torch.float64)
+        ids, mask = text(padded, LONG)
+        whole, parts = (
+            score(model, ids, LONG_CONTEXT, CONFIGS.get(config, config), mask, chunk_length=n) for n in (1024, CHUNK)
+        )
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(parts[seen], whole[seen], rtol=0, atol=FLOAT64_TOLERANCE)
+
+    @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama-gqa"])
+    @pytest.mark.parametrize("config", ["int4-channel", "none"])
+    def test_do_not_show_in_families(self, family, config):
+        model = tiny(family, torch.float64)
+        ids, _ = text(False, LONG)
+        whole, parts = (
+            score(model, ids, LONG_CONTEXT, CONFIGS.get(config, config), chunk_length=n) for n in (1024, CHUNK)
+        )
+        torch.testing.assert_close(parts, whole, rtol=0, atol=FLOAT64_TOLERANCE)
+
+    def test_a_context_that_ends_in_a_later_chunk_equals_decode(self):
+        model = tiny("llama-gqa", torch.float64)
+        ids, _ = text(False, 300)
+        scored = score(model, ids, 270, CONFIGS["int4-channel"], chunk_length=CHUNK)
+        decoded = score_by_decoding(model, ids, 270, CONFIGS["int4-channel"])
+        torch.testing.assert_close(scored, decoded, rtol=0, atol=FLOAT64_TOLERANCE)
+
+    @pytest.mark.parametrize("first_row", [0, 1, 255, 256, 400, LONG - 1])
+    @pytest.mark.parametrize("family", ["llama-gqa", "gpt2-mha"])
+    def test_first_row(self, family, first_row):
+        model = tiny(family, torch.float64)
+        ids, _ = text(False, LONG)
+        whole = score(model, ids, LONG_CONTEXT, "int8")
+        row = first_row
+        for start, logits in score_chunks(model, ids, LONG_CONTEXT, "int8", chunk_length=CHUNK, first_row=first_row):
+            assert start == row
+            torch.testing.assert_close(
+                logits, whole[:, start : start + logits.shape[1]], rtol=0, atol=FLOAT64_TOLERANCE
+            )
+            row += logits.shape[1]
+        assert row == LONG
+
+    def test_the_model_is_free_between_two(self):
+        model = tiny("llama-gqa", torch.float32)
+        ids, _ = text(False, LONG)
+        pairs = zip(
+            *(score_chunks(model, ids, LONG_CONTEXT, config, chunk_length=CHUNK) for config in ("none", "int8")),
+            strict=True,
+        )
+        attn = model.config._attn_implementation
+        for (_, dense), (_, quantized) in pairs:
+            assert model.config._attn_implementation == attn
+            assert dense.shape == quantized.shape
+
+    def test_layers_that_cannot_go_on_take_the_text_as_one_piece(self):
+        model = tiny(LINEAR, torch.float32)
+        ids, _ = text(False, LONG)
+        for config in ("none", "int8"):
+            pieces = list(score_chunks(model, ids, LONG_CONTEXT, config, chunk_length=CHUNK))
+            assert [(start, logits.shape[1]) for start, logits in pieces] == [(0, LONG)]
+
+    @pytest.mark.parametrize("chunk_length", [0, -256, 100, 384])
+    def test_a_length_that_cuts_blocks_is_refused(self, chunk_length):
+        model = tiny("llama-gqa", torch.float32)
+        with pytest.raises(ValueError, match=rf"chunk_length: {chunk_length} .*multiple of 256"):
+            score(model, text(False)[0], CONTEXT, "int8", chunk_length=chunk_length)
+
+    def test_a_value_per_token_is_refused(self):
+        model = tiny("llama-gqa", torch.float32)
+        ids, _ = text(False, LONG)
+        positions = torch.arange(LONG)[None]
+        with pytest.raises(ValueError, match=f"position_ids: .*chunk_length of at least {LONG}"):
+            score(model, ids, LONG_CONTEXT, "int8", chunk_length=CHUNK, position_ids=positions)
+        score(model, ids, LONG_CONTEXT, "int8", position_ids=positions)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("config", ["int4", "none"])
+def test_memory_of_a_long_text(config):
+    """Nothing is as large as the square of the length, or as length times vocabulary."""
+    length, vocab, heads = 8192, 4096, 4
+    shape = SHAPE | {"num_hidden_layers": 1, "vocab_size": vocab, "max_position_embeddings": length}
+    model = tiny(
+        LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=2, intermediate_size=64, head_dim=16),
+        torch.float32,
+    )
+    ids = torch.randint(3, vocab, (1, length))
+    with Largest() as largest:
+        log_probs, is_greedy = score_tokens(model, ids, 128, config, chunk_length=512)
+    assert log_probs.shape == is_greedy.shape == (1, length - 1)
+    assert largest.numel <= 2**24
+    assert min(heads * length**2, vocab * length) > 1.5 * 2**24, "this text is too short to show anything"
+    # What it does hold: attention scores or logits of a chunk.
+    assert largest.numel >= 512 * length
+
+
+@pytest.mark.parametrize("config", ["int4-channel", "none"])
+def test_score_tokens(config):
+    model = tiny("llama-gqa", torch.float64)
+    ids, mask = text(True, LONG)
+    config = CONFIGS.get(config, config)
+    logits = score(model, ids, LONG_CONTEXT, config, mask)[:, :-1]
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    # The second length leaves a last chunk of one row, whose prediction has no token.
+    for length in (LONG, 2 * CHUNK + 1):
+        log_probs, is_greedy = score_tokens(
+            model, ids[:, :length], LONG_CONTEXT, config, mask[:, :length], chunk_length=CHUNK
+        )
+        assert log_probs.dtype == torch.float32
+        seen = mask[:, : length - 1].bool()
+        torch.testing.assert_close(log_probs[seen], expected[:, : length - 1][seen].float(), rtol=0, atol=1e-4)
+        assert (is_greedy == (logits.argmax(-1) == ids[:, 1:])[:, : length - 1])[seen].all()
+        assert is_greedy.any()
+
+
+class TestDecodeTail:
+    def test_is_a_shorter_context(self):
+        model = tiny("llama-gqa", torch.float64)
+        ids, _ = text(padded=False)
+        tail = score(model, ids, CONTEXT, CONFIGS["int4-channel"], decode_tail=3)
+        torch.testing.assert_close(tail, score(model, ids, CONTEXT - 3, CONFIGS["int4-channel"]), rtol=0, atol=0)
+        decoded = score_by_decoding(model, ids, CONTEXT - 3, CONFIGS["int4-channel"])
+        torch.testing.assert_close(tail, decoded, rtol=0, atol=FLOAT64_TOLERANCE)
+
+    def test_one_column_is_prefilled_at_least(self):
+        model = tiny("llama-gqa", torch.float64)
+        ids, _ = text(padded=True)
+        tail = score(model, ids, [5, 40, 90], CONFIGS["int4-channel"], decode_tail=60)
+        torch.testing.assert_close(
+            tail, score(model, ids, [1, 1, 30], CONFIGS["int4-channel"]), rtol=0, atol=FLOAT64_TOLERANCE
+        )
+
+    def test_the_share_says_so(self):
+        # One answer token after a context of ten: prefill's, or after a tail of one the cache's.
+        assert cache_read_share([10], [10], [11]) == 0.0
+        assert cache_read_share([10], [10], [11], decode_tail=1) == 1.0
+        assert cache_read_share([10, 10], [10, 10], [14, 14], decode_tail=0) == 0.75
+        assert cache_read_share([1], [1], [2], decode_tail=5) == 0.0
+
+    def test_negative_is_refused(self):
+        with pytest.raises(ValueError, match="decode_tail: -1 .*expected 0 or more"):
+            score(tiny("llama-gqa", torch.float32), text(False)[0], CONTEXT, "int8", decode_tail=-1)
+
+
+def test_padding_on_the_right_needs_no_mask():
+    """Rows of different lengths in one batch, as lm-eval makes them: a row's logits are those that it has alone."""
+    model = tiny("llama-gqa", torch.float64)
+    ids, _ = text(padded=True)
+    for config in CONFIGS.values():
+        together = score(model, ids, [30, 50, 20], config)
+        for row, (context, length) in enumerate(((30, LENGTH), (50, 71), (20, 21))):
+            alone = score(model, ids[row : row + 1, :length], context, config)
+            torch.testing.assert_close(together[row : row + 1, :length], alone, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
 def test_cache_read_share():

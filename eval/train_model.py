@@ -16,7 +16,6 @@ Writes the model folder, and `train.json` and `loss.png` into `--results`.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -28,8 +27,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hf_kvquant.cli.source_text import SKIPPED_FOLDERS, is_held_out
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-HELD_OUT_ONE_IN = 20
 PROMPTS = ("import os\n\n\ndef ", "class Stack:\n", 'def read_lines(path):\n    """', "for name in sorted(")
 
 
@@ -68,12 +68,11 @@ def stdlib_files(stdlib=None) -> list[Path]:
     A file counts as a near-duplicate if over half of its long lines stand in files before it.
     """
     stdlib = Path(stdlib or sysconfig.get_paths()["stdlib"])
-    skipped_folders = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
     files, seen = [], set()
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
         parts = path.relative_to(stdlib).parts
         # Folders such as config-3.11-x86_64-linux-gnu and files such as _sysconfigdata_* describe one machine.
-        if skipped_folders & set(parts) or "-" in parts[0] or parts[-1].startswith("_sysconfigdata"):
+        if SKIPPED_FOLDERS & set(parts) or "-" in parts[0] or parts[-1].startswith("_sysconfigdata"):
             continue
         text = read_source(path)
         if not text.strip() or "decoding_table" in text or parts == ("html", "entities.py"):
@@ -84,11 +83,6 @@ def stdlib_files(stdlib=None) -> list[Path]:
         seen |= lines
         files.append(path)
     return files
-
-
-def is_held_out(relative_path: str) -> bool:
-    """Whether a file, named relative to the standard library with forward slashes, is never trained on."""
-    return hashlib.sha256(relative_path.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 def held_out_files(stdlib=None) -> list[Path]:

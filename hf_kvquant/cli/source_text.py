@@ -1,7 +1,8 @@
 """Text that every machine has: Python source from the running interpreter's standard library.
 
-The bundled model was trained on most of it, so only files that it has not seen are taken: the rule is that of
-`eval/train_model.py` (strictly so under the Python that it was trained on; others move text from file to file).
+The bundled model was trained on most of it, so only files that it has not seen are taken. `is_held_out` is the rule,
+and `eval/train_model.py` follows it (strictly so under the Python that it was trained on: others move text from file
+to file).
 """
 
 from __future__ import annotations
@@ -13,22 +14,35 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# Tests and tables are no typical source; the files of `encodings` are almost copies of each other.
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "encodings"}
+# Not the library's, or no typical source: tests and tables.
+SKIPPED_FOLDERS = frozenset({
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__",
+})  # fmt: skip
 _HELD_OUT_ONE_IN = 20
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the bundled model was never trained on a file, named relative to the library with forward slashes: so
+    are about 5 %, chosen by the hash of their name."""
+    return _digest(name)[0] % _HELD_OUT_ONE_IN == 0
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def held_out_files(stdlib: Path | None = None) -> dict[str, Path]:
     """Files that the bundled model has not seen, by name relative to the library, in an arbitrary but fixed order."""
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(stdlib).as_posix(): path for path in stdlib.rglob("*.py")}
-    hashes = {
-        name: hashlib.sha256(name.encode()).digest()
-        for name, path in files.items()
-        if not _SKIPPED & set(path.relative_to(stdlib).parts) and "-" not in name.partition("/")[0]
-    }
-    chosen = [name for name, digest in hashes.items() if digest[0] % _HELD_OUT_ONE_IN == 0]
-    return {name: files[name] for name in sorted(chosen, key=hashes.get)}
+    # The files of `encodings` are almost copies of each other; folders such as config-3.11-x86_64 describe a machine.
+    skipped = SKIPPED_FOLDERS | {"encodings"}
+    chosen = [
+        name
+        for name in files
+        if is_held_out(name) and not skipped & set(name.split("/")) and "-" not in name.partition("/")[0]
+    ]
+    return {name: files[name] for name in sorted(chosen, key=_digest)}
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tuple[torch.Tensor, list[str]]:

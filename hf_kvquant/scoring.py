@@ -1,8 +1,8 @@
 """Decode-faithful scoring: the logits of real decode through a quantized cache, in one parallel pass.
 
-    logits = score(model, input_ids, context_lengths=128, kv_config="int4")                  # [batch, length, vocab]
-    for start, logits in score_chunks(model, input_ids, 128, "int4"): ...                    # long texts, piece by piece
-    log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")                       # only what perplexity needs
+    logits = score(model, input_ids, context_lengths=128, kv_config="int4")  # [batch, length, vocab]
+    for start, logits in score_chunks(model, input_ids, 128, "int4"): ...    # the same, piece by piece
+    log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")       # what perplexity needs
 
 Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured
 that way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key
@@ -156,7 +156,7 @@ def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, f
         end = min(start + chunk_length, length)
         # The model must see every column, even those whose logits nobody wants; 0 would mean "all".
         wanted = max(end - max(start, first_row), 0)
-        inputs = _mask_inputs(model, attention_mask, start, end) | model_kwargs
+        inputs = mask_inputs(model, attention_mask, start, end) | model_kwargs
         if keeps and wanted < end - start:
             inputs["logits_to_keep"] = max(wanted, 1)
         if dense and end - start == length:
@@ -197,12 +197,12 @@ def score_by_decoding(
     logits = []
     with attention(model):
         for start, end in itertools.pairwise(cuts):
-            inputs = _mask_inputs(model, attention_mask, start, end)
+            inputs = mask_inputs(model, attention_mask, start, end)
             logits.append(model(input_ids[:, start:end], past_key_values=cache, use_cache=True, **inputs).logits)
     return torch.cat(logits, dim=1)
 
 
-def _mask_inputs(model: PreTrainedModel, attention_mask: torch.Tensor | None, start: int, end: int) -> dict:
+def mask_inputs(model: PreTrainedModel, attention_mask: torch.Tensor | None, start: int, end: int) -> dict:
     """What a forward over the columns `start .. end` needs to know of padding."""
     if attention_mask is None:
         return {}

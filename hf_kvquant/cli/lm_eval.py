@@ -1,0 +1,19 @@
+"""`hf-kvquant lm-eval`: lm-eval's own command line, with the model `hf-kvquant`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import typer
+
+# Everything goes to lm-eval as it is, --help too.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval with a quantized cache: --model hf-kvquant --model_args pretrained=...,kv_config=int4 ..."""
+    if find_spec("lm_eval") is None:
+        raise typer.BadParameter("lm-eval is not installed; pip install 'hf_kvquant[eval]'")
+    from ..lm_eval import main
+
+    main(context.args)

@@ -1,0 +1,111 @@
+"""lm-eval's tasks through the dense and quantized caches, one table.
+
+    python eval/run_lm_eval.py --model stdlib-nano --kv_config none int8 int4 --tasks kvquant_recall kvquant_stdlib
+    python eval/run_lm_eval.py --model meta-llama/Llama-3.1-8B --kv_config none int4 --tasks gsm8k --batch_size auto
+    accelerate launch eval/run_lm_eval.py ...                                # requests shared out among processes
+
+Every format is one run of lm-eval with the model `hf-kvquant` (`hf_kvquant/lm_eval.py`), whose own result files land
+in a folder per format under --out; options that are not listed here go to lm-eval as they are (--log_samples,
+--num_fewshot, --apply_chat_template, ...). The tasks in eval/tasks need no hub, all others are lm-eval's own.
+
+How to read the table:
+
+  value ± stderr     lm-eval's metric and standard error. Formats are compared on the same documents, so a difference
+                     can be real though it is smaller than the errors.
+  cache_read_share   how many of the scored tokens were predicted from the quantized cache. The rest is prefill, which
+                     no format changes: a metric with share 0 does not see the cache, whatever it says.
+                     The last --decode_tail tokens of a prompt are decoded, so that answers of one token (MMLU) see
+                     the cache; with 0 the first token of an answer is prefill's, as in a plain `generate`.
+                     Perplexity of documents prefills 128 tokens of every window, for "none" too, so that windows are
+                     the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_kvquant.cli.models import BUNDLED, bundled_model
+from hf_kvquant.lm_eval import DECODE_TAIL, MODEL_NAME, ROLLING_CONTEXT
+from hf_kvquant.lm_eval import main as lm_eval
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+SHARE = "cache_read_share"
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default=BUNDLED, help="folder, hub id, or stdlib-nano, the bundled one (default)")
+    parser.add_argument("--kv_config", nargs="+", default=["none", "int8", "fp8", "int4"],
+                        help="presets or YAML files; none: the dense cache")  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", default=["kvquant_recall", "kvquant_stdlib"])
+    parser.add_argument("--decode_tail", type=int, default=DECODE_TAIL)
+    parser.add_argument("--dtype", default="float32", help="of the model (default float32: only the cache is lossy)")
+    parser.add_argument("--model_args", default="", help="more of lm-eval's, as name=value,name=value")
+    parser.add_argument("--out", type=Path, default=Path("lm-eval-results"))
+    return parser.parse_known_args()
+
+
+def newest_results(folder: Path) -> dict:
+    return json.loads(max(folder.rglob("results_*.json"), key=lambda file: file.stat().st_mtime).read_text())
+
+
+def show(results: dict[str, dict]) -> None:
+    """A row per task and metric, a column per format."""
+    table = Table(title=f"value ± stderr; {SHARE} says how much of a score saw the cache")
+    for header in ("task", "metric", *results):
+        table.add_column(header)
+    first = next(iter(results.values()))["results"]
+    shares = {
+        config: {task: m.get(f"{SHARE},none") for task, m in r["results"].items()} for config, r in results.items()
+    }
+    for task, metrics in first.items():
+        for key in metrics:
+            name, _, kind = key.partition(",")
+            if not kind or name.endswith("_stderr") or name == SHARE:
+                continue
+            cells = [cell(r["results"][task], name, kind) for r in results.values()]
+            table.add_row(task, name, *cells)
+        seen = [shares[config][task] for config in results]
+        if any(share is not None for share in seen):
+            table.add_row(
+                "", SHARE, *("" if s is None else f"{s:.2f}" if s else "does not see the cache" for s in seen)
+            )
+    Console().print(table)
+
+
+def cell(metrics: dict, name: str, kind: str) -> str:
+    value, error = metrics[f"{name},{kind}"], metrics.get(f"{name}_stderr,{kind}")
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def main() -> None:
+    args, more = arguments()
+    model = str(bundled_model()) if args.model == BUNDLED else args.model
+    results = {}
+    for config in args.kv_config:
+        folder = args.out / Path(config).stem
+        settings = [
+            *(f"pretrained={model}", f"dtype={args.dtype}", f"kv_config={config}", f"decode_tail={args.decode_tail}"),
+            *([f"rolling_context={ROLLING_CONTEXT}"] if "rolling_context=" not in args.model_args else []),
+            *([args.model_args] if args.model_args else []),
+        ]
+        lm_eval([
+            *("--model", MODEL_NAME, "--model_args", ",".join(settings), "--include_path", str(TASKS)),
+            *("--tasks", ",".join(args.tasks), "--output_path", str(folder), *more),
+        ])  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            results[config] = newest_results(folder)
+    if results:
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@ scores read it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -103,11 +104,10 @@ def plain(results: dict) -> dict:
 
 
 class TestDense:
-    @pytest.mark.parametrize("batch_size", [1, 3])
-    def test_none_gives_exactly_the_results_of_hf(self, manager, batch_size):
+    def test_none_gives_exactly_the_results_of_hf(self, manager):
         options = {"dtype": "float32", "max_length": MAX_LENGTH, "pretrained": MODEL}
         expected, ours = (
-            evaluate(name, manager, run=run, model_args=options | more, device="cpu", batch_size=batch_size)
+            evaluate(name, manager, run=run, model_args=options | more, device="cpu", batch_size=3)
             for name, more, run in (
                 ("hf", {}, their_simple_evaluate),
                 ("hf-kvquant", {"kv_config": "none"}, simple_evaluate),
@@ -169,8 +169,10 @@ def decoded_answers(lm: KVQuantLM, pairs, decode_tail: int) -> list[tuple[float,
 
 
 class TestLoglikelihood:
-    @pytest.mark.parametrize("decode_tail", [0, 1, 3])
-    @pytest.mark.parametrize(("kv_config", "batch_size"), [("int4-small", 1), ("int4", 4), ("int8-plain", 7)])
+    @pytest.mark.parametrize(
+        ("kv_config", "batch_size", "decode_tail"),
+        [("int4-small", 1, 0), ("int4", 4, 1), ("int4", 1, 3), ("int8-plain", 7, 1)],
+    )
     def test_equals_real_decode(self, kv_config, batch_size, decode_tail):
         lm = load(kv_config, batch_size=batch_size, decode_tail=decode_tail)
         answers = lm.loglikelihood(instances(PAIRS), disable_tqdm=True)
@@ -535,3 +537,42 @@ class TestArguments:
     def test_saved_answers_are_refused(self, manager, tmp_path):
         with pytest.raises(ValueError, match="use_cache"):
             evaluate(load(), manager, ["one_token"], use_cache=str(tmp_path / "answers"))
+
+
+class TestScript:
+    """eval/run_lm_eval.py: one run of lm-eval per cache, and a table."""
+
+    @pytest.fixture(scope="class")
+    def script(self):
+        spec = importlib.util.spec_from_file_location("run_lm_eval", ROOT / "eval" / "run_lm_eval.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_every_cache_is_a_run(self, script, monkeypatch, tmp_path, capsys):
+        calls = []
+
+        def run(arguments):
+            calls.append(arguments)
+            folder = Path(arguments[arguments.index("--output_path") + 1])
+            config = folder.name
+            share = {} if config == "none" else {"cache_read_share,none": 0.0 if config == "int4" else 0.75}
+            metrics = {"name": "t", "acc,none": 0.5, "acc_stderr,none": 0.01, **share}
+            folder.mkdir(parents=True)
+            (folder / "results_1.json").write_text(json.dumps({"results": {"t": metrics}}))
+
+        monkeypatch.setattr(script, "lm_eval", run)
+        settings = ["--kv_config", "none", "int8", "int4", "--tasks", "t", "--out", str(tmp_path), "--limit", "3"]
+        monkeypatch.setattr(sys, "argv", ["run_lm_eval.py", *settings])
+        monkeypatch.setenv("COLUMNS", "200")
+        script.main()
+        for call, config in zip(calls, ("none", "int8", "int4"), strict=True):
+            (given,) = [x for x in call if "pretrained=" in x]
+            assert f"kv_config={config}" in given
+            # The same windows for the dense cache.
+            assert "rolling_context=128" in given
+            assert call[-2:] == ["--limit", "3"]
+        shown = capsys.readouterr().out
+        assert shown.count("0.5000 ± 0.0100") == 3
+        assert "0.75" in shown
+        assert "does not see the cache" in shown

@@ -82,16 +82,17 @@ def _decode_attention(
     sink_positions, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend,
 ):  # fmt: skip
     keys, values = (
-        QuantizedStates(
-            QuantSpec.from_code(spec), data, scale, zero_point, recent, sink, sink_positions, kv_len, recent_length,
-            head_dim, query.dtype,
+        QuantizedStates.of_operator(
+            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=sink,
+            sink_positions=sink_positions, length=kv_len, recent_length=recent_length, head_dim=head_dim,
+            dtype=query.dtype,
         )
         for spec, data, scale, zero_point, recent, sink, head_dim in (
             (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, query.shape[-1]),
             (v_spec, v_data, v_scale, v_zero_point, v_recent, v_sink, _head_dim(v_spec, v_data)),
         )
     )  # fmt: skip
-    attend = _implementation(backend, query).decode_attention
+    attend = _implementation(backend, query.device.type, query.dtype).decode_attention
     return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
@@ -100,19 +101,21 @@ def _quantize_append(
     k_spec, v_spec, start, backend,
 ):  # fmt: skip
     keys, values = (
-        QuantizedStates(
-            QuantSpec.from_code(spec), data, scale, zero_point, recent, None, None, start, 0, x.shape[-1], x.dtype
+        QuantizedStates.of_operator(
+            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=None,
+            sink_positions=None, length=start, recent_length=0, head_dim=x.shape[-1], dtype=x.dtype,
         )
         for spec, data, scale, zero_point, recent, x in (
             (k_spec, k_data, k_scale, k_zero_point, k_recent, key),
             (v_spec, v_data, v_scale, v_zero_point, v_recent, value),
         )
-    )
-    _implementation(backend, key).quantize_append(key, value, keys, values, nonfinite, padding, start=start)
+    )  # fmt: skip
+    _implementation(backend, key.device.type, key.dtype).quantize_append(key, value, keys, values, nonfinite, padding, start=start)
 
 
-def _implementation(backend: str, tensor: torch.Tensor):
-    name = choose_backend(backend, tensor.device.type, tensor.dtype)
+@lru_cache(maxsize=None)
+def _implementation(backend: str, device_type: str, dtype: torch.dtype):
+    name = choose_backend(backend, device_type, dtype)
     return reference if name == "reference" else import_module(f".backends.{name}", __package__)
 
 

@@ -72,6 +72,16 @@ class QuantizedStates:
     backend: str = "auto"
     routes: Counter = field(default_factory=Counter)
 
+    @classmethod
+    def of_operator(cls, **fields) -> QuantizedStates:
+        """The states that an operator was given, without `backend` and `routes`.
+
+        The constructor of a frozen dataclass takes longer than a short kernel.
+        """
+        states = object.__new__(cls)
+        states.__dict__.update(fields)
+        return states
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.data.shape[0], self.data.shape[1], self.length, self.head_dim))

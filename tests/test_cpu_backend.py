@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 
 import pytest
@@ -329,6 +331,34 @@ def test_python_threads_at_once():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@pytest.fixture
+def own_threads():
+    """Without torch's OpenMP runtime the library has threads of its own."""
+    library = cpu._library()
+    library.kvquant_use_openmp(None)
+    yield
+    library.kvquant_use_openmp(ctypes.c_void_p(cpu._openmp_parallel()))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_own_threads(own_threads, level):
+    query, keys, values = problem("int4-channel", "int8", kv_len=4000, q_per_kv=4, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            results.append(cpu.decode_attention(query, keys, values, scaling=0.125, isa=level)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is elsewhere")
+def test_torchs_threads_are_shared():
+    assert cpu.info()["thread pool"] == "torch's OpenMP"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -189,6 +189,7 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
         ("query batch", batch, keys.shape[0], batch == keys.shape[0]),
         ("num_heads", num_heads, f"a multiple of num_kv_heads {num_kv_heads}", num_heads % num_kv_heads == 0),
         ("q_len", q_len, f"1 to {min(MAX_Q_LEN, keys.length)}", 1 <= q_len <= min(MAX_Q_LEN, keys.length)),
+        ("values batch, heads", [*values.shape[:2]], [*keys.shape[:2]], values.shape[:2] == keys.shape[:2]),
         ("values length", values.length, keys.length, values.length == keys.length),
     ):
         if not fits:
@@ -201,3 +202,6 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
     broadcast = mask.ndim == len(full) and mask.shape[-1] == keys.length
     if not broadcast or any(m not in (1, f) for m, f in zip(mask.shape, full)):
         raise ValueError(f"mask: shape {tuple(mask.shape)} does not fit; expected {full}, or 1 instead of a size")
+    # An integer mask of 0 and 1 would be added to the scores.
+    if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask: dtype {mask.dtype} is not allowed in a 4-D mask; expected bool or a floating dtype")

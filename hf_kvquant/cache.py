@@ -33,6 +33,7 @@ from .states import QuantizedStates
 DECODE_MAX = 32
 # How far a rollback may go back and still find exact copies of what its next query reads.
 ROLLBACK = 64
+STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIRST_CAPACITY = 256
 _TAG = "_kvquant_layer"
 
@@ -149,11 +150,13 @@ class QuantizedLayer(DynamicLayer):
         self.takes_states: bool | None = None
         self.padding: torch.Tensor | None = None
         self.length = 0
+        # True while an append writes: what finds it True knows that the last append was interrupted.
+        self.storing = False
 
     # `DynamicLayer` keeps its states in these two attributes; here they are a de-quantized copy for who looks inside.
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._states(self._keys).dequantize() if self.is_initialized and self.length else None
+        return self._next_read(self._keys)
 
     @keys.setter
     def keys(self, value: None) -> None:
@@ -161,11 +164,15 @@ class QuantizedLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._states(self._values).dequantize() if self.is_initialized and self.length else None
+        return self._next_read(self._values)
 
     @values.setter
     def values(self, value: None) -> None:
         assert value is None, "the states of a quantized layer are written by update()"
+
+    def _next_read(self, side: _Side) -> torch.Tensor | None:
+        """What the next query reads: the one before might look for exact copies that a long crop has lost."""
+        return self._states(side).dequantize(position=self.length) if self.is_initialized and self.length else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -196,6 +203,7 @@ class QuantizedLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
         if not self.is_initialized:
+            self._check_new(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         start, n = self.length, key_states.shape[2]
@@ -216,7 +224,27 @@ class QuantizedLayer(DynamicLayer):
         self.routes["decode_dequantized"] += 1
         return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
 
+    def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """What the first states of a layer must be; later ones must be like them."""
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            if states.ndim != 4:
+                shape = "[batch, num_kv_heads, n, head_dim]"
+                raise ValueError(f"{name}: shape {tuple(states.shape)} is not allowed; expected {shape}")
+            if states.dtype not in STATES_DTYPES:
+                names = [str(dtype) for dtype in STATES_DTYPES]
+                raise ValueError(f"{name}: {states.dtype} cannot be cached; expected one of {names}")
+        if key_states.shape[:2] != value_states.shape[:2]:
+            raise ValueError(
+                f"value_states: batch and num_kv_heads {tuple(value_states.shape[:2])} do not fit the keys; expected "
+                f"{tuple(key_states.shape[:2])}"
+            )
+
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.storing:
+            raise ValueError(
+                f"layer {self.layer_idx} was interrupted while it stored tokens; cache.crop(0) goes back to the "
+                f"{self.length} before them, cache.reset() empties the cache"
+            )
         for name, states, side in (
             ("key_states", key_states, self._keys),
             ("value_states", value_states, self._values),
@@ -227,28 +255,63 @@ class QuantizedLayer(DynamicLayer):
                     f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected "
                     f"batch, num_kv_heads and head_dim {side.shape} of {self.dtype}"
                 )
+            if states.device != self.device:
+                raise ValueError(
+                    f"{name}: device {states.device} does not fit layer {self.layer_idx}; expected {self.device}"
+                )
+        if key_states.shape[2] != value_states.shape[2]:
+            raise ValueError(
+                f"value_states: {value_states.shape[2]} tokens do not fit the keys; expected {key_states.shape[2]}"
+            )
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end, exact=False)
+        self.storing = True
+        # Before the ring is written, so that an interruption cannot leave it promising what it lost.
+        for side in (self._keys, self._values):
+            side.make_way(end)
         ops.quantize_append(
             key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
             self.nonfinite, self.padding, start=start,
         )  # fmt: skip
-        self.length = end
-        for side in (self._keys, self._values):
-            side.appended(end)
         if not self.sinks_complete:
-            self._append_sinks(key_states.detach(), value_states.detach(), start)
+            self._append_sinks(key_states.detach(), value_states.detach(), start, end)
+        self.length = end
+        self.storing = False
         if self.device.type == "cpu" and self.nonfinite:
             say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
 
-    def _append_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int) -> None:
+    def recover(self) -> None:
+        """Forget an append that was interrupted, if everything that later queries read is still there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not self.storing:
+            return
+        for side in (self._keys, self._values):
+            if self.length == 0:
+                side.recent_start = 0
+            if side.recent is not None and side.recent_start > self._states(side).dense_from(self.length):
+                raise ValueError(
+                    f"layer {self.layer_idx} was interrupted while it stored more than {ROLLBACK} tokens, and may "
+                    "have lost exact copies; cache.reset() empties the cache"
+                )
+        self._forget_sinks()
+        self.storing = False
+
+    def _forget_sinks(self) -> None:
+        if self.sink_positions.shape[1]:
+            self.sink_positions[self.sink_positions >= self.length] = -1
+            self.sinks_complete = bool((self.sink_positions >= 0).all())
+
+    def _append_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
         """Copy those of the new tokens that are among the first `sink_length` unpadded ones of their row."""
         with torch.inference_mode(False):
-            is_token = torch.ones(self.sink_positions.shape[0], self.length, dtype=torch.bool, device=self.device)
+            is_token = torch.ones(self.sink_positions.shape[0], end, dtype=torch.bool, device=self.device)
             if self.padding is not None:
-                known = min(self.length, self.padding.shape[1])
+                known = min(end, self.padding.shape[1])
                 is_token[:, :known] = ~self.padding[:, :known]
             rank = is_token.long().cumsum(1) - 1
             sink_length = self.sink_positions.shape[1]
@@ -310,6 +373,7 @@ class QuantizedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
+        self.recover()
         probe = DynamicLayer()
         probe.lazy_initialization(torch.empty(0), torch.empty(0))
         probe.keys = probe.values = torch.empty(1, self.length, 1, device="meta")
@@ -324,9 +388,7 @@ class QuantizedLayer(DynamicLayer):
             say_once(
                 f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones."
             )
-        if self.sink_positions.shape[1]:
-            self.sink_positions[self.sink_positions >= length] = -1
-            self.sinks_complete = bool((self.sink_positions >= 0).all())
+        self._forget_sinks()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -340,13 +402,20 @@ class QuantizedLayer(DynamicLayer):
     def _select(self, select) -> None:
         """Apply `select` along the batch."""
         with torch.inference_mode(False):
-            if self.padding is not None:
-                self.padding = select(self.padding)
+            padding = None if self.padding is None else select(self.padding)
             if not self.is_initialized:
+                self.padding = padding
                 return
-            self.sink_positions = select(self.sink_positions)
-            for side in (self._keys, self._values):
-                side.apply(select)
+            sink_positions = select(self.sink_positions)
+            self._transform(select)
+            self.padding, self.sink_positions = padding, sink_positions
+
+    def _transform(self, function) -> None:
+        """Apply `function` to the storage of both sides, or, if there is no memory for that, to none."""
+        with torch.inference_mode(False):
+            sides = [(side, side.transformed(function)) for side in (self._keys, self._values)]
+        for side, tensors in sides:
+            vars(side).update(tensors)
 
     def reset(self) -> None:
         """Empty the layer; the next update allocates anew, for whatever batch comes."""
@@ -354,7 +423,7 @@ class QuantizedLayer(DynamicLayer):
             self.max_length = self._keys.capacity
         self._keys = self._values = self.padding = None
         self.length = 0
-        self.is_initialized = False
+        self.storing = self.is_initialized = False
 
     def offload(self) -> None:
         self._move("cpu")
@@ -365,9 +434,7 @@ class QuantizedLayer(DynamicLayer):
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
-            with torch.inference_mode(False):
-                for side in (self._keys, self._values):
-                    side.apply(lambda x: x.to(device, non_blocking=True))
+            self._transform(lambda x: x.to(device, non_blocking=True))
 
     def memory_report(self) -> Counter:
         if not self.is_initialized:
@@ -390,27 +457,28 @@ class _Side:
         window = max(recent_length, spec.block_length or 0)
         self._ring_length = 0 if spec.is_dense or window == 0 else window + ROLLBACK
         self.sink = None if spec.is_dense or sink_length == 0 else self._empty(batch, num_kv_heads, sink_length)
-        self._allocate(batch, num_kv_heads, capacity)
+        vars(self).update(self._allocated(batch, num_kv_heads, capacity))
 
     def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         # Never inside inference mode: its tensors could not be written outside of it later.
         with torch.inference_mode(False):
             return torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
 
-    def _allocate(self, batch: int, num_kv_heads: int, capacity: int) -> None:
-        spec = self.spec
-        heads = (batch, num_kv_heads)
-        self.scale = self.zero_point = self.recent = None
+    def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> dict[str, torch.Tensor | None]:
+        """Storage for `capacity` columns, by attribute. Whoever runs out of memory here has changed nothing."""
+        spec, heads = self.spec, (batch, num_kv_heads)
+        scale = zero_point = recent = None
         if spec.is_dense:
-            self.data = self._empty(*heads, capacity)
+            data = self._empty(*heads, capacity)
         else:
-            self.data = self._empty(*heads, capacity, head_dim=spec.row_bytes(self.head_dim), dtype=torch.uint8)
+            data = self._empty(*heads, capacity, head_dim=spec.row_bytes(self.head_dim), dtype=torch.uint8)
             rows = -(-capacity // spec.block_length) if spec.is_channel else capacity
             scales = {"head_dim": spec.num_scales(self.head_dim), "dtype": torch.float16}
-            self.scale = self._empty(*heads, rows, **scales)
-            self.zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
+            scale = self._empty(*heads, rows, **scales)
+            zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
         if self._ring_length:
-            self.recent = self._empty(*heads, min(self._ring_length, capacity))
+            recent = self._empty(*heads, min(self._ring_length, capacity))
+        return {"data": data, "scale": scale, "zero_point": zero_point, "recent": recent}
 
     @property
     def capacity(self) -> int:
@@ -423,19 +491,20 @@ class _Side:
 
     def grow(self, capacity: int, length: int) -> None:
         """Move the first `length` columns into larger storage."""
-        data, scale, zero_point, recent = self.data, self.scale, self.zero_point, self.recent
-        self._allocate(*data.shape[:2], capacity)
-        self.data[:, :, :length] = data[:, :, :length]
-        if scale is not None:
-            self.scale[:, :, : scale.shape[2]] = scale
-        if zero_point is not None:
-            self.zero_point[:, :, : zero_point.shape[2]] = zero_point
-        if recent is not None:
+        new = self._allocated(*self.data.shape[:2], capacity)
+        new["data"][:, :, :length] = self.data[:, :, :length]
+        for name in ("scale", "zero_point"):
+            old = getattr(self, name)
+            if old is not None:
+                new[name][:, :, : old.shape[2]] = old
+        if self.recent is not None:
             columns = torch.arange(self.recent_start, length, device=self.device)
-            self.recent[:, :, columns % self.recent.shape[2]] = recent[:, :, columns % recent.shape[2]]
+            ring, old = new["recent"], self.recent
+            ring[:, :, columns % ring.shape[2]] = old[:, :, columns % old.shape[2]]
+        vars(self).update(new)
 
-    def appended(self, end: int) -> None:
-        """Columns up to `end` are stored: the ring has lost what lies further back than its length."""
+    def make_way(self, end: int) -> None:
+        """Columns up to `end` are about to be stored: the ring loses what lies further back than its length."""
         if self.recent is not None:
             self.recent_start = max(self.recent_start, end - self.recent.shape[2])
 
@@ -450,11 +519,10 @@ class _Side:
         self.recent_start = needed
         return True
 
-    def apply(self, function) -> None:
-        for name in self._tensors:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
+    def transformed(self, function) -> dict[str, torch.Tensor]:
+        """`function` of every tensor, by attribute."""
+        tensors = {name: getattr(self, name) for name in self._tensors}
+        return {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
 
     def memory_report(self, length: int) -> Counter:
         batch, num_kv_heads, _ = self.shape

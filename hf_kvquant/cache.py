@@ -18,13 +18,15 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from . import ops
+from . import ops, saving
 from .config import KVQuantConfig
 from .quantization import QuantSpec
 from .states import QuantizedStates
@@ -35,6 +37,7 @@ DECODE_MAX = 32
 ROLLBACK = 64
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIRST_CAPACITY = 256
+FORWARD = "forward call"
 _TAG = "_kvquant_layer"
 
 
@@ -60,8 +63,14 @@ class QuantizedCache(DynamicCache):
         max_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
     ):
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config: a {type(config).__name__} is not allowed; expected a model's config")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
+            raise ValueError(f"max_length: {max_length!r} is not allowed; expected a number of tokens or None")
+        self._config = config
         self.kv_config = KVQuantConfig.load(kv_config)
         self._routes = Counter()
+        self._unfinished: str | None = None
         layers = DynamicCache(config=config).layers
         quantizable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not quantizable:
@@ -80,6 +89,7 @@ class QuantizedCache(DynamicCache):
             if not all(spec.is_dense for spec in specs):
                 layers[layer_idx] = QuantizedLayer(self.kv_config, layer_idx, self._routes, max_length)
         Cache.__init__(self, layers=layers)
+        self._whole = self._lengths()
         if attention_mask is not None:
             self.set_padding(attention_mask)
 
@@ -101,12 +111,14 @@ class QuantizedCache(DynamicCache):
         Padding never enters a block's statistics and is no sink. Columns that are stored already keep what was said.
 
         Raises:
-            ValueError: the mask is not 2-D or its batch differs from the cache's.
+            ValueError: the mask is not 2-D, is additive, or its batch differs from the cache's.
         """
         if attention_mask.ndim != 2:
             raise ValueError(
                 f"attention_mask: shape {tuple(attention_mask.shape)} is not allowed; expected [batch, kv_len]"
             )
+        if (attention_mask < 0).any():
+            raise ValueError("attention_mask: negative numbers are not allowed; expected 0 for padding, 1 for tokens")
         for layer in self.quantized_layers:
             layer.set_padding(attention_mask == 0)
 
@@ -120,6 +132,199 @@ class QuantizedCache(DynamicCache):
         say_once(f"The quantized KV cache is read through de-quantized copies: {reason}.")
         for layer in self.quantized_layers:
             layer.takes_states = False
+
+    def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:
+        """Write the cache to a safetensors file, as a whole or not at all: what `path` held before stays until then.
+
+        Of an encoder-decoder model's cache this is the self-attention part; the cross-attention part is computed
+        anew from the encoder's inputs.
+
+        Args:
+            model: what computed the cache. Its weights are sampled, so that `load` can tell it from a fine-tuned twin;
+                without it only the config is recorded.
+
+        Raises:
+            ValueError: the cache is empty or was interrupted, `path` is not possible, `model` has another config, or
+                a layer of transformers' own holds something that cannot be stored.
+            OSError: the file cannot be written.
+        """
+        if not any(self._lengths()):
+            raise ValueError("the quantized cache is empty; expected at least one token to save")
+        with self._change("save"):
+            pass
+        who = saving.identity(model or self._config)
+        if who["config"] != saving.identity(self._config)["config"]:
+            raise ValueError("model: its config is not the cache's; expected the model that computed the cache")
+        description = {"kv_config": self.kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
+        layers = [layer.state() if isinstance(layer, QuantizedLayer) else vars(layer) for layer in self.layers]
+        kinds = [type(layer).__name__ for layer in self.layers]
+        saving.write(path, description, {"kinds": kinds, "layers": layers, "routes": dict(self._routes)})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: PreTrainedConfig | PreTrainedModel,
+        *,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        verify: bool = True,
+    ) -> QuantizedCache:
+        """The cache that `save` wrote: the same to the byte, and ready to go on.
+
+        The file is mapped, not read: on the CPU the quantized body stays in the map until the first append needs room.
+
+        Args:
+            config: the model that shall use the cache, or its config; given the model, its weights are compared too.
+            max_length: tokens to make room for at once; this reads the body into memory.
+            device: where its layers go; None: the model's device, or the CPU if a config is given.
+            verify: compare the checksum of the tensors, which reads the file once; False trusts the disk.
+
+        Raises:
+            ValueError: the file cannot be read, was cut short or damaged, has another format version, or was computed
+                by another model.
+        """
+        file = saving.read(path)
+        file.check_model(config)
+        if verify:
+            file.verify()
+        is_model = isinstance(config, PreTrainedModel)
+        if device is None:
+            device = config.device if is_model else "cpu"
+        cache = cls(config.config if is_model else config, file.description["kv_config"])
+        state = file.state(device)
+        kinds = [type(layer).__name__ for layer in cache.layers]
+        if kinds != state["kinds"]:
+            raise ValueError(f"{path}: has layers {state['kinds']}; this version of transformers makes {kinds}")
+        for layer, saved in zip(cache.layers, state["layers"]):
+            if isinstance(layer, QuantizedLayer):
+                layer.restore(saved, device)
+            elif vars(layer).keys() <= saved.keys():
+                vars(layer).update(saved)
+            else:
+                missing = sorted(vars(layer).keys() - saved.keys())
+                raise ValueError(
+                    f"{path}: lacks {missing} of a {type(layer).__name__} of this version of transformers"
+                )
+        cache._routes.update(state["routes"])
+        cache.end()
+        if max_length is not None:
+            cache.reserve(max_length)
+        return cache
+
+    def begin(self, what: str) -> None:
+        """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or
+        lack of memory, the next use is refused, for layers may disagree about their tokens.
+
+        Raises:
+            ValueError: an earlier change did not reach its end.
+        """
+        gained = self._gained()
+        if self._unfinished is not None:
+            repair = "" if self._unfinished != FORWARD else "; cache.crop(0) forgets the tokens of that call"
+            raise ValueError(
+                f"the quantized cache was left in the middle of a {self._unfinished}{repair}; cache.reset() empties it"
+            )
+        if len(set(gained.values())) > 1:
+            raise ValueError(
+                f"the layers of the quantized cache disagree: since the last whole call they gained {gained} tokens; "
+                "cache.crop(0) goes back to what all of them have, cache.reset() empties it"
+            )
+        self._unfinished = what
+
+    def end(self) -> None:
+        """The change that `begin` noted is complete."""
+        self._unfinished, self._whole = None, self._lengths()
+
+    def _lengths(self) -> list[int]:
+        return [layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0 for layer in self.layers]
+
+    def _gained(self) -> dict[int, int]:
+        """By how many tokens each layer in use grew since the last complete change."""
+        now = self._lengths()
+        return {i: new - old for i, (new, old) in enumerate(zip(now, self._whole)) if new or old}
+
+    @contextmanager
+    def _change(self, what: str) -> Iterator[None]:
+        self.begin(what)
+        yield
+        self.end()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
+
+        A forward call that was interrupted is forgotten first, so that `crop(0)` makes the cache usable again.
+
+        Raises:
+            ValueError: not an integer, or what was interrupted cannot be undone: only `reset` helps.
+            RuntimeError: a layer of transformers' own cannot be cropped; nothing has changed.
+        """
+        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
+            raise ValueError(f"tokens_to_remove: {tokens_to_remove!r} is not allowed; expected an integer")
+        self._forget_unfinished()
+        with self._change("crop"):
+            try:
+                # Those that may refuse come first.
+                for layer in sorted(self.layers, key=lambda layer: isinstance(layer, QuantizedLayer)):
+                    layer.crop(tokens_to_remove)
+            except Exception:
+                if self._lengths() == self._whole:
+                    self._unfinished = None
+                raise
+
+    def _forget_unfinished(self) -> None:
+        """Take back the tokens that some layers have of a forward call that did not reach all of them."""
+        for layer in self.quantized_layers:
+            layer.recover()
+        gained = self._gained()
+        if self._unfinished is None and len(set(gained.values())) <= 1:
+            return
+        target = 0 if self._unfinished else min(gained.values())
+        ahead = {layer_idx: tokens - target for layer_idx, tokens in gained.items() if tokens > target}
+        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        try:
+            if self._unfinished not in (None, FORWARD) or linear:
+                raise RuntimeError("their state before it is not known")
+            for layer_idx, tokens in ahead.items():
+                self.layers[layer_idx].crop(-tokens)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the quantized cache was interrupted and cannot go back ({error}); cache.reset() empties it"
+            ) from None
+        self.end()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._check_rows("beam_idx", lambda rows: rows.index_select(0, beam_idx.cpu()))
+        with self._change("reorder_cache"):
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._check_rows("repeats", lambda rows: rows.repeat_interleave(repeats))
+        with self._change("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        select = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        self._check_rows("indices", lambda rows: rows[select])
+        with self._change("batch_select_indices"):
+            super().batch_select_indices(indices)
+
+    def _check_rows(self, name: str, select: Callable) -> None:
+        """Whether `select` picks rows of the batch: tried on a small tensor, before any layer is changed."""
+        layer = next((layer for layer in self.quantized_layers if layer.is_initialized), None)
+        if layer is None:
+            return
+        batch = layer.sink_positions.shape[0]
+        try:
+            rows = select(torch.arange(batch))
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name}: does not fit the cache's batch {batch} ({error})") from None
+        if rows.ndim != 1 or not len(rows):
+            raise ValueError(f"{name}: selects rows of shape {tuple(rows.shape)}; expected one dimension, not empty")
+
+    def reset(self) -> None:
+        super().reset()
+        self.end()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes of the cache's tensors.
@@ -425,6 +630,33 @@ class QuantizedLayer(DynamicLayer):
         self.length = 0
         self.storing = self.is_initialized = False
 
+    def state(self) -> dict:
+        """Tensors and plain values from which `restore` makes an equal layer."""
+        state = {"length": self.length, "takes_states": self.takes_states, "padding": self.padding}
+        if self.length:
+            slots = (self.sink_positions >= 0)[:, None, :, None]
+            state |= {"dtype": self.dtype, "nonfinite": self.nonfinite, "sink_positions": self.sink_positions}
+            state |= {"keys": self._keys.state(self.length, slots), "values": self._values.state(self.length, slots)}
+        return state
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        """Become the layer, on `device`, whose `state` this is; the layer is new."""
+        self.takes_states, self.padding = state["takes_states"], state["padding"]
+        if not state["length"]:
+            return
+        sides = (state["keys"], state["values"])
+        like = (
+            torch.empty(*side["data"].shape[:2], 0, side["head_dim"], dtype=state["dtype"], device=device)
+            for side in sides
+        )
+        self.lazy_initialization(*like)
+        for side, saved in zip((self._keys, self._values), sides):
+            side.restore(saved, state["length"])
+        # Copies, because these are written in place and small.
+        self.sink_positions, self.nonfinite = state["sink_positions"].clone(), state["nonfinite"].clone()
+        self.sinks_complete = bool((self.sink_positions >= 0).all())
+        self.length = state["length"]
+
     def offload(self) -> None:
         self._move("cpu")
 
@@ -523,6 +755,41 @@ class _Side:
         """`function` of every tensor, by attribute."""
         tensors = {name: getattr(self, name) for name in self._tensors}
         return {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+    def state(self, length: int, is_sink: torch.Tensor) -> dict:
+        """The first `length` columns as a layer's `state` holds them; what was never written is zero."""
+        whole, block = length, 1
+        if self.spec.is_channel:
+            block = self.spec.block_length
+            whole = length - length % block
+        state = {
+            "head_dim": self.head_dim,
+            "data": self.data[:, :, :length].clone(),
+            "recent_start": self.recent_start,
+        }
+        state["data"][:, :, whole:] = 0
+        for name in ("scale", "zero_point"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                state[name] = tensor[:, :, : -(-length // block)].clone()
+                state[name][:, :, whole // block :] = 0
+        if self.recent is not None:
+            columns = torch.arange(self.recent_start, length, device=self.recent.device)
+            state["recent"] = self.recent[:, :, columns % self.recent.shape[2]]
+        if self.sink is not None:
+            state["sink"] = torch.where(is_sink.to(self.sink.device), self.sink, 0)
+        return state
+
+    def restore(self, state: dict, length: int) -> None:
+        """Take over a `state` as it is; only the ring is laid out anew, since its slots depend on the capacity."""
+        self.data, self.recent_start = state["data"], state["recent_start"]
+        self.scale, self.zero_point = state.get("scale"), state.get("zero_point")
+        if "sink" in state:
+            self.sink = state["sink"].clone()
+        if self._ring_length:
+            self.recent = self._empty(*self.data.shape[:2], min(self._ring_length, length))
+            columns = torch.arange(self.recent_start, length, device=self.device)
+            self.recent[:, :, columns % self.recent.shape[2]] = state["recent"]
 
     def memory_report(self, length: int) -> Counter:
         batch, num_kv_heads, _ = self.shape

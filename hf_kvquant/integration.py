@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ from transformers.generation import configuration_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from .attention import attend
-from .cache import QuantizedCache
+from .cache import FORWARD, QuantizedCache
 from .config import KVQuantConfig
 
 NAME = "kvquant"
@@ -79,7 +80,8 @@ def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAM
                     raise RuntimeError(f"the model is in use as {config._attn_implementation!r}; {name!r} has to wait")
                 _switched[id(config)] = (count + 1, base)
                 entered.append(config)
-        yield
+        with _watched(model):
+            yield
     finally:
         for config in entered:
             with _switch_lock:
@@ -88,6 +90,50 @@ def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAM
                     _switched[id(config)] = (count - 1, base)
                 else:
                     config._attn_implementation_internal = base
+
+
+@contextmanager
+def _watched(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context every forward call of the model notes in its quantized cache that it began and ended."""
+    with _switch_lock:
+        _watchers[model] += 1
+        # Once for a model, and not for a part of one that is watched: calls are noted where they begin.
+        related = any(model in other.modules() or other in model.modules() for other in _hooks)
+        if not related:
+            _hooks[model] = (
+                model.register_forward_pre_hook(_call_begins, with_kwargs=True),
+                model.register_forward_hook(_call_ends, with_kwargs=True),
+            )
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            _watchers[model] -= 1
+            if not _watchers[model]:
+                del _watchers[model]
+                for hook in _hooks.pop(model, ()):
+                    hook.remove()
+
+
+_watchers: Counter[torch.nn.Module] = Counter()
+_hooks: dict[torch.nn.Module, tuple] = {}
+
+
+def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    for cache in _caches_given(args, kwargs):
+        cache.begin(FORWARD)
+
+
+def _call_ends(model: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    for cache in _caches_given(args, kwargs):
+        cache.end()
+
+
+def _caches_given(args: tuple, kwargs: dict) -> list[QuantizedCache]:
+    # A compiled graph does not run this: it would be compiled anew for every length.
+    if torch.compiler.is_compiling():
+        return []
+    return [cache for cache in map(_quantized_cache, (*args, *kwargs.values())) if cache is not None]
 
 
 _switch_lock = threading.RLock()

@@ -1,17 +1,22 @@
-# make demo | test | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a package
+# make demo | test | soak | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a package
 # registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
 PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest sanitize lint format clean
+.PHONY: demo test test-oldest sanitize soak lint format clean
 
 demo: .venv/installed
 	.venv/bin/hf-kvquant demo
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q
+
+# Random operation sequences for longer than the tests have time: make soak MINUTES=600. Prints its seeds.
+MINUTES ?= 30
+soak: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python tests/test_stateful.py --minutes $(MINUTES)
 
 # The oldest transformers that is supported; it needs huggingface-hub below 2.
 test-oldest: .venv-oldest/installed

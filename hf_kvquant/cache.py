@@ -230,7 +230,7 @@ class QuantizedCache(DynamicCache):
                 f"the layers of the quantized cache disagree: since the last whole call they gained {gained} tokens; "
                 "cache.crop(0) goes back to what all of them have, cache.reset() empties it"
             )
-        self._unfinished = what
+        self._unfinished, self._whole = what, self._lengths()
 
     def end(self) -> None:
         """The change that `begin` noted is complete."""

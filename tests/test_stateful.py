@@ -1,0 +1,423 @@
+"""Random sequences of everything that a cache can do, against a list of tokens.
+
+The oracle keeps the tokens of every row and knows only the rules of the design: which columns the next query reads
+exactly, and that a block or a token is quantized once, when it is complete. After every step the cache must hold the
+same bytes, and its next query must read the same numbers.
+
+    python tests/test_stateful.py --minutes 30            # a soak with seeds of its own, printed as they start
+    python tests/test_stateful.py --minutes 1 --seed 17   # again from a seed that failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import families
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, ops, quantize
+from hf_kvquant.cache import DECODE_MAX, FORWARD, ROLLBACK, learn_route
+
+STEPS_IN_CI = 10_000
+HEADS, HEAD_DIM = 1, 16
+LONGEST = 260
+MODEL = families.config("llama", num_hidden_layers=1, head_dim=HEAD_DIM)
+INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", rotate=True)
+BLOCKS8, BLOCKS4 = QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", "channel", block_length=32)
+CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {
+    "small-blocks": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9),
+    "window-longer-than-block": KVQuantConfig(BLOCKS4, INT8, sink_length=2, recent_length=40),
+    "fp8-blocks": KVQuantConfig(QuantSpec("fp8", "channel", block_length=16), QuantSpec("fp8")),
+    "token-window": KVQuantConfig(INT4, INT8, sink_length=5, recent_length=20),
+    "dense-keys": KVQuantConfig(QuantSpec("dense"), INT4, sink_length=2, recent_length=5),
+    "dense-values": KVQuantConfig(BLOCKS8, QuantSpec("dense"), sink_length=1),
+    "by-definition": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9, backend="reference"),
+}
+# What each token's key and value are: an ordinary vector, one with outliers, or zeros.
+VOCAB = 48
+_generator = torch.Generator().manual_seed(5)
+VECTORS = torch.randn(VOCAB, 2, HEADS, HEAD_DIM, generator=_generator)
+VECTORS[::7, :, :, 3] *= 30
+VECTORS[::11] = 0
+
+steps = 0
+
+
+class Side:
+    """Keys or values by the rules; numbers `[batch, HEADS, columns, HEAD_DIM]`."""
+
+    def __init__(self, spec: QuantSpec, recent_length: int, batch: int):
+        self.spec, self.recent_length = spec.resolve(HEAD_DIM), recent_length
+        self.tokens = torch.zeros(batch, HEADS, 0, HEAD_DIM)
+        # What stands in the window for a column: the token, or its de-quantized value where a long crop lost it.
+        self.window = self.tokens
+        self.window_start = 0
+        # Of the columns that are quantized: the bytes, and the numbers that they stand for.
+        self.stored: dict[str, torch.Tensor] = {}
+        self.numbers = self.tokens
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[2]
+
+    @property
+    def has_window(self) -> bool:
+        return not self.spec.is_dense and (self.spec.is_channel or self.recent_length > 0)
+
+    def dense_from(self, position: int) -> int:
+        if self.spec.is_dense:
+            return 0
+        if not self.has_window:
+            return self.length
+        start = position - self.recent_length + 1
+        if self.spec.is_channel:
+            start = min(start, position // self.spec.block_length * self.spec.block_length)
+        return max(0, start)
+
+    def append(self, new: torch.Tensor, padding: torch.Tensor) -> None:
+        self.tokens, self.window = (torch.cat([x, new], 2) for x in (self.tokens, self.window))
+        self.make_way(self.length)
+        start, end = self.numbers.shape[2], self.whole(self.length)
+        if not self.spec.is_dense and start < end:
+            made = quantize(self.window[:, :, start:end], self.spec, padding[:, start:end])
+            self.numbers = torch.cat([self.numbers, made.dequantize()], 2)
+            for name in ("data", "scale", "zero_point"):
+                part = getattr(made, name)
+                if part is not None:
+                    self.stored[name] = torch.cat([self.stored[name], part], 2) if name in self.stored else part
+
+    def whole(self, length: int) -> int:
+        """So many of the columns belong to blocks that are complete."""
+        return length // self.spec.block_length * self.spec.block_length if self.spec.is_channel else length
+
+    def make_way(self, end: int) -> None:
+        """The window keeps so many columns before `end`."""
+        kept = max(self.recent_length, self.spec.block_length or 0) + ROLLBACK
+        self.window_start = max(self.window_start, end - kept)
+
+    def crop(self, length: int) -> bool:
+        """Whether exact copies were lost."""
+        before = self.numbers
+        self.tokens, self.window = self.tokens[:, :, :length], self.window[:, :, :length].clone()
+        self.numbers = self.numbers[:, :, : self.whole(length)]
+        rows = self.whole(length) // (self.spec.block_length or 1)
+        for name, part in self.stored.items():
+            self.stored[name] = part[:, :, : self.whole(length) if name == "data" else rows]
+        needed, self.window_start = self.dense_from(length), min(self.window_start, length)
+        if not self.has_window or needed >= self.window_start:
+            return False
+        self.window[:, :, needed : self.window_start] = before[:, :, needed : self.window_start]
+        self.window_start = needed
+        return True
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.tokens, self.window, self.numbers = (x[rows] for x in (self.tokens, self.window, self.numbers))
+        self.stored = {name: part[rows] for name, part in self.stored.items()}
+
+    def read(self, position: int, is_sink: torch.Tensor) -> torch.Tensor:
+        """What the query at `position` reads."""
+        if self.spec.is_dense:
+            return self.tokens
+        near = torch.arange(self.length) >= self.dense_from(position)
+        body = torch.nn.functional.pad(self.numbers, (0, 0, 0, self.length - self.numbers.shape[2]))
+        return torch.where(is_sink[:, None, :, None], self.tokens, torch.where(near[:, None], self.window, body))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    def start(self, batch: int) -> None:
+        """An empty oracle."""
+        config = self.cache.kv_config
+        self.batch, self.length = batch, 0
+        self.padding = torch.zeros(batch, 0, dtype=torch.bool)
+        self.sides = [Side(spec, config.recent_length, batch) for spec in (config.keys, config.values)]
+
+    @initialize(
+        name=st.sampled_from(sorted(CONFIGS)),
+        batch=st.integers(1, 3),
+        max_length=st.sampled_from([None, None, 40, 200]),
+    )
+    def create(self, name, batch, max_length):
+        self.folder = tempfile.TemporaryDirectory()
+        self.cache = QuantizedCache(MODEL, CONFIGS[name], max_length=max_length)
+        self.routes = {
+            "prefill_dense": 0,
+            "decode_fused": 0,
+            "decode_dequantized": 0,
+            "window_lost": 0,
+            "nonfinite": 0,
+        }
+        self.start(batch)
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    # --- tokens
+
+    def states(self, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(VOCAB, (self.batch, n), generator=torch.Generator().manual_seed(seed))
+        return tuple(VECTORS[tokens][:, :, side].transpose(1, 2).contiguous() for side in (0, 1))
+
+    def is_padding(self, length: int) -> torch.Tensor:
+        known = self.padding[:, :length]
+        return torch.nn.functional.pad(known, (0, length - known.shape[1]))
+
+    def is_sink(self) -> torch.Tensor:
+        is_token = ~self.is_padding(self.length)
+        return is_token & (is_token.long().cumsum(1) <= self.cache.kv_config.sink_length)
+
+    def reads(self, position: int) -> list[torch.Tensor]:
+        return [side.read(position, self.is_sink()) for side in self.sides]
+
+    # Twice, because without tokens there is little to compare.
+    @precondition(lambda self: self.length < LONGEST)
+    @rule(seed=st.integers(0, 2**16), n=st.sampled_from([1, 1, 2, 7, 16, 32]))
+    def decode(self, n, seed):
+        self.append(n, seed, True)
+
+    @precondition(lambda self: self.length < LONGEST)
+    @rule(
+        n=st.one_of(st.just(1), st.integers(1, DECODE_MAX), st.integers(DECODE_MAX + 1, 110)),
+        seed=st.integers(0, 2**16), takes_states=st.booleans(),
+    )  # fmt: skip
+    def append(self, n, seed, takes_states):
+        start, new = self.length, self.states(n, seed)
+        past = self.reads(start) if start else None
+        returned = self.cache.update(*new, 0)
+        if takes_states:
+            learn_route(*returned)
+        self.length += n
+        for side, x in zip(self.sides, new):
+            side.append(x, self.is_padding(self.length))
+        fused = [isinstance(x, QuantizedStates) for x in returned]
+        if start == 0:
+            expected = new
+            self.routes["prefill_dense"] += 1
+        elif n <= DECODE_MAX:
+            assert fused == [bool(self.cache.layers[0].takes_states)] * 2
+            self.routes["decode_dequantized"] += not fused[0]
+            expected = self.reads(start)
+            returned = [x.dequantize(position=start) if f else x for x, f in zip(returned, fused)]
+        else:
+            expected = [torch.cat(pair, 2) for pair in zip(past, new)]
+            self.routes["decode_dequantized"] += 1
+        for got, right in zip(returned, expected):
+            assert_equal(got, right, "returned")
+
+    @rule(n=st.one_of(st.integers(1, ROLLBACK), st.integers(1, LONGEST)))
+    def crop(self, n):
+        self.cache.crop(-n)
+        if self.length:
+            self.length = max(0, self.length - n)
+            lost = [side.crop(self.length) for side in self.sides]
+            self.routes["window_lost"] += any(lost)
+
+    @precondition(lambda self: self.length > 60)
+    @rule(batch=st.integers(1, 3))
+    def reset(self, batch):
+        self.cache.reset()
+        self.start(batch)
+
+    @rule(data=st.data())
+    def set_padding(self, data):
+        """Left padding of a new prompt, or padding between the turns of a batch."""
+        lengths = data.draw(st.lists(st.integers(0, 40), min_size=self.batch, max_size=self.batch))
+        mask = torch.ones(self.batch, self.length + 45, dtype=torch.long)
+        for row, n in enumerate(lengths):
+            mask[row, self.length : self.length + n] = 0
+        self.cache.set_padding(mask)
+        self.padding = torch.cat([self.is_padding(self.length), mask[:, self.length :] == 0], 1)
+
+    # --- rows
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.batch = len(rows)
+        self.padding = self.padding[rows]
+        for side in self.sides:
+            side.select(rows)
+
+    @precondition(lambda self: self.cache.layers[0].is_initialized)
+    @rule(data=st.data())
+    def reorder(self, data):
+        rows = torch.tensor(
+            data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch))
+        )
+        self.cache.reorder_cache(rows)
+        self.select(rows)
+
+    @precondition(lambda self: self.cache.layers[0].is_initialized and self.batch <= 2)
+    @rule(repeats=st.integers(1, 2))
+    def repeat(self, repeats):
+        self.cache.batch_repeat_interleave(repeats)
+        self.select(torch.arange(self.batch).repeat_interleave(repeats))
+
+    @precondition(lambda self: self.cache.layers[0].is_initialized)
+    @rule(data=st.data())
+    def select_rows(self, data):
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3)))
+        self.cache.batch_select_indices(rows)
+        self.select(rows)
+
+    # --- storage
+
+    @rule(more=st.integers(0, 60))
+    def reserve(self, more):
+        self.cache.reserve(self.length + more)
+
+    @rule()
+    def offload(self):
+        self.cache.layers[0].offload()
+        self.cache.layers[0].prefetch()
+
+    @precondition(lambda self: self.length)
+    @rule(max_length=st.sampled_from([None, None, 250]))
+    def save_and_load(self, max_length):
+        path = Path(self.folder.name) / "cache.safetensors"
+        with mock.patch("os.fsync"):
+            self.cache.save(path)
+        before = path.read_bytes()
+        self.cache, old = QuantizedCache.load(path, MODEL, max_length=max_length), self.cache
+        # What later steps do to the copy must not reach the file, which is mapped.
+        self.saved = (path, before)
+        assert old.routes == self.cache.routes
+
+    @precondition(lambda self: hasattr(self, "saved"))
+    @rule()
+    def the_file_is_unchanged(self):
+        path, before = self.saved
+        assert path.read_bytes() == before
+
+    @rule(n=st.integers(1, 40), seed=st.integers(0, 2**16))
+    def deepcopy(self, n, seed):
+        """Go on with the copy; what happens to the original must not reach it."""
+        original, self.cache = self.cache, copy.deepcopy(self.cache)
+        original.update(*self.states(n, seed), 0)
+        original.crop(-(n // 2))
+
+    # --- faults
+
+    @precondition(lambda self: self.cache.layers[0].is_initialized and self.length < LONGEST)
+    @rule(
+        n=st.integers(1, ROLLBACK),
+        seed=st.integers(0, 2**16),
+        written=st.booleans(),
+        kind=st.sampled_from([MemoryError, KeyboardInterrupt]),
+    )
+    def interrupted_append(self, n, seed, written, kind):
+        real = ops.quantize_append
+
+        def interrupted(*args, **kwargs):
+            if written:
+                real(*args, **kwargs)
+            raise kind
+
+        states = self.states(n, seed)
+        with mock.patch.object(ops, "quantize_append", interrupted), pytest.raises(kind):
+            self.cache.update(*states, 0)
+        with pytest.raises(ValueError, match="interrupted"):
+            self.cache.update(*states, 0)
+        self.cache.crop(0)
+        for side in self.sides:
+            # The tokens are forgotten, but may have been written over the oldest ones of the window.
+            side.make_way(self.length + n)
+
+    @rule(n=st.integers(1, ROLLBACK), seed=st.integers(0, 2**16))
+    def interrupted_forward(self, n, seed):
+        before = self.length
+        self.cache.begin(FORWARD)
+        if before and before + n <= LONGEST:
+            self.append(n, seed, False)
+            self.length = before
+            # At most `ROLLBACK` tokens: as if they had never come.
+            assert [side.crop(before) for side in self.sides] == [False, False]
+        with pytest.raises(ValueError, match="middle of a forward call"):
+            self.cache.begin(FORWARD)
+        self.cache.crop(0)
+
+    # --- after every step
+
+    @invariant()
+    def holds_what_the_rules_say(self):
+        global steps
+        steps += 1
+        layer = self.cache.layers[0]
+        assert self.cache.get_seq_length() == self.length
+        assert {**self.cache.routes} == self.routes
+        if not self.length:
+            return
+        is_sink, layer_sides = self.is_sink(), (layer._keys, layer._values)
+        for name, side, own in zip(("keys", "values"), self.sides, layer_sides):
+            for part, right in ({"data": side.tokens} if side.spec.is_dense else side.stored).items():
+                assert_equal(getattr(own, part)[:, :, : right.shape[2]], right, f"{name}.{part}")
+            got = layer._states(own).dequantize(position=self.length)
+            assert_equal(got, side.read(self.length, is_sink), name)
+
+
+def assert_equal(got: torch.Tensor, right: torch.Tensor, what: str) -> None:
+    # Equal numbers, not bits: a stored -0 may be read as 0.
+    assert got.shape == right.shape, (what, got.shape, right.shape)
+    if not torch.equal(got, right):
+        columns = (got != right).any(-1).any(1).nonzero().tolist()
+        raise AssertionError(f"{what} differ in [row, column] {columns[:10]} of {tuple(got.shape)}")
+
+
+QUIET = {
+    "deadline": None,
+    "database": None,
+    "stateful_step_count": 60,
+    "suppress_health_check": list(HealthCheck),
+    "print_blob": False,
+    "report_multiple_bugs": False,
+}
+
+
+def run(seed: int, examples: int, phases: tuple[Phase, ...] = (Phase.generate,)) -> None:
+    """So many sequences of 60 steps from a seed; Phase.shrink makes a failure shorter, in minutes."""
+    machine = hypothesis.seed(seed)(type("SeededCacheMachine", (CacheMachine,), {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_state_machine_as_test(machine, settings=settings(**QUIET, max_examples=examples, phases=phases))
+
+
+def test_ten_thousand_steps():
+    global steps
+    steps = 0
+    run(seed=20_24, examples=STEPS_IN_CI // 60 + 60)
+    assert steps >= STEPS_IN_CI
+
+
+def soak() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=None, help="start with this seed (default: a random one)")
+    given = parser.parse_args()
+    seed = random.randrange(2**32) if given.seed is None else given.seed
+    until = time.monotonic() + given.minutes * 60
+    while time.monotonic() < until:
+        print(f"seed {seed}, {steps} steps so far", flush=True)
+        run(seed, examples=100, phases=(Phase.generate, Phase.shrink))
+        seed = (seed + 1) % 2**32
+    print(f"{steps} steps, no difference")
+
+
+if __name__ == "__main__":
+    soak()

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FORMAT_VERSION = 1
-_KIND = "hf_kvquant cache"
+# All metadata stands under one key, because safetensors writes several in no fixed order.
+_KEY = "hf_kvquant_cache"
 # Of these fields of a model's config the cached states do not depend, or not in a way that a load could not mend.
 _IRRELEVANT = frozenset({
     "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
@@ -55,12 +56,11 @@ def write(path: str | Path, description: dict, state: object) -> None:
         raise ValueError(f"path: {str(path)!r} is not allowed; expected {expected}")
     tensors: dict[str, torch.Tensor] = {}
     header = {
-        "kind": _KIND,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
         "transformers_version": transformers.__version__,
-        "description": json.dumps(description),
-        "state": json.dumps(_flatten(state, "", tensors)),
+        "description": description,
+        "state": _flatten(state, "", tensors),
         "tensors_sha256": _tensors_sum(tensors.items()),
     }
     header["header_sha256"] = _header_sum(header, tensors.items())
@@ -70,7 +70,7 @@ def write(path: str | Path, description: dict, state: object) -> None:
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         try:
-            save_file(tensors, temporary, header)
+            save_file(tensors, temporary, {_KEY: json.dumps(header)})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
         os.chmod(temporary, mode)
@@ -95,14 +95,18 @@ def read(path: str | Path) -> File:
         raise ValueError(
             f"{path}: is no whole safetensors file; it was cut short or is something else ({error})"
         ) from None
-    header = file.metadata() or {}
-    if header.get("kind") != _KIND:
+    found = (file.metadata() or {}).get(_KEY)
+    if found is None:
         raise ValueError(f"{path}: is a safetensors file, but not one that QuantizedCache.save has written")
-    if header.get("format_version") != str(FORMAT_VERSION):
+    try:
+        header = json.loads(found)
+        version = header["format_version"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: is damaged: its metadata cannot be read ({error!r})") from None
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {header.get('format_version')!r}, written by hf_kvquant "
-            f"{header.get('library_version')}, cannot be read by hf_kvquant {_library_version()}; expected "
-            f"'{FORMAT_VERSION}'"
+            f"{path}: format version {version!r}, written by hf_kvquant {header.get('library_version')}, cannot be "
+            f"read by hf_kvquant {_library_version()}; expected {FORMAT_VERSION}"
         )
     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     if header.pop("header_sha256", None) != _header_sum(header, tensors.items()):
@@ -113,9 +117,9 @@ def read(path: str | Path) -> File:
 class File:
     """What `read` found; tensors are views of the mapped file until they are written to."""
 
-    def __init__(self, path: str | Path, header: dict[str, str], tensors: dict[str, torch.Tensor]):
+    def __init__(self, path: str | Path, header: dict, tensors: dict[str, torch.Tensor]):
         self.path, self._header, self._tensors = path, header, tensors
-        self.description = json.loads(header["description"])
+        self.description = header["description"]
 
     def verify(self) -> None:
         """Read every tensor's bytes.
@@ -128,7 +132,7 @@ class File:
 
     def state(self, device: torch.device | str) -> object:
         """The `state` that was written, with tensors and devices on `device`."""
-        return _unflatten(json.loads(self._header["state"]), self._tensors, torch.device(device))
+        return _unflatten(self._header["state"], self._tensors, torch.device(device))
 
     def check_model(self, model: PreTrainedModel | PreTrainedConfig) -> None:
         """Whether the file's cache was computed by this model; see `identity`.
@@ -236,9 +240,11 @@ def _tensors_sum(tensors) -> str:
     return digest.hexdigest()
 
 
-def _header_sum(header: dict[str, str], tensors) -> str:
+def _header_sum(header: dict, tensors) -> str:
     table = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors)
-    return hashlib.sha256(json.dumps([header, table], sort_keys=True).encode()).hexdigest()
+    # Through JSON and back, as the reader gets it.
+    plain = json.loads(json.dumps([header, table]))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

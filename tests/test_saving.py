@@ -1,0 +1,527 @@
+"""A cache on disk: the same to the byte, smaller than a dense one, and never half a file or another model's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+import hf_kvquant
+from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, saving
+from hf_kvquant.cache import QuantizedLayer
+
+DENSE = QuantSpec("dense")
+CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {
+    "windows": KVQuantConfig(
+        QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=16, rotate=True), sink_length=5,
+        recent_length=37,
+    ),
+    "dense-keys": KVQuantConfig(DENSE, QuantSpec("int8"), sink_length=2, recent_length=8),
+    "one-dense-layer": KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), layers={1: LayerOverride(DENSE, DENSE)}),
+}  # fmt: skip
+every_config = pytest.mark.parametrize("kv_config", CONFIGS.values(), ids=CONFIGS.keys())
+# Two with sliding layers of transformers' own, one with convolution states, two that read de-quantized copies.
+HYBRIDS = ["gemma2", "gpt_oss", "lfm2", "gptj", "deepseek_v3"]
+LFM2 = families.Family(
+    "Lfm2Config", "Lfm2ForCausalLM",
+    {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "conv_L_cache": 3}, num_full=1,
+    without=("head_dim",),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def build(name: str = "llama", seed: int = 0):
+    if name == "lfm2":
+        families.ALL.setdefault(name, LFM2)
+    return families.build(name, attn="eager" if name in ("gemma2", "gpt_oss", "gptj") else "sdpa", seed=seed)
+
+
+def generate(model, ids: torch.Tensor, n: int = 12, **kwargs):
+    options = {"do_sample": False, "max_new_tokens": n, "return_dict_in_generate": True}
+    with torch.no_grad():
+        return model.generate(ids, **(options | kwargs))
+
+
+def filled(model, kv_config, length: int = 150, n: int = 12, **kwargs):
+    """A cache after a prompt and some decoding, and the tokens so far."""
+    out = generate(
+        model, families.prompt(2, length), n, cache_implementation="kvquant", cache_config=kv_config, **kwargs
+    )
+    return out.past_key_values, out.sequences
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "prompt.safetensors"
+
+
+@pytest.fixture
+def file(path) -> Path:
+    """A file of the model's cache."""
+    filled(build(), "int4")[0].save(path, build())
+    return path
+
+
+def tensors_of(layer) -> dict[str, object]:
+    """What a layer holds, with the storage of its sides cut to what is in use."""
+    return layer.state() if isinstance(layer, QuantizedLayer) else vars(layer)
+
+
+def assert_equal(a, b, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, where
+        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+class TestRoundTrip:
+    @every_config
+    @pytest.mark.parametrize("length", [1, 63, 130])
+    def test_every_byte(self, kv_config, length, path):
+        model = build()
+        cache, _ = filled(model, kv_config, length)
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model)
+        assert loaded.kv_config == cache.kv_config
+        assert loaded.routes == cache.routes
+        assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in cache.layers]
+        for i, (was, now) in enumerate(zip(cache.layers, loaded.layers)):
+            assert_equal(tensors_of(was), tensors_of(now), f"layer {i}")
+        loaded.save(path.with_suffix(".again"), model)
+        assert path.read_bytes() == path.with_suffix(".again").read_bytes()
+
+    @every_config
+    @pytest.mark.parametrize("max_length", [None, 400], ids=["mapped", "reserved"])
+    def test_decoding_goes_on_token_equal(self, kv_config, max_length, path):
+        model = build()
+        cache, ids = filled(model, kv_config)
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model, max_length=max_length)
+        expected = generate(model, ids, 70, past_key_values=cache, output_logits=True)
+        got = generate(model, ids, 70, past_key_values=loaded, output_logits=True)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
+        assert loaded.routes == cache.routes
+        assert cache.routes["decode_fused"] > 0
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    def test_dtypes(self, dtype, path):
+        model = families.build("llama", dtype)
+        cache, ids = filled(model, "int4")
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model)
+        assert_equal(tensors_of(cache.layers[0]), tensors_of(loaded.layers[0]))
+        expected, got = (generate(model, ids, past_key_values=c).sequences for c in (cache, loaded))
+        assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("name", HYBRIDS)
+    @pytest.mark.filterwarnings("ignore")
+    def test_other_layers_and_other_models(self, name, path):
+        model = build(name)
+        cache, ids = filled(model, "int4", 70)
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model)
+        for was, now in zip(cache.layers, loaded.layers):
+            assert_equal(tensors_of(was), tensors_of(now))
+        expected, got = (generate(model, ids, 20, past_key_values=c).sequences for c in (cache, loaded))
+        assert torch.equal(got, expected)
+
+    def test_left_padding(self, path):
+        model, ids = build(), families.prompt(3, 90)
+        mask = torch.ones_like(ids)
+        mask[0, :50] = mask[2, :3] = 0
+        out = generate(model, ids * mask, attention_mask=mask, cache_implementation="kvquant-int4")
+        out.past_key_values.save(path, model)
+        loaded = QuantizedCache.load(path, model)
+        mask = torch.nn.functional.pad(mask, (0, out.sequences.shape[1] - mask.shape[1]), value=1)
+        expected, got = (
+            generate(model, out.sequences, 60, attention_mask=mask, past_key_values=c).sequences
+            for c in (out.past_key_values, loaded)
+        )
+        assert torch.equal(got, expected)
+        assert loaded.layers[0].padding is not None
+
+    def test_encoder_decoder_models(self, path):
+        """The self-attention part is saved; cross-attention is computed anew from the encoder's inputs."""
+        model, ids = build("t5"), families.prompt(1, 30, seed=3)
+        decoder_ids = torch.cat([torch.zeros(1, 1, dtype=torch.long), families.prompt(1, 69)], 1)
+        out = generate(model, ids, decoder_input_ids=decoder_ids, cache_implementation="kvquant-int8")
+        cache = out.past_key_values
+        cache.self_attention_cache.save(path, model)
+        loaded = EncoderDecoderCache(QuantizedCache.load(path, model), DynamicCache(config=model.config))
+        expected, got = (
+            generate(model, ids, decoder_input_ids=out.sequences, past_key_values=c).sequences for c in (cache, loaded)
+        )
+        assert torch.equal(got, expected)
+
+    def test_after_a_crop(self, path):
+        """The room for exact rollbacks is saved too."""
+        model = build()
+        cache, _ = filled(model, "int4")
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model)
+        for each in (cache, loaded):
+            each.crop(-64)
+        assert_equal(tensors_of(cache.layers[1]), tensors_of(loaded.layers[1]))
+        assert loaded.routes["window_lost"] == 0
+
+    def test_a_prompt_for_many_continuations(self, file):
+        model = build()
+        prompt = QuantizedCache.load(file, model)
+        ids = torch.cat([filled(model, "int4")[1], families.prompt(2, 5, seed=9)], 1)
+        first = generate(model, ids, past_key_values=copy.deepcopy(prompt)).sequences
+        second = generate(model, ids, past_key_values=copy.deepcopy(prompt)).sequences
+        assert torch.equal(first, second)
+        prompt.batch_repeat_interleave(2)
+        twice = generate(model, ids.repeat_interleave(2, 0), past_key_values=prompt).sequences
+        assert torch.equal(twice, first.repeat_interleave(2, 0))
+
+
+class TestFile:
+    @pytest.mark.parametrize(
+        ("preset", "share"), [("int8-plain", 0.52), ("int8", 0.55), ("int4", 0.30), ("int4-small", 0.28)]
+    )
+    def test_it_is_a_fraction_of_the_dense_cache(self, preset, share, path):
+        config = families.config("llama", num_hidden_layers=1, head_dim=128)
+        cache = QuantizedCache(config, preset)
+        cache.update(*torch.randn(2, 1, 2, 8192, 128, dtype=torch.bfloat16), 0)
+        cache.save(path)
+        assert path.stat().st_size / cache.memory_report()["dense_equivalent"] <= share
+
+    def test_it_is_mapped_and_never_written(self, file):
+        """Loading allocates little, and writing to a loaded cache leaves the file alone."""
+        before = file.read_bytes()
+        cache = QuantizedCache.load(file, build())
+        if sys.platform == "linux":
+            maps = Path("/proc/self/maps").read_text()
+            assert str(file) in maps
+        cache.crop(-10)
+        for layer_idx in (0, 1):
+            # Fits into what is mapped, so it is written there.
+            cache.update(*torch.randn(2, 2, 2, 5, 64), layer_idx)
+            assert cache.layers[layer_idx]._keys.capacity == 161
+        cache.reset()
+        assert file.read_bytes() == before
+
+    def test_it_may_be_replaced_while_it_is_mapped(self, file):
+        model = build()
+        cache = QuantizedCache.load(file, model)
+        state = copy.deepcopy(tensors_of(cache.layers[0]))
+        filled(model, "int8")[0].save(file, model)
+        assert_equal(tensors_of(cache.layers[0]), state)
+        cache.save(file, model)
+        assert_equal(tensors_of(QuantizedCache.load(file, model).layers[0]), state)
+
+    def test_nothing_uninitialised_is_written(self, path, monkeypatch):
+        """Two caches of one content make one file, whatever was in memory before."""
+        contents = []
+        for fill in (0.0, float("nan")):
+            real = torch.empty
+            monkeypatch.setattr(
+                torch, "empty", lambda *a, _fill=fill, _real=real, **k: _poisoned(_real(*a, **k), _fill)
+            )
+            cache = QuantizedCache(build().config, "int4", attention_mask=torch.tensor([[0] * 60 + [1] * 10] * 2))
+            monkeypatch.undo()
+            cache.update(*torch.ones(2, 2, 2, 62, 64), 0)
+            cache.update(*torch.ones(2, 2, 2, 62, 64), 1)
+            cache.save(path)
+            contents.append(path.read_bytes())
+        assert contents[0] == contents[1]
+
+    def test_permissions_are_those_of_any_new_file(self, file):
+        other = file.with_name("other")
+        other.write_bytes(b"")
+        assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+        assert sorted(p.name for p in file.parent.iterdir()) == [other.name, file.name]
+
+    def test_metadata_is_readable(self, file):
+        with safe_open(file, "pt") as opened:
+            [header] = map(json.loads, opened.metadata().values())
+        description = header["description"]
+        assert KVQuantConfig.from_dict(description["kv_config"]) == KVQuantConfig.preset("int4")
+        assert description["length"] == 161
+        assert description["model"]["config"]["model_type"] == "llama"
+        assert header["format_version"] == 1
+
+
+def _poisoned(tensor: torch.Tensor, fill: float) -> torch.Tensor:
+    return tensor.fill_(fill if tensor.is_floating_point() else 0xA5 if fill else 0)
+
+
+# --- refusals
+
+
+def edit(change, file: Path, repair: bool = False) -> None:
+    """Rewrite a file with other metadata and tensors, with or without the checksum that belongs to them."""
+    with safe_open(file, "pt") as opened:
+        [(key, header)] = opened.metadata().items()
+    header, tensors = json.loads(header), load_file(file)
+    change(header, tensors)
+    if repair:
+        del header["header_sha256"]
+        header["header_sha256"] = saving._header_sum(header, tensors.items())
+    save_file(tensors, file, {key: json.dumps(header)})
+
+
+def flip(at: float, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 0x10
+    file.write_bytes(content)
+
+
+def rename(header, tensors):
+    tensors["other"] = tensors.pop(next(iter(tensors)))
+
+
+def other_length(header, tensors):
+    header["description"]["length"] = 160
+
+
+DAMAGES = {
+    "empty": (lambda f: f.write_bytes(b""), "is no whole safetensors file"),
+    "a stub": (lambda f: f.write_bytes(f.read_bytes()[:5]), "is no whole safetensors file"),
+    "half the header": (lambda f: f.write_bytes(f.read_bytes()[:400]), "is no whole safetensors file"),
+    "half": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is no whole safetensors file"),
+    "one byte short": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "is no whole safetensors file"),
+    "one byte long": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), "is no whole safetensors file"),
+    "text": (lambda f: f.write_text("keys:\n  format: int8\n" * 9), "is no whole safetensors file"),
+    "weights": (lambda f: save_file({"a": torch.ones(3)}, f), "not one that QuantizedCache.save has written"),
+    "a bit of the last tensor": (functools.partial(flip, 1.0), "checksum of its tensors is wrong"),
+    "a bit in the middle": (functools.partial(flip, 0.5), "checksum of its tensors is wrong"),
+    "other metadata": (functools.partial(edit, other_length), "checksum of its metadata is wrong"),
+    "another name": (functools.partial(edit, rename), "checksum of its metadata is wrong"),
+    "another version": (
+        functools.partial(edit, lambda header, _: header.update(format_version=2, library_version="9.9")),
+        r"format version 2, written by hf_kvquant 9\.9, cannot be read .*expected 1",
+    ),
+    "missing": (lambda f: f.unlink(), "cannot be read .*No such file"),
+    "a folder": (lambda f: (f.unlink(), f.mkdir()), "cannot be read"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+    def test_damaged_files(self, damage, message, file):
+        damage(file)
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+            QuantizedCache.load(file, build())
+
+    def test_every_bit_counts(self, file):
+        """A flipped bit anywhere is noticed, by safetensors or by a checksum."""
+        content = file.read_bytes()
+        for at in torch.linspace(0, 1, 60).tolist():
+            flip(at, file)
+            with pytest.raises(ValueError, match=str(file)):
+                QuantizedCache.load(file, build())
+            file.write_bytes(content)
+
+    def test_verify_may_be_left_out(self, file):
+        """Then only the metadata is checked."""
+        flip(1.0, file)
+        QuantizedCache.load(file, build(), verify=False)
+        edit(other_length, file)
+        with pytest.raises(ValueError, match="checksum of its metadata"):
+            QuantizedCache.load(file, build(), verify=False)
+
+    def test_another_architecture(self, file):
+        with pytest.raises(
+            ValueError, match=f"{file}: was computed by another model: .* in the file, .* in the config"
+        ):
+            QuantizedCache.load(file, build("qwen2"))
+        config = families.config("llama", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+        with pytest.raises(ValueError, match=r"rope_parameters is .*10000.* in the file, .*77.* in the config"):
+            QuantizedCache.load(file, config)
+
+    def test_a_fine_tuned_twin(self, file):
+        twin = copy.deepcopy(build())
+        assert QuantizedCache.load(file, twin).get_seq_length() == 161
+        with torch.no_grad():
+            twin.model.layers[1].self_attn.v_proj.weight.mul_(1.001)
+        with pytest.raises(ValueError, match="same config, other weights"):
+            QuantizedCache.load(file, twin)
+        # Who gives the config only is told of no weights.
+        assert QuantizedCache.load(file, twin.config).get_seq_length() == 161
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_another_dtype(self, dtype, file):
+        with pytest.raises(ValueError, match="other weights"):
+            QuantizedCache.load(file, families.build("llama", dtype))
+
+    def test_each_parameter_counts(self):
+        model = copy.deepcopy(build())
+        before = saving.identity(model)["weights"]
+        for name, parameter in model.named_parameters():
+            saved = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.mul_(1.01)
+            assert saving.identity(model)["weights"] != before, name
+            parameter.data.copy_(saved)
+        assert saving.identity(model)["weights"] == before
+
+    def test_what_does_not_matter(self, file):
+        """A name, a special token, or that the model is in use."""
+        config = families.config("llama", eos_token_id=5, use_cache=False, _name_or_path="elsewhere")
+        assert QuantizedCache.load(file, config).get_seq_length() == 161
+        with hf_kvquant.attention(build()):
+            assert QuantizedCache.load(file, build()).get_seq_length() == 161
+
+    def test_a_file_that_does_not_know_its_weights(self, path):
+        filled(build(), "int4")[0].save(path)
+        assert QuantizedCache.load(path, build().config).get_seq_length() == 161
+        with pytest.raises(ValueError, match="does not say which weights computed it; save with save"):
+            QuantizedCache.load(path, build())
+
+    def test_the_fields_of_another_transformers(self, file):
+        """Fields that only one version knows are no difference, but only between versions."""
+
+        def older(header, tensors):
+            header["transformers_version"] = "5.0"
+            header["description"]["model"]["config"]["forgotten"] = 1
+
+        edit(older, file, repair=True)
+        assert QuantizedCache.load(file, build()).get_seq_length() == 161
+
+    def test_layers_of_another_transformers(self, path, monkeypatch):
+        model = build("gemma2")
+        filled(model, "int4", 20)[0].save(path, model)
+        real = DynamicSlidingWindowLayer.__init__
+
+        def newer(self, *args, **kwargs):
+            real(self, *args, **kwargs)
+            self.invented_later = None
+
+        monkeypatch.setattr(DynamicSlidingWindowLayer, "__init__", newer)
+        with pytest.raises(ValueError, match=r"lacks \['invented_later'\] of a DynamicSlidingWindowLayer"):
+            QuantizedCache.load(path, model)
+
+    def test_what_cannot_be_saved(self, path):
+        model = build("gemma2")
+        cache, _ = filled(model, "int4", 20)
+        cache.layers[0].hook = print
+        with pytest.raises(ValueError, match=r"layers.0.hook: a builtin_function_or_method cannot be saved"):
+            cache.save(path, model)
+        assert not path.exists()
+
+    def test_saving_refuses(self, path):
+        model = build()
+        cache = QuantizedCache(model.config, "int4")
+        with pytest.raises(ValueError, match="is empty; expected at least one token"):
+            cache.save(path, model)
+        cache, _ = filled(model, "int4")
+        with pytest.raises(ValueError, match="model: its config is not the cache's"):
+            cache.save(path, build("qwen2"))
+        with pytest.raises(ValueError, match="config: a str is not allowed; expected a model or its config"):
+            cache.save(path, "llama")
+        with pytest.raises(ValueError, match=r"path: .* expected a file's name"):
+            cache.save(path.parent, model)
+        with pytest.raises(ValueError, match=r"path: .*expected a name in an existing folder"):
+            cache.save(path.parent / "no" / "where", model)
+        cache.begin("forward call")
+        with pytest.raises(ValueError, match="middle of a forward call"):
+            cache.save(path, model)
+        assert list(path.parent.iterdir()) == []
+
+    def test_weights_that_are_not_in_memory(self, file):
+        with torch.device("meta"):
+            model = type(build())(build().config)
+        with pytest.raises(ValueError, match=r"weights of model\.embed_tokens\.weight are not in memory"):
+            QuantizedCache.load(file, model)
+
+    def test_a_config_that_is_none(self, file):
+        with pytest.raises(ValueError, match="config: a dict is not allowed; expected a model or its config"):
+            QuantizedCache.load(file, {})
+
+
+# --- written as a whole or not at all
+
+
+@pytest.mark.parametrize("call", ["save_file", "os.chmod", "os.fsync", "os.replace"])
+def test_an_exception_leaves_the_old_file(call, file, monkeypatch):
+    before = file.read_bytes()
+    cache, _ = filled(build(), "int8")
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    module, _, name = call.rpartition(".")
+    monkeypatch.setattr(os if module else saving, name, fails)
+    with pytest.raises(OSError, match="No space left"):
+        cache.save(file, build())
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+_KILLED = """
+import os, shutil, signal, sys
+sys.path.insert(0, os.getcwd())
+import families, hf_kvquant, torch
+from hf_kvquant import saving
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(tensors, temporary, header):
+    real(tensors, temporary, header)
+    os.truncate(temporary, os.path.getsize(temporary) // 2)
+    die()
+
+real = saving.save_file
+cache = hf_kvquant.QuantizedCache(families.config("llama"), "int8")
+for layer_idx in (0, 1):
+    cache.update(*torch.randn(2, 1, 2, 500, 64), layer_idx)
+for path in sys.argv[1:]:
+    if os.fork() == 0:
+        if path.endswith("half"):
+            saving.save_file = half
+        if path.endswith("replace"):
+            os.replace = die
+        cache.save(path)
+        die()
+    assert os.wait()[1] == signal.SIGKILL
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_leaves_the_old_file_or_the_new_one(file):
+    """Killed when half is written, before the new name, and after it."""
+    before = file.read_bytes()
+    half, replace, after = (file.with_name(name) for name in ("half", "replace", "after"))
+    for path in (half, replace, after):
+        path.write_bytes(before)
+    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    command, folder = [sys.executable, "-c", _KILLED, str(half), str(replace), str(after)], Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in (half, replace):
+        assert path.read_bytes() == before
+    assert QuantizedCache.load(after, build().config).get_seq_length() == 500
+
+
+def test_the_config_survives(path):
+    config = dataclasses.replace(CONFIGS["one-dense-layer"], backend="reference")
+    filled(build(), config)[0].save(path)
+    assert QuantizedCache.load(path, build().config).kv_config == config

@@ -113,6 +113,8 @@ class QuantizedCache(DynamicCache):
         Raises:
             ValueError: the mask is not 2-D, is additive, or its batch differs from the cache's.
         """
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"attention_mask: a {type(attention_mask).__name__} is not allowed; expected a tensor")
         if attention_mask.ndim != 2:
             raise ValueError(
                 f"attention_mask: shape {tuple(attention_mask.shape)} is not allowed; expected [batch, kv_len]"
@@ -220,7 +222,7 @@ class QuantizedCache(DynamicCache):
             ValueError: an earlier change did not reach its end.
         """
         gained = self._gained()
-        if self._unfinished is not None:
+        if self._unfinished is not None and (any(gained.values()) or not self._can_go_back()):
             repair = "" if self._unfinished != FORWARD else "; cache.crop(0) forgets the tokens of that call"
             raise ValueError(
                 f"the quantized cache was left in the middle of a {self._unfinished}{repair}; cache.reset() empties it"
@@ -243,6 +245,11 @@ class QuantizedCache(DynamicCache):
         """By how many tokens each layer in use grew since the last complete change."""
         now = self._lengths()
         return {i: new - old for i, (new, old) in enumerate(zip(now, self._whole)) if new or old}
+
+    def _can_go_back(self) -> bool:
+        """Whether a forward call is all that was interrupted, of layers whose tokens are known by their length."""
+        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        return self._unfinished in (None, FORWARD) and not linear
 
     @contextmanager
     def _change(self, what: str) -> Iterator[None]:
@@ -281,10 +288,9 @@ class QuantizedCache(DynamicCache):
             return
         target = 0 if self._unfinished else min(gained.values())
         ahead = {layer_idx: tokens - target for layer_idx, tokens in gained.items() if tokens > target}
-        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         try:
-            if self._unfinished not in (None, FORWARD) or linear:
-                raise RuntimeError("their state before it is not known")
+            if not self._can_go_back():
+                raise RuntimeError("the state of its layers before that is not known")
             for layer_idx, tokens in ahead.items():
                 self.layers[layer_idx].crop(-tokens)
         except RuntimeError as error:

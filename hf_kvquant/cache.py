@@ -329,7 +329,13 @@ class QuantizedCache(DynamicCache):
             raise ValueError(f"{name}: selects rows of shape {tuple(rows.shape)}; expected one dimension, not empty")
 
     def reset(self) -> None:
-        super().reset()
+        for layer, new in zip(self.layers, DynamicCache(config=self._config).layers):
+            if isinstance(layer, QuantizedLayer):
+                layer.reset()
+            else:
+                # Some versions of transformers leave zeros, to which later tokens would be appended.
+                kept = {"record_past": layer.record_past} if hasattr(layer, "record_past") else {}
+                vars(layer).update(vars(new) | kept)
         self.end()
 
     def memory_report(self) -> dict[str, int]:

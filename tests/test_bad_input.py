@@ -272,7 +272,8 @@ TABLE = {
     ),
     "generate with a cache of another batch": (
         lambda: generate(past_key_values=filled())(),
-        r"key_states: \(1, 2, 4, 64\) .* does not fit layer 0; expected",
+        # Whichever generate brings first: some versions make a mask.
+        r"attention_mask: batch 1 does not fit the cache's 2|key_states: \(1, 2, 4, 64\) .* does not fit layer 0",
     ),
     # --- scoring
     "context_lengths": (

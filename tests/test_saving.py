@@ -440,8 +440,8 @@ class TestRefusals:
             cache.save(path.parent, model)
         with pytest.raises(ValueError, match=r"path: .*expected a name in an existing folder"):
             cache.save(path.parent / "no" / "where", model)
-        cache.begin("forward call")
-        with pytest.raises(ValueError, match="middle of a forward call"):
+        cache.begin("reorder_cache")
+        with pytest.raises(ValueError, match="middle of a reorder_cache"):
             cache.save(path, model)
         assert list(path.parent.iterdir()) == []
 

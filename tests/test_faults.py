@@ -142,11 +142,15 @@ def test_out_of_memory_in_a_layer_of_a_batch_operation(operation, monkeypatch):
         patch.setattr(cache_module.QuantizedLayer, "_transform", third_fails)
         with pytest.raises(torch.OutOfMemoryError):
             getattr(cache, operation)(2 if "repeat" in operation else torch.tensor([1, 0]))
-    with hf_kvquant.attention(build()), torch.no_grad():
-        with pytest.raises(ValueError, match=rf"in the middle of a {operation}; cache\.reset\(\) empties it"):
-            build()(ids[:, -1:], past_key_values=cache)
-    for use in (lambda: cache.reorder_cache(torch.tensor([0, 1])), lambda: cache.begin(FORWARD)):
-        with pytest.raises(ValueError, match=rf"in the middle of a {operation}; cache\.reset\(\) empties it"):
+    for use in (
+        lambda: build()(ids[:, -1:], past_key_values=cache),
+        lambda: cache.reorder_cache(torch.tensor([0, 1])),
+    ):
+        with (
+            hf_kvquant.attention(build()),
+            torch.no_grad(),
+            pytest.raises(ValueError, match=rf"in the middle of a {operation}; cache\.reset\(\) empties it"),
+        ):
             use()
     with pytest.raises(ValueError, match=r"cannot go back .*cache\.reset"):
         cache.crop(0)

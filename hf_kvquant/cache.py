@@ -15,6 +15,7 @@ layer. If those very objects arrive at attention, nothing stood in between.
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections import Counter
@@ -266,8 +267,11 @@ class QuantizedCache(DynamicCache):
             ValueError: not an integer, or what was interrupted cannot be undone: only `reset` helps.
             RuntimeError: a layer of transformers' own cannot be cropped; nothing has changed.
         """
-        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
-            raise ValueError(f"tokens_to_remove: {tokens_to_remove!r} is not allowed; expected an integer")
+        try:
+            # Some versions of transformers give a tensor.
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except TypeError:
+            raise ValueError(f"tokens_to_remove: {tokens_to_remove!r} is not allowed; expected an integer") from None
         self._forget_unfinished()
         with self._change("crop"):
             try:

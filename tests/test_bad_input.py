@@ -234,7 +234,7 @@ TABLE = {
     "s_aux": (attend(s_aux=torch.ones(3)), r"s_aux: shape \(3,\) is not allowed; expected \(4,\)"),
     # --- operations
     "crop by a float": (lambda: filled().crop(-1.5), r"tokens_to_remove: -1\.5 is not allowed; expected an integer"),
-    "crop by a bool": (lambda: filled().crop(True), r"tokens_to_remove: True is not allowed"),
+    "crop by a text": (lambda: filled().crop("3"), r"tokens_to_remove: '3' is not allowed; expected an integer"),
     "beam out of range": (
         lambda: filled().reorder_cache(torch.tensor([0, 2])),
         r"beam_idx: does not fit the cache's batch 2",

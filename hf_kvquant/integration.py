@@ -151,9 +151,10 @@ def _attention_configs(model: PreTrainedModel) -> list:
             config = getattr(module, "config", None)
             if getattr(config, "_attn_implementation", None) is not None:
                 found[id(config)] = (config, can_switch)
-                # Masks are made with the text config, which a composite model keeps inside its own.
+                # Masks are made with the text config, which a composite model keeps inside its own. Flat
+                # encoder-decoder configs answer with a copy, which nobody else reads.
                 text = config.get_text_config(decoder=True)
-                if text._attn_implementation is not None:
+                if text._attn_implementation is not None and text is config.get_text_config(decoder=True):
                     found.setdefault(id(text), (text, can_switch))
     return [config for config, can_switch in found.values() if can_switch]
 

@@ -280,10 +280,9 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, mask: tor
     name, config = generation_config.cache_implementation, generation_config.cache_config
     if generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
+    no_cache = f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
     if not model._supports_default_dynamic_cache():
-        raise ValueError(
-            f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
-        )
+        raise ValueError(no_cache)
     if name == NAME:
         if config is None:
             raise ValueError(
@@ -293,7 +292,16 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, mask: tor
         raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
     else:
         config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
-    return QuantizedCache(model.config, config, max_length=max_length, attention_mask=mask)
+    cache = QuantizedCache(model.config, config, max_length=max_length, attention_mask=mask)
+    if not _reads_a_cache(model):
+        raise ValueError(no_cache)
+    return cache
+
+
+def _reads_a_cache(model: PreTrainedModel) -> bool:
+    """Whether some forward names `past_key_values`; OpenAI GPT and XLM take any argument, and ignore this one."""
+    parts = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return any("past_key_values" in inspect.signature(part.forward).parameters for part in parts)
 
 
 def _wrap_continuous_batching(init: Callable) -> Callable:

@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.generation import configuration_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.utils.output_capturing import _active_collector
 
 from .attention import attend
 from .cache import FORWARD, QuantizedCache
@@ -168,28 +169,36 @@ def _register(name: str, base: str, attend: Callable) -> None:
     registered = f"{name}|{base}"
     if registered in AttentionInterface._global_mapping:
         return
-    AttentionInterface.register(registered, functools.partial(attend, dense_attention=functools.partial(_dense, base)))
+    AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, base)))
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(registered, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
+def _attend(attend: Callable, dense_attention: Callable, *args, **kwargs):
+    """`attend`, told of `output_attentions`: most models record the weights with hooks and do not pass it on."""
+    if "attentions" in (_active_collector.get() or ()):
+        kwargs["output_attentions"] = True
+    return attend(*args, dense_attention=dense_attention, **kwargs)
+
+
 def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
     """The attention that the module's own forward would have called for `base`."""
-    function = _attention_function(type(module), base)
+    registry, eager = _attention_functions(type(module))
+    function = registry.get_interface(base, eager)
+    if function is None:
+        raise ValueError(f"attn_implementation: {type(module).__name__} has no attention function for {base!r}")
     return function(_ModuleView(module, base), *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=None)
-def _attention_function(module_class: type, base: str) -> Callable:
+def _attention_functions(module_class: type) -> tuple[AttentionInterface, Callable | None]:
+    """The registry that a module's forward looks its attention up in, and its own eager function."""
     forward = inspect.unwrap(module_class.forward)
     names = forward.__globals__
     eager = next(
         (names[n] for n in forward.__code__.co_names if n.endswith("eager_attention_forward") and n in names), None
     )
-    function = names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface()).get_interface(base, eager)
-    if function is None:
-        raise ValueError(f"attn_implementation: {module_class.__name__} has no attention function for {base!r}")
-    return function
+    return names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface()), eager
 
 
 class _ModuleView:

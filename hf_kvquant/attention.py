@@ -46,7 +46,7 @@ def attend(
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
     if not isinstance(key, states_type):
-        learn_route(key, value)
+        key, value = learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     obstacle = _obstacle(module, query, type(value) is type(key), attention_mask, kwargs)
     if obstacle is None and operator is None and _looks_ahead(attention_mask, query.shape[2]):

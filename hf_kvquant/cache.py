@@ -10,7 +10,7 @@ of at most `DECODE_MAX` tokens returns `QuantizedStates` where the model takes t
 and the new states.
 
 Whether a model takes them is learned, not listed: the tensors of the first update are fresh views tagged with their
-layer. If those very objects arrive at attention, nothing stood in between.
+layer. If those very objects arrive at attention, and nothing else has used them, nothing stood in between.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from . import ops, saving
 from .config import KVQuantConfig
@@ -73,12 +80,13 @@ class QuantizedCache(DynamicCache):
         self._routes = Counter()
         self._unfinished: str | None = None
         layers = DynamicCache(config=config).layers
-        quantizable = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        kinds = {DynamicLayer: QuantizedLayer, LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer}
+        quantizable = [i for i, layer in enumerate(layers) if type(layer) in kinds]
         if not quantizable:
-            kinds = sorted({type(layer).__name__ for layer in layers})
+            names = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
                 f"{config.model_type}: none of the {len(layers)} layers has full attention (they are "
-                f"{', '.join(kinds)}): nothing to quantize"
+                f"{', '.join(names)}): nothing to quantize"
             )
         for layer_idx, _ in self.kv_config.layers:
             if layer_idx not in quantizable:
@@ -88,7 +96,10 @@ class QuantizedCache(DynamicCache):
         for layer_idx in quantizable:
             specs = self.kv_config.for_layer(layer_idx)
             if not all(spec.is_dense for spec in specs):
-                layers[layer_idx] = QuantizedLayer(self.kv_config, layer_idx, self._routes, max_length)
+                native = layers[layer_idx]
+                layers[layer_idx] = kinds[type(native)](self.kv_config, layer_idx, self._routes, max_length)
+                if isinstance(native, LinearAttentionLayer):
+                    layers[layer_idx].set_linear_states(native.number_of_states)
         Cache.__init__(self, layers=layers)
         self._whole = self._lengths()
         if attention_mask is not None:
@@ -692,6 +703,56 @@ class QuantizedLayer(DynamicLayer):
         return report + Counter({"dense": extra, "total": extra})
 
 
+class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
+    """A layer with linear and full attention side by side; the linear states stay transformers' own.
+
+    Each method is either one part's, or both parts' in turn.
+    """
+
+    _layer_type = None
+    update = QuantizedLayer.update
+    get_max_length = QuantizedLayer.get_max_length
+    batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
+    batch_select_indices = QuantizedLayer.batch_select_indices
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
+        LinearAttentionLayer.__init__(self)
+        QuantizedLayer.__init__(self, kv_config, layer_idx, routes, max_length)
+
+    def set_linear_states(self, number_of_states: int) -> None:
+        """How many linear states the layer keeps; before it is used."""
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
+        if states:
+            QuantizedLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **linear_states)
+
+    def _both(self, name: str, *args) -> None:
+        for part in (LinearAttentionLayer, QuantizedLayer):
+            getattr(part, name)(self, *args)
+
+    def offload(self) -> None:
+        self._both("offload")
+
+    def prefetch(self) -> None:
+        self._both("prefetch")
+
+    def reset(self) -> None:
+        self._both("reset")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._both("reorder_cache", beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._both("crop", tokens_to_remove)
+
+    def memory_report(self) -> Counter:
+        nbytes = _storage_nbytes({"conv": self.conv_states, "recurrent": self.recurrent_states})
+        return super().memory_report() + Counter(dict.fromkeys(("dense", "total", "dense_equivalent"), nbytes))
+
+
 class _Side:
     """Storage of keys or of values: the body, and the exact copies that override its columns."""
 
@@ -838,19 +899,46 @@ def _storage_nbytes(attributes: dict) -> int:
     return sum(storages.values())
 
 
+class _Fresh(torch.Tensor):
+    """States that a layer has just returned; they know what they are, and whether anything but attention used them."""
+
+    # What `QuantizedStates` can do too.
+    _shared = frozenset(
+        {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
+        | {torch.Tensor.size, torch.Tensor.to}
+    )
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in cls._shared:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, cls):
+                    value.used = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
 def _tagged(states: torch.Tensor, layer: QuantizedLayer) -> torch.Tensor:
     """A fresh view that remembers its layer; see `learn_route`."""
     view = states.view_as(states)
+    if not torch.compiler.is_compiling():
+        view = view.as_subclass(_Fresh)
+        view.used = False
+    view.plain = states
     setattr(view, _TAG, weakref.ref(layer))
     return view
 
 
-def learn_route(key: torch.Tensor, value: torch.Tensor) -> None:
+def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Called by attention with its key and value: if they are the very objects that a layer returned from its first
-    update, nothing stands between cache and attention, and the layer may return `QuantizedStates` from now on."""
+    update, and nothing else has used them (a mask made of values, say), nothing stands between cache and attention,
+    and the layer may return `QuantizedStates` from now on. Returns both as plain tensors."""
     layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
-    if len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None and layers[0].takes_states is None:
+    used = getattr(key, "used", False) or getattr(value, "used", False)
+    same_layer = len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None
+    if same_layer and not used and layers[0].takes_states is None:
         layers[0].takes_states = True
+    return getattr(key, "plain", key), getattr(value, "plain", value)
 
 
 _said: set[str] = set()

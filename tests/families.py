@@ -103,7 +103,51 @@ UNFUSED = {
 }  # fmt: skip
 
 
-ALL = FAMILIES | UNFUSED | OTHERS
+# Further kinds, for the contract of a cache alone: experts, linear attention beside full attention (in one layer, and
+# layer by layer), and an encoder-decoder model with learned positions.
+MORE = {
+    "mixtral": Family(
+        "MixtralConfig", "MixtralForCausalLM",
+        {"sliding_window": None, "num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
+    "falcon_h1": Family(
+        "FalconH1Config", "FalconH1ForCausalLM",
+        {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1},
+    ),
+    "jamba": Family(
+        "JambaConfig", "JambaForCausalLM",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 2,
+         "use_mamba_kernels": False, "mamba_d_state": 16}, num_full=1, without=("head_dim",),
+    ),
+    "bart": Family(
+        "BartConfig", "BartForConditionalGeneration",
+        {"d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "init_std": 0.15,
+         "decoder_start_token_id": 0, "forced_eos_token_id": None},
+        without=("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"),
+    ),
+}  # fmt: skip
+
+ALL = FAMILIES | UNFUSED | OTHERS | MORE
+
+# What makes a family smaller still, where its own names differ.
+_SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+_SMALLER = {
+    "gpt2": {"n_embd": 64, "n_head": 4},
+    "gemma2": _SMALL | {"query_pre_attn_scalar": 16},
+    "gemma3": _SMALL | {"query_pre_attn_scalar": 16},
+    "bart": {"d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+             "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    "deepseek_v3": {"hidden_size": 64, "intermediate_size": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+                    "v_head_dim": 16, "moe_intermediate_size": 16},
+    "falcon_h1": _SMALL | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "jamba": {"hidden_size": 64, "intermediate_size": 64},
+}  # fmt: skip
+
+
+def small(name: str) -> dict:
+    """Options for `build` that make a family's model as small as its attention allows: head_dim 16."""
+    return _SMALLER.get(name, _SMALL)
 
 
 def config(name: str, **options) -> transformers.PreTrainedConfig:

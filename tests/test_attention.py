@@ -273,8 +273,22 @@ def test_a_verify_of_sixteen_equals_sixteen_steps(preset, start):
         (lambda key, value: (key.transpose(2, 3), value), None),
         (lambda key, value: (key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)), None),
         (lambda key, value: (torch.zeros(1), torch.zeros(1)), None),
+        (lambda key, value: (value.transpose(1, 2), (key, value))[1], None),
+        (lambda key, value: (torch.cat([key, key]), (key, value))[1], None),
+        (lambda key, value: (key.shape, value.dtype, value.to("cpu"), (key, value))[3], True),
     ],
-    ids=["same", "key-copied", "value-copied", "sliced", "transposed", "repeated", "foreign"],
+    ids=[
+        "same",
+        "key-copied",
+        "value-copied",
+        "sliced",
+        "transposed",
+        "repeated",
+        "foreign",
+        "value-used",
+        "key-used",
+        "asked",
+    ],
 )
 def test_a_layer_learns_its_route(change, takes):
     cache = QuantizedCache(families.config("llama"), "int8")
@@ -289,6 +303,22 @@ def test_a_layer_learns_its_route(change, takes):
         step = cache.update(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), 0)
     assert isinstance(step[0], QuantizedStates) is bool(takes)
     assert len(said) == (0 if takes else 1)
+
+
+def test_dense_attention_gets_plain_tensors():
+    """What marks the states of the first update is not for others to see."""
+    cache = QuantizedCache(families.config("llama"), "int8")
+    key, value = torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64)
+    seen = []
+
+    def dense(module, query, k, v, mask):
+        seen.extend((k, v))
+        return None, None
+
+    attend(None, torch.zeros(1, 4, 9, 64), *cache.update(key, value, 0), None, dense_attention=dense)
+    assert [type(tensor) for tensor in seen] == [torch.Tensor, torch.Tensor]
+    assert seen[0] is key
+    assert seen[1] is value
 
 
 def test_layers_are_not_mixed_up():

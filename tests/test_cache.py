@@ -175,8 +175,7 @@ def test_route_by_length():
     cache = new_cache("int4")
     key, value = states(200)
     first = cache.update(key[:, :, :70], value[:, :, :70], 0)
-    assert all(torch.equal(a, b[:, :, :70]) for a, b in zip(first, (key, value)))
-    learn_route(*first)
+    assert all(torch.equal(a, b[:, :, :70]) for a, b in zip(learn_route(*first), (key, value)))
     short = cache.update(key[:, :, 70:102], value[:, :, 70:102], 0)
     assert all(isinstance(s, QuantizedStates) and s.length == 102 for s in short)
     past = [s.dequantize(position=102) for s in short]
@@ -480,7 +479,7 @@ def test_memory_report_is_exact(kv_config, max_length):
     assert report["slack"] > 0
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss", "falcon_h1", "jamba"])
 def test_memory_of_native_layers_is_counted(name):
     model = families.build(name, attn="eager")
     with torch.no_grad():
@@ -489,6 +488,7 @@ def test_memory_of_native_layers_is_counted(name):
         )
     cache = out.past_key_values
     assert any(type(layer) is not cache_module.QuantizedLayer for layer in cache.layers)
+    assert len(cache.quantized_layers) == families.ALL[name].num_full
     assert cache.memory_report()["total"] == every_tensor(cache)
 
 

@@ -289,43 +289,6 @@ def test_left_padding_flips_few_codes(name, preset):
     assert largest <= 1
 
 
-def without_fused(model, preset: str) -> QuantizedCache:
-    cache = QuantizedCache(model.config, preset)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cache.disable_fused("it is compared")
-    return cache
-
-
-@pytest.mark.parametrize("preset", ["int4", "int8-plain"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 3},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"do_sample": True, "num_beams": 2},
-    ],
-    ids=["beams", "beams-returned", "samples", "sampled-beams"],
-)
-def test_beams_and_samples(preset, how):
-    """Rows are reordered as bytes; the text is the one of the de-quantized route, in float64 token by token."""
-    model = build("llama", torch.float64)
-    ids, mask = padded("llama")
-
-    def run(**choice):
-        torch.manual_seed(3)
-        return generate(model, ids, attention_mask=mask, max_new_tokens=24, **how, **choice)
-
-    out = run(cache_implementation=f"kvquant-{preset}")
-    assert out.past_key_values.routes["decode_fused"] == 2 * 23
-    assert torch.equal(out.sequences, run(cache_implementation=f"kvquant-{preset}").sequences)
-    expected = run(past_key_values=without_fused(model, preset))
-    assert expected.past_key_values.routes["decode_dequantized"] == 2 * 23
-    assert torch.equal(out.sequences, expected.sequences)
-    assert len({tuple(row.tolist()) for row in out.sequences}) == len(out.sequences)
-
-
 # --- models whose attention touches the states
 
 

@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest sanitize soak lint format clean
+.PHONY: demo test test-oldest sanitize soak matrix lint format clean
 
 demo: .venv/installed
 	.venv/bin/hf-kvquant demo
@@ -20,7 +20,7 @@ soak: .venv/installed
 
 # The oldest transformers that is supported; it needs huggingface-hub below 2.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_scoring.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py
 
 # The kernels' tests on a library that watches addresses and undefined behaviour, then on one that watches for races:
 # only on threads of its own, because torch's are not instrumented.
@@ -34,6 +34,10 @@ sanitize: .venv/installed
 build_sanitized = .venv/bin/python $(PIP) --target build/$(1) --upgrade --no-deps . \
 	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py
+
+# Every model family with every preset; resumes where it was stopped, and writes the tables of the documents.
+matrix: .venv/installed
+	cd eval && OMP_NUM_THREADS=1 ../.venv/bin/python model_matrix.py
 
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .

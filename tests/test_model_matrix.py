@@ -1,0 +1,129 @@
+"""The model matrix: a sample of it is measured again, and the documents say what its results say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "eval" / "results"
+# One of each status and kind of layer.
+SAMPLE = (
+    "LlamaForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM", "Qwen3NextForCausalLM", "FalconH1ForCausalLM",
+    "DeepseekV3ForCausalLM", "DogeForCausalLM", "BartForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+    "MambaForCausalLM", "OpenAIGPTLMHeadModel",
+)  # fmt: skip
+ACTS = ("fused", "partly fused", "de-quantized")
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """The script as a module."""
+    sys.path.insert(0, str(ROOT / "eval"))
+    try:
+        import model_matrix
+    finally:
+        sys.path.remove(str(ROOT / "eval"))
+    return model_matrix
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    """Those of the newest transformers, which the documents show."""
+    return json.loads((RESULTS / "model_matrix.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict:
+    """The sample, measured in a process of its own."""
+    out = tmp_path_factory.mktemp("matrix") / "sample.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "model_matrix.py", "--jobs", "1", "--out", str(out), "--only", *SAMPLE],
+        cwd=ROOT / "eval", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text(encoding="utf-8"))["families"]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_is_as_published(name, measured, results):
+    found, published = measured[name], results["families"][name]
+    assert found["status"] == published["status"], found
+    assert found.get("layers") == published.get("layers")
+    if found["status"] == "refused":
+        assert found["reason"] == published["reason"]
+
+
+def test_every_family_is_there(matrix, results):
+    if results["versions"]["transformers"] != transformers.__version__:
+        pytest.skip(f"the results are of transformers {results['versions']['transformers']}")
+    assert list(results["families"]) == list(matrix.families())
+
+
+@pytest.mark.parametrize(
+    ("file", "known"),
+    [
+        ("model_matrix.json", set()),
+        # There transformers' sdpa leaves out the softcap of this model, which the operator knows.
+        ("model_matrix_oldest.json", {"VaultGemmaForCausalLM"}),
+    ],
+    ids=["newest", "oldest"],
+)
+def test_no_family_failed(file, known):
+    families = json.loads((RESULTS / file).read_text(encoding="utf-8"))["families"]
+    assert {name for name, f in families.items() if f["status"] == "failed"} == known
+
+
+def test_results_keep_their_promises(matrix, results):
+    acting = {name: f for name, f in results["families"].items() if f["status"] in ACTS}
+    assert sum(f["status"] == "fused" for f in acting.values()) >= 180
+    for name, found in acting.items():
+        assert max(found["exact"].values()) <= matrix.EXACT_LIMIT, name
+        assert set(found["presets"]) == set(matrix.PRESETS), name
+        for preset, figures in found["presets"].items():
+            assert figures["fused"] <= matrix.FUSED_LIMIT, (name, preset)
+            assert figures["distance"] <= matrix.DISTANCE_LIMIT[preset], (name, preset)
+            fused = figures["routes"].get("decode_fused", 0)
+            assert (fused > 0) == (found["status"] != "de-quantized"), (name, preset)
+            if found["status"] == "fused":
+                assert "decode_dequantized" not in figures["routes"], (name, preset)
+    for name, found in results["families"].items():
+        if found["status"] not in ACTS:
+            assert found["reason"], name
+
+
+def test_the_documents_say_what_the_results_say(matrix, results):
+    """`python eval/model_matrix.py --render` writes both."""
+    assert (RESULTS / "model_matrix.md").read_text(encoding="utf-8") == matrix.page(results)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert matrix.with_section(readme, results) == readme
+
+
+def test_a_wrong_operator_fails_the_matrix(matrix, monkeypatch):
+    """The comparison that the matrix rests on notices a wrong scale."""
+    import torch
+
+    import hf_kvquant
+    from hf_kvquant import attention as context
+    from hf_kvquant import ops
+
+    original = ops.decode_attention
+    monkeypatch.setattr(
+        ops, "decode_attention",
+        lambda *args, scaling, **kwargs: original(*args, scaling=scaling * 1.01, **kwargs),
+    )  # fmt: skip
+    subject, compared = matrix.Subject(matrix.families()["LlamaForCausalLM"]), matrix.Compared()
+    with torch.no_grad(), context(subject.model, compared, name="kvquant-compared"):
+        cache = hf_kvquant.QuantizedCache(subject.model.config, "int8")
+        ids = subject.inputs["input_ids"]
+        subject.model(ids, past_key_values=cache)
+        subject.model(ids[:, :1], past_key_values=cache)
+    assert compared.calls == 2
+    assert compared.largest > matrix.FUSED_LIMIT

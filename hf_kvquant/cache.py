@@ -729,6 +729,14 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
         else:
             LinearAttentionLayer.lazy_initialization(self, **linear_states)
 
+    def state(self) -> dict:
+        linear = {name: getattr(self, name) for name in vars(LinearAttentionLayer(self.number_of_states))}
+        return QuantizedLayer.state(self) | {"linear": linear}
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        QuantizedLayer.restore(self, state, device)
+        vars(self).update(state["linear"])
+
     def _both(self, name: str, *args) -> None:
         for part in (LinearAttentionLayer, QuantizedLayer):
             getattr(part, name)(self, *args)

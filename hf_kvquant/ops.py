@@ -110,7 +110,9 @@ def _quantize_append(
             (v_spec, v_data, v_scale, v_zero_point, v_recent, value),
         )
     )  # fmt: skip
-    _implementation(backend, key.device.type, key.dtype).quantize_append(key, value, keys, values, nonfinite, padding, start=start)
+    _implementation(backend, key.device.type, key.dtype).quantize_append(
+        key, value, keys, values, nonfinite, padding, start=start
+    )
 
 
 @lru_cache(maxsize=None)
@@ -182,18 +184,13 @@ def quantize_append(
 
 def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -> None:
     batch, num_heads, q_len, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
-    for name, value, expected, fits in (
-        ("query head_dim", head_dim, keys.head_dim, head_dim == keys.head_dim),
-        ("query dtype", query.dtype, keys.dtype, query.dtype == keys.dtype),
-        ("query batch", batch, keys.shape[0], batch == keys.shape[0]),
-        ("num_heads", num_heads, f"a multiple of num_kv_heads {num_kv_heads}", num_heads % num_kv_heads == 0),
-        ("q_len", q_len, f"1 to {min(MAX_Q_LEN, keys.length)}", 1 <= q_len <= min(MAX_Q_LEN, keys.length)),
-        ("values batch, heads", [*values.shape[:2]], [*keys.shape[:2]], values.shape[:2] == keys.shape[:2]),
-        ("values length", values.length, keys.length, values.length == keys.length),
-    ):
-        if not fits:
-            raise ValueError(f"{name}: {value} does not fit the cached keys; expected {expected}")
+    stored, length = keys.data.shape, keys.length
+    fits = (
+        head_dim == keys.head_dim and query.dtype == keys.dtype and batch == stored[0] and num_heads % stored[1] == 0
+        and 1 <= q_len <= min(MAX_Q_LEN, length) and values.data.shape[:2] == stored[:2] and values.length == length
+    )  # fmt: skip
+    if not fits:
+        raise ValueError(_misfit(query, keys, values))
     if s_aux is not None and tuple(s_aux.shape) != (num_heads,):
         raise ValueError(f"s_aux: shape {tuple(s_aux.shape)} is not allowed; expected ({num_heads},)")
     if mask is None:
@@ -205,3 +202,21 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
     # An integer mask of 0 and 1 would be added to the scores.
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask: dtype {mask.dtype} is not allowed in a 4-D mask; expected bool or a floating dtype")
+
+
+def _misfit(query, keys: QuantizedStates, values: QuantizedStates) -> str:
+    """Names the first thing that does not fit; `_check` asks the same questions without making the answers."""
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, most = keys.shape[1], min(MAX_Q_LEN, keys.length)
+    for name, value, expected, fits in (
+        ("query head_dim", head_dim, keys.head_dim, head_dim == keys.head_dim),
+        ("query dtype", query.dtype, keys.dtype, query.dtype == keys.dtype),
+        ("query batch", batch, keys.shape[0], batch == keys.shape[0]),
+        ("num_heads", num_heads, f"a multiple of num_kv_heads {num_kv_heads}", num_heads % num_kv_heads == 0),
+        ("q_len", q_len, f"1 to {most}", 1 <= q_len <= most),
+        ("values batch, heads", [*values.shape[:2]], [*keys.shape[:2]], values.shape[:2] == keys.shape[:2]),
+        ("values length", values.length, keys.length, values.length == keys.length),
+    ):
+        if not fits:
+            return f"{name}: {value} does not fit the cached keys; expected {expected}"
+    raise AssertionError("everything fits")

@@ -23,7 +23,7 @@ Layout of the bytes, row-major, one row per token of a head:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -156,7 +156,7 @@ class QuantSpec:
         share = self.block_length if self.is_channel else (self.group_size or head_dim)
         return FORMATS[self.format].bits + overhead / share
 
-    @property
+    @cached_property
     def code(self) -> str:
         """One word for the spec, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense"."""
         if self.is_dense:

@@ -34,8 +34,9 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     "one-dense-layer": KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), layers={1: LayerOverride(DENSE, DENSE)}),
 }  # fmt: skip
 every_config = pytest.mark.parametrize("kv_config", CONFIGS.values(), ids=CONFIGS.keys())
-# Two with sliding layers of transformers' own, one with convolution states, two that read de-quantized copies.
-HYBRIDS = ["gemma2", "gpt_oss", "lfm2", "gptj", "deepseek_v3"]
+# Two with sliding layers of transformers' own, one with convolution states, one with linear states in quantized
+# layers, two that read de-quantized copies.
+HYBRIDS = ["gemma2", "gpt_oss", "lfm2", "falcon_h1", "gptj", "deepseek_v3"]
 LFM2 = families.Family(
     "Lfm2Config", "Lfm2ForCausalLM",
     {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "conv_L_cache": 3}, num_full=1,

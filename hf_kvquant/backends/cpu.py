@@ -153,24 +153,31 @@ def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int) -> tupl
     if tensor is None:
         return 0, 0
     batch, head, row, column = tensor.stride()
-    if column != 1 or row != tensor.shape[3]:
-        raise ValueError(f"{name}: strides {tensor.stride()} are not allowed; expected contiguous rows")
+    if column != 1 or row != tensor.size(3):
+        where = f"strides {tensor.stride()} of a stored {tensor.dtype} tensor"
+        raise ValueError(f"{name}: {where} are not allowed; expected contiguous rows")
     return batch * itemsize, head * itemsize
 
 
-def _side(name: str, states, itemsize: int):
-    spec, head_dim = states.spec, states.head_dim
+@lru_cache(maxsize=None)
+def _side_numbers(name: str, spec, head_dim: int) -> tuple[int, ...]:
+    """The last fields of a side, which depend on nothing else."""
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name} head_dim: {head_dim} is not allowed; expected a multiple of 16 up to {MAX_HEAD_DIM}")
-    recent, sink, scale = states.recent, states.sink, states.scale
     channel = spec.grid == "channel"
+    group_length = (spec.block_length if channel else spec.group_size) or head_dim
+    return _FORMATS[spec.format], channel, group_length, spec.rotate, head_dim
+
+
+def _side(name: str, states, itemsize: int):
+    data, scale, zero_point, recent, sink = (
+        states.data, states.scale, states.zero_point, states.recent, states.sink,
+    )  # fmt: skip
     return _Side(
-        states.data.data_ptr(), _address(scale), _address(states.zero_point), _address(recent), _address(sink),
-        *_head_strides(states.data, f"{name} data", states.data.element_size()),
-        *_head_strides(scale, f"{name} scale", 2), *_head_strides(recent, f"{name} recent", itemsize),
-        *_head_strides(sink, f"{name} sink", itemsize), 0 if recent is None else recent.shape[2],
-        _FORMATS[spec.format], channel, (spec.block_length if channel else spec.group_size) or head_dim, spec.rotate,
-        head_dim,
+        data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
+        *_head_strides(data, name, data.element_size()), *_head_strides(scale, name, 2),
+        *_head_strides(recent, name, itemsize), *_head_strides(sink, name, itemsize),
+        0 if recent is None else recent.size(2), *_side_numbers(name, states.spec, states.head_dim),
     )  # fmt: skip
 
 

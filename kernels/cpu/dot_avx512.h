@@ -6,9 +6,9 @@
 //   IntDot<n>   codes 0..255, four a quad; weights are whole numbers of n bytes
 //   Bf16Dot<n>  BF16 numbers, two a quad; weights are sums of n BF16 numbers
 //
-// BF16 queries need n = 2 and 1, FP16 ones 2 and 2, float ones 3 and 2: then weights are as exact as
-// the queries. The products are written as assembly, because GCC 12 moves the sums of the intrinsics
-// through other registers and the stack.
+// BF16 queries need n = 2 and 1, FP16 ones 2 and 2, float ones 3 and 3: then weights are as exact
+// as the queries. The products are written as assembly, because GCC 12 moves the sums of the
+// intrinsics through other registers and the stack.
 #pragma once
 
 #include <immintrin.h>
@@ -68,8 +68,8 @@ struct Quads {
 // Weights are whole numbers of n signed bytes, lowest first; their common factor is float.
 template <int n>
 struct IntDot {
-  static constexpr int kPasses = n;       // vectors of weights
-  static constexpr int kQuadsOfFour = 1;  // quads that hold four numbers
+  static constexpr int kPasses = n;                      // vectors of weights
+  static constexpr int kQuadsOfFour = 1;                 // quads that hold four numbers
   static constexpr float kLargest = 127 << 8 * (n - 1);  // rounded up still n bytes
 
   // The factor of `count` numbers (a multiple of 16): NaN if one is not finite.
@@ -143,15 +143,13 @@ struct Bf16Dot {
   static float inverse(float) { return 1.0f; }
   static int32_t split(const Vec* x, int32_t* quads, int stride) {
     for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
-      const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v);
-      store(numbers, quads);
-      if (n == 1) continue;
-      const auto float_of = [](__m256i half) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      };
-      const __m512 r0 = _mm512_sub_ps(x[0].v, float_of(_mm512_castsi512_si256(numbers)));
-      const __m512 r1 = _mm512_sub_ps(x[1].v, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
-      store((__m512i)_mm512_cvtne2ps_pbh(r1, r0), quads + stride);
+      __m512 a = x[0].v, b = x[1].v;
+      for (int k = 0; k < n; ++k) {
+        const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        store(numbers, quads + k * stride);
+        a = _mm512_sub_ps(a, float_of(_mm512_castsi512_si256(numbers)));
+        b = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
+      }
     }
     return 0;
   }
@@ -159,7 +157,7 @@ struct Bf16Dot {
   __m512 sum;
   void clear() { sum = _mm512_setzero_ps(); }
   void add(Quads numbers, const int32_t* quad, int stride) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int k = 0; k < n; ++k) {
       asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(numbers.v), "m"(quad[k * stride]));
     }
@@ -167,6 +165,9 @@ struct Bf16Dot {
   Vec result(int, int32_t, int32_t) const { return sum; }
 
  private:
+  static __m512 float_of(__m256i numbers) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+  }
   static void store(__m512i numbers, int32_t* quads) {
     numbers = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(numbers, 0xd8), 0xd8);
     _mm512_storeu_si512(quads, numbers);

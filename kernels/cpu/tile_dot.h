@@ -422,7 +422,7 @@ KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
   return float_key_method(side, dtype);
 }
 inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_key_method<3, 2>(side, dtype)
+  return dtype == kFloat32   ? dot_key_method<3, 3>(side, dtype)
          : dtype == kFloat16 ? dot_key_method<2, 2>(side, dtype)
                              : dot_key_method<2, 1>(side, dtype);
 }
@@ -439,7 +439,7 @@ ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
   return float_value_method(side, dtype);
 }
 inline ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_value_method<3, 2>(side, dtype)
+  return dtype == kFloat32   ? dot_value_method<3, 3>(side, dtype)
          : dtype == kFloat16 ? dot_value_method<2, 2>(side, dtype)
                              : dot_value_method<2, 1>(side, dtype);
 }

@@ -7,12 +7,18 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from hf_kvquant import QuantizedStates, QuantSpec, ops
+from hf_kvquant import QuantizedStates, QuantSpec, cache, ops
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """What is said once per process is said once per test."""
+    monkeypatch.setattr(cache, "_said", set())
 
 
 @pytest.fixture

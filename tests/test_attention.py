@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, reference
-from hf_kvquant import cache as cache_module
 from hf_kvquant.attention import attend
 from hf_kvquant.cache import learn_route
 
@@ -21,11 +20,6 @@ BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
 KEYS, VALUES = QuantSpec("int4", "channel"), QuantSpec("int4", group_size=16, rotate=True)
 SCALING = 0.21
 WINDOWS = {"sink_length": 3, "recent_length": 10}
-
-
-@pytest.fixture(autouse=True)
-def nothing_said():
-    cache_module._said.clear()
 
 
 def forbidden(*args, **kwargs):

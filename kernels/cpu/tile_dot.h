@@ -416,7 +416,12 @@ KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
                      : dot_keys<Operand<Nibble, true, kBytes>>();
     }
 #ifdef __AVX512BF16__
-    if (side.format == kFp8) return dot_keys<E4M3Operand<kNumbers>>();
+    if (side.format == kFp8) {
+      // A BF16 query is one BF16 number only as long as nothing is done to it.
+      constexpr int kRounded = kNumbers < 2 ? 2 : kNumbers;
+      return channel || side.rotate ? dot_keys<E4M3Operand<kRounded>>()
+                                    : dot_keys<E4M3Operand<kNumbers>>();
+    }
 #endif
   }
   return float_key_method(side, dtype);

@@ -95,19 +95,29 @@ struct IntDot {
       w[i] = _mm512_cvtps_epi32(x[i].v);
       sum = _mm512_add_epi32(sum, w[i]);
     }
-    // Packing leaves quad l of vector d in place d of lane l.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int k = 0; k < n; ++k, quads += stride) {
+    if (n == 3) {
       __m512i low[4];
       for (int i = 0; i < 4; ++i) {
         low[i] = _mm512_srai_epi32(_mm512_slli_epi32(w[i], 24), 24);
         w[i] = _mm512_srai_epi32(_mm512_sub_epi32(w[i], low[i]), 8);
       }
-      const __m512i ab = _mm512_packs_epi32(low[0], low[1]),
-                    cd = _mm512_packs_epi32(low[2], low[3]);
-      _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+      store_bytes(_mm512_packs_epi32(low[0], low[1]), _mm512_packs_epi32(low[2], low[3]), quads);
+      quads += stride;
     }
+    const __m512i ab = _mm512_packs_epi32(w[0], w[1]), cd = _mm512_packs_epi32(w[2], w[3]);
+    const auto low_of = [](__m512i x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); };
+    const auto high_of = [&](__m512i x) {
+      return _mm512_srai_epi16(_mm512_sub_epi16(x, low_of(x)), 8);
+    };
+    store_bytes(low_of(ab), low_of(cd), quads);
+    store_bytes(high_of(ab), high_of(cd), quads + stride);
     return _mm512_reduce_add_epi32(sum);
+  }
+
+  // Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
+  static void store_bytes(__m512i ab, __m512i cd, int32_t* quads) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
   }
 
   __m512i sum[n];

@@ -41,7 +41,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates
 from hf_kvquant.attention import attend
-from hf_kvquant.cache import QuantizedLayer
+from hf_kvquant.layers import QuantizedLayer
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from . import ops
-from .cache import learn_route, say_once
+from .route import learn_route, say_once
 from .states import QuantizedStates
 
 # Arguments that do not change what decode attention computes.

@@ -44,9 +44,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 from tqdm import tqdm
 
-from .cache import DECODE_MAX, QuantizedCache
+from .cache import QuantizedCache
 from .config import KVQuantConfig
 from .integration import NAME, attention
+from .layers import DECODE_MAX
 from .scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
 
 MODEL_NAME = "hf-kvquant"

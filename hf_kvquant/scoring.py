@@ -27,9 +27,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import attend
-from .cache import QuantizedCache, QuantizedLayer
+from .cache import QuantizedCache
 from .config import KVQuantConfig
 from .integration import attention
+from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
 from .states import dense_from

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from hf_kvquant import QuantizedStates, QuantSpec, cache, ops
+from hf_kvquant import QuantizedStates, QuantSpec, ops, route
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     """What is said once per process is said once per test."""
-    monkeypatch.setattr(cache, "_said", set())
+    monkeypatch.setattr(route, "_said", set())
 
 
 @pytest.fixture

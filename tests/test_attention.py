@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, reference
 from hf_kvquant.attention import attend
-from hf_kvquant.cache import learn_route
+from hf_kvquant.route import learn_route
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
 KEYS, VALUES = QuantSpec("int4", "channel"), QuantSpec("int4", group_size=16, rotate=True)

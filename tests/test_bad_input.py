@@ -16,7 +16,7 @@ import torch
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, ops, quantize
-from hf_kvquant.cache import learn_route
+from hf_kvquant.route import learn_route
 
 INT8 = QuantSpec("int8")
 CONFIG = families.config("llama")

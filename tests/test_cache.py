@@ -17,9 +17,9 @@ import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantizedStates, QuantSpec, reference
-from hf_kvquant import cache as cache_module
-from hf_kvquant.cache import learn_route
+from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantizedStates, QuantSpec, reference, route
+from hf_kvquant.layers import QuantizedLayer
+from hf_kvquant.route import learn_route
 
 HEADS, HEAD_DIM = 2, 64
 INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", group_size=16, rotate=True)
@@ -218,7 +218,7 @@ def test_crop_beyond_the_window_is_counted_and_reads_dequantized():
     cache = new_cache("int4")
     key, value = states(300)
     feed(cache, key, value)
-    cache_module._said.clear()
+    route._said.clear()
     with pytest.warns(UserWarning, match="more than 64 tokens"):
         cache.crop(-121)
     assert cache.routes["window_lost"] == 1
@@ -487,7 +487,7 @@ def test_memory_of_native_layers_is_counted(name):
             families.prompt(2), max_new_tokens=5, cache_implementation="kvquant-int4", return_dict_in_generate=True
         )
     cache = out.past_key_values
-    assert any(type(layer) is not cache_module.QuantizedLayer for layer in cache.layers)
+    assert any(type(layer) is not QuantizedLayer for layer in cache.layers)
     assert len(cache.quantized_layers) == families.ALL[name].num_full
     assert cache.memory_report()["total"] == every_tensor(cache)
 
@@ -543,7 +543,7 @@ def fill(name):
     cache = hf_kvquant.QuantizedCache(config, name, max_length=tokens)
     for layer_idx in range(4):
         for start in range(0, tokens, step):
-            hf_kvquant.cache.learn_route(*cache.update(x, x, layer_idx))
+            hf_kvquant.route.learn_route(*cache.update(x, x, layer_idx))
     return cache
 
 for name in sys.argv[1:]:
@@ -661,7 +661,7 @@ def test_states_that_do_not_fit_raise():
 
 def test_nonfinite_is_counted_and_said_once():
     cache = new_cache("int8-plain", layers=2)
-    cache_module._said.clear()
+    route._said.clear()
     key, value = states(70)
     key[0, 1, 5, 3], value[1, 0, 6, 2], value[1, 0, 6, 7] = torch.nan, torch.inf, torch.nan
     with warnings.catch_warnings(record=True) as said:
@@ -675,7 +675,7 @@ def test_nonfinite_is_counted_and_said_once():
 def test_route_is_dequantized_until_attention_says_otherwise():
     cache = new_cache("int4")
     key, value = states(71)
-    cache_module._said.clear()
+    route._said.clear()
     cache.update(key[:, :, :70], value[:, :, :70], 0)
     with pytest.warns(UserWarning, match="attention does not take the cached states"):
         out = cache.update(key[:, :, 70:], value[:, :, 70:], 0)

@@ -20,8 +20,7 @@ import torch
 from transformers import LogitsProcessor
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, QuantizedCache, ops
-from hf_kvquant import cache as cache_module
+from hf_kvquant import KVQuantConfig, QuantizedCache, layers, ops, storage
 from hf_kvquant.cache import FORWARD
 
 LAYERS = 6
@@ -105,7 +104,7 @@ def test_every_allocation_of_growth_may_fail(preset, monkeypatch):
     cache.update(*tokens[:, :, :, :256], 0)
     expected = copy.deepcopy(cache)
     expected.update(*tokens[:, :, :, 256:], 0)
-    real, before = cache_module._Side._empty, copy.deepcopy(cache)
+    real, before = storage.Side._empty, copy.deepcopy(cache)
     for allowed in range(20):
         left = [allowed]
 
@@ -116,7 +115,7 @@ def test_every_allocation_of_growth_may_fail(preset, monkeypatch):
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cache_module._Side, "_empty", limited)
+            patch.setattr(storage.Side, "_empty", limited)
             try:
                 cache.update(*tokens[:, :, :, 256:], 0)
                 break
@@ -130,7 +129,7 @@ def test_every_allocation_of_growth_may_fail(preset, monkeypatch):
 def test_out_of_memory_in_a_layer_of_a_batch_operation(operation, monkeypatch):
     """Some layers have other rows than the rest, so that only `reset` helps."""
     cache, ids = first_turn(build(), batch=2)
-    real, calls = cache_module.QuantizedLayer._transform, []
+    real, calls = layers.QuantizedLayer._transform, []
 
     def third_fails(layer, function):
         calls.append(layer)
@@ -139,7 +138,7 @@ def test_out_of_memory_in_a_layer_of_a_batch_operation(operation, monkeypatch):
         real(layer, function)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.QuantizedLayer, "_transform", third_fails)
+        patch.setattr(layers.QuantizedLayer, "_transform", third_fails)
         with pytest.raises(torch.OutOfMemoryError):
             getattr(cache, operation)(2 if "repeat" in operation else torch.tensor([1, 0]))
     for use in (

@@ -17,8 +17,7 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 import hf_kvquant
-from hf_kvquant import QuantizedCache
-from hf_kvquant import cache as cache_module
+from hf_kvquant import QuantizedCache, route
 from hf_kvquant.quantization import unpack
 
 PRESETS = ("int8", "fp8", "int4", "int4-small")
@@ -298,7 +297,7 @@ def test_other_models_read_dequantized_states(name, attn, preset):
     model = build(name, attn=attn)
     ids, mask = padded(name)
     forced = families.prompt(3, STEPS + 1, seed=12)
-    cache_module._said.clear()
+    route._said.clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         out = generate(

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, saving
-from hf_kvquant.cache import QuantizedLayer
+from hf_kvquant.layers import QuantizedLayer
 
 DENSE = QuantSpec("dense")
 CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {

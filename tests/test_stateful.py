@@ -35,7 +35,10 @@ from hypothesis.stateful import (
 )
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, ops, quantize
-from hf_kvquant.cache import DECODE_MAX, FORWARD, ROLLBACK, learn_route
+from hf_kvquant.cache import FORWARD
+from hf_kvquant.layers import DECODE_MAX
+from hf_kvquant.route import learn_route
+from hf_kvquant.storage import ROLLBACK
 
 STEPS_IN_CI = 10_000
 HEADS, HEAD_DIM = 1, 16

@@ -1,0 +1,415 @@
+"""`QuantizedLayer`: one layer's keys and values, stored quantized; `update` decides how attention reads them.
+
+The type that it returns is the route: a tensor means dense attention, a `QuantizedStates` the fused operator. The
+first update returns the states it was given (prefill is exact); a later one of at most `DECODE_MAX` tokens returns
+`QuantizedStates` where the model takes them; a longer one the de-quantized past and the new states.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from . import ops
+from .config import KVQuantConfig
+from .route import say_once, tagged
+from .states import QuantizedStates
+from .storage import ROLLBACK, Side, storage_nbytes
+
+# The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
+DECODE_MAX = 32
+STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FIRST_CAPACITY = 256
+
+
+class QuantizedLayer(DynamicLayer):
+    """The keys and values of one layer, each in a `Side`: a `DynamicLayer` that stores them elsewhere."""
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
+        super().__init__()
+        self.kv_config = kv_config
+        self.layer_idx = layer_idx
+        self.routes = routes
+        self.max_length = max_length
+        self.takes_states: bool | None = None
+        self.padding: torch.Tensor | None = None
+        self.length = 0
+        # True while an append writes: what finds it True knows that the last append was interrupted.
+        self.storing = False
+
+    # `DynamicLayer` keeps its states in these two attributes; here they are a de-quantized copy for who looks inside.
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._next_read(self._keys)
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        assert value is None, "the states of a quantized layer are written by update()"
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._next_read(self._values)
+
+    @values.setter
+    def values(self, value: None) -> None:
+        assert value is None, "the states of a quantized layer are written by update()"
+
+    def _next_read(self, side: Side) -> torch.Tensor | None:
+        """What the next query reads: the one before might look for exact copies that a long crop has lost."""
+        return self._states(side).dequantize(position=self.length) if self.is_initialized and self.length else None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch = key_states.shape[0]
+        if self.padding is not None and self.padding.shape[0] != batch:
+            raise ValueError(f"attention_mask: batch {self.padding.shape[0]} does not fit the states' batch {batch}")
+        capacity = self.max_length or 0
+        if capacity < key_states.shape[2]:
+            capacity = max(_FIRST_CAPACITY, key_states.shape[2])
+        config = self.kv_config
+        sides = []
+        for name, spec, states in zip(
+            ("keys", "values"), config.for_layer(self.layer_idx), (key_states, value_states)
+        ):
+            try:
+                spec = spec.resolve(states.shape[-1])
+            except ValueError as error:
+                raise ValueError(f"layer {self.layer_idx}: {name}.{error}") from None
+            sides.append(Side(spec, states, capacity, config.sink_length, config.recent_length))
+        self._keys, self._values = sides
+        with torch.inference_mode(False):
+            self.padding = None if self.padding is None else self.padding.to(self.device)
+            self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
+        self.sinks_complete = config.sink_length == 0
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
+        if not self.is_initialized:
+            self._check_new(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        start, n = self.length, key_states.shape[2]
+        if start == 0:
+            self._append(key_states, value_states)
+            self.routes["prefill_dense"] += 1
+            return tagged(key_states, self), tagged(value_states, self)
+        if n <= DECODE_MAX:
+            self._append(key_states, value_states)
+            states = self._states(self._keys), self._states(self._values)
+            if self.takes_states:
+                return states
+            self.routes["decode_dequantized"] += 1
+            self._say_dequantized()
+            return tuple(s.dequantize(position=start) for s in states)
+        past = [self._states(side).dequantize(position=start) for side in (self._keys, self._values)]
+        self._append(key_states, value_states)
+        self.routes["decode_dequantized"] += 1
+        return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
+
+    def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """What the first states of a layer must be; later ones must be like them."""
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            if states.ndim != 4:
+                shape = "[batch, num_kv_heads, n, head_dim]"
+                raise ValueError(f"{name}: shape {tuple(states.shape)} is not allowed; expected {shape}")
+            if states.dtype not in STATES_DTYPES:
+                names = [str(dtype) for dtype in STATES_DTYPES]
+                raise ValueError(f"{name}: {states.dtype} cannot be cached; expected one of {names}")
+        if key_states.shape[:2] != value_states.shape[:2]:
+            raise ValueError(
+                f"value_states: batch and num_kv_heads {tuple(value_states.shape[:2])} do not fit the keys; expected "
+                f"{tuple(key_states.shape[:2])}"
+            )
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.storing:
+            raise ValueError(
+                f"layer {self.layer_idx} was interrupted while it stored tokens; cache.crop(0) goes back to the "
+                f"{self.length} before them, cache.reset() empties the cache"
+            )
+        for name, states, side in (
+            ("key_states", key_states, self._keys),
+            ("value_states", value_states, self._values),
+        ):
+            batch, heads, _, head_dim = states.shape
+            if (batch, heads, head_dim) != side.shape or states.dtype != self.dtype:
+                raise ValueError(
+                    f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected "
+                    f"batch, num_kv_heads and head_dim {side.shape} of {self.dtype}"
+                )
+            if states.device != self.device:
+                raise ValueError(
+                    f"{name}: device {states.device} does not fit layer {self.layer_idx}; expected {self.device}"
+                )
+        if key_states.shape[2] != value_states.shape[2]:
+            raise ValueError(
+                f"value_states: {value_states.shape[2]} tokens do not fit the keys; expected {key_states.shape[2]}"
+            )
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end, exact=False)
+        self.storing = True
+        # Before the ring is written, so that an interruption cannot leave it promising what it lost.
+        for side in (self._keys, self._values):
+            side.make_way(end)
+        ops.quantize_append(
+            key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
+            self.nonfinite, self.padding, start=start,
+        )  # fmt: skip
+        if not self.sinks_complete:
+            self._append_sinks(key_states.detach(), value_states.detach(), start, end)
+        self.length = end
+        self.storing = False
+        if self.device.type == "cpu" and self.nonfinite:
+            say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
+
+    def recover(self) -> None:
+        """Forget an append that was interrupted, if everything that later queries read is still there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not self.storing:
+            return
+        for side in (self._keys, self._values):
+            if self.length == 0:
+                side.recent_start = 0
+            if side.recent is not None and side.recent_start > self._states(side).dense_from(self.length):
+                raise ValueError(
+                    f"layer {self.layer_idx} was interrupted while it stored more than {ROLLBACK} tokens, and may "
+                    "have lost exact copies; cache.reset() empties the cache"
+                )
+        self._forget_sinks()
+        self.storing = False
+
+    def _forget_sinks(self) -> None:
+        if self.sink_positions.shape[1]:
+            self.sink_positions[self.sink_positions >= self.length] = -1
+            self.sinks_complete = bool((self.sink_positions >= 0).all())
+
+    def _append_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
+        """Copy those of the new tokens that are among the first `sink_length` unpadded ones of their row."""
+        with torch.inference_mode(False):
+            is_token = torch.ones(self.sink_positions.shape[0], end, dtype=torch.bool, device=self.device)
+            if self.padding is not None:
+                known = min(end, self.padding.shape[1])
+                is_token[:, :known] = ~self.padding[:, :known]
+            rank = is_token.long().cumsum(1) - 1
+            sink_length = self.sink_positions.shape[1]
+            row, column = torch.nonzero(is_token & (rank < sink_length), as_tuple=True)
+            slot = rank[row, column]
+            self.sink_positions[row, slot] = column.int()
+            new = column >= start
+            row, column, slot = row[new], column[new] - start, slot[new]
+            for side, states in ((self._keys, key_states), (self._values, value_states)):
+                if side.sink is not None:
+                    side.sink[row, :, slot] = states[row, :, column]
+            self.sinks_complete = bool((self.sink_positions >= 0).all())
+
+    def _states(self, side: Side) -> QuantizedStates:
+        return QuantizedStates(
+            side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
+            self.length, self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
+        )  # fmt: skip
+
+    def _say_dequantized(self) -> None:
+        if self.takes_states is None:
+            say_once(
+                "This model's attention does not take the cached states as they are, so each step de-quantizes them "
+                "(slower, same values)."
+            )
+
+    def reserve(self, max_length: int, exact: bool = True) -> None:
+        """Make room for `max_length` tokens; not exact: at least half as much again, so that growing is amortised."""
+        if not self.is_initialized:
+            self.max_length = max(max_length, self.max_length or 0)
+            return
+        for side in (self._keys, self._values):
+            if max_length > side.capacity:
+                side.grow(max_length if exact else max(max_length, side.capacity * 3 // 2), self.length)
+
+    def set_padding(self, padding: torch.Tensor) -> None:
+        if self.is_initialized:
+            if padding.shape[0] != self.sink_positions.shape[0]:
+                raise ValueError(
+                    f"attention_mask: batch {padding.shape[0]} does not fit the cache's {self.sink_positions.shape[0]}"
+                )
+            padding = padding.to(self.device)
+            stored = padding.new_zeros(padding.shape[0], self.length)
+            if self.padding is not None:
+                known = min(self.length, self.padding.shape[1])
+                stored[:, :known] = self.padding[:, :known]
+            padding = torch.cat([stored, padding[:, self.length :]], dim=1)
+        with torch.inference_mode(False):
+            self.padding = padding.clone() if padding.any() else None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
+
+        Up to `ROLLBACK` tokens the cache is as if they had never come; beyond, exact copies that its queries would
+        read are replaced by their de-quantized values (`routes["window_lost"]`).
+        """
+        if not self.is_initialized:
+            return
+        self.recover()
+        probe = DynamicLayer()
+        probe.lazy_initialization(torch.empty(0), torch.empty(0))
+        probe.keys = probe.values = torch.empty(1, self.length, 1, device="meta")
+        probe.crop(tokens_to_remove)
+        length = probe.keys.shape[-2]
+        if length == self.length:
+            return
+        self.length = length
+        lost = [side.refill(self._states(side)) for side in (self._keys, self._values)]
+        if any(lost):
+            self.routes["window_lost"] += 1
+            say_once(
+                f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones."
+            )
+        self._forget_sinks()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
+
+    def _select(self, select) -> None:
+        """Apply `select` along the batch."""
+        with torch.inference_mode(False):
+            padding = None if self.padding is None else select(self.padding)
+            if not self.is_initialized:
+                self.padding = padding
+                return
+            sink_positions = select(self.sink_positions)
+            self._transform(select)
+            self.padding, self.sink_positions = padding, sink_positions
+
+    def _transform(self, function) -> None:
+        """Apply `function` to the storage of both sides, or, if there is no memory for that, to none."""
+        with torch.inference_mode(False):
+            sides = [(side, side.transformed(function)) for side in (self._keys, self._values)]
+        for side, tensors in sides:
+            vars(side).update(tensors)
+
+    def reset(self) -> None:
+        """Empty the layer; the next update allocates anew, for whatever batch comes."""
+        if self.is_initialized:
+            self.max_length = self._keys.capacity
+        self._keys = self._values = self.padding = None
+        self.length = 0
+        self.storing = self.is_initialized = False
+
+    def state(self) -> dict:
+        """Tensors and plain values from which `restore` makes an equal layer."""
+        state = {"length": self.length, "takes_states": self.takes_states, "padding": self.padding}
+        if self.length:
+            slots = (self.sink_positions >= 0)[:, None, :, None]
+            state |= {"dtype": self.dtype, "nonfinite": self.nonfinite, "sink_positions": self.sink_positions}
+            state |= {"keys": self._keys.state(self.length, slots), "values": self._values.state(self.length, slots)}
+        return state
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        """Become the layer, on `device`, whose `state` this is; the layer is new."""
+        self.takes_states, self.padding = state["takes_states"], state["padding"]
+        if not state["length"]:
+            return
+        sides = (state["keys"], state["values"])
+        like = (
+            torch.empty(*side["data"].shape[:2], 0, side["head_dim"], dtype=state["dtype"], device=device)
+            for side in sides
+        )
+        self.lazy_initialization(*like)
+        for side, saved in zip((self._keys, self._values), sides):
+            side.restore(saved, state["length"])
+        # Copies, because these are written in place and small.
+        self.sink_positions, self.nonfinite = state["sink_positions"].clone(), state["nonfinite"].clone()
+        self.sinks_complete = bool((self.sink_positions >= 0).all())
+        self.length = state["length"]
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            self._transform(lambda x: x.to(device, non_blocking=True))
+
+    def memory_report(self) -> Counter:
+        if not self.is_initialized:
+            return Counter()
+        report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
+        extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.nonfinite) if t is not None)
+        return report + Counter({"dense": extra, "total": extra})
+
+
+class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
+    """A layer with linear and full attention side by side; the linear states stay transformers' own.
+
+    Each method is either one part's, or both parts' in turn.
+    """
+
+    _layer_type = None
+    update = QuantizedLayer.update
+    get_max_length = QuantizedLayer.get_max_length
+    batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
+    batch_select_indices = QuantizedLayer.batch_select_indices
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
+        LinearAttentionLayer.__init__(self)
+        QuantizedLayer.__init__(self, kv_config, layer_idx, routes, max_length)
+
+    def set_linear_states(self, number_of_states: int) -> None:
+        """How many linear states the layer keeps; before it is used."""
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
+        if states:
+            QuantizedLayer.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **linear_states)
+
+    def state(self) -> dict:
+        linear = {name: getattr(self, name) for name in vars(LinearAttentionLayer(self.number_of_states))}
+        return QuantizedLayer.state(self) | {"linear": linear}
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        QuantizedLayer.restore(self, state, device)
+        vars(self).update(state["linear"])
+
+    def _both(self, name: str, *args) -> None:
+        for part in (LinearAttentionLayer, QuantizedLayer):
+            getattr(part, name)(self, *args)
+
+    def offload(self) -> None:
+        self._both("offload")
+
+    def prefetch(self) -> None:
+        self._both("prefetch")
+
+    def reset(self) -> None:
+        self._both("reset")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._both("reorder_cache", beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._both("crop", tokens_to_remove)
+
+    def memory_report(self) -> Counter:
+        nbytes = storage_nbytes({"conv": self.conv_states, "recurrent": self.recurrent_states})
+        return super().memory_report() + Counter(dict.fromkeys(("dense", "total", "dense_equivalent"), nbytes))

@@ -1,0 +1,66 @@
+"""How a layer learns whether its model takes quantized states, and what is said once about it.
+
+It is learned, not listed: the tensors of a layer's first update are fresh views tagged with the layer. If those very
+objects arrive at attention, and nothing else has used them, nothing stood in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+_TAG = "_kvquant_layer"
+
+
+class _Fresh(torch.Tensor):
+    """States that a layer has just returned; they know what they are, and whether anything but attention used them."""
+
+    # What `QuantizedStates` can do too.
+    _shared = frozenset(
+        {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
+        | {torch.Tensor.size, torch.Tensor.to}
+    )
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function not in cls._shared:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, cls):
+                    value.used = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def tagged(states: torch.Tensor, layer: object) -> torch.Tensor:
+    """A fresh view that remembers its layer; see `learn_route`."""
+    view = states.view_as(states)
+    if not torch.compiler.is_compiling():
+        view = view.as_subclass(_Fresh)
+        view.used = False
+    view.plain = states
+    setattr(view, _TAG, weakref.ref(layer))
+    return view
+
+
+def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Called by attention with its key and value: if they are the very objects that a layer returned from its first
+    update, and nothing else has used them (a mask made of values, say), nothing stands between cache and attention,
+    and the layer may return `QuantizedStates` from now on. Returns both as plain tensors."""
+    layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
+    used = getattr(key, "used", False) or getattr(value, "used", False)
+    same_layer = len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None
+    if same_layer and not used and layers[0].takes_states is None:
+        layers[0].takes_states = True
+    return getattr(key, "plain", key), getattr(value, "plain", value)
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)

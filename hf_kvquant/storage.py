@@ -1,0 +1,159 @@
+"""Where keys or values of one layer are stored: the quantized body, and the exact copies that override its columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from .quantization import QuantSpec
+from .states import QuantizedStates
+
+# How far a rollback may go back and still find exact copies of what its next query reads.
+ROLLBACK = 64
+
+
+class Side:
+    """Storage of keys or of values: the body, and the exact copies that override its columns."""
+
+    _tensors = ("data", "scale", "zero_point", "recent", "sink")
+
+    def __init__(self, spec: QuantSpec, states: torch.Tensor, capacity: int, sink_length: int, recent_length: int):
+        batch, num_kv_heads, _, self.head_dim = states.shape
+        self.spec = spec
+        self.dtype, self.device = states.dtype, states.device
+        self.recent_start = 0
+        window = max(recent_length, spec.block_length or 0)
+        self._ring_length = 0 if spec.is_dense or window == 0 else window + ROLLBACK
+        self.sink = None if spec.is_dense or sink_length == 0 else self._empty(batch, num_kv_heads, sink_length)
+        vars(self).update(self._allocated(batch, num_kv_heads, capacity))
+
+    def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        # Never inside inference mode: its tensors could not be written outside of it later.
+        with torch.inference_mode(False):
+            return torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
+
+    def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> dict[str, torch.Tensor | None]:
+        """Storage for `capacity` columns, by attribute. Whoever runs out of memory here has changed nothing."""
+        spec, heads = self.spec, (batch, num_kv_heads)
+        scale = zero_point = recent = None
+        if spec.is_dense:
+            data = self._empty(*heads, capacity)
+        else:
+            data = self._empty(*heads, capacity, head_dim=spec.row_bytes(self.head_dim), dtype=torch.uint8)
+            rows = -(-capacity // spec.block_length) if spec.is_channel else capacity
+            scales = {"head_dim": spec.num_scales(self.head_dim), "dtype": torch.float16}
+            scale = self._empty(*heads, rows, **scales)
+            zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
+        if self._ring_length:
+            recent = self._empty(*heads, min(self._ring_length, capacity))
+        return {"data": data, "scale": scale, "zero_point": zero_point, "recent": recent}
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """batch, num_kv_heads, head_dim"""
+        return (*self.data.shape[:2], self.head_dim)
+
+    def grow(self, capacity: int, length: int) -> None:
+        """Move the first `length` columns into larger storage."""
+        new = self._allocated(*self.data.shape[:2], capacity)
+        new["data"][:, :, :length] = self.data[:, :, :length]
+        for name in ("scale", "zero_point"):
+            old = getattr(self, name)
+            if old is not None:
+                new[name][:, :, : old.shape[2]] = old
+        if self.recent is not None:
+            columns = torch.arange(self.recent_start, length, device=self.device)
+            ring, old = new["recent"], self.recent
+            ring[:, :, columns % ring.shape[2]] = old[:, :, columns % old.shape[2]]
+        vars(self).update(new)
+
+    def make_way(self, end: int) -> None:
+        """Columns up to `end` are about to be stored: the ring loses what lies further back than its length."""
+        if self.recent is not None:
+            self.recent_start = max(self.recent_start, end - self.recent.shape[2])
+
+    def refill(self, states: QuantizedStates) -> bool:
+        """After a crop: put de-quantized values where the next query reads the ring, but the ring lost the column."""
+        needed = states.dense_from(states.length)
+        self.recent_start = min(self.recent_start, states.length)
+        if self.recent is None or needed >= self.recent_start:
+            return False
+        columns = torch.arange(needed, self.recent_start, device=self.device)
+        self.recent[:, :, columns % self.recent.shape[2]] = states.body(self.dtype)[:, :, columns]
+        self.recent_start = needed
+        return True
+
+    def transformed(self, function) -> dict[str, torch.Tensor]:
+        """`function` of every tensor, by attribute."""
+        tensors = {name: getattr(self, name) for name in self._tensors}
+        return {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+    def state(self, length: int, is_sink: torch.Tensor) -> dict:
+        """The first `length` columns as a layer's `state` holds them; what was never written is zero."""
+        whole, block = length, 1
+        if self.spec.is_channel:
+            block = self.spec.block_length
+            whole = length - length % block
+        state = {
+            "head_dim": self.head_dim,
+            "data": self.data[:, :, :length].clone(),
+            "recent_start": self.recent_start,
+        }
+        state["data"][:, :, whole:] = 0
+        for name in ("scale", "zero_point"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                state[name] = tensor[:, :, : -(-length // block)].clone()
+                state[name][:, :, whole // block :] = 0
+        if self.recent is not None:
+            columns = torch.arange(self.recent_start, length, device=self.recent.device)
+            state["recent"] = self.recent[:, :, columns % self.recent.shape[2]]
+        if self.sink is not None:
+            state["sink"] = torch.where(is_sink.to(self.sink.device), self.sink, 0)
+        return state
+
+    def restore(self, state: dict, length: int) -> None:
+        """Take over a `state` as it is; only the ring is laid out anew, since its slots depend on the capacity."""
+        self.data, self.recent_start = state["data"], state["recent_start"]
+        self.scale, self.zero_point = state.get("scale"), state.get("zero_point")
+        if "sink" in state:
+            self.sink = state["sink"].clone()
+        if self._ring_length:
+            self.recent = self._empty(*self.data.shape[:2], min(self._ring_length, length))
+            columns = torch.arange(self.recent_start, length, device=self.device)
+            self.recent[:, :, columns % self.recent.shape[2]] = state["recent"]
+
+    def memory_report(self, length: int) -> Counter:
+        batch, num_kv_heads, _ = self.shape
+        dense = sum(t.nbytes for t in (self.recent, self.sink) if t is not None)
+        body = sum(t.nbytes for t in (self.data, self.scale, self.zero_point) if t is not None)
+        heads = batch * num_kv_heads
+        rows = length // self.spec.block_length if self.spec.is_channel else length
+        columns = rows * self.spec.block_length if self.spec.is_channel else length
+        codes = heads * columns * self.data.shape[-1] * self.data.element_size()
+        scales = sum(
+            heads * rows * t.shape[-1] * t.element_size() for t in (self.scale, self.zero_point) if t is not None
+        )
+        equivalent = heads * length * self.head_dim * self.dtype.itemsize
+        if self.spec.is_dense:
+            dense, codes, body = dense + codes, 0, body - codes
+        report = {"codes": codes, "scales": scales, "dense": dense, "slack": body - codes - scales}
+        return Counter(report | {"total": sum(report.values()), "dense_equivalent": equivalent})
+
+
+def storage_nbytes(attributes: dict) -> int:
+    """Bytes of the distinct storages behind the tensors in a layer's attributes, and in their lists and dicts."""
+    storages, pending = {}, list(attributes.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+    return sum(storages.values())

@@ -172,3 +172,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", see
 def prompt(batch: int = 1, length: int = 70, seed: int = 1) -> torch.Tensor:
     """Random token ids `[batch, length]` without special tokens."""
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Say:
+    """A logits processor that makes generation say given tokens `[batch, n]`."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids, scores):
+        said = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step : self.step + 1], 0.0)
+        self.step += 1
+        return said

@@ -196,18 +196,6 @@ def distance(logits: torch.Tensor, dense: torch.Tensor) -> float:
     return float((logits - dense).pow(2).mean().sqrt() / dense.std())
 
 
-class Say:
-    """A logits processor that makes generation say given tokens `[batch, n]`."""
-
-    def __init__(self, tokens: torch.Tensor):
-        self.tokens, self.step = tokens, 0
-
-    def __call__(self, input_ids, scores):
-        said = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step : self.step + 1], 0.0)
-        self.step += 1
-        return said
-
-
 _dense: dict[tuple, object] = {}
 
 
@@ -270,10 +258,10 @@ def test_logits_are_the_dense_caches_within_the_tolerance(name, preset):
     """Also with no cache at all: what a cache is for is to change nothing."""
     subject = host(name)
     inputs, said = subject.inputs(2), families.prompt(2, STEPS, seed=8)
-    with_cache = torch.stack(dense(name, inputs, "said", logits_processor=[Say(said)]).logits)
-    without = torch.stack(dense(name, inputs, "said", logits_processor=[Say(said)], use_cache=False).logits)
+    with_cache = torch.stack(dense(name, inputs, "said", logits_processor=[families.Say(said)]).logits)
+    without = torch.stack(dense(name, inputs, "said", logits_processor=[families.Say(said)], use_cache=False).logits)
     assert distance(without, with_cache) <= 1e-4
-    out = subject.generate(inputs, logits_processor=[Say(said)], cache_implementation=f"kvquant-{preset}")
+    out = subject.generate(inputs, logits_processor=[families.Say(said)], cache_implementation=f"kvquant-{preset}")
     logits = torch.stack(out.logits)
     torch.testing.assert_close(logits[0], with_cache[0], rtol=0, atol=ROUNDING)
     assert 0 < distance(logits[1:], with_cache[1:]) <= TOLERANCE[preset]
@@ -456,9 +444,9 @@ def test_left_padding(name, preset):
     mask[1, :13] = 0
     inputs = subject.of_ids(ids * mask, mask)
     said = families.prompt(2, STEPS, seed=8)
-    expected = dense(name, inputs, "said", logits_processor=[Say(said)])
+    expected = dense(name, inputs, "said", logits_processor=[families.Say(said)])
     with subject.recorded() as calls:
-        out = subject.generate(inputs, logits_processor=[Say(said)], cache_implementation=f"kvquant-{preset}")
+        out = subject.generate(inputs, logits_processor=[families.Say(said)], cache_implementation=f"kvquant-{preset}")
     subject.assert_replayed(calls, subject.cache(preset, attention_mask=mask))
     assert distance(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE[preset]
     for layer in own(out.past_key_values).quantized_layers:

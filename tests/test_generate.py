@@ -207,23 +207,11 @@ def rows_alone(model, ids, mask, cache_implementation: str, forced: torch.Tensor
     for row in range(ids.shape[0]):
         out = generate(
             model, ids[row : row + 1, mask[row] != 0], cache_implementation=cache_implementation,
-            logits_processor=[Say(forced[row : row + 1])],
+            logits_processor=[families.Say(forced[row : row + 1])],
         )  # fmt: skip
         logits.append(torch.stack(out.logits, 1))
         caches.append(out.past_key_values)
     return torch.cat(logits), caches
-
-
-class Say:
-    """A logits processor that makes generation say given tokens `[batch, n]`."""
-
-    def __init__(self, tokens: torch.Tensor):
-        self.tokens, self.step = tokens, 0
-
-    def __call__(self, input_ids, scores):
-        said = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step : self.step + 1], 0.0)
-        self.step += 1
-        return said
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -236,7 +224,7 @@ def test_left_padding_changes_nothing(name, preset):
     ids, mask = padded(name)
     forced = families.prompt(3, STEPS + 1, seed=12)
     choice = {"cache_implementation": f"kvquant-{preset}"}
-    batch = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)], **choice)
+    batch = generate(model, ids, attention_mask=mask, logits_processor=[families.Say(forced)], **choice)
     alone, _ = rows_alone(model, ids, mask, forced=forced, **choice)
     torch.testing.assert_close(torch.stack(batch.logits, 1), alone, rtol=0, atol=tolerance)
     assert batch.past_key_values.routes["decode_fused"] == families.FAMILIES[name].num_full * STEPS
@@ -250,7 +238,7 @@ def test_left_padding_moves_blocks(name, preset):
     ids, mask = padded(name)
     forced = families.prompt(3, STEPS + 1, seed=12)
     choice = {"cache_implementation": f"kvquant-{preset}"}
-    batch = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)], **choice)
+    batch = generate(model, ids, attention_mask=mask, logits_processor=[families.Say(forced)], **choice)
     alone, _ = rows_alone(model, ids, mask, forced=forced, **choice)
     assert distance(torch.stack(batch.logits, 1), alone) <= TOLERANCE[preset]
     for layer in batch.past_key_values.quantized_layers:
@@ -267,7 +255,9 @@ def test_left_padding_flips_few_codes(name, preset):
     ids, mask = padded(name)
     forced = families.prompt(3, STEPS + 1, seed=12)
     choice = {"cache_implementation": f"kvquant-{preset}"}
-    batch = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)], **choice).past_key_values
+    batch = generate(
+        model, ids, attention_mask=mask, logits_processor=[families.Say(forced)], **choice
+    ).past_key_values
     _, alone = rows_alone(model, ids, mask, forced=forced, **choice)
     moved, total, largest = 0, 0, 0.0
     for row, cache in enumerate(alone):
@@ -301,14 +291,18 @@ def test_other_models_read_dequantized_states(name, attn, preset):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         out = generate(
-            model, ids, attention_mask=mask, cache_implementation=f"kvquant-{preset}", logits_processor=[Say(forced)]
+            model,
+            ids,
+            attention_mask=mask,
+            cache_implementation=f"kvquant-{preset}",
+            logits_processor=[families.Say(forced)],
         )
     assert type(out.past_key_values) is QuantizedCache
     routes = {route: count for route, count in out.past_key_values.routes.items() if count}
     assert routes == {"prefill_dense": 2, "decode_dequantized": 2 * STEPS}
     announced = [str(w.message) for w in said if "each step de-quantizes them" in str(w.message)]
     assert len(announced) == 1
-    dense = generate(model, ids, attention_mask=mask, logits_processor=[Say(forced)])
+    dense = generate(model, ids, attention_mask=mask, logits_processor=[families.Say(forced)])
     assert distance(torch.stack(out.logits), torch.stack(dense.logits)) <= TOLERANCE[preset]
 
 

@@ -30,7 +30,6 @@ struct Quads {
   static Quads load_first(const uint8_t* p, int bytes) {
     return _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - bytes), p);
   }
-  void store(void* p) const { _mm512_store_si512(p, v); }
   friend Quads operator^(Quads a, Quads b) { return _mm512_xor_si512(a.v, b.v); }
   friend Quads operator&(Quads a, Quads b) { return _mm512_and_si512(a.v, b.v); }
   Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)) & Quads(15); }

@@ -1,4 +1,4 @@
-// The level for AVX-512 as above with VBMI and BF16: dot products of fp8 codes, too.
+// The level for AVX-512 with VNNI, VBMI and BF16: dot products of fp8 codes, too.
 #include "cpu/decode_attention.h"
 #include "cpu/level.h"
 #include "cpu/quantize_append.h"

@@ -13,8 +13,8 @@ void use_openmp(OpenMpParallel parallel);
 
 // Calls task(context, i) once for every i < count, on at most `threads` threads (the caller is
 // one), and returns when all are done. Which thread takes which i is not defined: a task's result
-// must depend on i alone. If another call holds our own
-// pool, this one runs on the caller's thread.
+// must depend on i alone. If another call holds the pool
+// of our own, this one runs on the caller's thread.
 void parallel_for(int64_t count, int64_t threads, void (*task)(void* context, int64_t i),
                   void* context);
 

@@ -6,8 +6,7 @@
 //
 //   score        outputs: 16 columns    inputs: channels   weights: the query, scales folded in
 //                  16 bytes of each of 16 columns -> transpose quads -> 4 vectors of 4 channels
-//   accumulate   outputs: channels      inputs: columns    weights: probabilities x scales of
-//   values
+//   accumulate   outputs: channels      inputs: columns    weights: probabilities x values' scales
 //                  64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
 //
 // Symmetric codes are multiplied with an offset (xor 128, or the nibble as it is): it comes off as
@@ -88,6 +87,14 @@ inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t
   return rest;
 }
 
+// The token grid's scales of group g, of n columns from `first` on.
+inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
+  const int64_t groups = body.num_scales;
+  const uint16_t* from = body.scale + first * groups + g;
+  if (groups == 1) return halves_to_floats(from, n, scale);
+  for (int i = 0; i < n; ++i) scale[i] = to_float(Half{from[i * groups]});
+}
+
 // Calls f(first row, std::integral_constant<number of rows>) for blocks of at most kMost rows.
 template <int kMost, class F>
 inline void for_row_blocks(int rows, F f) {
@@ -139,7 +146,7 @@ struct DotKeys {
     const int group_bytes = int(keys.row_bytes / groups);
     const int group_quads = keys.head_dim / groups / 4 * Dot::kQuadsOfFour;
     alignas(64) float scale[kMaxGroups][kTile];
-    if (!keys.channel_grid) load_scales(keys, first, n, scale);
+    for (int g = 0; !keys.channel_grid && g < groups; ++g) load_scales(keys, g, first, n, scale[g]);
     for (int i = 0; i < kTile; i += Quads::kCount) {
       for (int g = 0; g < groups; ++g) {
         for_row_blocks<4>(rows, [&](int r0, auto block) {
@@ -181,16 +188,6 @@ struct DotKeys {
     }
   }
 
-  // scale[g][i] of column first + i.
-  static void load_scales(const Body& keys, int64_t first, int n, float (*scale)[kTile]) {
-    const int groups = int(keys.num_scales);
-    const uint16_t* from = keys.scale + first * groups;
-    if (groups == 1) return halves_to_floats(from, n, scale[0]);
-    for (int i = 0; i < n; ++i) {
-      for (int g = 0; g < groups; ++g) scale[g][i] = to_float(Half{from[i * groups + g]});
-    }
-  }
-
   // The sums of 16 columns over the `bytes` bytes of each from `columns` on, with the weights of
   // kRows query rows from `quad` on.
   template <int kRows>
@@ -199,7 +196,7 @@ struct DotKeys {
     Dot acc[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) acc[r].clear();
-    for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * kQuadsOfByteQuad) {
+    for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * Operand::kOut) {
       for (int i = 0; i < 16; i += 4) prefetch_tile(columns + (c + i) * 16, row_bytes);
       score_piece<kRows, 4>(columns + c, row_bytes, row, quad, acc);
     }
@@ -208,8 +205,6 @@ struct DotKeys {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sum[r] = acc[r];
   }
-  static constexpr int kQuadsOfByteQuad = Operand::kOut;
-
   template <int kRows, int kByteQuads>
   static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row,
                                  int quad, Dot* acc) {
@@ -327,13 +322,7 @@ struct DotValues {
   static void make_rows(const Body& values, int g, int64_t first, int n, const uint64_t* columns,
                         const float* p, int rows, Row* row) {
     alignas(64) float scale[kTile] = {}, weighted[kTile];
-    const int64_t groups = values.num_scales;
-    const uint16_t* from = values.scale + first * groups + g;
-    if (groups == 1) {
-      halves_to_floats(from, n, scale);
-    } else {
-      for (int i = 0; i < n; ++i) scale[i] = to_float(Half{from[i * groups]});
-    }
+    load_scales(values, g, first, n, scale);
     for (int r = 0; r < rows; ++r, ++row) {
       for (int i = 0; i < kTile; i += Vec::kWidth) {
         const Vec w = Vec::load(p + r * kTile + i) * Vec::load(scale + i);

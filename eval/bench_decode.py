@@ -298,7 +298,7 @@ def _append_run(config: KVQuantConfig) -> int:
 
 def bench_append(args, stored: dict, key: torch.Tensor, value: torch.Tensor, roof: _bench.PlainRead) -> list[dict]:
     """Microseconds per token when tokens come one by one; overwrites the end of what is stored."""
-    nonfinite = torch.zeros((), dtype=torch.int64)
+    faults = torch.zeros(2, dtype=torch.int64)
     first_k, first_v = key[:, :, :1].contiguous(), value[:, :, :1].contiguous()
 
     def concatenate():
@@ -308,7 +308,7 @@ def bench_append(args, stored: dict, key: torch.Tensor, value: torch.Tensor, roo
         # From the next border of a block, so that one is completed in every run.
         start = -(-keys.length // run) * run
         for t in range(start, start + run):
-            ops.quantize_append(first_k, first_v, keys, values, nonfinite, start=t)
+            ops.quantize_append(first_k, first_v, keys, values, faults, start=t)
 
     tasks, tokens = {"torch.cat": concatenate}, {"torch.cat": 1}
     for name, (keys, values) in stored.items():
@@ -325,7 +325,7 @@ def bench_prompt(args: argparse.Namespace) -> dict[str, list[dict]]:
     """Checks, and the time to quantize a whole prompt at once, next to the causal attention of its prefill."""
     query, key, value = random_states(args, args.prompt)
     query = query.expand(-1, -1, args.prompt, -1).contiguous()
-    nonfinite = torch.zeros((), dtype=torch.int64)
+    faults = torch.zeros(2, dtype=torch.int64)
     tasks = {
         "prefill attention": lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
         "copy of K and V": lambda: (key.clone(), value.clone()),
@@ -334,13 +334,13 @@ def bench_prompt(args: argparse.Namespace) -> dict[str, list[dict]]:
     for name, config in args.configs.items():
         # Filled with other tokens, so that what is checked was written by the call that is timed.
         keys, values = fill(config, value, key, 1, 0)
-        ops.quantize_append(key, value, keys, values, nonfinite, start=0)
+        ops.quantize_append(key, value, keys, values, faults, start=0)
         expected = fill(replace(config, backend="reference"), key, value, 1, 0)
         # Sinks are copied by the cache, not by the operator.
         checks += check_bytes(
             name, *(tuple(replace(s, sink=None) for s in pair) for pair in ((keys, values), expected))
         )
-        tasks[name] = lambda k=keys, v=values: ops.quantize_append(key, value, k, v, nonfinite, start=0)
+        tasks[name] = lambda k=keys, v=values: ops.quantize_append(key, value, k, v, faults, start=0)
     checks = [{"length": args.prompt, **check} for check in checks]
     if not all(check["passed"] for check in checks):
         return {"checks": checks}

@@ -100,7 +100,7 @@ class QuantizedCache(DynamicCache):
         """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`,
         and `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
         names = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
-        nonfinite = sum(int(layer.nonfinite) for layer in self.quantized_layers if layer.is_initialized)
+        nonfinite = sum(int(layer.faults[0]) for layer in self.quantized_layers if layer.is_initialized)
         return {name: self._routes[name] for name in names} | {"nonfinite": nonfinite}
 
     def set_padding(self, attention_mask: torch.Tensor) -> None:

@@ -81,9 +81,8 @@ class QuantizedLayer(DynamicLayer):
         self._keys, self._values = sides
         with torch.inference_mode(False):
             self.padding = None if self.padding is None else self.padding.to(self.device)
-            self.nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.faults = torch.zeros(2, dtype=torch.int64, device=self.device)
             self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
-        self.sinks_complete = config.sink_length == 0
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -159,13 +158,11 @@ class QuantizedLayer(DynamicLayer):
             side.make_way(end)
         ops.quantize_append(
             key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
-            self.nonfinite, self.padding, start=start,
+            self.faults, self.padding, start=start,
         )  # fmt: skip
-        if not self.sinks_complete:
-            self._append_sinks(key_states.detach(), value_states.detach(), start, end)
         self.length = end
         self.storing = False
-        if self.device.type == "cpu" and self.nonfinite:
+        if self.device.type == "cpu" and self.faults[0]:
             say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
 
     def recover(self) -> None:
@@ -190,26 +187,6 @@ class QuantizedLayer(DynamicLayer):
     def _forget_sinks(self) -> None:
         if self.sink_positions.shape[1]:
             self.sink_positions[self.sink_positions >= self.length] = -1
-            self.sinks_complete = bool((self.sink_positions >= 0).all())
-
-    def _append_sinks(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
-        """Copy those of the new tokens that are among the first `sink_length` unpadded ones of their row."""
-        with torch.inference_mode(False):
-            is_token = torch.ones(self.sink_positions.shape[0], end, dtype=torch.bool, device=self.device)
-            if self.padding is not None:
-                known = min(end, self.padding.shape[1])
-                is_token[:, :known] = ~self.padding[:, :known]
-            rank = is_token.long().cumsum(1) - 1
-            sink_length = self.sink_positions.shape[1]
-            row, column = torch.nonzero(is_token & (rank < sink_length), as_tuple=True)
-            slot = rank[row, column]
-            self.sink_positions[row, slot] = column.int()
-            new = column >= start
-            row, column, slot = row[new], column[new] - start, slot[new]
-            for side, states in ((self._keys, key_states), (self._values, value_states)):
-                if side.sink is not None:
-                    side.sink[row, :, slot] = states[row, :, column]
-            self.sinks_complete = bool((self.sink_positions >= 0).all())
 
     def _states(self, side: Side) -> QuantizedStates:
         return QuantizedStates(
@@ -316,7 +293,7 @@ class QuantizedLayer(DynamicLayer):
         state = {"length": self.length, "takes_states": self.takes_states, "padding": self.padding}
         if self.length:
             slots = (self.sink_positions >= 0)[:, None, :, None]
-            state |= {"dtype": self.dtype, "nonfinite": self.nonfinite, "sink_positions": self.sink_positions}
+            state |= {"dtype": self.dtype, "faults": self.faults, "sink_positions": self.sink_positions}
             state |= {"keys": self._keys.state(self.length, slots), "values": self._values.state(self.length, slots)}
         return state
 
@@ -334,8 +311,7 @@ class QuantizedLayer(DynamicLayer):
         for side, saved in zip((self._keys, self._values), sides):
             side.restore(saved, state["length"])
         # Copies, because these are written in place and small.
-        self.sink_positions, self.nonfinite = state["sink_positions"].clone(), state["nonfinite"].clone()
-        self.sinks_complete = bool((self.sink_positions >= 0).all())
+        self.sink_positions, self.faults = state["sink_positions"].clone(), state["faults"].clone()
         self.length = state["length"]
 
     def offload(self) -> None:
@@ -353,7 +329,7 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             return Counter()
         report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
-        extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.nonfinite) if t is not None)
+        extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.faults) if t is not None)
         return report + Counter({"dense": extra, "total": extra})
 
 

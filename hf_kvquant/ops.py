@@ -18,22 +18,29 @@ from .states import QuantizedStates
 
 MAX_Q_LEN = 16
 
-_SIDE = "Tensor{} {side}_data, Tensor{}? {side}_scale, Tensor{}? {side}_zero_point, Tensor{}? {side}_recent"
 _library = torch.library.Library("kvquant", "DEF")
+
+
+def _side(name: str, written: str = "") -> str:
+    """One side's storage as arguments of a schema; `written`: a letter per tensor, if the operator writes them."""
+    tensors = zip(("data", "scale", "zero_point", "recent", "sink"), written or " " * 5)
+    return ", ".join(
+        f"Tensor{'' if letter == ' ' else f'({letter}!)'}{'' if tensor == 'data' else '?'} {name}_{tensor}"
+        for tensor, letter in tensors
+    )
+
+
+# `length`: the number of stored columns as an int64 on the device. Where it is given, `kv_len` is the width of the
+# mask, and `start` is ignored.
 _library.define(
-    "decode_attention(Tensor query, "
-    + _SIDE.format("", "", "", "", side="k")
-    + ", Tensor? k_sink, "
-    + _SIDE.format("", "", "", "", side="v")
-    + ", Tensor? v_sink, Tensor? sink_positions, Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, int kv_len, "
-    "int recent_length, float scaling, float softcap, str backend) -> (Tensor, Tensor)"
+    f"decode_attention(Tensor query, {_side('k')}, {_side('v')}, Tensor? sink_positions, Tensor? length, "
+    "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, int kv_len, int recent_length, float scaling, "
+    "float softcap, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "quantize_append(Tensor key, Tensor value, "
-    + _SIDE.format("(a!)", "(b!)", "(c!)", "(d!)", side="k")
-    + ", "
-    + _SIDE.format("(e!)", "(f!)", "(g!)", "(h!)", side="v")
-    + ", Tensor(i!) nonfinite, Tensor? padding, str k_spec, str v_spec, int start, str backend) -> ()"
+    f"quantize_append(Tensor key, Tensor value, {_side('k', 'abcde')}, {_side('v', 'fghij')}, "
+    "Tensor(k!)? sink_positions, Tensor(l!) faults, Tensor? padding, Tensor? length, str k_spec, str v_spec, "
+    "int start, str backend) -> ()"
 )
 
 
@@ -79,13 +86,13 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
 
 def _decode_attention(
     query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, v_scale, v_zero_point, v_recent, v_sink,
-    sink_positions, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend,
+    sink_positions, length, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend,
 ):  # fmt: skip
     keys, values = (
         QuantizedStates.of_operator(
             spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=sink,
             sink_positions=sink_positions, length=kv_len, recent_length=recent_length, head_dim=head_dim,
-            dtype=query.dtype,
+            dtype=query.dtype, device_length=length,
         )
         for spec, data, scale, zero_point, recent, sink, head_dim in (
             (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, query.shape[-1]),
@@ -97,21 +104,22 @@ def _decode_attention(
 
 
 def _quantize_append(
-    key, value, k_data, k_scale, k_zero_point, k_recent, v_data, v_scale, v_zero_point, v_recent, nonfinite, padding,
-    k_spec, v_spec, start, backend,
+    key, value, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, v_scale, v_zero_point, v_recent, v_sink,
+    sink_positions, faults, padding, length, k_spec, v_spec, start, backend,
 ):  # fmt: skip
     keys, values = (
         QuantizedStates.of_operator(
-            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=None,
-            sink_positions=None, length=start, recent_length=0, head_dim=x.shape[-1], dtype=x.dtype,
+            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=sink,
+            sink_positions=sink_positions, length=start, recent_length=0, head_dim=x.shape[-1], dtype=x.dtype,
+            device_length=length,
         )
-        for spec, data, scale, zero_point, recent, x in (
-            (k_spec, k_data, k_scale, k_zero_point, k_recent, key),
-            (v_spec, v_data, v_scale, v_zero_point, v_recent, value),
+        for spec, data, scale, zero_point, recent, sink, x in (
+            (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, key),
+            (v_spec, v_data, v_scale, v_zero_point, v_recent, v_sink, value),
         )
     )  # fmt: skip
     _implementation(backend, key.device.type, key.dtype).quantize_append(
-        key, value, keys, values, nonfinite, padding, start=start
+        key, value, keys, values, faults, padding, start=start
     )
 
 
@@ -132,7 +140,7 @@ _library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("kvquant::decode_attention", lib=_library)
 def _(query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, *args):
-    v_spec = args[8]
+    v_spec = args[9]
     shape = (*query.shape[:-1], _head_dim(v_spec, v_data))
     return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
@@ -160,8 +168,8 @@ def decode_attention(
     _check(query, keys, values, mask, s_aux)
     return torch.ops.kvquant.decode_attention(
         query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
-        values.zero_point, values.recent, values.sink, keys.sink_positions, mask, s_aux, keys.spec.code,
-        values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
+        values.zero_point, values.recent, values.sink, keys.sink_positions, keys.device_length, mask, s_aux,
+        keys.spec.code, values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
     )  # fmt: skip
 
 
@@ -170,15 +178,16 @@ def quantize_append(
     value: torch.Tensor,
     keys: QuantizedStates,
     values: QuantizedStates,
-    nonfinite: torch.Tensor,
+    faults: torch.Tensor,
     padding: torch.Tensor | None = None,
     *,
     start: int,
 ) -> None:
     """`reference.quantize_append` (which see) on the backend that the states name."""
     torch.ops.kvquant.quantize_append(
-        key, value, keys.data, keys.scale, keys.zero_point, keys.recent, values.data, values.scale, values.zero_point,
-        values.recent, nonfinite, padding, keys.spec.code, values.spec.code, start, keys.backend,
+        key, value, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
+        values.zero_point, values.recent, values.sink, keys.sink_positions, faults, padding, keys.device_length,
+        keys.spec.code, values.spec.code, start, keys.backend,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def decode_attention(
 
     Args:
         query: `[batch, num_heads, q_len, head_dim]`; query j stands at column `kv_len - q_len + j`.
-        keys, values: states of the same length `kv_len`.
+        keys, values: states of the same length `kv_len`; a mask is as wide as the limit of a length on the device.
         mask: None or `[batch, kv_len]` (non-zero: attend): causal as well; `[batch or 1, num_heads or 1, q_len or 1,
             kv_len]`, complete: bool (True: attend) or additive, where values at or below `finfo(mask.dtype).min` hide.
         s_aux: learned sink logits `[num_heads]`, one more column without a value.
@@ -36,7 +36,9 @@ def decode_attention(
         `[batch, num_heads, q_len]`. A row whose mask hides every key returns zeros.
     """
     batch, num_heads, q_len, _ = query.shape
+    keys, values = keys.known(), values.known()
     kv_len, num_kv_heads = keys.length, keys.shape[1]
+    mask = None if mask is None else mask[..., :kv_len]
     compute = torch.promote_types(query.dtype, torch.float32)
 
     def per_head(x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,7 @@ def quantize_append(
     value: torch.Tensor,
     keys: QuantizedStates,
     values: QuantizedStates,
-    nonfinite: torch.Tensor,
+    faults: torch.Tensor,
     padding: torch.Tensor | None = None,
     *,
     start: int,
@@ -101,16 +103,24 @@ def quantize_append(
     Args:
         key, value: `[batch, num_kv_heads, n, head_dim]` for the columns `start .. start + n`.
         keys, values: states whose storage has room for `start + n` columns; their `length` is not used.
-        nonfinite: int64 scalar; raised by the number of token vectors that hold a NaN or infinity.
-        padding: bool `[batch, p]`, True for columns below p that are padding; they do not enter block statistics.
-        start: the number of columns written before.
+        faults: int64 `[2]`; raised by the number of token vectors that hold a NaN or infinity, and by the number of
+            tokens that had no room: then nothing is stored.
+        padding: bool `[batch, p]`, True for columns below p that are padding; they do not enter block statistics, and
+            are no sinks.
+        start: the number of columns written before, where the states have no `device_length` that says it.
 
-    A block of the channel grid is quantized when its last column arrives: earlier columns come from the ring.
+    A block of the channel grid is quantized when its last column arrives: earlier columns come from the ring. The
+    first tokens of a row that are no padding become its sinks; slots with a column from `start` on are free.
     """
+    if keys.device_length is not None:
+        start = int(keys.device_length)
+    if any(start + x.shape[2] > states.data.shape[2] for x, states in ((key, keys), (value, values))):
+        faults[1] += key.shape[2]
+        return
     for x, states in ((key, keys), (value, values)):
         n = x.shape[2]
         end = start + n
-        nonfinite += (~x.isfinite()).any(-1).sum()
+        faults[0] += (~x.isfinite()).any(-1).sum()
         if states.spec.is_dense:
             states.data[:, :, start:end] = x
         elif states.spec.is_channel:
@@ -123,6 +133,24 @@ def quantize_append(
             ring_length = states.recent.shape[2]
             last = torch.arange(max(start, end - ring_length), end, device=x.device)
             states.recent[:, :, last % ring_length] = x[:, :, last - start]
+    if keys.sink_positions is not None and keys.sink_positions.numel():
+        _append_sinks(key, value, keys, values, padding, start)
+
+
+def _append_sinks(key, value, keys: QuantizedStates, values: QuantizedStates, padding, start: int) -> None:
+    n, positions = key.shape[2], keys.sink_positions
+    is_token = torch.ones(key.shape[0], n, dtype=torch.bool, device=key.device)
+    if padding is not None:
+        padding = padding[:, start : start + n]
+        is_token[:, : padding.shape[1]] = ~padding
+    taken = ((positions >= 0) & (positions < start)).sum(1, keepdim=True)
+    slots = taken + is_token.long().cumsum(1) - 1
+    row, column = torch.nonzero(is_token & (slots < positions.shape[1]), as_tuple=True)
+    slot = slots[row, column]
+    positions[row, slot] = (start + column).int()
+    for x, states in ((key, keys), (value, values)):
+        if states.sink is not None:
+            states.sink[row, :, slot] = x[row, :, column]
 
 
 def _append_blocks(x: torch.Tensor, states: QuantizedStates, padding: torch.Tensor | None, start: int) -> None:

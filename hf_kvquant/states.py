@@ -54,6 +54,8 @@ class QuantizedStates:
         length: number of columns (kv_len).
         recent_length: see the module's docstring.
         head_dim, dtype: of the states that were stored.
+        device_length: int64 scalar on the device, or None. Where it is given, it is the number of columns, and
+            `length` only a limit of it: what a compiled step, which may not ask the device, knows.
         backend: the operator's backend, "auto" or a name.
         routes: the cache's route counter, so that attention can count what it did.
     """
@@ -71,6 +73,7 @@ class QuantizedStates:
     dtype: torch.dtype
     backend: str = "auto"
     routes: Counter = field(default_factory=Counter)
+    device_length: torch.Tensor | None = None
 
     @classmethod
     def of_operator(cls, **fields) -> QuantizedStates:
@@ -104,7 +107,7 @@ class QuantizedStates:
             raise ValueError(f"dtype: quantized states of {self.dtype} cannot become {dtype}; dequantize them")
         if device is None or device == self.device:
             return self
-        tensors = ("data", "scale", "zero_point", "recent", "sink", "sink_positions")
+        tensors = ("data", "scale", "zero_point", "recent", "sink", "sink_positions", "device_length")
         moved = {name: getattr(self, name) for name in tensors}
         moved = {n: None if t is None else t.to(device, non_blocking=non_blocking) for n, t in moved.items()}
         return replace(self, **moved)
@@ -122,6 +125,12 @@ class QuantizedStates:
     def shortened(self, length: int) -> QuantizedStates:
         """The same states as of an earlier length (their queries read the same columns)."""
         return replace(self, length=length)
+
+    def known(self) -> QuantizedStates:
+        """The same states with the device's length as `length`; waits for the device."""
+        if self.device_length is None:
+            return self
+        return replace(self, length=min(int(self.device_length), self.length), device_length=None)
 
     def dense_from(self, position: int) -> int:
         """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""

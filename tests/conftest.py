@@ -58,7 +58,7 @@ def _store(
     chunks: Sequence[int] | None = None,
     capacity: int | None = None,
     append: Callable = ops.quantize_append,
-    nonfinite: torch.Tensor | None = None,
+    faults: torch.Tensor | None = None,
     backend: str = "reference",
 ) -> tuple[QuantizedStates, QuantizedStates]:
     """States of keys and values `[batch, num_kv_heads, kv_len, head_dim]`, in storage that was poisoned before.
@@ -68,11 +68,7 @@ def _store(
     """
     batch, num_kv_heads, kv_len, _ = key.shape
     capacity = capacity or kv_len + 70
-    is_token = torch.ones(batch, kv_len, dtype=torch.bool) if padding is None else ~padding
     sink_positions = torch.full((batch, sink_length), -1, dtype=torch.int32)
-    for row in range(batch):
-        first = is_token[row].nonzero()[:sink_length, 0]
-        sink_positions[row, : len(first)] = first.int()
 
     def empty_states(spec: QuantSpec, x: torch.Tensor) -> QuantizedStates:
         head_dim = x.shape[-1]
@@ -91,10 +87,6 @@ def _store(
                 recent = _poisoned(*heads, min(window + 64, capacity), head_dim, dtype=x.dtype)
             if sink_length:
                 sink = _poisoned(*heads, sink_length, head_dim, dtype=x.dtype)
-                for row in range(batch):
-                    for slot, column in enumerate(sink_positions[row].tolist()):
-                        if column >= 0:
-                            sink[row, :, slot] = x[row, :, column]
         return QuantizedStates(
             spec,
             data,
@@ -111,11 +103,11 @@ def _store(
         )
 
     keys, values = empty_states(k_spec, key), empty_states(v_spec, value)
-    nonfinite = torch.zeros((), dtype=torch.int64) if nonfinite is None else nonfinite
+    faults = torch.zeros(2, dtype=torch.int64) if faults is None else faults
     start = 0
     for n in chunks or [kv_len]:
         new = slice(start, start + n)
-        append(key[:, :, new], value[:, :, new], keys, values, nonfinite, padding, start=start)
+        append(key[:, :, new], value[:, :, new], keys, values, faults, padding, start=start)
         start += n
     assert start == kv_len, (start, kv_len)
     return keys, values

@@ -64,7 +64,7 @@ def stored(cache: QuantizedCache, layer_idx: int = 0) -> dict[str, torch.Tensor]
     """Everything that later queries can read, by name: bytes of whole columns, the ring by column, sinks."""
     layer = cache.layers[layer_idx]
     positions = layer.sink_positions
-    found = {"positions": positions.sort(1).values, "nonfinite": layer.nonfinite}
+    found = {"positions": positions.sort(1).values, "faults": layer.faults}
     for name, side in (("keys", layer._keys), ("values", layer._values)):
         now = layer._states(side)
         length, rows = layer.length, layer.length
@@ -521,7 +521,7 @@ def test_bytes_at_8k_tokens(name, at_most):
     assert report["total"] / report["dense_equivalent"] <= at_most
     assert report["slack"] == 0
     layer = cache.layers[0]
-    small = layer.sink_positions.nbytes + layer.nonfinite.nbytes
+    small = layer.sink_positions.nbytes + layer.faults.nbytes
     assert report["total"] == HEADS * expected_bytes(KVQuantConfig.preset(name), tokens, 128) + small
 
 

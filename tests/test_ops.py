@@ -40,16 +40,18 @@ def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
         query,
         *(keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink),
         *(values.data, values.scale, values.zero_point, values.recent, values.sink),
-        *(keys.sink_positions, mask, s_aux, keys.spec.code, values.spec.code, keys.length, keys.recent_length),
+        *(keys.sink_positions, keys.device_length, mask, s_aux, keys.spec.code, values.spec.code),
+        *(keys.length, keys.recent_length),
         *(0.2, 0.0, keys.backend),
     )
 
 
 def append_arguments(key, value, keys, values, padding=None) -> tuple:
     return (
-        *(key, value, keys.data, keys.scale, keys.zero_point, keys.recent),
-        *(values.data, values.scale, values.zero_point, values.recent),
-        *(torch.zeros((), dtype=torch.int64), padding, keys.spec.code, values.spec.code, keys.length, keys.backend),
+        *(key, value, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink),
+        *(values.data, values.scale, values.zero_point, values.recent, values.sink, keys.sink_positions),
+        *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, keys.spec.code, values.spec.code),
+        *(keys.length, keys.backend),
     )
 
 
@@ -70,8 +72,8 @@ class TestSchema:
             return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
         assert written(torch.ops.kvquant.decode_attention) == []
-        sides = [f"{side}_{name}" for side in "kv" for name in ("data", "scale", "zero_point", "recent")]
-        assert written(torch.ops.kvquant.quantize_append) == [*sides, "nonfinite"]
+        sides = [f"{side}_{name}" for side in "kv" for name in ("data", "scale", "zero_point", "recent", "sink")]
+        assert written(torch.ops.kvquant.quantize_append) == [*sides, "sink_positions", "faults"]
 
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
     @by_pair
@@ -110,7 +112,7 @@ class TestFake:
             scale = torch.empty(2, 2, 40, 1, dtype=torch.float16)
             output, lse = torch.ops.kvquant.decode_attention(
                 query, k_data, scale, None, None, None, v_data, None if v_format == "dense" else scale, None, None,
-                None, None, None, None, "int8:token:64", QuantSpec(v_format).code, 40, 0, 0.2, 0.0, "auto",
+                None, None, None, None, None, "int8:token:64", QuantSpec(v_format).code, 40, 0, 0.2, 0.0, "auto",
             )  # fmt: skip
         assert (output.shape, output.dtype) == ((2, 6, 3, 48), dtype)
         assert (lse.shape, lse.dtype) == ((2, 6, 3), torch.float32)
@@ -120,11 +122,11 @@ class TestFake:
         with FakeTensorMode():
             x = torch.empty(2, 2, 1, 64)
             data, scale = torch.empty(2, 2, 40, 64, dtype=torch.uint8), torch.empty(2, 2, 40, 1, dtype=torch.float16)
-            storage = (data, scale, None, None)
+            storage = (data, scale, None, None, None)
             code = "int8:token:64"
-            nonfinite = torch.zeros((), dtype=torch.int64)
+            faults = torch.zeros(2, dtype=torch.int64)
             result = torch.ops.kvquant.quantize_append(
-                x, x, *storage, *storage, nonfinite, None, code, code, 39, "auto"
+                x, x, *storage, *storage, None, faults, None, None, code, code, 39, "auto"
             )
         assert result is None
 
@@ -150,12 +152,12 @@ class TestCalls:
         padding[1, :20] = True
         results = []
         for append in (ops.quantize_append, reference.quantize_append):
-            nonfinite = torch.zeros((), dtype=torch.int64)
-            options = {"padding": padding, "chunks": [30, 3, 1, 36], "nonfinite": nonfinite, "recent_length": 9}
+            faults = torch.zeros(2, dtype=torch.int64)
+            options = {"padding": padding, "chunks": [30, 3, 1, 36], "faults": faults, "recent_length": 9}
             states = store(key, value, *pair, append=append, **options)
             tensors = [t for s in states for t in (s.data, s.scale, s.zero_point, s.recent) if t is not None]
             results.append([t.view(torch.uint8) for t in tensors])
-            assert nonfinite.item() == 1
+            assert faults.tolist() == [1, 0]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_auto_equals_the_reference(self, setting):
@@ -295,4 +297,4 @@ class TestBackends:
             ops.decode_attention(query, keys, values, scaling=0.2)
         x = torch.zeros(2, 2, 1, 32)
         with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):
-            ops.quantize_append(x, x, keys, values, torch.zeros((), dtype=torch.int64), start=40)
+            ops.quantize_append(x, x, keys, values, torch.zeros(2, dtype=torch.int64), start=40)

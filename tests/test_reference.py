@@ -483,7 +483,7 @@ class TestAppend:
         for padding in (short, whole):
             keys, values = store(key, key, *PAIRS["int8-channel"])
             keys.data.fill_(0)
-            reference.quantize_append(key, key, keys, values, torch.zeros((), dtype=torch.int64), padding, start=0)
+            reference.quantize_append(key, key, keys, values, torch.zeros(2, dtype=torch.int64), padding, start=0)
             appended.append(keys)
         assert same_storage(*appended)
         assert not torch.equal(appended[0].scale[:, :, :1], quantize(key, keys.spec).scale[:, :, :1])
@@ -496,12 +496,12 @@ class TestAppend:
         key[1, :, 20, 0] = math.inf
         value[0, 1, 39, 7] = -math.inf
         for chunks in ([40], [1] * 40):
-            nonfinite = torch.full((), 5, dtype=torch.int64)
-            store(key, value, *pair, chunks=chunks, nonfinite=nonfinite, append=reference.quantize_append)
-            assert nonfinite.item() == 5 + 1 + 2 + 1
+            faults = torch.tensor([5, 0])
+            store(key, value, *pair, chunks=chunks, faults=faults, append=reference.quantize_append)
+            assert faults.tolist() == [5 + 1 + 2 + 1, 0]
 
     def test_finite_numbers_are_not_counted(self, outlier, store):
-        nonfinite = torch.zeros((), dtype=torch.int64)
+        faults = torch.zeros(2, dtype=torch.int64)
         x = outlier(1, 1, 40, 32)
-        store(x, x, *PAIRS["int8"], nonfinite=nonfinite, append=reference.quantize_append)
-        assert nonfinite.item() == 0
+        store(x, x, *PAIRS["int8"], faults=faults, append=reference.quantize_append)
+        assert not faults.any()

@@ -38,11 +38,11 @@ _Side = _struct(
     "Side",
     "data scale zero_point recent sink",
     "data_batch data_head scale_batch scale_head recent_batch recent_head sink_batch sink_head "
-    "ring_length format grid group_length rotate head_dim",
+    "capacity ring_length format grid group_length rotate head_dim",
 )
 _Attention = _struct(
     "Attention",
-    "query output logsumexp mask s_aux sink_positions",
+    "query output logsumexp mask s_aux sink_positions length",
     "query_batch query_head query_row mask_batch mask_head mask_row mask_column sink_positions_batch num_sinks "
     "mask_kind mask_width dtype batch num_heads num_kv_heads q_len kv_len recent_length isa threads",
     "scaling softcap",
@@ -52,8 +52,8 @@ _Attention = _struct(
 _NewTokens = _struct("NewTokens", "x", "batch_stride head_stride row_stride n", side=_Side)
 _Append = _struct(
     "Append",
-    "nonfinite padding",
-    "padding_stride padding_length dtype batch num_kv_heads start isa threads",
+    "faults padding sink_positions length",
+    "padding_stride padding_length sink_positions_batch num_sinks dtype batch num_kv_heads start isa threads",
     keys=_NewTokens,
     values=_NewTokens,
 )
@@ -177,8 +177,18 @@ def _side(name: str, states, itemsize: int):
         data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
         *_head_strides(data, name, data.element_size()), *_head_strides(scale, name, 2),
         *_head_strides(recent, name, itemsize), *_head_strides(sink, name, itemsize),
-        0 if recent is None else recent.size(2), *_side_numbers(name, states.spec, states.head_dim),
+        data.size(2), 0 if recent is None else recent.size(2), *_side_numbers(name, states.spec, states.head_dim),
     )  # fmt: skip
+
+
+def _sink_positions(keys, values) -> tuple[int | None, int, int]:
+    """Address, stride of batch in bytes, and number of slots."""
+    positions = keys.sink_positions
+    if positions is None or (keys.sink is None and values.sink is None):
+        return None, 0, 0
+    if positions.dtype != torch.int32 or positions.stride(1) != 1:
+        raise ValueError(f"sink_positions: dtype {positions.dtype} does not fit; expected contiguous int32 rows")
+    return positions.data_ptr(), positions.stride(0) * 4, positions.shape[1]
 
 
 def _check_dtypes(dtype: torch.dtype, *tensors: tuple[str, torch.Tensor | None]) -> int:
@@ -235,24 +245,21 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
         mask_strides = strides if len(strides) == 4 else (strides[0], 0, 0, strides[1])
     if s_aux is not None:
         s_aux = s_aux.to(torch.float32).contiguous()
-    positions = keys.sink_positions if keys.sink is not None or values.sink is not None else None
-    if positions is not None and (positions.dtype != torch.int32 or positions.stride(1) != 1):
-        raise ValueError(f"sink_positions: dtype {positions.dtype} does not fit; expected contiguous int32 rows")
-
+    positions, positions_stride, num_sinks = _sink_positions(keys, values)
     _call(
         _library().kvquant_decode_attention,
         _Attention(
-            query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux),
-            _address(positions), *query_strides, *mask_strides, 0 if positions is None else positions.stride(0) * 4,
-            0 if positions is None else positions.shape[1], kind, width, code, batch, num_heads, keys.data.shape[1],
-            q_len, keys.length, keys.recent_length, _level(isa or _from_environment), torch.get_num_threads(),
-            scaling, softcap, _side("keys", keys, itemsize), _side("values", values, itemsize),
+            query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux), positions,
+            _address(keys.device_length), *query_strides, *mask_strides, positions_stride, num_sinks, kind, width,
+            code, batch, num_heads, keys.data.shape[1], q_len, keys.length, keys.recent_length,
+            _level(isa or _from_environment), torch.get_num_threads(), scaling, softcap,
+            _side("keys", keys, itemsize), _side("values", values, itemsize),
         ),
     )  # fmt: skip
     return output, logsumexp
 
 
-def quantize_append(key, value, keys, values, nonfinite, padding=None, *, start, isa=None):
+def quantize_append(key, value, keys, values, faults, padding=None, *, start, isa=None):
     """`reference.quantize_append` (which see); `isa` names a level, by default the best.
 
     Raises:
@@ -269,7 +276,8 @@ def quantize_append(key, value, keys, values, nonfinite, padding=None, *, start,
     sides = []
     for name, x, states in (("key", key, keys), ("value", value, values)):
         itemsize, end = x.element_size(), start + x.shape[2]
-        if x.shape[3] != states.head_dim or end > states.data.shape[2]:
+        knows_end = states.device_length is None
+        if x.shape[3] != states.head_dim or (knows_end and end > states.data.shape[2]):
             room = (batch, num_kv_heads, states.data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
         if states.spec.grid == "channel" and states.recent is None and start % states.spec.block_length:
@@ -279,11 +287,13 @@ def quantize_append(key, value, keys, values, nonfinite, padding=None, *, start,
         strides = [s * itemsize for s in x.stride()[:3]]
         # A contiguous copy must live until the call is over.
         sides.append((x, _NewTokens(x.data_ptr(), *strides, x.shape[2], _side(f"{name}s", states, itemsize))))
+    positions, positions_stride, num_sinks = _sink_positions(keys, values)
     _call(
         _library().kvquant_quantize_append,
         _Append(
-            nonfinite.data_ptr(), _address(padding), 0 if padding is None else padding.stride(0),
-            0 if padding is None else padding.shape[1], code, batch, num_kv_heads, start,
+            faults.data_ptr(), _address(padding), positions, _address(keys.device_length),
+            0 if padding is None else padding.stride(0), 0 if padding is None else padding.shape[1],
+            positions_stride, num_sinks, code, batch, num_kv_heads, start,
             _level(isa or _from_environment), torch.get_num_threads(), sides[0][1], sides[1][1],
         ),
     )  # fmt: skip

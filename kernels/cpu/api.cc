@@ -1,5 +1,5 @@
 // The C interface of the library, and the choice of the level.
-#include <cstring>
+#include <initializer_list>
 
 #include "cpu/level.h"
 #include "cpu/thread_pool.h"
@@ -57,11 +57,21 @@ KVQUANT_API void kvquant_use_openmp(void* parallel) {
 KVQUANT_API int kvquant_decode_attention(const KvquantAttention* a) {
   const Level* chosen = level(a->isa);
   if (chosen == nullptr) return kNoLevel;
-  return chosen->decode_attention(*a) ? kDone : kNoMemory;
+  KvquantAttention known = *a;
+  if (a->length != nullptr && *a->length < a->kv_len) known.kv_len = *a->length;
+  return chosen->decode_attention(known) ? kDone : kNoMemory;
 }
 
 KVQUANT_API int kvquant_quantize_append(const KvquantAppend* a) {
   const Level* chosen = level(a->isa);
   if (chosen == nullptr) return kNoLevel;
-  return chosen->quantize_append(*a) ? kDone : kNoMemory;
+  KvquantAppend known = *a;
+  if (a->length != nullptr) known.start = *a->length;
+  for (const KvquantNewTokens* x : {&a->keys, &a->values}) {
+    if (known.start + x->n > x->side.capacity) {
+      a->faults[1] += x->n;
+      return kDone;
+    }
+  }
+  return chosen->quantize_append(known) ? kDone : kNoMemory;
 }

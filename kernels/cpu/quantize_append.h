@@ -5,7 +5,7 @@
 //   count the non-finite),
 //           and on the channel grid every block that the new tokens complete, its earlier columns
 //           taken from the ring
-//   then    per side and head: the ring, which the blocks have read by now
+//   then    per side and head: the ring, which the blocks have read by now, and the sinks
 #pragma once
 
 #include <atomic>
@@ -161,11 +161,16 @@ struct QuantizeAppend {
       }
     };
     parallel_for(heads * (per_head[0] + per_head[1]), threads, write);
-    auto ring = [&](int64_t i) {
-      write_ring(*sides[i >= heads], i % heads / a.num_kv_heads, i % heads % a.num_kv_heads);
+    auto copies = [&](int64_t i) {
+      const int64_t b = i % heads / a.num_kv_heads, h = i % heads % a.num_kv_heads;
+      write_ring(*sides[i >= heads], b, h);
+      write_sinks(*sides[i >= heads], b, h);
     };
-    parallel_for(2 * heads, threads, ring);
-    *a.nonfinite += nonfinite.load();
+    parallel_for(2 * heads, threads, copies);
+    for (int64_t b = 0; b < a.batch; ++b)
+      for_each_new_sink(b, a.keys.n,
+                        [&](int64_t slot, int64_t t) { sink_positions(b)[slot] = int32_t(t); });
+    a.faults[0] += nonfinite.load();
     return !no_memory;
   }
 
@@ -175,6 +180,23 @@ struct QuantizeAppend {
   static uint8_t* ring_row(const KvquantSide& side, int64_t b, int64_t h, int64_t t) {
     return side.recent + b * side.recent_stride[0] + h * side.recent_stride[1] +
            t % side.ring_length * side.head_dim * int64_t(sizeof(T));
+  }
+
+  bool is_padding(int64_t b, int64_t t) const {
+    return a.padding && t < a.padding_length && a.padding[b * a.padding_stride + t];
+  }
+  int32_t* sink_positions(int64_t b) const {
+    return (int32_t*)((uint8_t*)a.sink_positions + b * a.sink_positions_stride);
+  }
+  // Calls take(slot, column) for those of n new tokens of row b that become sinks.
+  template <class Take>
+  void for_each_new_sink(int64_t b, int64_t n, Take take) const {
+    int64_t slot = 0;
+    while (slot < a.num_sinks && sink_positions(b)[slot] >= 0 && sink_positions(b)[slot] < a.start)
+      ++slot;
+    for (int64_t t = a.start; t < a.start + n && slot < a.num_sinks; ++t) {
+      if (!is_padding(b, t)) take(slot++, t);
+    }
   }
 
   void write_chunk(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t chunk) {
@@ -221,7 +243,7 @@ struct QuantizeAppend {
     for (int i = 0; i < length; ++i) {
       const int64_t t = block * length + i;
       rows[i] = t < a.start ? ring_row(side, b, h, t) : new_row(x, b, h, t);
-      counted[i] = !(a.padding && t < a.padding_length && a.padding[b * a.padding_stride + t]);
+      counted[i] = !is_padding(b, t);
     }
     auto* codes = static_cast<uint8_t*>(scratch(kTaskScratch, size_t(length) * head_dim));
     if (codes == nullptr) {
@@ -259,6 +281,15 @@ struct QuantizeAppend {
     for (int64_t t = first; t < end; ++t) {
       std::memcpy(ring_row(x.side, b, h, t), new_row(x, b, h, t), x.side.head_dim * sizeof(T));
     }
+  }
+
+  void write_sinks(const KvquantNewTokens& x, int64_t b, int64_t h) {
+    if (x.side.sink == nullptr) return;
+    const int64_t bytes = x.side.head_dim * int64_t(sizeof(T));
+    uint8_t* sink = x.side.sink + b * x.side.sink_stride[0] + h * x.side.sink_stride[1];
+    for_each_new_sink(b, x.n, [&](int64_t slot, int64_t t) {
+      std::memcpy(sink + slot * bytes, new_row(x, b, h, t), bytes);
+    });
   }
 };
 

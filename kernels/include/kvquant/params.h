@@ -38,8 +38,9 @@ typedef struct KvquantSide {
   uint16_t* scale;       // FP16: one row per token (token grid) or per block (channel grid)
   uint16_t* zero_point;  // like scale, or null
   uint8_t* recent;       // ring of exact copies, column t in slot t % ring_length; or null
-  const uint8_t* sink;   // exact copies of the columns in sink_positions; or null
+  uint8_t* sink;         // exact copies of the columns in sink_positions; or null
   int64_t data_stride[2], scale_stride[2], recent_stride[2], sink_stride[2];  // of batch and head
+  int64_t capacity;  // columns that `data` has room for
   int64_t ring_length;
   int64_t format, grid;
   int64_t group_length;  // token grid: channels that share a scale; channel grid: tokens that do
@@ -54,6 +55,7 @@ typedef struct KvquantAttention {
   const uint8_t* mask;
   const float* s_aux;             // `[num_heads]`, or null
   const int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
+  const int64_t* length;          // if not null, it replaces kv_len, which is then the mask's width
   int64_t query_stride[3];        // of batch, head and query
   int64_t mask_stride[4];         // of batch, head, query and column
   int64_t sink_positions_stride;  // of batch
@@ -75,10 +77,17 @@ typedef struct KvquantNewTokens {
   KvquantSide side;
 } KvquantNewTokens;
 
+// New tokens that have no room are not stored at all. Sinks are the first num_sinks tokens of a row
+// that are not padding: a row's slots fill in order, and those with columns from start on are free.
 typedef struct KvquantAppend {
-  int64_t* nonfinite;      // raised by the number of token vectors that hold a NaN or infinity
-  const uint8_t* padding;  // bool `[batch, padding_length]`, or null
+  int64_t* faults;          // [0] += token vectors that hold a NaN or infinity; [1] += tokens that
+                            // had no room
+  const uint8_t* padding;   // bool `[batch, padding_length]`, or null
+  int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
+  const int64_t* length;    // if not null, it replaces start
   int64_t padding_stride, padding_length;
+  int64_t sink_positions_stride;  // of batch
+  int64_t num_sinks;
   int64_t dtype;
   int64_t batch, num_kv_heads, start;
   int64_t isa, threads;

@@ -45,43 +45,36 @@ def attend(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
+    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] > key.shape[2]:
+        attention_mask = attention_mask[..., : key.shape[2]]
     if not isinstance(key, states_type):
         key, value = learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     obstacle = _obstacle(module, query, type(value) is type(key), attention_mask, kwargs)
-    if obstacle is None and operator is None and _looks_ahead(attention_mask, query.shape[2]):
-        obstacle = f"a mask that looks ahead in an update of more than {ops.MAX_Q_LEN} tokens"
     if obstacle is not None:
-        say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
-        key.routes["decode_dequantized"] += 1
-        first = key.shape[2] - query.shape[2]
-        key, value = (s.dequantize(position=first) if isinstance(s, states_type) else s for s in (key, value))
+        if not torch.compiler.is_compiling():
+            say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
+        key.routes.count("decode_dequantized")
+        first = key.position(query.shape[2])
+        key, value = (s.dequantize(first) if isinstance(s, states_type) else s for s in (key, value))
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    key.routes["decode_fused"] += 1
+    key.routes.count("decode_fused")
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kwargs.get("position_bias") is not None:
-        attention_mask = _join(kwargs["position_bias"], attention_mask, query.shape[2], key.shape[2])
+        columns = torch.arange(key.shape[2], device=query.device)
+        seen = columns <= columns[: query.shape[2], None] + key.position(query.shape[2])
+        attention_mask = _join(kwargs["position_bias"], attention_mask, seen)
     softcap = float(kwargs.get("softcap") or 0.0)
-    operator = operator or _decode
-    output = operator(query, key, value, attention_mask, kwargs.get("s_aux"), scaling=float(scaling), softcap=softcap)
+    arguments = (query, key, value, attention_mask, kwargs.get("s_aux"))
+    output = (operator or _decode)(*arguments, scaling=float(scaling), softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _decode(
-    query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, mask, s_aux, **options
-) -> torch.Tensor:
-    """`ops.decode_attention` for any q_len, in parts of at most `ops.MAX_Q_LEN` queries."""
-    q_len, outputs = query.shape[2], []
-    for start in range(0, q_len, ops.MAX_Q_LEN):
-        part = query[:, :, start : start + ops.MAX_Q_LEN]
-        end = start + part.shape[2]
-        length = keys.length - q_len + end
-        rows = _rows(mask, start, end, length)
-        states = keys.shortened(length), values.shortened(length)
-        outputs.append(ops.decode_attention(part, *states, rows, s_aux, **options)[0])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+def _decode(*arguments, **options) -> torch.Tensor:
+    return ops.decode_attention(*arguments, **options)[0]
 
 
 def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) -> str | None:
@@ -104,29 +97,10 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) 
     return f"the attention argument {unknown[0]!r}" if unknown else None
 
 
-def _looks_ahead(mask: torch.Tensor | None, q_len: int) -> bool:
-    """Whether a query sees keys of a later part of the update (see `_decode`), as in prefix or image attention."""
-    if mask is None or mask.ndim == 2 or q_len <= ops.MAX_Q_LEN:
-        return False
-    later = mask[:, :, : ops.MAX_Q_LEN, mask.shape[-1] - q_len + ops.MAX_Q_LEN :]
-    return bool((later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min).any())
-
-
-def _rows(mask: torch.Tensor | None, start: int, end: int, length: int) -> torch.Tensor | None:
-    """The mask of the queries `start .. end`, whose newest key is column `length - 1`."""
-    if mask is None:
-        return None
-    if mask.ndim == 4 and mask.shape[2] > 1:
-        mask = mask[:, :, start:end]
-    return mask[..., :length]
-
-
-def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, q_len: int, kv_len: int) -> torch.Tensor:
-    """One additive mask `[batch or 1, num_heads, q_len, kv_len]` of a bias and a mask (T5)."""
+def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
+    """One additive mask `[batch or 1, num_heads, q_len, kv_len]` of a bias and a mask (T5); `seen`: bool, causal."""
     lowest = torch.finfo(position_bias.dtype).min
     if mask is None or mask.ndim == 2:
-        columns = torch.arange(kv_len, device=position_bias.device)
-        seen = columns <= columns[kv_len - q_len :, None]
         mask = seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
     if mask.dtype == torch.bool:
         return torch.where(mask, position_bias, lowest)

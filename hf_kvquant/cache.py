@@ -17,19 +17,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
 from . import saving
 from .config import KVQuantConfig
-from .layers import QuantizedHybridLayer, QuantizedLayer
-from .route import say_once
+from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
+from .layers import QuantizedLayer
+from .route import ROUTES, Routes, say_once
+from .static import DeviceRoutes, StaticQuantizedLayer
 from .storage import storage_nbytes
 
 FORWARD = "forward call"
@@ -43,7 +47,8 @@ class QuantizedCache(DynamicCache):
     Args:
         config: the model's config.
         kv_config: `KVQuantConfig`, a preset's name, a YAML path or a dict.
-        max_length: tokens to allocate storage for at once; None grows it geometrically.
+        max_length: tokens to allocate storage for at once; None grows it geometrically. A static cache needs it, and
+            holds no more.
         attention_mask: `[batch, kv_len]`, 0 where the first tokens are padding; see `set_padding`.
 
     Raises:
@@ -63,10 +68,18 @@ class QuantizedCache(DynamicCache):
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a number of tokens or None")
         self._config = config
         self.kv_config = KVQuantConfig.load(kv_config)
-        self._routes = Counter()
+        if self.kv_config.static and not max_length:
+            raise ValueError(f"max_length: {max_length!r} is not allowed; expected a static cache's number of tokens")
+        self._routes = Routes()
         self._unfinished: str | None = None
-        layers = DynamicCache(config=config).layers
+        self._max_length = max_length
+        layers = self._native_layers()
         kinds = {DynamicLayer: QuantizedLayer, LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer}
+        if self.kv_config.static:
+            kinds = {
+                StaticLayer: StaticQuantizedLayer,
+                LinearAttentionAndStaticFullAttentionLayer: StaticQuantizedHybridLayer,
+            }
         quantizable = [i for i, layer in enumerate(layers) if type(layer) in kinds]
         if not quantizable:
             names = sorted({type(layer).__name__ for layer in layers})
@@ -91,6 +104,12 @@ class QuantizedCache(DynamicCache):
         if attention_mask is not None:
             self.set_padding(attention_mask)
 
+    def _native_layers(self) -> list[CacheLayerMixin]:
+        """The layers that transformers' own cache of this kind would have."""
+        if self.kv_config.static:
+            return StaticCache(self._config.get_text_config(decoder=True), max_cache_len=self._max_length).layers
+        return DynamicCache(config=self._config).layers
+
     @property
     def quantized_layers(self) -> list[QuantizedLayer]:
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
@@ -99,9 +118,13 @@ class QuantizedCache(DynamicCache):
     def routes(self) -> dict[str, int]:
         """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`,
         and `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
-        names = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
         nonfinite = sum(int(layer.faults[0]) for layer in self.quantized_layers if layer.is_initialized)
-        return {name: self._routes[name] for name in names} | {"nonfinite": nonfinite}
+        counts = self._counted_routes()
+        return {name: counts[name] for name in ROUTES} | {"nonfinite": nonfinite}
+
+    def _counted_routes(self) -> Counter:
+        on_devices = (layer.routes for layer in self.quantized_layers if isinstance(layer.routes, DeviceRoutes))
+        return sum((routes.known() for routes in on_devices), Counter(self._routes))
 
     def set_padding(self, attention_mask: torch.Tensor) -> None:
         """Say which columns are padding, `[batch, kv_len]` with 0 for padding; columns beyond the mask are tokens.
@@ -158,7 +181,7 @@ class QuantizedCache(DynamicCache):
         description = {"kv_config": self.kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
         layers = [layer.state() if isinstance(layer, QuantizedLayer) else vars(layer) for layer in self.layers]
         kinds = [type(layer).__name__ for layer in self.layers]
-        saving.write(path, description, {"kinds": kinds, "layers": layers, "routes": dict(self._routes)})
+        saving.write(path, description, {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())})
 
     @classmethod
     def load(
@@ -191,7 +214,8 @@ class QuantizedCache(DynamicCache):
         is_model = isinstance(config, PreTrainedModel)
         if device is None:
             device = config.device if is_model else "cpu"
-        cache = cls(config.config if is_model else config, file.description["kv_config"])
+        model_config, kv_config = (config.config if is_model else config), file.description["kv_config"]
+        cache = cls(model_config, kv_config, max_length=max_length if kv_config.get("static") else None)
         state = file.state(device)
         kinds = [type(layer).__name__ for layer in cache.layers]
         if kinds != state["kinds"]:
@@ -237,7 +261,13 @@ class QuantizedCache(DynamicCache):
         self._unfinished, self._whole = None, self._lengths()
 
     def _lengths(self) -> list[int]:
-        return [layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0 for layer in self.layers]
+        lengths = []
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer):
+                lengths.append(layer.length)
+            else:
+                lengths.append(int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0)
+        return lengths
 
     def _gained(self) -> dict[int, int]:
         """By how many tokens each layer in use grew since the last complete change."""
@@ -330,7 +360,7 @@ class QuantizedCache(DynamicCache):
             raise ValueError(f"{name}: selects rows of shape {tuple(rows.shape)}; expected one dimension, not empty")
 
     def reset(self) -> None:
-        for layer, new in zip(self.layers, DynamicCache(config=self._config).layers):
+        for layer, new in zip(self.layers, self._native_layers()):
             if isinstance(layer, QuantizedLayer):
                 layer.reset()
             else:

@@ -11,7 +11,7 @@ transformers saves a generation config through it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,8 @@ from .quantization import QuantSpec
 BACKENDS = (AUTO, *NAMES)
 MAX_SINK_LENGTH = 1024
 MAX_RECENT_LENGTH = 4096
+# Ending of a preset's name.
+STATIC = "-static"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class KVQuantConfig:
             https://arxiv.org/abs/2309.17453).
         recent_length: a query reads the last so many tokens, its own included, exactly.
         backend: "auto", or the one backend that must run.
+        static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
         layers: `LayerOverride` by layer index.
 
     Raises:
@@ -55,6 +58,7 @@ class KVQuantConfig:
     sink_length: int = 0
     recent_length: int = 0
     backend: str = AUTO
+    static: bool = False
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
     def __post_init__(self):
@@ -64,6 +68,8 @@ class KVQuantConfig:
                 raise ValueError(f"{field}: {value!r} is not allowed; expected an integer from 0 to {limit}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: {self.backend!r} is not allowed; expected one of {list(BACKENDS)}")
+        if not isinstance(self.static, bool):
+            raise ValueError(f"static: {self.static!r} is not allowed; expected true or false")
         _check_specs("", self.keys, self.values)
         layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         seen = set()
@@ -94,15 +100,21 @@ class KVQuantConfig:
         return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
 
     @classmethod
+    def names(cls) -> list[str]:
+        """Every name that `preset` knows: each preset, and each with `STATIC` behind it."""
+        return [name + ending for ending in ("", STATIC) for name in cls.preset_names()]
+
+    @classmethod
     def preset(cls, name: str) -> KVQuantConfig:
-        """A shipped preset by name.
+        """A shipped preset by name; "int8-static" is "int8" in storage of a fixed size.
 
         Raises:
             ValueError: no such preset.
         """
-        if name not in cls.preset_names():
-            raise ValueError(f"preset: {name!r} is unknown; expected one of {cls.preset_names()}")
-        return _read_preset(name)
+        if name not in cls.names():
+            raise ValueError(f"preset: {name!r} is unknown; expected one of {cls.names()}")
+        config = _read_preset(name.removesuffix(STATIC))
+        return replace(config, static=True) if name.endswith(STATIC) else config
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> KVQuantConfig:
@@ -142,12 +154,12 @@ class KVQuantConfig:
             return source
         if isinstance(source, Mapping):
             return cls.from_dict(source)
-        if isinstance(source, str) and source in cls.preset_names():
+        if isinstance(source, str) and source in cls.names():
             return cls.preset(source)
         if isinstance(source, (str, Path)):
             if not Path(source).exists():
                 raise ValueError(
-                    f"kv_config: {str(source)!r} is neither a preset nor a file; the presets are {cls.preset_names()}"
+                    f"kv_config: {str(source)!r} is neither a preset nor a file; the presets are {cls.names()}"
                 )
             return cls.from_yaml(source)
         raise ValueError(
@@ -169,6 +181,7 @@ class KVQuantConfig:
             "sink_length": self.sink_length,
             "recent_length": self.recent_length,
             "backend": self.backend,
+            "static": self.static,
             "layers": {index: override(o) for index, o in self.layers},
         }
 

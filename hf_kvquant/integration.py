@@ -17,8 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
-from transformers.generation import configuration_utils
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.generation import GenerationMode, configuration_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.utils.output_capturing import _active_collector
 
@@ -27,11 +34,13 @@ from .cache import FORWARD, QuantizedCache
 from .config import KVQuantConfig
 
 NAME = "kvquant"
+# Attribute of a model: the longest static cache that `generate` made for it.
+_LONGEST = "_previous_max_cache_length"
 
 
 def cache_implementations() -> list[str]:
-    """Every value of `cache_implementation` that is ours: "kvquant" and "kvquant-<preset>"."""
-    return [NAME, *(f"{NAME}-{preset}" for preset in KVQuantConfig.preset_names())]
+    """Every value of `cache_implementation` that is ours: "kvquant", "kvquant-<preset>", "kvquant-<preset>-static"."""
+    return [NAME, *(f"{NAME}-{preset}" for preset in KVQuantConfig.names())]
 
 
 def install() -> None:
@@ -275,9 +284,16 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
                 given.set_padding(mask)
         if not _is_ours(generation_config.cache_implementation) or model_kwargs.get("past_key_values") is not None:
             return prepare(self, *arguments)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            # Candidates are stored before they are verified.
+            max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
         cache = _build(self, generation_config, max_cache_length, mask)
         if encoder_decoder:
-            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config.get_text_config(decoder=True)))
+            cache = EncoderDecoderCache(cache, _cross_attention_cache(self, cache, model_kwargs))
+        elif cache.is_compileable and generation_config.prefill_chunk_size is not None:
+            _initialize(
+                self, cache, batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            )
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -301,10 +317,36 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, mask: tor
         raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
     else:
         config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
+    config = KVQuantConfig.load(config)
+    if config.static:
+        if generation_config.is_assistant:
+            raise ValueError(
+                f"cache_implementation: {name!r} cannot act in an assistant, whose cache grows from call to call; "
+                "choose one that is not static"
+            )
+        # As long as the longest before, so that a compiled step serves this call too; as transformers does.
+        max_length = max(max_length, generation_config.max_cache_len or 0, getattr(model, _LONGEST, 0))
+        setattr(model, _LONGEST, max_length)
     cache = QuantizedCache(model.config, config, max_length=max_length, attention_mask=mask)
     if not _reads_a_cache(model):
         raise ValueError(no_cache)
     return cache
+
+
+def _cross_attention_cache(
+    model: PreTrainedModel, cache: QuantizedCache, model_kwargs: dict
+) -> DynamicCache | StaticCache:
+    config = model.config.get_text_config(decoder=True)
+    if cache.kv_config.static:
+        return StaticCache(config, max_cache_len=model_kwargs["encoder_outputs"][0].shape[1])
+    return DynamicCache(config=config)
+
+
+def _initialize(model: PreTrainedModel, cache: QuantizedCache, batch_size: int) -> None:
+    """Allocate before a compiled prefill, which would be compiled anew for a cache that had been allocated in it."""
+    shape = model._get_static_cache_init_shape()
+    if shape is not None:
+        cache.early_initialization(batch_size, *shape, dtype=model.dtype, device=model.device)
 
 
 def _reads_a_cache(model: PreTrainedModel) -> bool:

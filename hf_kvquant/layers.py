@@ -1,7 +1,7 @@
 """`QuantizedLayer`: one layer's keys and values, stored quantized; `update` decides how attention reads them.
 
 The type that it returns is the route: a tensor means dense attention, a `QuantizedStates` the fused operator. The
-first update returns the states it was given (prefill is exact); a later one of at most `DECODE_MAX` tokens returns
+first update returns the states it was given (prefill is exact); a later one of at most `ops.MAX_Q_LEN` tokens returns
 `QuantizedStates` where the model takes them; a longer one the de-quantized past and the new states.
 """
 
@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .config import KVQuantConfig
-from .route import say_once, tagged
+from .route import Routes, say_once, tagged
 from .states import QuantizedStates
-from .storage import ROLLBACK, Side, storage_nbytes
+from .storage import ROLLBACK, Side
 
-# The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
-DECODE_MAX = 32
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIRST_CAPACITY = 256
 
@@ -27,7 +25,7 @@ _FIRST_CAPACITY = 256
 class QuantizedLayer(DynamicLayer):
     """The keys and values of one layer, each in a `Side`: a `DynamicLayer` that stores them elsewhere."""
 
-    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
         super().__init__()
         self.kv_config = kv_config
         self.layer_idx = layer_idx
@@ -94,19 +92,19 @@ class QuantizedLayer(DynamicLayer):
         start, n = self.length, key_states.shape[2]
         if start == 0:
             self._append(key_states, value_states)
-            self.routes["prefill_dense"] += 1
+            self.routes.count("prefill_dense")
             return tagged(key_states, self), tagged(value_states, self)
-        if n <= DECODE_MAX:
+        if n <= ops.MAX_Q_LEN:
             self._append(key_states, value_states)
             states = self._states(self._keys), self._states(self._values)
             if self.takes_states:
                 return states
-            self.routes["decode_dequantized"] += 1
+            self.routes.count("decode_dequantized")
             self._say_dequantized()
             return tuple(s.dequantize(position=start) for s in states)
         past = [self._states(side).dequantize(position=start) for side in (self._keys, self._values)]
         self._append(key_states, value_states)
-        self.routes["decode_dequantized"] += 1
+        self.routes.count("decode_dequantized")
         return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
 
     def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -154,14 +152,20 @@ class QuantizedLayer(DynamicLayer):
         self.reserve(end, exact=False)
         self.storing = True
         # Before the ring is written, so that an interruption cannot leave it promising what it lost.
-        for side in (self._keys, self._values):
-            side.make_way(end)
+        self._make_way(end)
         ops.quantize_append(
             key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
             self.faults, self.padding, start=start,
         )  # fmt: skip
         self.length = end
         self.storing = False
+        self._say_nonfinite()
+
+    def _make_way(self, end: int) -> None:
+        for side in (self._keys, self._values):
+            side.make_way(end)
+
+    def _say_nonfinite(self) -> None:
         if self.device.type == "cpu" and self.faults[0]:
             say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
 
@@ -247,7 +251,7 @@ class QuantizedLayer(DynamicLayer):
         self.length = length
         lost = [side.refill(self._states(side)) for side in (self._keys, self._values)]
         if any(lost):
-            self.routes["window_lost"] += 1
+            self.routes.count("window_lost")
             say_once(
                 f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones."
             )
@@ -271,14 +275,17 @@ class QuantizedLayer(DynamicLayer):
                 return
             sink_positions = select(self.sink_positions)
             self._transform(select)
-            self.padding, self.sink_positions = padding, sink_positions
+            self._put(self, {"padding": padding, "sink_positions": sink_positions})
 
     def _transform(self, function) -> None:
         """Apply `function` to the storage of both sides, or, if there is no memory for that, to none."""
         with torch.inference_mode(False):
             sides = [(side, side.transformed(function)) for side in (self._keys, self._values)]
         for side, tensors in sides:
-            vars(side).update(tensors)
+            self._put(side, tensors)
+
+    def _put(self, owner: object, tensors: dict[str, torch.Tensor | None]) -> None:
+        vars(owner).update(tensors)
 
     def reset(self) -> None:
         """Empty the layer; the next update allocates anew, for whatever batch comes."""
@@ -331,61 +338,3 @@ class QuantizedLayer(DynamicLayer):
         report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
         extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.faults) if t is not None)
         return report + Counter({"dense": extra, "total": extra})
-
-
-class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
-    """A layer with linear and full attention side by side; the linear states stay transformers' own.
-
-    Each method is either one part's, or both parts' in turn.
-    """
-
-    _layer_type = None
-    update = QuantizedLayer.update
-    get_max_length = QuantizedLayer.get_max_length
-    batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
-    batch_select_indices = QuantizedLayer.batch_select_indices
-
-    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int | None = None):
-        LinearAttentionLayer.__init__(self)
-        QuantizedLayer.__init__(self, kv_config, layer_idx, routes, max_length)
-
-    def set_linear_states(self, number_of_states: int) -> None:
-        """How many linear states the layer keeps; before it is used."""
-        LinearAttentionLayer.__init__(self, number_of_states)
-
-    def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
-        if states:
-            QuantizedLayer.lazy_initialization(self, *states)
-        else:
-            LinearAttentionLayer.lazy_initialization(self, **linear_states)
-
-    def state(self) -> dict:
-        linear = {name: getattr(self, name) for name in vars(LinearAttentionLayer(self.number_of_states))}
-        return QuantizedLayer.state(self) | {"linear": linear}
-
-    def restore(self, state: dict, device: torch.device | str) -> None:
-        QuantizedLayer.restore(self, state, device)
-        vars(self).update(state["linear"])
-
-    def _both(self, name: str, *args) -> None:
-        for part in (LinearAttentionLayer, QuantizedLayer):
-            getattr(part, name)(self, *args)
-
-    def offload(self) -> None:
-        self._both("offload")
-
-    def prefetch(self) -> None:
-        self._both("prefetch")
-
-    def reset(self) -> None:
-        self._both("reset")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._both("reorder_cache", beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self._both("crop", tokens_to_remove)
-
-    def memory_report(self) -> Counter:
-        nbytes = storage_nbytes({"conv": self.conv_states, "recurrent": self.recurrent_states})
-        return super().memory_report() + Counter(dict.fromkeys(("dense", "total", "dense_equivalent"), nbytes))

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from .cache import QuantizedCache
 from .config import KVQuantConfig
 from .integration import NAME, attention
-from .layers import DECODE_MAX
+from .ops import MAX_Q_LEN
 from .scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
 
 MODEL_NAME = "hf-kvquant"
@@ -253,8 +253,8 @@ class KVQuantLM(HFLM):
         if self.kv_config is not None and tail > 0:
             mask = generation_kwargs.get("attention_mask")
             cache = QuantizedCache(self.model.config, self.kv_config, max_length=max_length, attention_mask=mask)
-            # `generate` itself decodes the last token; more than DECODE_MAX at once would not be decode.
-            cuts = [0, *range(length - tail, length - 1, DECODE_MAX), length - 1]
+            # `generate` itself decodes the last token; more than MAX_Q_LEN at once would not be decode.
+            cuts = [0, *range(length - tail, length - 1, MAX_Q_LEN), length - 1]
             with torch.no_grad(), self._autocast(), attention(self.model):
                 for start, end in itertools.pairwise(cuts):
                     inputs = mask_inputs(self.model, mask, start, end)

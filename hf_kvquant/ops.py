@@ -16,7 +16,8 @@ from .backends import AUTO, NAMES
 from .quantization import QuantSpec
 from .states import QuantizedStates
 
-MAX_Q_LEN = 16
+# The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
+MAX_Q_LEN = 32
 
 _library = torch.library.Library("kvquant", "DEF")
 
@@ -160,7 +161,7 @@ def decode_attention(
     scaling: float,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.decode_attention` (which see) on the backend that the states name; q_len is 1 to 16.
+    """`reference.decode_attention` (which see) on the backend that the states name; q_len is 1 to 32.
 
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit together, each by name.
@@ -206,7 +207,7 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
         return
     full = (batch, keys.length) if mask.ndim == 2 else (batch, num_heads, q_len, keys.length)
     broadcast = mask.ndim == len(full) and mask.shape[-1] == keys.length
-    if not broadcast or any(m not in (1, f) for m, f in zip(mask.shape, full)):
+    if not broadcast or any(m != 1 and m != f for m, f in zip(mask.shape, full)):
         raise ValueError(f"mask: shape {tuple(mask.shape)} does not fit; expected {full}, or 1 instead of a size")
     # An integer mask of 0 and 1 would be added to the scores.
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():

@@ -23,7 +23,7 @@ Layout of the bytes, row-major, one row per token of a head:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -63,6 +63,8 @@ class QuantSpec:
         group_size: token grid: channels that share a scale, a multiple of 16 that divides head_dim; None = whole head.
         block_length: channel grid: tokens that share a channel's scale, a power of two from 16 to 256 (64 if None).
         rotate: token grid: store the Hadamard transform along head_dim.
+
+    Its `code` is one word for it, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense".
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -110,6 +112,8 @@ class QuantSpec:
                 object.__setattr__(self, "block_length", 64)
             if self.block_length not in (16, 32, 64, 128, 256):
                 refuse("block_length", "one of 16, 32, 64, 128, 256")
+        # Every call of an operator asks for it.
+        object.__setattr__(self, "code", self._code())
 
     @property
     def is_dense(self) -> bool:
@@ -156,9 +160,7 @@ class QuantSpec:
         share = self.block_length if self.is_channel else (self.group_size or head_dim)
         return FORMATS[self.format].bits + overhead / share
 
-    @cached_property
-    def code(self) -> str:
-        """One word for the spec, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense"."""
+    def _code(self) -> str:
         if self.is_dense:
             return DENSE
         if self.is_channel:

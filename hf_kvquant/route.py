@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+# How cached states can reach attention, and `window_lost`: crops beyond the exact window.
+ROUTES = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
+
 _TAG = "_kvquant_layer"
+
+
+class Routes(Counter):
+    """How often each of `ROUTES` was taken."""
+
+    def count(self, route: str) -> None:
+        self[route] += 1
 
 
 class _Fresh(torch.Tensor):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from .integration import attention
 from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
+from .route import Routes
 from .states import dense_from
 
 DENSE = "none"
@@ -234,7 +234,7 @@ class ScoredStates:
     def __init__(self, exact: torch.Tensor, pieces: Sequence[QuantizedTensor], spec: QuantSpec, layer: _ScoringLayer):
         self.exact, self.pieces, self.spec, self.layer = exact, pieces, spec, layer
         self.shape, self.dtype, self.device = exact.shape, exact.dtype, exact.device
-        self.routes = Counter()
+        self.routes = Routes()
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

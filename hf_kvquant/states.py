@@ -12,22 +12,24 @@ The rule belongs to the query, not to the update, so sixteen queries at once equ
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from .quantization import QuantizedTensor, QuantSpec
+from .route import Routes
 
 
-def dense_from(position: int, spec: QuantSpec, recent_length: int) -> int:
+def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int) -> int | torch.Tensor:
     """The first column that the query at `position` reads exactly because it is near (sinks apart)."""
     if spec.is_dense:
         return position + 1
-    start = position - recent_length + 1
+    back = recent_length - 1
     if spec.is_channel:
-        start = min(start, position - position % spec.block_length)
-    return max(start, 0)
+        in_block = position % spec.block_length
+        back = in_block.clamp(min=back) if isinstance(in_block, torch.Tensor) else max(in_block, back)
+    start = position - back
+    return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
 
 
 def _not_a_tensor(what: object) -> str:
@@ -72,7 +74,7 @@ class QuantizedStates:
     head_dim: int
     dtype: torch.dtype
     backend: str = "auto"
-    routes: Counter = field(default_factory=Counter)
+    routes: Routes = field(default_factory=Routes)
     device_length: torch.Tensor | None = None
 
     @classmethod
@@ -122,17 +124,18 @@ class QuantizedStates:
     def __getattr__(self, name: str):
         raise AttributeError(_not_a_tensor(name))
 
-    def shortened(self, length: int) -> QuantizedStates:
-        """The same states as of an earlier length (their queries read the same columns)."""
-        return replace(self, length=length)
+    def position(self, q_len: int) -> int | torch.Tensor:
+        """Where the first of the newest `q_len` queries stands."""
+        return (self.length if self.device_length is None else self.device_length) - q_len
 
     def known(self) -> QuantizedStates:
         """The same states with the device's length as `length`; waits for the device."""
         if self.device_length is None:
             return self
-        return replace(self, length=min(int(self.device_length), self.length), device_length=None)
+        length = min(int(self.device_length), self.length)
+        return QuantizedStates.of_operator(**vars(self) | {"length": length, "device_length": None})
 
-    def dense_from(self, position: int) -> int:
+    def dense_from(self, position: int | torch.Tensor) -> int | torch.Tensor:
         """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""
         # Without a ring even columns after the query, which a complete mask may show, are read from the body.
         return self.length if self.recent is None else dense_from(position, self.spec, self.recent_length)
@@ -159,23 +162,27 @@ class QuantizedStates:
             dense = self.recent[:, :, columns % self.recent.shape[2]].to(dtype)
         is_sink = torch.zeros(batch, self.length, dtype=torch.bool, device=self.device)
         if self.sink is not None:
-            row, slot = torch.nonzero((self.sink_positions >= 0) & (self.sink_positions < self.length), as_tuple=True)
-            column = self.sink_positions[row, slot].long()
-            dense[row, :, column] = self.sink[row, :, slot].to(dtype)
-            is_sink[row, column] = True
+            at = self.sink_positions[:, :, None] == columns
+            is_sink = at.any(1)
+            slot = at.int().argmax(1)[:, None, :, None].expand(*self.shape)
+            dense = torch.where(is_sink[:, None, :, None], self.sink.to(dtype).gather(2, slot), dense)
         return dense, is_sink
 
-    def dequantize(self, position: int | None = None) -> torch.Tensor:
+    def dequantize(self, position: int | torch.Tensor | None = None) -> torch.Tensor:
         """What the query at `position` (default: the last) reads, `[batch, num_kv_heads, length, head_dim]`, `dtype`.
 
         For several queries pass the first one's position: later ones then read a few columns more exactly than they
-        would one by one.
+        would one by one. Columns from `device_length` on are zero.
         """
-        if self.spec.is_dense:
-            return self.body(self.dtype)
-        position = self.length - 1 if position is None else position
-        exact = torch.promote_types(self.dtype, torch.float32)
-        dense, is_sink = self.overrides(exact)
+        position = self.position(1) if position is None else position
         columns = torch.arange(self.length, device=self.device)
-        read_dense = is_sink | (columns >= self.dense_from(position))
-        return torch.where(read_dense[:, None, :, None], dense, self.body(exact)).to(self.dtype)
+        if self.spec.is_dense:
+            read = self.body(self.dtype)
+        else:
+            exact = torch.promote_types(self.dtype, torch.float32)
+            dense, is_sink = self.overrides(exact)
+            read_dense = is_sink | (columns >= self.dense_from(position))
+            read = torch.where(read_dense[:, None, :, None], dense, self.body(exact)).to(self.dtype)
+        if self.device_length is None:
+            return read
+        return torch.where((columns < self.device_length)[:, None], read, 0)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "backends": set(),
     "backends.cpu": set(),
     "backends.cuda": set(),
-    "states": {"quantization"},
+    "states": {"quantization", "route"},
     "config": {"quantization", "backends"},
     "reference": {"quantization", "states"},
     "ops": {"reference", "quantization", "backends", "states"},
@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "storage": {"quantization", "states"},
     "route": set(),
     "layers": {"config", "states", "ops", "storage", "route"},
-    "cache": {"config", "layers", "storage", "route", "saving"},
+    "static": {"config", "layers", "states", "ops", "storage", "route"},
+    "hybrid": {"config", "layers", "static", "storage", "route"},
+    "cache": {"config", "layers", "static", "hybrid", "storage", "route", "saving"},
     "attention": {"ops", "route", "states"},
     "integration": {"cache", "attention", "config"},
     "scoring": ANYTHING,
@@ -39,7 +41,7 @@ MAY_IMPORT = {
     "cli": ANYTHING,
     "": ANYTHING,
 }
-KNOW_TRANSFORMERS = {"cache", "layers", "saving", "integration", "scoring", "lm_eval", "comparison", "cli"}
+KNOW_TRANSFORMERS = {"cache", "layers", "hybrid", "saving", "integration", "scoring", "lm_eval", "comparison", "cli"}
 TOP_LEVEL = {"pyproject.toml", "hf_kvquant", "kernels", "tests", "eval", "configs", "README.md", "Makefile"}
 # Found out, not to be imported before they are needed: heavy, or extras.
 NOT_AT_IMPORT = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from types import SimpleNamespace
@@ -111,7 +112,6 @@ def test_scaling_softcap_and_sinks_arrive(store):
 def obstacles():
     config = SimpleNamespace(output_attentions=True)
     block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
-    ahead = torch.ones(1, 1, 20, 150, dtype=torch.bool)
     return {
         "output_attentions": (1, {"output_attentions": True}, "output_attentions=True"),
         "config-output_attentions": (1, {"module": SimpleNamespace(config=config)}, "output_attentions=True"),
@@ -120,7 +120,6 @@ def obstacles():
         "sliding_window": (1, {"sliding_window": 16}, "sliding_window=16"),
         "block-mask": (1, {"mask": block_mask}, "a mask of type BlockMask"),
         "not-causal": (2, {"is_causal": False}, "is_causal=False"),
-        "looks-ahead": (20, {"mask": ahead}, "a mask that looks ahead"),
     }
 
 
@@ -217,7 +216,7 @@ def test_position_bias_joins_the_mask(store, q_len, heads, mask):
 @pytest.mark.parametrize("q_len", [16, 17, 25, 32])
 @every_mask
 def test_many_queries_equal_single_steps(store, q_len, mask):
-    """Also when the operator needs two calls, and across the border of a block."""
+    """Also across the border of a block."""
     query, keys, values = inputs(store, q_len, kv_len=140)
     given = masks(q_len, 140)[mask]
     output, _ = attend(None, query, keys, values, given, dense_attention=forbidden, scaling=SCALING)
@@ -226,9 +225,30 @@ def test_many_queries_equal_single_steps(store, q_len, mask):
         row = given
         if given is not None:
             row = given[:, :length] if given.ndim == 2 else given[:, :, j : j + 1, :length]
-        single = query[:, :, j : j + 1], keys.shortened(length), values.shortened(length)
+        single = (
+            query[:, :, j : j + 1],
+            dataclasses.replace(keys, length=length),
+            dataclasses.replace(values, length=length),
+        )
         step, _ = attend(None, *single, row, dense_attention=forbidden, scaling=SCALING)
         torch.testing.assert_close(output[:, j : j + 1], step, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("q_len", [2, 20, 32])
+def test_a_mask_may_look_ahead(store, q_len):
+    """As in prefix or image attention: a query reads later columns exactly, and the others as it would alone."""
+    query, keys, values = inputs(store, q_len)
+    mask = torch.rand(BATCH, 1, q_len, 150) < 0.7
+    mask[..., -q_len:] = True
+    output, _ = attend(None, query, keys, values, mask, dense_attention=forbidden, scaling=SCALING)
+    for j in range(q_len):
+        read = [states.dequantize(150 - q_len + j) for states in (keys, values)]
+        bias = torch.zeros(mask[:, :, j : j + 1].shape, dtype=torch.float64).masked_fill(
+            ~mask[:, :, j : j + 1], -torch.inf
+        )
+        expected, _ = eager(None, query[:, :, j : j + 1], *read, bias, scaling=SCALING)
+        torch.testing.assert_close(output[:, j : j + 1], expected, rtol=0, atol=1e-12)
+    assert dict(keys.routes) == {"decode_fused": 1}
 
 
 @pytest.mark.parametrize("preset", ["int4", "int8", "int8-plain", "int4-small", "fp8"])

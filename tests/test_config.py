@@ -24,6 +24,7 @@ CONFIGS = {
         sink_length=4,
         recent_length=32,
         backend="reference",
+        static=True,
         layers={3: LayerOverride(keys=INT8), 0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))},
     ),
     "dense keys": KVQuantConfig(QuantSpec("dense"), INT4, recent_length=1),
@@ -35,6 +36,7 @@ by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys
 class TestPresets:
     def test_names(self):
         assert KVQuantConfig.preset_names() == PRESETS
+        assert KVQuantConfig.names() == [*PRESETS, *(f"{name}-static" for name in PRESETS)]
 
     def test_they_are_the_files_of_the_repository(self):
         """The presets behind the short names are the very files in configs/, nothing else."""
@@ -112,6 +114,7 @@ class TestRoundTrips:
             "sink_length": 4,
             "recent_length": 32,
             "backend": "reference",
+            "static": True,
             "layers": {
                 0: {"keys": {"format": "dense"}, "values": {"format": "dense"}},
                 3: {"keys": {"format": "int8"}},
@@ -126,7 +129,9 @@ class TestRoundTrips:
 
     def test_defaults(self):
         config = KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int8"}})
-        assert config == KVQuantConfig(INT8, INT8, sink_length=0, recent_length=0, backend="auto", layers=())
+        assert config == KVQuantConfig(
+            INT8, INT8, sink_length=0, recent_length=0, backend="auto", static=False, layers=()
+        )
 
     def test_a_yaml_file_by_hand(self, tmp_path):
         file = tmp_path / "mine.yaml"

@@ -75,26 +75,30 @@ class TestSchema:
         sides = [f"{side}_{name}" for side in "kv" for name in ("data", "scale", "zero_point", "recent", "sink")]
         assert written(torch.ops.kvquant.quantize_append) == [*sides, "sink_positions", "faults"]
 
+    @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
     @by_pair
-    def test_opcheck_attention(self, pair, mask, setting):
+    def test_opcheck_attention(self, pair, mask, on_device, setting):
         query, keys, values = setting(pair)
+        if on_device:
+            keys = dataclasses.replace(keys, device_length=torch.tensor(33))
         masks = {"none": None, "padding": torch.ones(2, 40, dtype=torch.long), "additive": torch.zeros(2, 1, 2, 40)}
         s_aux = torch.randn(4) if mask == "additive" else None
         torch.library.opcheck(
             torch.ops.kvquant.decode_attention.default,
             attention_arguments(query, keys, values, masks[mask], s_aux),
-            test_utils=("test_schema", "test_faketensor"),
         )
 
+    @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
     @by_pair
-    def test_opcheck_append(self, pair, setting, outlier):
+    def test_opcheck_append(self, pair, on_device, setting, outlier):
         _, keys, values = setting(pair)
+        if on_device:
+            keys = dataclasses.replace(keys, device_length=torch.tensor(40))
         padding = torch.zeros(2, 50, dtype=torch.bool)
         torch.library.opcheck(
             torch.ops.kvquant.quantize_append.default,
             append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding),
-            test_utils=("test_schema", "test_faketensor"),
         )
 
 
@@ -171,6 +175,68 @@ class TestCalls:
                 torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
+BACKENDS = [
+    name if ops.backend_status(name) is None else pytest.param(name, marks=pytest.mark.skip(ops.backend_status(name)))
+    for name in ("reference", "cpu")
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestLengthOnTheDevice:
+    """The number of columns as a tensor; the host knows only how many there can be."""
+
+    @pytest.mark.parametrize("length", [16, 31, 40])
+    @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+    @by_pair
+    def test_attention(self, backend, pair, mask, length, outlier, store):
+        """What lies behind the length is not read, and neither is the mask of it."""
+        x, query = outlier(2, 2, 40, 32), torch.randn(2, 4, 3, 32)
+        options = {"sink_length": 2, "recent_length": 5, "append": reference.quantize_append, "backend": backend}
+        states = store(x[:, :, :length], x[:, :, :length], *pair, capacity=40, **options)
+        masks = {"none": None, "padding": torch.rand(2, 40) < 0.8, "additive": torch.randn(2, 4, 3, 40)}
+        given = masks[mask]
+        within = None if given is None else given[..., :length]
+        expected = ops.decode_attention(query, *states, within, scaling=0.2)
+        wide = [dataclasses.replace(s, length=40, device_length=torch.tensor(length)) for s in states]
+        for got, right in zip(ops.decode_attention(query, *wide, given, scaling=0.2), expected):
+            assert torch.equal(got, right)
+
+    @by_pair
+    def test_append(self, backend, pair, outlier, store):
+        x = outlier(2, 2, 40, 32)
+
+        def stored(on_device: bool) -> list[torch.Tensor]:
+            length = torch.zeros((), dtype=torch.int64)
+
+            def append(key, value, *states, start):
+                length.fill_(start)
+                first, *rest = states
+                first = dataclasses.replace(first, device_length=length) if on_device else first
+                ops.quantize_append(key, value, first, *rest, start=-99 if on_device else start)
+
+            options = {"sink_length": 3, "recent_length": 5, "chunks": [2, 20, 1, 17], "append": append}
+            sides = store(x, x, *pair, capacity=50, backend=backend, **options)
+            tensors = [t for s in sides for t in (s.data, s.scale, s.zero_point, s.recent, s.sink, s.sink_positions)]
+            return [t.view(torch.uint8) for t in tensors if t is not None]
+
+        for got, right in zip(stored(on_device=True), stored(on_device=False), strict=True):
+            assert torch.equal(got, right)
+
+    @by_pair
+    def test_an_append_without_room_stores_nothing(self, backend, pair, outlier, store):
+        x, faults = outlier(2, 2, 40, 32), torch.tensor([0, 7])
+        options = {"sink_length": 2, "recent_length": 5, "append": reference.quantize_append, "backend": backend}
+        keys, values = store(x, x, *pair, capacity=42, **options)
+        before = [t.clone() for s in (keys, values) for t in (s.data, s.scale, s.recent, s.sink) if t is not None]
+        keys = dataclasses.replace(keys, device_length=torch.tensor(40))
+        ops.quantize_append(x[:, :, :3], x[:, :, :3], keys, values, faults, start=0)
+        after = [t for s in (keys, values) for t in (s.data, s.scale, s.recent, s.sink) if t is not None]
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, after, strict=True))
+        assert faults.tolist() == [0, 10]
+        ops.quantize_append(x[:, :, :2], x[:, :, :2], keys, values, faults, start=0)
+        assert faults.tolist() == [0, 10]
+
+
 class TestClearErrors:
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -179,10 +245,13 @@ class TestClearErrors:
             (lambda q, k, v: (q.half(), k, v), ["query dtype", "torch.float16", "expected torch.float32"]),
             (lambda q, k, v: (q[:1], k, v), ["query batch", "1", "expected 2"]),
             (lambda q, k, v: (q[:, :3], k, v), ["num_heads", "3", "a multiple of num_kv_heads 2"]),
-            (lambda q, k, v: (q[:, :, :0], k, v), ["q_len", "0", "expected 1 to 16"]),
-            (lambda q, k, v: (q.repeat(1, 1, 17, 1), k, v), ["q_len", "34", "expected 1 to 16"]),
-            (lambda q, k, v: (q, k.shortened(1), v.shortened(1)), ["q_len", "2", "expected 1 to 1"]),
-            (lambda q, k, v: (q, k, v.shortened(39)), ["values length", "39", "expected 40"]),
+            (lambda q, k, v: (q[:, :, :0], k, v), ["q_len", "0", "expected 1 to 32"]),
+            (lambda q, k, v: (q.repeat(1, 1, 17, 1), k, v), ["q_len", "34", "expected 1 to 32"]),
+            (
+                lambda q, k, v: (q, dataclasses.replace(k, length=1), dataclasses.replace(v, length=1)),
+                ["q_len", "2", "expected 1 to 1"],
+            ),
+            (lambda q, k, v: (q, k, dataclasses.replace(v, length=39)), ["values length", "39", "expected 40"]),
         ],
         ids=["head_dim", "dtype", "batch", "num_heads", "q_len 0", "q_len 34", "q_len beyond kv_len", "values length"],
     )

@@ -320,10 +320,8 @@ class TestSixteenQueries:
         output, lse = reference.decode_attention(query, keys, values, mask, scaling=SCALING)
         for j in range(16):
             length = 60 + j
-            step = reference.decode_attention(
-                query[:, :, j : j + 1], keys.shortened(length), values.shortened(length), mask[:, :length],
-                scaling=SCALING,
-            )  # fmt: skip
+            earlier = [dataclasses.replace(states, length=length) for states in (keys, values)]
+            step = reference.decode_attention(query[:, :, j : j + 1], *earlier, mask[:, :length], scaling=SCALING)
             tolerance = TOLERANCE[torch.float64]
             torch.testing.assert_close(step[0], output[:, :, j : j + 1], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(step[1], lse[:, :, j : j + 1], rtol=TOLERANCE["lse"], atol=0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import random
 import tempfile
 import time
@@ -34,9 +35,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, ops, quantize
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, ops, quantize, static
 from hf_kvquant.cache import FORWARD
-from hf_kvquant.layers import DECODE_MAX
+from hf_kvquant.ops import MAX_Q_LEN
 from hf_kvquant.route import learn_route
 from hf_kvquant.storage import ROLLBACK
 
@@ -55,6 +56,12 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     "dense-values": KVQuantConfig(BLOCKS8, QuantSpec("dense"), sink_length=1),
     "by-definition": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9, backend="reference"),
 }
+CONFIGS |= {
+    f"{name}-static": dataclasses.replace(CONFIGS[name], static=True)
+    for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition")
+}
+# Of a static cache: nothing that is done here needs more.
+ROOM = 480
 # What each token's key and value are: an ordinary vector, one with outliers, or zeros.
 VOCAB = 48
 _generator = torch.Generator().manual_seed(5)
@@ -160,7 +167,8 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def create(self, name, batch, max_length):
         self.folder = tempfile.TemporaryDirectory()
-        self.cache = QuantizedCache(MODEL, CONFIGS[name], max_length=max_length)
+        self.is_static = CONFIGS[name].static
+        self.cache = QuantizedCache(MODEL, CONFIGS[name], max_length=ROOM if self.is_static else max_length)
         self.routes = {
             "prefill_dense": 0,
             "decode_fused": 0,
@@ -193,19 +201,21 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Twice, because without tokens there is little to compare.
     @precondition(lambda self: self.length < LONGEST)
-    @rule(seed=st.integers(0, 2**16), n=st.sampled_from([1, 1, 2, 7, 16, 32]))
-    def decode(self, n, seed):
-        self.append(n, seed, True)
+    @rule(seed=st.integers(0, 2**16), n=st.sampled_from([1, 1, 2, 7, 16, 32]), traced=st.booleans())
+    def decode(self, n, seed, traced):
+        self.append(n, seed, True, traced)
 
     @precondition(lambda self: self.length < LONGEST)
     @rule(
-        n=st.one_of(st.just(1), st.integers(1, DECODE_MAX), st.integers(DECODE_MAX + 1, 110)),
-        seed=st.integers(0, 2**16), takes_states=st.booleans(),
+        n=st.one_of(st.just(1), st.integers(1, MAX_Q_LEN), st.integers(MAX_Q_LEN + 1, 110)),
+        seed=st.integers(0, 2**16), takes_states=st.booleans(), traced=st.booleans(),
     )  # fmt: skip
-    def append(self, n, seed, takes_states):
+    def append(self, n, seed, takes_states, traced=False):
         start, new = self.length, self.states(n, seed)
         past = self.reads(start) if start else None
-        returned = self.cache.update(*new, 0)
+        # As in a compiled step of a static cache: only the device knows the length.
+        with mock.patch.object(static, "is_traced", return_value=traced):
+            returned = self.cache.update(*new, 0)
         if takes_states:
             learn_route(*returned)
         self.length += n
@@ -215,7 +225,7 @@ class CacheMachine(RuleBasedStateMachine):
         if start == 0:
             expected = new
             self.routes["prefill_dense"] += 1
-        elif n <= DECODE_MAX:
+        elif n <= MAX_Q_LEN:
             assert fused == [bool(self.cache.layers[0].takes_states)] * 2
             self.routes["decode_dequantized"] += not fused[0]
             expected = self.reads(start)
@@ -223,6 +233,10 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             expected = [torch.cat(pair, 2) for pair in zip(past, new)]
             self.routes["decode_dequantized"] += 1
+        if self.is_static:
+            # Of all the storage; what is not in use is zero.
+            assert not any(x[:, :, self.length :].any() for x in returned)
+            returned = [x[:, :, : self.length] for x in returned]
         for got, right in zip(returned, expected):
             assert_equal(got, right, "returned")
 
@@ -298,6 +312,7 @@ class CacheMachine(RuleBasedStateMachine):
         with mock.patch("os.fsync"):
             self.cache.save(path)
         before = path.read_bytes()
+        max_length = ROOM if self.is_static else max_length
         self.cache, old = QuantizedCache.load(path, MODEL, max_length=max_length), self.cache
         # What later steps do to the copy must not reach the file, which is mapped.
         self.saved = (path, before)
@@ -366,7 +381,7 @@ class CacheMachine(RuleBasedStateMachine):
         global steps
         steps += 1
         layer = self.cache.layers[0]
-        assert self.cache.get_seq_length() == self.length
+        assert layer.length == self.cache.get_seq_length() == self.length
         assert {**self.cache.routes} == self.routes
         if not self.length:
             return

@@ -107,13 +107,13 @@ class TestDequantize:
         assert exact_keys[32:].all()  # block 2 begins at column 32
         assert exact_values.nonzero()[:, 0].tolist() == [37, 38, 39]
 
-    def test_shortened_reads_as_before(self, outlier, store):
+    def test_an_earlier_length_reads_as_before(self, outlier, store):
         """States of an earlier length read what they read then."""
         x = outlier(1, 2, 70, 32)
         later, _ = store(x, x, CHANNEL, INT8, sink_length=2, recent_length=5)
         for length in (40, 48, 49, 69):
             earlier, _ = store(x[:, :, :length], x[:, :, :length], CHANNEL, INT8, sink_length=2, recent_length=5)
-            shorter = later.shortened(length)
+            shorter = dataclasses.replace(later, length=length)
             assert shorter.shape == (1, 2, length, 32)
             assert shorter.data.data_ptr() == later.data.data_ptr()
             assert torch.equal(shorter.dequantize(), earlier.dequantize())

@@ -1,0 +1,85 @@
+"""Layers with linear and full attention side by side: the linear states stay transformers' own, the rest is quantized.
+
+Each method is either one part's, or both parts' in turn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from .config import KVQuantConfig
+from .layers import QuantizedLayer
+from .route import Routes
+from .static import StaticQuantizedLayer
+from .storage import storage_nbytes
+
+
+class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
+    """Its full attention is a `QuantizedLayer`."""
+
+    _attention: type[QuantizedLayer] = QuantizedLayer
+    _layer_type = None
+    batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
+    batch_select_indices = QuantizedLayer.batch_select_indices
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
+        LinearAttentionLayer.__init__(self)
+        self._attention.__init__(self, kv_config, layer_idx, routes, max_length)
+
+    def set_linear_states(self, number_of_states: int) -> None:
+        """How many linear states the layer keeps; before it is used."""
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
+        if states:
+            self._attention.lazy_initialization(self, *states)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **linear_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return self._attention.update(self, key_states, value_states)
+
+    def get_max_length(self) -> int:
+        return self._attention.get_max_length(self)
+
+    def state(self) -> dict:
+        linear = {name: getattr(self, name) for name in vars(LinearAttentionLayer(self.number_of_states))}
+        return QuantizedLayer.state(self) | {"linear": linear}
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        self._attention.restore(self, state, device)
+        vars(self).update(state["linear"])
+
+    def _both(self, name: str, *args) -> None:
+        for part in (LinearAttentionLayer, self._attention):
+            getattr(part, name)(self, *args)
+
+    def offload(self) -> None:
+        self._both("offload")
+
+    def prefetch(self) -> None:
+        self._both("prefetch")
+
+    def reset(self) -> None:
+        self._both("reset")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._both("reorder_cache", beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._both("crop", tokens_to_remove)
+
+    def memory_report(self) -> Counter:
+        nbytes = storage_nbytes({"conv": self.conv_states, "recurrent": self.recurrent_states})
+        return super().memory_report() + Counter(dict.fromkeys(("dense", "total", "dense_equivalent"), nbytes))
+
+
+class StaticQuantizedHybridLayer(QuantizedHybridLayer, StaticQuantizedLayer):
+    """Its full attention is a `StaticQuantizedLayer`."""
+
+    _attention = StaticQuantizedLayer
+    _layer_type = None
+    is_compileable = True

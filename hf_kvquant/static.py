@@ -1,0 +1,216 @@
+"""`StaticQuantizedLayer`: a quantized layer in storage of a fixed size, for torch.compile and CUDA graphs.
+
+    cache = QuantizedCache(config=model.config, kv_config="int8-static", max_length=4096)
+
+Outside of a compiled step it is a `QuantizedLayer` that does not grow: same bytes, same routes, same numbers. Inside,
+nothing is asked of the device and no Python number changes, for either would wait or compile anew: the length, the
+routes and the tokens that found no room are counted in small tensors, and attention gets all columns of the storage
+with the length beside them. What is different is the storage that a call sees, not what a query reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from . import ops
+from .config import KVQuantConfig
+from .layers import QuantizedLayer
+from .route import ROUTES, tagged
+from .states import QuantizedStates
+
+
+def is_traced() -> bool:
+    """Whether what runs now is recorded, to be repeated with other tensors: nothing may depend on their values."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class DeviceRoutes:
+    """The routes of one layer, counted on its device."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(len(ROUTES), dtype=torch.int64, device=device)
+
+    def count(self, route: str) -> None:
+        self.counts[ROUTES.index(route)] += 1
+
+    def known(self) -> Counter:
+        """The counts as numbers; waits for the device."""
+        return Counter(dict(zip(ROUTES, self.counts.tolist())))
+
+
+class StaticQuantizedLayer(QuantizedLayer):
+    """A `QuantizedLayer` with room for `max_length` tokens, no more and no less."""
+
+    is_compileable = True
+
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int):
+        self.device_length: torch.Tensor | None = None
+        super().__init__(kv_config, layer_idx, routes, max_length)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens; after a compiled step only the device knows it, and this waits for the answer.
+
+        Raises:
+            ValueError: a compiled step found no room for its tokens.
+        """
+        if self._length is None:
+            dropped = int(self.faults[1])
+            if dropped:
+                raise ValueError(
+                    f"max_length: {self.max_length} tokens have no room for {dropped} that compiled steps added to "
+                    f"layer {self.layer_idx}, and that are lost; cache.reset() empties the cache"
+                )
+            self._length = int(self.device_length)
+            self._make_way(self._length)
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._length = length
+        # A Python bool, because a compiled step may depend on one that never changes.
+        self.is_filled = length > 0
+        if self.device_length is not None:
+            self.device_length.fill_(length)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        with torch.inference_mode(False):
+            self.device_length = torch.zeros((), dtype=torch.int64, device=self.device)
+            if not isinstance(self.routes, DeviceRoutes):
+                self.routes = DeviceRoutes(self.device)
+            self.padding = self._whole_padding(self.padding)
+        # CUDA graphs write where they were recorded.
+        if not torch.compiler.is_compiling():
+            for tensor in self._tensors():
+                torch._dynamo.mark_static_address(tensor)
+
+    def _whole_padding(self, padding: torch.Tensor | None) -> torch.Tensor:
+        """Padding for every column of the storage, so that its shape says nothing about the prompt."""
+        whole = torch.zeros(self.sink_positions.shape[0], self.max_length, dtype=torch.bool, device=self.device)
+        if padding is not None:
+            known = min(padding.shape[1], self.max_length)
+            whole[:, :known] = padding[:, :known]
+        return whole
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Everything that steps read or write in place."""
+        stored = [t for side in (self._keys, self._values) for t in side.transformed(lambda t: t).values()]
+        return [*stored, self.padding, self.sink_positions, self.faults, self.device_length, self.routes.counts]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route).
+
+        Raises:
+            ValueError: there is no room for n tokens; nothing was stored. In a compiled step nothing is stored
+                either, and the next call outside of it raises.
+        """
+        if is_traced():
+            return self._update_whole(key_states, value_states)
+        length = self.length + key_states.shape[2]
+        self._check_room(length)
+        if not self.is_filled or self.takes_states:
+            return super().update(key_states, value_states)
+        # The model's own code attends, which has a mask for all of the storage.
+        self._make_way(length)
+        states = self._update_whole(key_states, value_states)
+        self._length = length
+        self._say_nonfinite()
+        self._say_dequantized()
+        return states
+
+    def _update_whole(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        """`QuantizedLayer.update`, with the length where it is, and states of all of the storage."""
+        if not self.is_initialized:
+            self._check_new(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        n, is_first, is_long = key_states.shape[2], not self.is_filled, key_states.shape[2] > ops.MAX_Q_LEN
+        if is_long and not is_first:
+            past = [states.dequantize(self.device_length) for states in self._whole_states()]
+        self.storing = True
+        ops.quantize_append(
+            key_states.detach(), value_states.detach(), *self._whole_states(), self.faults, self.padding, start=0
+        )
+        self.device_length += n
+        self._length, self.is_filled = None, True
+        self.storing = False
+        if is_first:
+            self.routes.count("prefill_dense")
+            return tagged(key_states, self), tagged(value_states, self)
+        if not is_long and self.takes_states:
+            return self._whole_states()
+        self.routes.count("decode_dequantized")
+        if not is_long:
+            start = self.device_length - n
+            return tuple(states.dequantize(start) for states in self._whole_states())
+        return tuple(self._with_newest(old, new) for old, new in zip(past, (key_states, value_states)))
+
+    def _with_newest(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`states` `[batch, num_kv_heads, max_length, head_dim]` with its last columns replaced by `new`."""
+        n = new.shape[2]
+        index = torch.arange(self.max_length, device=self.device) - (self.device_length - n)
+        is_new = (index >= 0) & (index < n)
+        return torch.where(is_new[:, None], new[:, :, index.clamp(0, n - 1)], states)
+
+    def _whole_states(self) -> tuple[QuantizedStates, QuantizedStates]:
+        """Keys and values with all columns of the storage, and the length beside them."""
+        config = self.kv_config
+        return tuple(
+            QuantizedStates(
+                side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
+                self.max_length, config.recent_length, side.head_dim, self.dtype, config.backend, self.routes,
+                self.device_length,
+            )
+            for side in (self._keys, self._values)
+        )  # fmt: skip
+
+    def _check_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"max_length: {self.max_length} tokens have no room for {length}; a static cache is fixed"
+            )
+
+    def reserve(self, max_length: int, exact: bool = True) -> None:
+        if self.is_initialized:
+            self._check_room(max_length)
+        else:
+            self.max_length = max(max_length, self.max_length)
+
+    def set_padding(self, padding: torch.Tensor) -> None:
+        kept = self.padding
+        super().set_padding(padding)
+        if self.is_initialized:
+            self.padding = kept.copy_(self._whole_padding(self.padding))
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """The number of tokens; a tensor where asking the device would make it wait, as in a `StaticLayer`."""
+        if not self.is_initialized or not self.is_filled:
+            return 0
+        return self.device_length if is_traced() or self._length is None else self._length
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The first states are returned as they are, later ones in all of the storage."""
+        return (self.max_length if self.is_filled else query_length), 0
+
+    def _put(self, owner: object, tensors: dict[str, torch.Tensor | None]) -> None:
+        """Tensors that keep their shape keep their place."""
+        for name, new in tensors.items():
+            old = getattr(owner, name)
+            in_place = new is not None and new.shape == old.shape and new.device == old.device
+            setattr(owner, name, old.copy_(new) if in_place else new)
+
+    def restore(self, state: dict, device: torch.device | str) -> None:
+        self._check_room(state["length"])
+        super().restore(state, device)
+        if self.is_initialized:
+            self.padding = self._whole_padding(state["padding"])
+            for side in (self._keys, self._values):
+                side.grow(self.max_length, self.length)

@@ -1,0 +1,497 @@
+"""The static cache: it is the growing one in storage of a fixed size, and its steps compile, once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from unittest import mock
+
+import families
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation.configuration_utils import CompileConfig
+
+import hf_kvquant
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, static
+from hf_kvquant.hybrid import StaticQuantizedHybridLayer
+from hf_kvquant.route import learn_route
+from hf_kvquant.static import StaticQuantizedLayer
+
+PRESETS = KVQuantConfig.preset_names()
+WINDOWS = KVQuantConfig(
+    QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=16, rotate=True), sink_length=5,
+    recent_length=9,
+)  # fmt: skip
+EAGER = ("gemma2", "gpt_oss", "gptj")
+# One of every kind of layer that a model may have beside ours, and models that read de-quantized states.
+FAMILIES = ["llama", "gemma3", "gpt_oss", "jamba", "falcon_h1", "bart", "falcon", "deepseek_v3"]
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Compiled code of other tests is forgotten; that some models read de-quantized states is known here."""
+    torch._dynamo.reset()
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def build(name: str = "llama", dtype: torch.dtype = torch.float32, **options):
+    attn = "eager" if name in EAGER else "sdpa"
+    small = {} if name == "falcon" else families.small(name)
+    return families.build(name, dtype=dtype, attn=attn, **small, **options)
+
+
+def on_the_cpu(backend: str = "aot_eager") -> CompileConfig:
+    """`generate` compiles on a CPU only if it is asked to; a graph break is an error."""
+    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config._compile_all_devices = True
+    return config
+
+
+def prompt(length: int = 70, padded: int = 5) -> dict:
+    ids = families.prompt(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, :padded] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, given: dict | None = None, n: int = 12, **kwargs):
+    given = prompt() if given is None else given
+    if model.config.is_encoder_decoder:
+        given = {f"decoder_{name}": tensor for name, tensor in given.items()} | {"input_ids": families.prompt(2, 20)}
+    options = {"do_sample": False, "max_new_tokens": n, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        return model.generate(**(given | options | kwargs))
+
+
+def own(out) -> QuantizedCache:
+    cache = out.past_key_values
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def distance(a, b) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a.logits, b.logits, strict=True))
+
+
+def graphs() -> int:
+    found = counters["stats"]["unique_graphs"]
+    counters.clear()
+    return found
+
+
+def stored(cache: QuantizedCache) -> dict[str, torch.Tensor]:
+    """What the cache would save, by name: bytes, windows and sinks."""
+    found = {}
+    for i, layer in enumerate(cache.quantized_layers):
+        state = layer.state()
+        sides = {name: state.pop(name) for name in ("keys", "values")}
+        for where, values in {"": state, **sides}.items():
+            found |= {f"{i}.{where}.{name}": x for name, x in values.items() if isinstance(x, torch.Tensor)}
+    return {name: x for name, x in found.items() if not name.endswith(".padding")}
+
+
+def assert_same(a: QuantizedCache, b: QuantizedCache) -> None:
+    left, right = stored(a), stored(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert a.routes == b.routes
+    assert int(a.get_seq_length()) == int(b.get_seq_length())
+
+
+# --- what it is
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generate_makes_one(preset):
+    cache = generate(build(), cache_implementation=f"kvquant-{preset}-static", n=2).past_key_values
+    assert type(cache) is QuantizedCache
+    assert cache.kv_config == dataclasses.replace(KVQuantConfig.preset(preset), static=True)
+    assert {type(layer) for layer in cache.layers} == {StaticQuantizedLayer}
+    assert cache.is_compileable
+    assert cache.routes["decode_fused"] == 2
+
+
+def test_a_config_may_say_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("keys: {format: int8}\nvalues: {format: int8}\nstatic: true\n")
+    cache = generate(build(), cache_implementation="kvquant", cache_config=path, n=2).past_key_values
+    assert {type(layer) for layer in cache.layers} == {StaticQuantizedLayer}
+
+
+def test_max_cache_len_is_honoured_and_remembered():
+    """A shorter call is given the longer storage, so that it finds compiled code that fits."""
+    model = build()
+    name = "kvquant-int8-static"
+    assert generate(model, cache_implementation=name).past_key_values.get_max_length() == 70 + 12 - 1
+    assert generate(model, cache_implementation=name, max_cache_len=200).past_key_values.get_max_length() == 200
+    assert generate(model, cache_implementation=name).past_key_values.get_max_length() == 200
+
+
+def test_storage_is_allocated_at_once():
+    model = build()
+    cache = generate(model, cache_implementation="kvquant-int8-static", max_cache_len=640).past_key_values
+    report = cache.memory_report()
+    side = 2 * 2 * 640 * 16 + 2 * 2 * (640 // 64) * 16 * 2 * 2, 2 * 2 * 640 * 16 + 2 * 2 * 640 * 2
+    assert report["codes"] + report["scales"] + report["slack"] == 2 * sum(side)
+    assert report["total"] == sum(report[part] for part in ("codes", "scales", "dense", "slack"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_that_are_not_ours_are_transformers_static_ones(name):
+    model = build(name)
+    ours = own(generate(model, cache_implementation="kvquant-int4-static", n=2))
+    theirs = StaticCache(model.config.get_text_config(decoder=True), max_cache_len=71)
+    for layer, native in zip(ours.layers, theirs.layers, strict=True):
+        assert layer.is_compileable
+        if isinstance(layer, (StaticQuantizedLayer, StaticQuantizedHybridLayer)):
+            assert not native.is_sliding
+        else:
+            assert type(layer) is type(native)
+    assert len(ours.quantized_layers) == families.ALL[name].num_full
+
+
+# --- outside of a compiled step: the growing cache, to the bit
+
+
+@pytest.mark.parametrize("padded", [0, 5], ids=["plain", "padded"])
+@pytest.mark.parametrize("chunk", [None, 40, 20], ids=["whole", "chunks40", "chunks20"])
+@pytest.mark.parametrize("config", [*PRESETS, WINDOWS], ids=[*PRESETS, "windows"])
+def test_equals_the_growing_cache_to_the_bit(config, chunk, padded):
+    model, config = build(), KVQuantConfig.load(config)
+    options = {"cache_implementation": "kvquant", "prefill_chunk_size": chunk, "given": prompt(padded=padded)}
+    grown = generate(model, cache_config=config, **options)
+    fixed = generate(model, cache_config=dataclasses.replace(config, static=True), **options)
+    assert distance(grown, fixed) == 0
+    assert_same(own(grown), own(fixed))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_the_growing_cache_in_every_kind_of_model(name):
+    """Models that read de-quantized states see all of the storage, which sums in another order."""
+    model = build(name)
+    grown = generate(model, cache_implementation="kvquant-int4")
+    fixed = generate(model, cache_implementation="kvquant-int4-static")
+    limit = 0 if families.ALL[name].fused else ROUNDING[torch.float32]
+    assert distance(grown, fixed) <= limit
+    assert own(grown).routes == own(fixed).routes
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"assistant": True}], ids=str)
+def test_other_ways_to_generate(mode):
+    model = build()
+    given = {"input_ids": families.prompt(1, 70)}
+    if "assistant" in mode:
+        mode = {"assistant_model": build(num_hidden_layers=1)}
+    grown = generate(model, given, cache_implementation="kvquant-int4", **mode)
+    fixed = generate(model, given, cache_implementation="kvquant-int4-static", **mode)
+    assert torch.equal(grown.sequences, fixed.sequences)
+    assert distance(grown, fixed) == 0
+    assert own(grown).routes == own(fixed).routes
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_graph_serves_a_generation_and_the_next(preset):
+    model, name = build(), f"kvquant-{preset}-static"
+    expected = generate(model, cache_implementation=name)
+    for compiled in (1, 0):
+        out = generate(model, cache_implementation=name, compile_config=on_the_cpu())
+        assert graphs() == compiled
+        assert not counters["graph_break"]
+        assert torch.equal(out.sequences, expected.sequences)
+        assert distance(out, expected) <= ROUNDING[torch.float32]
+        assert own(out).routes == own(expected).routes
+
+
+def test_padding_and_a_shorter_prompt_need_no_other_graph():
+    model, name = build(), "kvquant-int4-static"
+    generate(model, cache_implementation=name, compile_config=on_the_cpu(), max_cache_len=100)
+    assert graphs() == 1
+    for given in (prompt(padded=0), prompt(length=50, padded=20), prompt(length=33, padded=3)):
+        expected = generate(model, given, cache_implementation="kvquant-int4")
+        out = generate(model, given, cache_implementation=name, compile_config=on_the_cpu())
+        assert distance(out, expected) <= ROUNDING[torch.float32]
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_graphs_as_transformers_static_cache(name):
+    """Sliding layers of transformers' own are compiled once more when they are full."""
+    model = build(name)
+    needed = []
+    expected = generate(model, cache_implementation="kvquant-int4")
+    for cache in ("static", "kvquant-int4-static"):
+        torch._dynamo.reset()
+        for _ in range(2):
+            out = generate(model, cache_implementation=cache, compile_config=on_the_cpu())
+            needed.append(graphs())
+    assert needed[2:] == needed[:2]
+    assert needed[3] == 0
+    assert distance(out, expected) <= ROUNDING[torch.float32]
+    assert own(out).routes == own(expected).routes
+
+
+@pytest.mark.parametrize("config", ["int4", "int8-plain", WINDOWS], ids=["int4", "int8-plain", "windows"])
+def test_compiled_for_the_processor(config):
+    """By inductor, in float64: to rounding; the growing cache is the measure."""
+    model, config = build(dtype=torch.float64), KVQuantConfig.load(config)
+    expected = generate(model, cache_implementation="kvquant", cache_config=config)
+    config = dataclasses.replace(config, static=True)
+    out = generate(model, cache_implementation="kvquant", cache_config=config, compile_config=on_the_cpu("inductor"))
+    assert graphs() == 1
+    assert distance(out, expected) <= ROUNDING[torch.float64]
+    assert own(out).routes == own(expected).routes
+
+
+def test_compiled_in_float32_few_codes_flip():
+    """A new token's code may round the other way, by one step; the prompt's bytes are the same."""
+    model = build()
+    expected = generate(model, cache_implementation="kvquant-int8-plain")
+    out = generate(model, cache_implementation="kvquant-int8-plain-static", compile_config=on_the_cpu("inductor"))
+    for a, b in zip(own(expected).quantized_layers, own(out).quantized_layers):
+        for side in ("_keys", "_values"):
+            left, right = (getattr(layer, side).data[:, :, : layer.length].view(torch.int8) for layer in (a, b))
+            assert torch.equal(left[:, :, :70], right[:, :, :70])
+            flips = (left.int() - right.int()).abs()
+            assert flips.max() <= 1
+            assert flips.count_nonzero() <= 1e-3 * flips.numel()
+
+
+@pytest.mark.parametrize("chunk", [40, 20], ids=["long", "short"])
+def test_a_prefill_in_chunks_is_compiled_too(chunk):
+    model, given = build(), prompt(length=120)
+    expected = generate(model, given, cache_implementation="kvquant-int4", prefill_chunk_size=chunk)
+    options = {"prefill_chunk_size": chunk, "compile_config": on_the_cpu()}
+    for compiled in (3, 0):  # the first chunk, later ones, and steps
+        out = generate(model, given, cache_implementation="kvquant-int4-static", **options)
+        assert graphs() == compiled
+        assert distance(out, expected) <= ROUNDING[torch.float32]
+        assert own(out).routes == own(expected).routes
+
+
+def loop(model, forward, cache, n: int = 20):
+    """Prefill and n steps of a user's own; `forward` takes the steps."""
+    given = prompt()
+    with torch.no_grad(), hf_kvquant.attention(model):
+        out = model(**given, past_key_values=cache)
+        logits = [out.logits[:, -1:]]
+        for _ in range(n):
+            logits.append(forward(logits[-1].argmax(-1), past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+def test_a_loop_of_a_users_own():
+    model = build()
+    mask = prompt()["attention_mask"]
+    grown = QuantizedCache(model.config, "int4", attention_mask=mask)
+    expected = loop(model, model, grown)
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for compiled in (1, 0):
+        cache = QuantizedCache(model.config, "int4-static", max_length=150, attention_mask=mask)
+        logits = loop(model, forward, cache)
+        assert graphs() == compiled
+        assert (logits - expected).abs().max() <= ROUNDING[torch.float32]
+        assert cache.get_seq_length() == 90
+    # Back in plain calls it goes on where the compiled ones stopped.
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for c in (grown, cache):
+            c.crop(-3)
+            c.last = model(families.prompt(2, 40), past_key_values=c).logits
+    assert (grown.last - cache.last).abs().max() <= ROUNDING[torch.float32]
+
+
+def test_export():
+    """The program of a step runs, with the operators in it. Strict, because the other way of torch.export takes
+    what a cache holds (transformers' StaticCache too) for constants."""
+    model = build()
+    caches = [QuantizedCache(model.config, "int4-static", max_length=90) for _ in range(2)]
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.cache = model, caches[0]
+
+        def forward(self, ids):
+            return self.model(ids, past_key_values=self.cache).logits
+
+    ids = families.prompt(2, 1)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for cache in caches:
+            model(families.prompt(2, 70), past_key_values=cache)
+        expected = model(ids, past_key_values=caches[1]).logits
+        program = torch.export.export(Step(), (ids,), strict=True)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("kvquant.quantize_append" in name for name in called) == 2
+    assert sum("kvquant.decode_attention" in name for name in called) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(ids), expected, rtol=0, atol=ROUNDING[torch.float32])
+
+
+def test_lengths_and_counters_are_no_python_numbers():
+    """What a step reads is on the device, and stays where it is."""
+    model = build()
+    cache = QuantizedCache(model.config, "int4-static", max_length=100)
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), hf_kvquant.attention(model):
+        model(families.prompt(2, 70), past_key_values=cache)
+        layer = cache.layers[0]
+        places = [tensor.data_ptr() for tensor in layer._tensors()]
+        forward(families.prompt(2, 1), past_key_values=cache)
+        assert layer._length is None
+        assert isinstance(cache.get_seq_length(), torch.Tensor)
+        assert layer.device_length == 71
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-1)
+    assert cache.get_seq_length() == 70
+    assert [tensor.data_ptr() for tensor in layer._tensors()] == places
+
+
+# --- the end of the storage
+
+
+def test_no_room_is_an_error_before_anything_is_written():
+    model = build()
+    cache = QuantizedCache(model.config, "int4-static", max_length=72)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        model(families.prompt(2, 70), past_key_values=cache)
+        before = copy.deepcopy(stored(cache))
+        with pytest.raises(ValueError, match="max_length: 72 tokens have no room for 73"):
+            model(families.prompt(2, 3), past_key_values=cache)
+        cache.crop(0)
+        assert all(torch.equal(before[name], now) for name, now in stored(cache).items())
+        model(families.prompt(2, 2), past_key_values=cache)
+    assert cache.get_seq_length() == 72
+
+
+def test_a_prompt_that_is_too_long():
+    model = build()
+    with torch.no_grad(), hf_kvquant.attention(model), pytest.raises(ValueError, match="max_length: 60 .* for 70"):
+        model(families.prompt(2, 70), past_key_values=QuantizedCache(model.config, "int4-static", max_length=60))
+
+
+def test_a_compiled_step_drops_what_has_no_room_and_the_next_call_says_so():
+    model = build()
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    cache = QuantizedCache(model.config, "int8-plain-static", max_length=80)
+    loop(model, forward, cache, n=10)
+    layer = cache.layers[0]
+    before = [tensor.clone() for tensor in (layer._keys.data, layer._keys.scale, layer._values.data)]
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for _ in range(3):
+            forward(families.prompt(2, 1), past_key_values=cache)
+    for old, new in zip(before, (layer._keys.data, layer._keys.scale, layer._values.data)):
+        assert torch.equal(old, new)
+    words = "max_length: 80 tokens have no room for 3 that compiled steps added to layer 0"
+    for call in (
+        lambda: model(families.prompt(2, 1), past_key_values=cache),
+        lambda: cache.crop(-5),
+        lambda: cache.save("nowhere"),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.memory_report(),
+    ):
+        with torch.no_grad(), hf_kvquant.attention(model), pytest.raises(ValueError, match=words):
+            call()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    loop(model, forward, cache, n=10)
+    assert cache.get_seq_length() == 80
+
+
+# --- the rest of a cache's life
+
+
+def append(cache: QuantizedCache, n: int, traced: bool, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 2, 2, n, 64, generator=generator)
+    with mock.patch.object(static, "is_traced", return_value=traced):
+        returned = cache.update(*states, 0)
+    if isinstance(returned[0], torch.Tensor):
+        learn_route(*returned)
+
+
+@pytest.mark.parametrize("config", ["int4", "int8-plain", WINDOWS], ids=["int4", "int8-plain", "windows"])
+def test_what_a_compiled_step_stored_can_be_cropped(config):
+    """Also further than the exact window reaches, which the host has to find out first."""
+    model_config = families.config("llama", num_hidden_layers=1)
+    config = KVQuantConfig.load(config)
+    grown = QuantizedCache(model_config, config)
+    fixed = QuantizedCache(model_config, dataclasses.replace(config, static=True), max_length=400)
+    for cache in (grown, fixed):
+        append(cache, 70, traced=False)
+        for i in range(8):
+            append(cache, 30, traced=True, seed=i)
+        cache.crop(-100)
+        append(cache, 20, traced=True, seed=9)
+    assert_same(grown, fixed)
+    assert fixed.routes["window_lost"] == (config != KVQuantConfig.preset("int8-plain"))
+
+
+def test_save_and_load(tmp_path):
+    model, path = build(), tmp_path / "cache.safetensors"
+    cache = generate(model, cache_implementation="kvquant-int4-static", compile_config=on_the_cpu()).past_key_values
+    cache.save(path, model)
+    with pytest.raises(ValueError, match="max_length: None is not allowed; expected a static cache's"):
+        QuantizedCache.load(path, model)
+    with pytest.raises(ValueError, match="max_length: 50 tokens have no room for 81"):
+        QuantizedCache.load(path, model, max_length=50)
+    loaded = QuantizedCache.load(path, model, max_length=200)
+    assert loaded.get_max_length() == 200
+    assert_same(cache, loaded)
+    token = families.prompt(2, 1)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for c in (cache := copy.deepcopy(loaded), loaded):
+            c.logits = model(token, past_key_values=c).logits
+    assert torch.equal(cache.logits, loaded.logits)
+
+
+def test_refusals():
+    model = build()
+    with pytest.raises(
+        ValueError, match="max_length: None is not allowed; expected a static cache's number of tokens"
+    ):
+        QuantizedCache(model.config, "int4-static")
+    cache = generate(model, cache_implementation="kvquant-int4-static").past_key_values
+    with pytest.raises(ValueError, match="max_length: 81 tokens have no room for 500"):
+        cache.reserve(500)
+    assistant = build(num_hidden_layers=1)
+    assistant.generation_config.cache_implementation = "kvquant-int4-static"
+    with pytest.raises(ValueError, match="'kvquant-int4-static' cannot act in an assistant"):
+        generate(model, {"input_ids": families.prompt(1, 70)}, assistant_model=assistant)
+    with pytest.raises(ValueError, match="static: 1 is not allowed; expected true or false"):
+        KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int8"}, "static": 1})
+
+
+def test_nonfinite_numbers_are_counted_in_a_compiled_step():
+    cache = QuantizedCache(families.config("llama", num_hidden_layers=1), "int8-plain-static", max_length=90)
+    append(cache, 70, traced=False)
+    states = torch.randn(2, 2, 2, 1, 64)
+    states[0, 0, 0, 0, 3] = torch.nan
+    with mock.patch.object(static, "is_traced", return_value=True):
+        cache.update(*states, 0)
+    assert cache.routes["nonfinite"] == 1
+
+
+def test_a_given_static_cache_is_used():
+    model = build()
+    cache = QuantizedCache(model.config, "int8-static", max_length=100)
+    out = generate(model, past_key_values=cache, compile_config=on_the_cpu())
+    assert out.past_key_values is cache
+    assert graphs() == 1
+    assert distance(out, generate(model, cache_implementation="kvquant-int8")) <= ROUNDING[torch.float32]
+
+
+def test_beside_a_cross_attention_cache_of_its_own():
+    out = generate(build("bart"), cache_implementation="kvquant-int4-static", n=3)
+    assert isinstance(out.past_key_values.cross_attention_cache, StaticCache)
+    out = generate(build("bart"), cache_implementation="kvquant-int4", n=3)
+    assert isinstance(out.past_key_values.cross_attention_cache, DynamicCache)

@@ -1,6 +1,7 @@
 """Time a whole decode step through a model, with every KV cache that a user of transformers could choose.
 
     python eval/bench_generate.py --lengths 128,1024,8192 --new 16 --out results.json
+    python eval/bench_generate.py --compile --lengths 128,1024,8192,32768 --presets int8,int4 --out results.json
 
 The model is a Llama of the given shape with random weights. Its residual stream, MLP and vocabulary are small on
 purpose (`--hidden`): the step is about the cache, and in a real model the rest of it takes longer. A step is one
@@ -9,6 +10,9 @@ forward pass for one token and the argmax of its logits. Candidates, all in one 
     dynamic, static       transformers' DynamicCache (the baseline, in --dtype and in float32) and StaticCache
     hf-quanto-int4, ..    transformers' QuantizedCache with each of its backends, at their default options
     int8, int4, ..        ours, every preset
+
+With `--compile` the rivals are transformers' DynamicCache and StaticCache, ours are the growing and the static cache,
+and steps of static caches are also compiled (torch.compile, fullgraph, by inductor).
 
 Every cache is given the same random K and V in one update, as a prefill would. Then everything is checked: ours
 against the de-quantized route through the model's own attention, in float32 and in --dtype; every cache against
@@ -64,13 +68,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Candidate:
-    """`build(config, max_length)` makes an empty cache; `kind` is "baseline", "rival" or "ours"."""
+    """`build(config, max_length)` makes an empty cache; `kind` is "baseline", "rival" or "ours"; `compiled`: its steps
+    are."""
 
     name: str
     kind: str
     build: Callable[[LlamaConfig, int], Cache]
     dtype: torch.dtype
     bits: int
+    compiled: bool = False
 
 
 def candidates(args: argparse.Namespace) -> list[Candidate]:
@@ -87,14 +93,22 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
         Candidate(BASELINE, "baseline", lambda config, _: DynamicCache(config=config), dtype, bits),
         Candidate("dynamic-float32", "baseline", lambda config, _: DynamicCache(config=config), torch.float32, 32),
         Candidate("static", "rival", lambda config, n: StaticCache(config=config, max_cache_len=n), dtype, bits),
-        Candidate("hf-quanto-int4", "rival", hf("quanto", nbits=4), dtype, 4),
-        Candidate("hf-hqq-int4", "rival", hf("hqq", nbits=4), dtype, 4),
-        Candidate("hf-hqq-int8", "rival", hf("hqq", nbits=8), dtype, 8),
-        Candidate("hf-fp8", "rival", hf("fp8"), dtype, 8),
     ]
+    if not args.compile:
+        found += [
+            Candidate("hf-quanto-int4", "rival", hf("quanto", nbits=4), dtype, 4),
+            Candidate("hf-hqq-int4", "rival", hf("hqq", nbits=4), dtype, 4),
+            Candidate("hf-hqq-int8", "rival", hf("hqq", nbits=8), dtype, 8),
+            Candidate("hf-fp8", "rival", hf("fp8"), dtype, 8),
+        ]
     for name, kv_config in args.configs.items():
         bits = min(_bits(spec.format) for spec in (kv_config.keys, kv_config.values))
         found.append(Candidate(name, "ours", ours(kv_config), dtype, bits))
+        if args.compile:
+            found.append(Candidate(f"{name}-static", "ours", ours(replace(kv_config, static=True)), dtype, bits))
+    if args.compile:
+        fixed = [c for c in found if c.name.endswith("static")]
+        found += [replace(c, name=f"{c.name}-compiled", compiled=True) for c in fixed]
     return found
 
 
@@ -125,14 +139,16 @@ def build_model(config: LlamaConfig, args: argparse.Namespace, dtype: torch.dtyp
     for parameter in model.parameters():
         # Parameters only: the frequencies of the position embedding stay float32, as in a loaded model.
         parameter.data = parameter.data.to(DTYPES[args.dtype]).to(dtype)
+    model.compiled_forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     return model
 
 
 def random_states(args: argparse.Namespace, length: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V `[1, kv_heads, length, head_dim]` of a layer, the same for every candidate."""
+    """K and V `[batch, kv_heads, length, head_dim]` of a layer, the same for every candidate."""
     generator = torch.Generator().manual_seed(layer_idx)
-    key, value = torch.randn(2, 1, args.kv_heads, length, args.head_dim, generator=generator)
-    return key.to(DTYPES[args.dtype]), value.to(DTYPES[args.dtype])
+    shape = (args.batch, args.kv_heads, length, args.head_dim)
+    key, value = (torch.randn(shape, generator=generator).to(DTYPES[args.dtype]) for _ in range(2))
+    return key, value
 
 
 def fill(cache: Cache, args: argparse.Namespace, length: int, dtype: torch.dtype, roll: int = 0) -> None:
@@ -146,11 +162,11 @@ def fill(cache: Cache, args: argparse.Namespace, length: int, dtype: torch.dtype
             layer.takes_states = True
 
 
-@torch.inference_mode()
-def step(model: LlamaForCausalLM, cache: Cache, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token and the logits `[vocab_size]`; as timed."""
-    logits = model(input_ids=token, past_key_values=cache).logits[0, -1]
-    return logits.argmax(), logits
+@torch.no_grad()
+def step(forward: Callable, cache: Cache, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next tokens `[batch]` and the logits `[batch, vocab_size]`; as timed."""
+    logits = forward(input_ids=token, past_key_values=cache).logits[:, -1]
+    return logits.argmax(-1), logits
 
 
 def switched(model: LlamaForCausalLM, cache: Cache):
@@ -158,15 +174,16 @@ def switched(model: LlamaForCausalLM, cache: Cache):
     return hf_kvquant.attention(model) if isinstance(cache, QuantizedCache) else contextlib.nullcontext()
 
 
-def tokens(n: int) -> torch.Tensor:
-    """The same tokens for every candidate, whatever it predicts."""
-    return torch.randint(256, (n, 1, 1), generator=torch.Generator().manual_seed(1))
+def tokens(args: argparse.Namespace, n: int) -> torch.Tensor:
+    """The same tokens `[n, batch, 1]` for every candidate, whatever it predicts."""
+    return torch.randint(256, (n, args.batch, 1), generator=torch.Generator().manual_seed(1))
 
 
-def first_logits(model: LlamaForCausalLM, cache: Cache) -> torch.Tensor:
-    """Logits `[CHECK_STEPS, vocab_size]` of the first steps, float32."""
+def first_logits(args, model: LlamaForCausalLM, cache: Cache, compiled: bool = False) -> torch.Tensor:
+    """Logits `[CHECK_STEPS, batch, vocab_size]` of the first steps, float32."""
+    forward = model.compiled_forward if compiled else model
     with switched(model, cache):
-        return torch.stack([step(model, cache, token)[1].float() for token in tokens(CHECK_STEPS)])
+        return torch.stack([step(forward, cache, token)[1].float() for token in tokens(args, CHECK_STEPS)])
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -206,14 +223,14 @@ def process_memory(args: argparse.Namespace, length: int, name: str) -> dict:
     # A short cache first: what is loaded at first use is no part of a cache.
     small = candidate.build(config, 64 + CHECK_STEPS)
     fill(small, args, 64, candidate.dtype)
-    first_logits(model, small)
+    first_logits(args, model, small)
     del small
     before = _resident()
     cache = candidate.build(config, length + args.new + CHECK_STEPS)
     fill(cache, args, length, candidate.dtype)
     filled = _resident()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    first_logits(model, cache)
+    first_logits(args, model, cache)
     return {"cache_mb": (filled - before) / 1e6, "step_peak_mb": (_resident("VmHWM") - before) / 1e6}
 
 
@@ -256,7 +273,10 @@ def reason(error: Exception) -> str:
 def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]:
     """Checks, and if they all pass the rows of the table, at one length."""
     everyone = candidates(args)
-    memory = measure_memory(args, length, [c.name for c in everyone]) if args.memory else {}
+    memory = measure_memory(args, length, [c.name for c in everyone if not c.compiled]) if args.memory else {}
+    # One graph for every static cache, none of them for another length.
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = len(everyone) + 1
     config = model_config(args, length)
     max_length = length + args.new + CHECK_STEPS
     models = {dtype: build_model(config, args, dtype) for dtype in {torch.float32, DTYPES[args.dtype]}}
@@ -271,11 +291,11 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twin.disable_fused("the benchmark compares both routes")
-        return _bench.relative_error(first_logits(models[dtype], fused), first_logits(models[dtype], twin))
+        return _bench.relative_error(first_logits(args, models[dtype], fused), first_logits(args, models[dtype], twin))
 
     dense = next(c for c in everyone if c.dtype == torch.float32 and c.kind == "baseline")
-    exact = first_logits(models[torch.float32], filled(dense))
-    wrong = _bench.relative_error(first_logits(models[torch.float32], filled(dense, roll=1)), exact)
+    exact = first_logits(args, models[torch.float32], filled(dense))
+    wrong = _bench.relative_error(first_logits(args, models[torch.float32], filled(dense, roll=1)), exact)
     control = _bench.at_most("control", "a cache with wrong keys is far from dense", -wrong, -CONTROL)
     checks, skipped, caches = [control], [], {}
     for candidate in everyone:
@@ -283,7 +303,7 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
         try:
             cache = filled(candidate)
             nbytes = tensor_bytes(cache)
-            logits = first_logits(model, cache)
+            logits = first_logits(args, model, cache, candidate.compiled)
         except Exception as error:
             if candidate.kind != "rival":
                 raise
@@ -299,13 +319,16 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
             counted = cache.memory_report()["total"] == tensor_bytes(cache)
             checks.append(_bench.is_true(candidate.name, "memory_report counts every tensor", counted))
             limits = {candidate.dtype: max(SAME_BYTES_ROUNDING * rounding, SAME_BYTES), torch.float32: SAME_BYTES}
-            for dtype, limit in limits.items():
+            for dtype, limit in () if candidate.compiled else limits.items():
                 error = route_error(candidate, dtype)
                 what = f"fused against the de-quantized route, {str(dtype).removeprefix('torch.')}"
                 checks.append(_bench.at_most(candidate.name, what, error, limit))
         caches[candidate.name] = (candidate, cache, nbytes)
     if all(check["passed"] for check in checks):
-        samples = time_steps(models, caches, args.new)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        samples = time_steps(args, models, caches)
+        again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        checks.append(_bench.at_most("compiled", "graphs that were compiled while steps were timed", again, 0))
         for name, (candidate, cache, _) in caches.items():
             if candidate.kind == "ours":
                 expected = {"decode_fused": args.layers * (args.new + CHECK_STEPS), "decode_dequantized": 0}
@@ -336,15 +359,16 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
     return {"checks": checks, "steps": rows, "skipped": skipped}
 
 
-def time_steps(models: dict, caches: dict, n: int) -> dict[str, list[float]]:
-    """Seconds of `n` steps of every cache, one step of each in turn."""
+def time_steps(args: argparse.Namespace, models: dict, caches: dict) -> dict[str, list[float]]:
+    """Seconds of `args.new` steps of every cache, one step of each in turn."""
     samples = {name: [] for name in caches}
-    for token in tokens(CHECK_STEPS + n)[CHECK_STEPS:]:
+    for token in tokens(args, CHECK_STEPS + args.new)[CHECK_STEPS:]:
         for name, (candidate, cache, _) in caches.items():
             model = models[candidate.dtype]
+            forward = model.compiled_forward if candidate.compiled else model
             with switched(model, cache):
                 start = time.perf_counter()
-                step(model, cache, token)
+                step(forward, cache, token)
                 samples[name].append(time.perf_counter() - start)
     return samples
 
@@ -356,6 +380,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", "--length", default="8192", help="cached tokens, comma separated")
     parser.add_argument("--new", type=int, default=16, help="steps that are timed, for every cache")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="static caches, in plain and in compiled steps")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128, help="width of the residual stream and of the MLP")
     parser.add_argument("--heads", type=int, default=32)
@@ -413,7 +439,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(result: dict) -> None:
     a = result["arguments"]
-    shape = f"{a['layers']} layers, hidden {a['hidden']}, {a['heads']} heads, {a['kv_heads']} KV heads"
+    shape = (
+        f"batch {a['batch']}, {a['layers']} layers, hidden {a['hidden']}, {a['heads']} heads, {a['kv_heads']} KV heads"
+    )
     shape += f", head_dim {a['head_dim']}, {a['dtype']}"
     where = f"{result['machine']['threads']} threads, backend {result['backend']}"
     print(f"{len(result['checks'])} checks passed; Llama with random weights, {shape}; {where}; medians")

@@ -336,5 +336,9 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             return Counter()
         report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
-        extra = sum(t.nbytes for t in (self.sink_positions, self.padding, self.faults) if t is not None)
+        extra = sum(t.nbytes for t in self._small_tensors() if t is not None)
         return report + Counter({"dense": extra, "total": extra})
+
+    def _small_tensors(self) -> list[torch.Tensor | None]:
+        """What is kept beside the sides."""
+        return [self.sink_positions, self.padding, self.faults]

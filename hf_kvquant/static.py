@@ -97,10 +97,13 @@ class StaticQuantizedLayer(QuantizedLayer):
             whole[:, :known] = padding[:, :known]
         return whole
 
+    def _small_tensors(self) -> list[torch.Tensor | None]:
+        return [*super()._small_tensors(), self.device_length, self.routes.counts]
+
     def _tensors(self) -> list[torch.Tensor]:
         """Everything that steps read or write in place."""
         stored = [t for side in (self._keys, self._values) for t in side.transformed(lambda t: t).values()]
-        return [*stored, self.padding, self.sink_positions, self.faults, self.device_length, self.routes.counts]
+        return [*stored, *self._small_tensors()]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route).

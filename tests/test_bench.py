@@ -120,6 +120,24 @@ def test_generate_result(tmp_path):
     assert {"every step took the fused route", "memory_report counts every tensor", "logits are finite"} <= done
 
 
+def test_generate_compiled(bench, tmp_path):
+    """Every static cache in plain and in compiled steps, and no graph more while steps are timed."""
+    out = tmp_path / "compiled.json"
+    arguments = [*GENERATE, "--presets", "int8,int4", "--compile", "--batch", "2", "--no-memory", "--out", str(out)]
+    assert bench("bench_generate").main(arguments) == 0
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["steps"]}
+    fixed = {"static", "int8-static", "int4-static"}
+    assert set(rows) == {"dynamic", "dynamic-float32", "int8", "int4", *fixed, *(f"{name}-compiled" for name in fixed)}
+    for name in fixed:
+        assert rows[f"{name}-compiled"]["cache_bytes"] == rows[name]["cache_bytes"]
+    # Two layers, keys and values, two rows of two heads.
+    assert rows["dynamic"]["cache_bytes"] == 2 * 2 * 2 * 2 * 70 * 32 * 2
+    checks = {(check["name"], check["check"]) for check in result["checks"]}
+    assert ("compiled", "graphs that were compiled while steps were timed") in checks
+    assert ("int4-static-compiled", "every step took the fused route") in checks
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process memory is read from /proc")
 def test_process_memory_grows_by_the_cache(bench):
     generate = bench("bench_generate")

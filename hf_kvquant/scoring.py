@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -352,7 +353,8 @@ class _ScoringCache(DynamicCache):
     """The layers of a `QuantizedCache`, those that it quantizes replaced by `_ScoringLayer`."""
 
     def __init__(self, model: PreTrainedModel, config: KVQuantConfig, contexts, padding, length: int):
-        layers = QuantizedCache(model.config, config).layers
+        # What a query reads does not depend on the storage.
+        layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding, length)

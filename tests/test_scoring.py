@@ -109,6 +109,17 @@ def test_score_equals_decode_for_families(family, config):
     torch.testing.assert_close(scored, decoded, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3-hybrid"])
+@torch.no_grad()
+def test_a_static_cache_scores_as_the_growing_one(family):
+    model = tiny(family, torch.float64)
+    ids, _ = text(padded=False)
+    scored = score(model, ids, CONTEXT, "int4-static")
+    assert torch.equal(scored, score(model, ids, CONTEXT, "int4"))
+    decoded = score_by_decoding(model, ids, CONTEXT, "int4-static")
+    torch.testing.assert_close(scored, decoded, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
 @torch.no_grad()
 def test_chunked_decode_equals_single_steps():
     model = tiny("llama-gqa", torch.float64)

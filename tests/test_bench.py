@@ -317,3 +317,81 @@ def test_rounds_are_interleaved_and_bounded(bench):
     assert {name: len(s) for name, s in samples.items()} == {"A": 5, "B": 5}
     samples = _bench.time_interleaved(tasks, rounds=50, seconds=0, before=lambda: None)
     assert {name: len(s) for name, s in samples.items()} == {"A": _bench.MIN_ROUNDS, "B": _bench.MIN_ROUNDS}
+
+
+LLAMA_CPP = ["--lengths", "70", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--layers", "2"]
+LLAMA_CPP += ["--hidden", "32", "--rounds", "2", "--presets", "int8-plain,int4-small"]
+
+
+@pytest.fixture
+def llama_cpp():
+    """No dependency of the tests: it takes minutes to build."""
+    pytest.importorskip("gguf", reason="gguf is not installed: see eval/bench_llama_cpp.py")
+    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: see eval/bench_llama_cpp.py")
+
+
+def test_llama_cpp_says_how_to_install_it(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SystemExit):
+        bench("bench_llama_cpp").main([])
+    assert "pip install gguf" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_llama_cpp_result(tmp_path):
+    result, text = run("bench_llama_cpp.py", LLAMA_CPP, tmp_path / "llama_cpp.json")
+    check_common(result, text)
+    rows = {row["name"]: row for row in result["steps"]}
+    assert set(rows) == {"f16", "f16-no-flash", "q8_0", "q4_0", "int8-plain", "int4-small"}
+    bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8-plain": 8.25, "int4-small": 4.25}
+    for name, expected in bits.items():
+        # Two layers, keys and values, two heads; ours keeps a few more numbers per layer.
+        spare = 0 if rows[name]["kind"] == "llama.cpp" else 100
+        assert 0 <= rows[name]["cache_bytes"] - 2 * 2 * 2 * 70 * 64 * expected / 8 <= spare
+        assert rows[name]["bits_per_number"] == rows[name]["cache_bytes"] * 8 / (2 * 2 * 2 * 70 * 64)
+    for row in rows.values():
+        for part in ("step_ms", "base_ms", "attention_ms"):
+            assert set(row[part]) == SUMMARY
+            assert row[part]["n"] == 2
+    for name, peer in {"int8-plain": "q8_0", "int4-small": "q4_0"}.items():
+        assert rows[name]["peer"] == peer
+        for part in ("step", "attention"):
+            faster = rows[peer][f"{part}_ms"]["median"] / rows[name][f"{part}_ms"]["median"]
+            assert rows[name][f"{part}_faster_than_peer"] == pytest.approx(faster)
+    done = {(check["name"], check["check"].rpartition(",")[0]) for check in result["checks"]}
+    assert ("q4_0", "llama.cpp holds the bytes it was given") in done
+    assert ("q4_0", "every step added a token to every layer") in done
+    assert ("int4-small", "every step took the fused route") in done
+
+
+@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.parametrize("omitted", ["rotate", "interleaved"])
+def test_llama_cpp_refuses_a_cache_that_holds_something_else(bench, monkeypatch, capsys, tmp_path, omitted):
+    benchmark = bench("bench_llama_cpp")
+    monkeypatch.setattr(benchmark, omitted, lambda x: x)
+    out = tmp_path / "llama_cpp.json"
+    assert benchmark.main([*LLAMA_CPP, "--threads", "1", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "logits near float32" in text
+    expect_refusal(text, out)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_llama_cpp_refuses_another_model(bench, monkeypatch, capsys, tmp_path):
+    benchmark = bench("bench_llama_cpp")
+    right = benchmark.loaded
+
+    def wider(model, args):
+        args.hidden *= 2
+        try:
+            config = benchmark.model_config(args, 70)
+            return right(benchmark.build_model(config, args, torch.bfloat16), args)
+        finally:
+            args.hidden //= 2
+
+    monkeypatch.setattr(benchmark, "loaded", wider)
+    out = tmp_path / "llama_cpp.json"
+    assert benchmark.main([*LLAMA_CPP, "--threads", "1", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "weights" in text
+    expect_refusal(text, out)

@@ -68,7 +68,7 @@ LOG_LEVEL_ERROR = 4  # ggml's
 WEIGHTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BASE_LENGTH = 1
 WARM_UP_ROUNDS = 2
-# libgomp's threads spin for about 7 ms here before they sleep.
+# Enough for libgomp's threads to sleep: by default they spin 300,000 times first, some milliseconds.
 PAUSE_SECONDS = 0.02
 # llama.cpp rotates heads whose size is a multiple of this, and V in blocks of it.
 ROTATION = 64

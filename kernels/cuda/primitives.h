@@ -1,0 +1,351 @@
+// Everything the kernels use of the machine: the only file with inline PTX and CUDA's built-ins.
+//
+// A kernel that includes this file compiles for the GPU (nvcc or NVRTC), and with
+// -DKVQUANT_EMULATOR for the host, where tests/emulator/emulator.h gives every name below a second
+// body that also checks what hardware would not. What a kernel must keep to for that:
+//
+//   entry     KVQUANT_KERNEL(name, blocks_per_sm, KVQUANT_ARGUMENT Struct a, ..) { .. }
+//   shared    KVQUANT_SHARED(type, name, n) or KVQUANT_DYNAMIC_SHARED(type, name), passed on as
+//             SharedPtr<type>; read into a variable with its type written (`float x = p[i];`),
+//             assigned as a whole (`p[i] = x;`), seen as another type by shared_cast<U>(p)
+//   global    never through a raw `*p`: global_load, load_16, cp_async, global_store, store_16
+//   warps     collectives are called by all 32 lanes from the same line; blocks are whole warps
+//
+// Packed pairs of 16-bit numbers are uint32_t, the first in the low half.
+#pragma once
+
+#include "kvquant/params.h"
+
+#ifndef KVQUANT_THREADS
+#define KVQUANT_THREADS 128
+#endif
+
+#ifdef KVQUANT_EMULATOR
+#include "emulator.h"
+#else
+
+#ifdef __CUDA_ARCH__
+#define KVQUANT_ARCH __CUDA_ARCH__
+#else
+#define KVQUANT_ARCH 0
+#endif
+
+#define KVQUANT_DEVICE __device__ __forceinline__
+#define KVQUANT_ARGUMENT const __grid_constant__
+#define KVQUANT_KERNEL(name, blocks_per_sm, ...) \
+  extern "C" __global__ void __launch_bounds__(KVQUANT_THREADS, blocks_per_sm) name(__VA_ARGS__)
+#define KVQUANT_SHARED(type, name, n) __shared__ __align__(16) type name[n]
+#define KVQUANT_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char kvquant_dynamic_shared[]; \
+  kvquant::SharedPtr<type> name = reinterpret_cast<kvquant::SharedPtr<type>>(kvquant_dynamic_shared)
+
+namespace kvquant {
+
+struct alignas(8) Words2 {
+  uint32_t x, y;
+};
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+template <class T>
+using SharedPtr = T*;
+template <class U, class T>
+KVQUANT_DEVICE SharedPtr<U> shared_cast(T* p) {
+  return reinterpret_cast<U*>(p);
+}
+KVQUANT_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// -- where a thread stands, and barriers --------------------------------------------------------
+
+KVQUANT_DEVICE int thread_index() { return threadIdx.x; }
+KVQUANT_DEVICE int lane_index() { return threadIdx.x % 32; }
+KVQUANT_DEVICE int warp_index() { return threadIdx.x / 32; }
+KVQUANT_DEVICE int block_index_x() { return blockIdx.x; }
+KVQUANT_DEVICE int block_index_y() { return blockIdx.y; }
+KVQUANT_DEVICE int block_index_z() { return blockIdx.z; }
+KVQUANT_DEVICE int grid_size_x() { return gridDim.x; }
+KVQUANT_DEVICE int grid_size_y() { return gridDim.y; }
+KVQUANT_DEVICE int grid_size_z() { return gridDim.z; }
+KVQUANT_DEVICE void block_barrier() { __syncthreads(); }
+KVQUANT_DEVICE void warp_barrier() { __syncwarp(); }  // orders shared memory within the warp
+
+// -- votes and shuffles: no order of memory ------------------------------------------------------
+
+KVQUANT_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+KVQUANT_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+KVQUANT_DEVICE bool warp_all(bool x) { return __all_sync(0xffffffffu, x); }
+// T: float, int32_t or uint32_t.
+template <class T>
+KVQUANT_DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+template <class T>
+KVQUANT_DEVICE T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+// -- global memory -------------------------------------------------------------------------------
+
+// T: 1, 2, 4, 8 or 16 bytes, aligned to its size.
+template <class T>
+KVQUANT_DEVICE T global_load(const T* p) {
+  return *p;
+}
+template <class T>
+KVQUANT_DEVICE void global_store(T* p, T x) {
+  *p = x;
+}
+// For numbers that another block of the same launch may write or read: no order, but no tearing.
+KVQUANT_DEVICE int32_t global_load_relaxed(const int32_t* p) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+KVQUANT_DEVICE void global_store_relaxed(int32_t* p, int32_t x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+KVQUANT_DEVICE void atomic_add(int64_t* p, int64_t x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
+
+KVQUANT_DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
+// For bytes that nobody writes during the launch and this block reads once.
+KVQUANT_DEVICE Words4 load_16_once(const void* p) {
+  Words4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+KVQUANT_DEVICE void store_16(void* p, Words4 x) { *static_cast<Words4*>(p) = x; }
+
+// -- asynchronous copies, global to shared --------------------------------------------------------
+// A copy is in flight until its thread has committed it to a group and waited for the group; what
+// other threads copied is visible after a barrier that follows their wait.
+
+KVQUANT_DEVICE void cp_async_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(from)
+               : "memory");
+}
+// 16 zeros, and no access to `from`, unless `valid`.
+KVQUANT_DEVICE void cp_async_16(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+KVQUANT_DEVICE void cp_async_8(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+KVQUANT_DEVICE void cp_async_4(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+KVQUANT_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's groups are in flight.
+template <int N>
+KVQUANT_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// -- matrices; lane = 4 * g + t ------------------------------------------------------------------
+
+// Loads 8x8 tiles of 16-bit numbers; lane i gives the address of row i % 8 of tile i / 8 (16 bytes,
+// aligned). r[j] of tile j: row g, columns 2t and 2t + 1; .._trans: rows 2t and 2t + 1 of column g.
+KVQUANT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+KVQUANT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// Two tiles; the addresses of lanes 16 .. 31 are not used.
+KVQUANT_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+KVQUANT_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b, a `[16, 16]`, b `[16, 8]`, c `[16, 8]` in FP32:
+//   a[i]  row g + 8 (i % 2), columns 2t + 8 (i / 2) + {0, 1}
+//   b[i]  rows 2t + 8 i + {0, 1}, column g
+//   c[i]  row g + 8 (i / 2), column 2t + i % 2
+KVQUANT_DEVICE void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KVQUANT_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
+                                      const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// c += a b in integers, a `[16, 32]`, b `[32, 8]`, four bytes to a word:
+//   a[i]  row g + 8 (i % 2), columns 4t + 16 (i / 2) + {0, 1, 2, 3}
+//   b[i]  rows 4t + 16 i + {0, 1, 2, 3}, column g;  c as above
+KVQUANT_DEVICE void mma_m16n8k32_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KVQUANT_DEVICE void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// -- words ---------------------------------------------------------------------------------------
+
+// Any function of three bits: kTable is its value at a = 0xf0, b = 0xcc, c = 0xaa.
+template <int kTable>
+KVQUANT_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return r;
+}
+// Four bytes of the eight of (a, b), a's first: nibble i of the selector names byte i's source.
+KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// -- FP16 and BF16 pairs, one rounding each, subnormals kept
+// ----------------------------------------
+
+KVQUANT_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+KVQUANT_DEVICE uint32_t hmul2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+KVQUANT_DEVICE uint32_t hadd2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+KVQUANT_DEVICE uint32_t hsub2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+KVQUANT_DEVICE uint32_t bfma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+// sm_80 has the fused form only: products and sums are made of it.
+KVQUANT_DEVICE uint32_t bmul2(uint32_t a, uint32_t b) { return bfma2(a, b, 0x80008000u); }
+KVQUANT_DEVICE uint32_t badd2(uint32_t a, uint32_t b) { return bfma2(a, 0x3f803f80u, b); }
+KVQUANT_DEVICE uint32_t bsub2(uint32_t a, uint32_t b) { return bfma2(b, 0xbf80bf80u, a); }
+
+KVQUANT_DEVICE uint32_t pack_half2(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+KVQUANT_DEVICE uint32_t pack_bfloat162(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+KVQUANT_DEVICE float half_low(uint32_t x) {
+  float r;
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(r) : "r"(x));
+  return r;
+}
+KVQUANT_DEVICE float half_high(uint32_t x) {
+  float r;
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(r) : "r"(x));
+  return r;
+}
+KVQUANT_DEVICE float bfloat16_low(uint32_t x) { return __uint_as_float(x << 16); }
+KVQUANT_DEVICE float bfloat16_high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+// Two e4m3 bytes (in the low half) to a pair of FP16 numbers: an instruction from sm_89 on.
+#if KVQUANT_ARCH >= 890
+KVQUANT_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
+  uint32_t r;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(x));
+  return r;
+}
+#endif
+
+// -- float: one IEEE rounding each, never contracted; approximations say so
+// -------------------------
+
+KVQUANT_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+KVQUANT_DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
+KVQUANT_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+KVQUANT_DEVICE float rcp_rn(float x) { return __frcp_rn(x); }
+KVQUANT_DEVICE float round_even(float x) { return rintf(x); }
+KVQUANT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+KVQUANT_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+KVQUANT_DEVICE float exp2_approx(float x) {  // 2 ulp; subnormal results are 0
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+KVQUANT_DEVICE float log2_approx(float x) {
+  float r;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+KVQUANT_DEVICE float rcp_approx(float x) {  // 1 ulp
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+}  // namespace kvquant
+#endif  // KVQUANT_EMULATOR
+
+namespace kvquant {
+
+// On the bytes (x & 0x7f) << 7 is the magnitude as FP16 with a bias of 15 instead of 7: 2^8 too
+// small. Bytes 0x7f and 0xff (NaN), which no cache stores, give 480 here.
+KVQUANT_DEVICE uint32_t shift_e4m3x2(uint32_t x) {
+  const uint32_t spread = prmt(x, 0, 0x1404);  // 00 b0 .. to the upper byte of each half
+  return hmul2((spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1, 0x5c005c00u);
+}
+KVQUANT_DEVICE uint32_t e4m3x2_to_half2(uint32_t x) {
+#if KVQUANT_ARCH >= 890
+  return convert_e4m3x2(x);
+#else
+  return shift_e4m3x2(x);
+#endif
+}
+
+}  // namespace kvquant

@@ -233,9 +233,12 @@ KVQUANT_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return r;
 }
-// Four bytes of the eight of (a, b), a's first: nibble i of the selector names byte i's source.
+// Four bytes of the eight of (a, b), a's first: nibble i of the selector names byte i's source, and
+// with 8 added stands for that byte's sign, eight times.
 KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
 }
 
 // -- FP16 and BF16 pairs, one rounding each, subnormals kept

@@ -1,0 +1,158 @@
+"""`Device`: runs the kernels of kernels/cuda on the host, in the emulator of tests/emulator, with CPU tensors.
+
+It stands where the CUDA device stands in hf_kvquant/backends/cuda.py, so that the arguments, grids and specialisations
+that a test runs are the ones that users run. A kernel is compiled with g++ once per specialisation and session. What
+hardware would not notice ends a launch with `Fault`: see tests/emulator/machine.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels"
+EMULATOR = ROOT / "tests" / "emulator"
+_FLAGS = "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -Wall -Wextra -Werror"
+_INCLUDE = (f"-I{KERNELS}", f"-I{KERNELS / 'include'}", f"-I{EMULATOR}")
+_ENTRY = re.compile(r"KVQUANT_KERNEL\(\s*(\w+)")
+
+
+class Fault(RuntimeError):
+    """What a kernel did wrong; the message names the kernel, the block, the thread, the line and the access."""
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [("grid", ctypes.c_int32 * 3), ("threads", ctypes.c_int32), ("dynamic_shared_bytes", ctypes.c_int32)]
+
+
+class Device:
+    """An emulated GPU.
+
+    Args:
+        arch: compute capability times 100, as `__CUDA_ARCH__` has it.
+        sources: files with kernels, besides those of kernels/cuda.
+        sanitize: sanitizers that the kernels are built with, e.g. "address,undefined"; the process must have loaded
+            the runtime library before (LD_PRELOAD).
+    """
+
+    def __init__(self, arch: int = 800, sources: Sequence[Path] = (), sanitize: str = ""):
+        self._arch = arch
+        self._sanitize = sanitize
+        self._sources = (*sorted((KERNELS / "cuda").glob("*.cu")), *sources)
+        self._allowed: list[tuple[torch.Tensor, bool]] = []
+
+    def allow(self, *tensors: torch.Tensor | None, writable: bool = True) -> None:
+        """Lets all later launches touch these tensors."""
+        self._allowed += [(tensor, writable) for tensor in tensors if tensor is not None]
+
+    def launch(
+        self,
+        kernel: str,
+        specialisation: Mapping[str, int],
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        *arguments: ctypes.Structure | torch.Tensor | None,
+        reads: Sequence[torch.Tensor | None] = (),
+        writes: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        """Runs a kernel to its end.
+
+        Args:
+            specialisation: macros and their values; KVQUANT_THREADS is `threads`.
+            arguments: the kernel's parameters: structs are passed by value, tensors by their address.
+            reads, writes: the tensors whose addresses the structs hold; tensors in `arguments` count as written.
+
+        Raises:
+            Fault: the kernel did what it must not.
+            ValueError: no source has this kernel, or several do.
+        """
+        macros = {"KVQUANT_ARCH": self._arch, **specialisation, "KVQUANT_THREADS": threads}
+        library = _library(self._source_of(kernel), tuple(sorted(macros.items())), self._sanitize)
+        library.kvquant_emulate_forget()
+        given = [a for a in arguments if isinstance(a, torch.Tensor)]
+        for tensor, writable in (
+            *self._allowed,
+            *((t, True) for t in (*given, *writes)),
+            *((t, False) for t in reads),
+        ):
+            if tensor is not None and tensor.numel():
+                library.kvquant_emulate_allow(*_extent(tensor), ctypes.c_int(writable))
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        launch = _Launch((*grid, 1, 1)[:3], threads, shared_bytes)
+        message = ctypes.create_string_buffer(1000)
+        run = getattr(library, f"kvquant_emulate_{kernel}")
+        if run(ctypes.byref(launch), pointers, message, ctypes.c_int(len(message))):
+            raise Fault(message.value.decode())
+
+    def _source_of(self, kernel: str) -> Path:
+        found = [source for source in self._sources if kernel in _kernels_of(source)]
+        if len(found) != 1:
+            names = [str(source) for source in self._sources]
+            raise ValueError(f"kernel: {kernel!r} is in {len(found)} of the sources {names}; expected one")
+        return found[0]
+
+
+def _value(argument: ctypes.Structure | torch.Tensor | None):
+    if isinstance(argument, ctypes.Structure):
+        return argument
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+
+
+def _extent(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """Address and bytes from the first to the last number of a tensor, gaps included."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"device: a tensor on {tensor.device} cannot be emulated; expected cpu")
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64((last + 1) * tensor.element_size())
+
+
+@lru_cache(maxsize=None)
+def _kernels_of(source: Path) -> frozenset[str]:
+    return frozenset(_ENTRY.findall(source.read_text()))
+
+
+@lru_cache(maxsize=None)
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="kvquant-emulator-")
+
+
+_numbers = itertools.count()
+
+
+def _compile(*arguments: str) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("the emulator needs a C++ compiler: neither g++ nor c++ is on the PATH")
+    target = Path(_folder().name) / f"{next(_numbers)}.so"
+    command = [compiler, *_FLAGS.split(), *_INCLUDE, *arguments, "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return target
+
+
+@lru_cache(maxsize=None)
+def _machine(sanitize: tuple[str, ...]) -> tuple[str, ...]:
+    """The emulator itself, which all specialisations are linked with."""
+    return tuple(str(_compile("-O2", *sanitize, "-c", str(source))) for source in sorted(EMULATOR.glob("*.cc")))
+
+
+@lru_cache(maxsize=None)
+def _library(source: Path, macros: tuple[tuple[str, int], ...], sanitize: str) -> ctypes.CDLL:
+    flags = (f"-fsanitize={sanitize}", "-fno-sanitize-recover") if sanitize else ()
+    defines = [f"-D{name}={value}" for name, value in (("KVQUANT_EMULATOR", 1), *macros)]
+    # No pragma of the GPU's compiler (unroll) means anything here.
+    kernel = ("-O1", "-Wno-unknown-pragmas", "-x", "c++", str(source), "-x", "none")
+    return ctypes.CDLL(str(_compile("-shared", *flags, *defines, *kernel, *_machine(flags))))

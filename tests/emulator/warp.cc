@@ -1,0 +1,141 @@
+#include "warp.h"
+
+#include <string.h>
+
+#include "numbers.h"
+
+namespace kvquant::emulator {
+namespace {
+
+struct Shuffle {
+  uint32_t x;
+  int from_lane;
+  uint32_t result;
+};
+void perform_shuffle(void* const operands[32], Site site) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* to = static_cast<Shuffle*>(operands[lane]);
+    if (to->from_lane < 0 || to->from_lane >= 32) {
+      fault(site, "lane %d shuffles from lane %d", lane, to->from_lane);
+    }
+    to->result = static_cast<Shuffle*>(operands[to->from_lane])->x;
+  }
+}
+
+struct Ballot {
+  bool x;
+  uint32_t result;
+};
+void perform_ballot(void* const operands[32], Site) {
+  uint32_t result = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    result |= uint32_t(static_cast<Ballot*>(operands[lane])->x) << lane;
+  }
+  for (int lane = 0; lane < 32; ++lane) static_cast<Ballot*>(operands[lane])->result = result;
+}
+
+struct LoadMatrix {
+  uint32_t row[4];  // the 16 bytes that this lane's address names
+  uint32_t* tiles;
+  int num_tiles;
+  bool transposed;
+};
+void perform_ldmatrix(void* const operands[32], Site) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* to = static_cast<LoadMatrix*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int tile = 0; tile < to->num_tiles; ++tile) {
+      auto number = [&](int row, int column) {
+        const uint32_t* words = static_cast<LoadMatrix*>(operands[8 * tile + row])->row;
+        return words[column / 2] >> column % 2 * 16 & 0xffffu;
+      };
+      to->tiles[tile] = to->transposed ? number(2 * t, g) | number(2 * t + 1, g) << 16
+                                       : number(g, 2 * t) | number(g, 2 * t + 1) << 16;
+    }
+  }
+}
+
+template <class Sum>
+struct Multiply {
+  Sum* c;
+  const uint32_t* a;
+  const uint32_t* b;
+  Number number;
+};
+
+// Element k of the row or column that a lane's words hold; `count` numbers to a 32-bit word.
+double element(uint32_t word, int i, Number number) {
+  switch (number) {
+    case Number::kHalf:
+      return half_to_float(uint16_t(word >> 16 * i));
+    case Number::kBFloat16:
+      return bfloat16_to_float(uint16_t(word >> 16 * i));
+    case Number::kSigned8:
+      return int8_t(word >> 8 * i);
+    case Number::kUnsigned8:
+      return uint8_t(word >> 8 * i);
+  }
+  __builtin_unreachable();
+}
+
+// kPacked numbers to a word, so k runs over 8 * kPacked: words i of a hold rows g + 8 (i % 2),
+// columns kPacked t + 4 kPacked (i / 2) ..; words i of b rows kPacked t + 4 kPacked i .., column g.
+// Products are exact and the sum is rounded once; hardware rounds in an order of its own.
+template <class Sum, int kPacked>
+void perform_mma(void* const operands[32], Site) {
+  double a[16][8 * kPacked], b[8 * kPacked][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* from = static_cast<Multiply<Sum>*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    const Number left = kPacked == 4 ? Number::kSigned8 : from->number;
+    for (int j = 0; j < kPacked; ++j) {
+      for (int i = 0; i < 4; ++i) {
+        a[g + 8 * (i % 2)][kPacked * t + 4 * kPacked * (i / 2) + j] = element(from->a[i], j, left);
+      }
+      for (int i = 0; i < 2; ++i) {
+        b[kPacked * t + 4 * kPacked * i + j][g] = element(from->b[i], j, from->number);
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* to = static_cast<Multiply<Sum>*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      double sum = to->c[i];
+      for (int k = 0; k < 8 * kPacked; ++k) sum += a[row][k] * b[k][column];
+      to->c[i] = Sum(sum);
+    }
+  }
+}
+
+}  // namespace
+
+uint32_t shuffle(const char* name, uint32_t x, int from_lane, Site site) {
+  Shuffle operand = {x, from_lane, 0};
+  collective(name, &operand, perform_shuffle, site);
+  return operand.result;
+}
+
+uint32_t ballot(const char* name, bool x, Site site) {
+  Ballot operand = {x, 0};
+  collective(name, &operand, perform_ballot, site);
+  return operand.result;
+}
+
+void ldmatrix(uint32_t* tiles, int num_tiles, bool transposed, uint32_t row_address, Site site) {
+  LoadMatrix operand = {{}, tiles, num_tiles, transposed};
+  if (place.thread % 32 < 8 * num_tiles) shared_read(row_address, operand.row, 16, site);
+  collective(transposed ? "ldmatrix_trans" : "ldmatrix", &operand, perform_ldmatrix, site);
+}
+
+void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, Number number, Site site) {
+  Multiply<float> operand = {c, a, b, number};
+  collective("mma_m16n8k16", &operand, perform_mma<float, 2>, site);
+}
+
+void mma_m16n8k32(int32_t* c, const uint32_t* a, const uint32_t* b, Number number, Site site) {
+  Multiply<int32_t> operand = {c, a, b, number};
+  collective("mma_m16n8k32", &operand, perform_mma<int32_t, 4>, site);
+}
+
+}  // namespace kvquant::emulator

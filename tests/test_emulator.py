@@ -70,6 +70,7 @@ def words(n: int) -> torch.Tensor:
     # Near one another, so that sums cancel and products round.
     near = random[2000:]
     near[:, :] = (near & 0x83FF83FF) | 0x38003800
+    random[3000:, 1:] = torch.randn(1096, 2).mul(100).div(torch.randint(1, 10000, (1096, 2))).view(torch.int32)
     return (random & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 
 
@@ -82,7 +83,7 @@ def same_numbers(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_words_and_pairs():
     input = words(4096)
-    r = launch("words_kernel", input, torch.empty(4096, 24, dtype=torch.int32), grid=32, threads=128, arch=890)
+    r = launch("words_kernel", input, torch.empty(4096, 25, dtype=torch.int32), grid=32, threads=128, arch=890)
     a, b, c = (input[:, i].contiguous() for i in range(3))
     assert torch.equal(r[:, 0], (a & b) | c)
     assert torch.equal(r[:, 1], (a & b) ^ c)
@@ -107,14 +108,17 @@ def test_words_and_pairs():
         same_numbers(packed, torch.stack([b, c], 1).view(torch.float32).to(dtype))
 
     pairs = a.view(torch.uint8).view(-1, 4)[:, :2].contiguous().view(torch.float8_e4m3fn).half()
-    converted, shifted, chosen = (r[:, i].contiguous().view(torch.float16).view(-1, 2) for i in (18, 19, 20))
+    converted, shifted, chosen = (r[:, i].contiguous().view(torch.float16).view(-1, 2) for i in (18, 20, 21))
     same_numbers(converted, pairs)
     same_numbers(chosen, pairs)
     same_numbers(torch.where(pairs.isnan(), torch.nan, shifted), pairs)
+    small = torch.stack([b, c], 1).view(torch.float32)
+    packed = r[:, 19].contiguous().view(torch.uint8).view(-1, 4)[:, :2].contiguous().view(torch.float8_e4m3fn)
+    same_numbers(packed.float(), small.clamp(-448, 448).to(torch.float8_e4m3fn).float())
     numbers = a.view(torch.float32)
-    same_numbers(r[:, 21].contiguous().view(torch.float32), numbers.round())
-    same_numbers(r[:, 22].contiguous().view(torch.float32), 1 / numbers)
-    power = r[:, 23].contiguous().view(torch.float32)
+    same_numbers(r[:, 22].contiguous().view(torch.float32), numbers.round())
+    same_numbers(r[:, 23].contiguous().view(torch.float32), 1 / numbers)
+    power = r[:, 24].contiguous().view(torch.float32)
     expected = numbers.double().exp2()
     expected = torch.where(expected < 2.0**-126, 0.0, expected).float()
     torch.testing.assert_close(power, expected, rtol=3e-7, atol=0, equal_nan=True)
@@ -143,8 +147,8 @@ def fused(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 def test_e4m3_without_the_instruction():
     input = words(4096)
-    r = launch("words_kernel", input, torch.empty(4096, 24, dtype=torch.int32), grid=32, threads=128, arch=800)
-    assert torch.equal(r[:, 20], r[:, 19])
+    r = launch("words_kernel", input, torch.empty(4096, 25, dtype=torch.int32), grid=32, threads=128, arch=800)
+    assert torch.equal(r[:, 21], r[:, 20])
 
 
 def test_shuffles_and_votes():

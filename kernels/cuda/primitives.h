@@ -241,6 +241,8 @@ KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
+KVQUANT_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+
 // -- FP16 and BF16 pairs, one rounding each, subnormals kept
 // ----------------------------------------
 
@@ -297,8 +299,14 @@ KVQUANT_DEVICE float half_high(uint32_t x) {
 KVQUANT_DEVICE float bfloat16_low(uint32_t x) { return __uint_as_float(x << 16); }
 KVQUANT_DEVICE float bfloat16_high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-// Two e4m3 bytes (in the low half) to a pair of FP16 numbers: an instruction from sm_89 on.
+// Two e4m3 bytes (in the low half) to a pair of FP16 numbers, and two numbers of at most 448 to
+// bytes: instructions from sm_89 on.
 #if KVQUANT_ARCH >= 890
+KVQUANT_DEVICE uint32_t pack_e4m3x2(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
 KVQUANT_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
   uint32_t r;
   asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(x));

@@ -273,6 +273,8 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+
 // -- FP16 and BF16 pairs
 // ---------------------------------------------------------------------------
 
@@ -298,10 +300,15 @@ inline float half_low(uint32_t x) { return emulator::half_to_float(uint16_t(x));
 inline float half_high(uint32_t x) { return emulator::half_to_float(uint16_t(x >> 16)); }
 inline float bfloat16_low(uint32_t x) { return emulator::bfloat16_to_float(uint16_t(x)); }
 inline float bfloat16_high(uint32_t x) { return emulator::bfloat16_to_float(uint16_t(x >> 16)); }
+#if KVQUANT_ARCH >= 890
+inline uint32_t pack_e4m3x2(float low, float high) {
+  return emulator::to_e4m3(low) | uint32_t(emulator::to_e4m3(high)) << 8;
+}
 inline uint32_t convert_e4m3x2(uint32_t x) {
   return emulator::e4m3_to_half(uint8_t(x)) | uint32_t(emulator::e4m3_to_half(uint8_t(x >> 8)))
                                                   << 16;
 }
+#endif
 
 // -- float
 // -----------------------------------------------------------------------------------------

@@ -56,6 +56,18 @@ inline uint16_t e4m3_to_half(uint8_t code) {
   return to_half(code & 0x80 ? -size : size);
 }
 
+// Saturating, half to even.
+inline uint8_t to_e4m3(double x) {
+  if (isnan(x)) return 0x7f;
+  const uint8_t sign = signbit(x) ? 0x80 : 0;
+  const double size = fabs(x) < 448.0 ? fabs(x) : 448.0;
+  int exponent;
+  frexp(size, &exponent);
+  if (size < 0x1p-6) exponent = -5;
+  const int mantissa = int(nearbyint(ldexp(size, 4 - exponent)));  // 8 .. 16; less if subnormal
+  return uint8_t(sign | (8 * (exponent + 5) + mantissa));
+}
+
 // `f` on both halves of the words.
 template <class F, class... Word>
 uint32_t on_pairs(F f, Word... words) {

@@ -97,7 +97,7 @@ KVQUANT_KERNEL(ldmatrix_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   store_16(p.output + 16 * lane, {r[0], r[1], r[2], r[3]});
 }
 
-// Three words in, the functions of them out, 24 words per thread.
+// Three words in, the functions of them out, 25 words per thread.
 KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   const int i = block_index_x() * KVQUANT_THREADS + thread_index();
   const uint32_t* input = reinterpret_cast<const uint32_t*>(p.input) + 3 * i;
@@ -123,7 +123,9 @@ KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
       pack_bfloat162(bits_float(b), bits_float(c)),
 #if KVQUANT_ARCH >= 890
       convert_e4m3x2(a),
+      pack_e4m3x2(bits_float(b), bits_float(c)),
 #else
+      0,
       0,
 #endif
       shift_e4m3x2(a),
@@ -132,8 +134,8 @@ KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
       float_bits(rcp_rn(bits_float(a))),
       float_bits(exp2_approx(bits_float(a))),
   };
-  uint32_t* output = reinterpret_cast<uint32_t*>(p.output) + 24 * i;
-  for (int j = 0; j < 24; ++j) global_store(output + j, results[j]);
+  uint32_t* output = reinterpret_cast<uint32_t*>(p.output) + 25 * i;
+  for (int j = 0; j < 25; ++j) global_store(output + j, results[j]);
 }
 
 // Per lane: from lane (7 i) % 32, xor 5, and the votes about i % 3 == 0.

@@ -1,0 +1,136 @@
+// The formats of hf_kvquant/quantization.py, an octet at a time, every step one IEEE rounding.
+#pragma once
+
+#include "cuda/octet.h"
+
+namespace kvquant {
+
+template <int kFormat>
+struct FormatOf;
+template <>
+struct FormatOf<kInt8> {
+  using Token = Signed8;
+  using Channel = Unsigned8;
+};
+template <>
+struct FormatOf<kFp8> {
+  using Token = E4M3;
+  using Channel = E4M3;
+};
+template <>
+struct FormatOf<kInt4> {
+  using Token = Nibble;
+  using Channel = Nibble;
+};
+
+KVQUANT_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+KVQUANT_DEVICE bool is_nan(float x) { return (float_bits(x) & 0x7fffffffu) > kInfinityBits; }
+KVQUANT_DEVICE float half_of(uint16_t bits) { return half_low(bits); }
+KVQUANT_DEVICE uint16_t to_half_bits(float x) { return uint16_t(pack_half2(x, 0.0f)); }
+
+// Eight numbers within the format's reach, rounded half to even, one byte each.
+template <class Format>
+KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
+  uint32_t words[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (Format::kIsFloat) {
+#if KVQUANT_ARCH >= 890
+      words[i] = pack_e4m3x2(y[4 * i], y[4 * i + 1]) | pack_e4m3x2(y[4 * i + 2], y[4 * i + 3])
+                                                           << 16;
+#else
+      words[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[i] |= uint32_t(float_to_e4m3(y[4 * i + j])) << 8 * j;
+#endif
+    } else {
+      // Where a float's last bit is 1, the sum rounds to an integer, which is its low byte.
+      constexpr float kLastBitIsOne = 12582912.0f;  // 1.5 * 2^23
+      uint32_t code[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) code[j] = float_bits(add_rn(y[4 * i + j], kLastBitIsOne));
+      words[i] = prmt(prmt(code[0], code[1], 0x0040), prmt(code[2], code[3], 0x0040), 0x5410);
+    }
+  }
+  return {words[0], words[1]};
+}
+
+// Writes the codes of an octet into its row of a cache; lanes of nibbles exchange halves, so all
+// lanes come here, and `write` says whose codes count.
+template <class Format, int kHeadDim>
+KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
+  const int octet = Row<kHeadDim>::octet();
+  if constexpr (Format::kMidpoint != 0.0f) {
+    // The octet whose nibbles share bytes with ours is half a chunk away. Each of the two stores
+    // four of their eight bytes.
+    const NibblePlace place = nibble_place(8 * octet, kHeadDim);
+    const bool high = place.shift != 0, short_chunk = kHeadDim - 8 * octet / 32 * 32 < 32;
+    const uint32_t theirs = shuffle(high ? codes.x : codes.y, lane_index() ^ (short_chunk ? 1 : 2));
+    const uint32_t bytes = high ? theirs | codes.y << 4 : codes.x | theirs << 4;
+    uint32_t* to = reinterpret_cast<uint32_t*>(row + place.byte + (high ? 4 : 0));
+    if (write) global_store(to, bytes);
+  } else {
+    if (write) global_store(reinterpret_cast<Words2*>(row + 8 * octet), codes);
+  }
+}
+
+// Token grid: the FP16 scale of a group with this largest magnitude, NaN where not all are finite.
+template <class Format>
+KVQUANT_DEVICE uint16_t token_scale(uint32_t magnitude) {
+  constexpr float kToScale = float(1.0 / double(Format::kReach));
+  if (magnitude >= kInfinityBits) return 0x7e00;
+  return to_half_bits(fminf(mul_rn(bits_float(magnitude), kToScale), kFp16Max));
+}
+// x become codes: what they are before rounding. A scale of 0 or NaN gives the code of 0.
+template <class Format>
+KVQUANT_DEVICE void token_codes(float (&x)[8], uint16_t scale) {
+  const float r = rcp_rn(half_of(scale));
+  const bool usable = float_bits(r) < kInfinityBits;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (Format::kMidpoint != 0.0f) {
+      const float y = clamp(add_rn(mul_rn(x[i], r), Format::kMidpoint), 0.0f, 15.0f);
+      x[i] = usable ? y : 8.0f;
+    } else {
+      x[i] = usable ? clamp(mul_rn(x[i], r), -Format::kReach, Format::kReach) : 0.0f;
+    }
+  }
+}
+
+// Channel grid: what the numbers of one channel and block have in common.
+template <class Format>
+struct Channel {
+  static constexpr bool kSymmetric = Format::kLevels == 0.0f;
+  float low = kSymmetric ? 0.0f : bits_float(kInfinityBits);
+  float high = kSymmetric ? 0.0f : -bits_float(kInfinityBits);  // symmetric: the largest magnitude
+
+  KVQUANT_DEVICE void count(float x) {
+    if ((float_bits(x) & 0x7fffffffu) >= kInfinityBits) return;
+    high = fmaxf(high, kSymmetric ? fabsf(x) : x);
+    if (!kSymmetric) low = fminf(low, x);
+  }
+  KVQUANT_DEVICE void merge(float their_low, float their_high) {
+    low = fminf(low, their_low);
+    high = fmaxf(high, their_high);
+  }
+  // FP16 bits. The sums turn -0 into +0: which of the two is smaller is nobody's business.
+  KVQUANT_DEVICE uint16_t zero_point() const {
+    return to_half_bits(clamp(empty() ? 0.0f : add_rn(low, 0.0f), -kFp16Max, kFp16Max));
+  }
+  KVQUANT_DEVICE uint16_t scale(float zero) const {
+    constexpr float kToScale = float(1.0 / double(kSymmetric ? Format::kReach : Format::kLevels));
+    const float range = kSymmetric ? high : sub_rn(empty() ? 0.0f : add_rn(high, 0.0f), zero);
+    return to_half_bits(clamp(mul_rn(range, kToScale), -kFp16Max, kFp16Max));
+  }
+  // The code of x before rounding; r is the reciprocal of the scale.
+  KVQUANT_DEVICE static float code(float x, float zero, float r) {
+    if (is_nan(x) || (float_bits(r) & 0x7fffffffu) >= kInfinityBits) return 0.0f;
+    if (kSymmetric) return clamp(mul_rn(x, r), -Format::kReach, Format::kReach);
+    return clamp(mul_rn(sub_rn(x, zero), r), 0.0f, Format::kLevels);
+  }
+
+ private:
+  KVQUANT_DEVICE bool empty() const { return float_bits(low) == kInfinityBits; }
+};
+
+}  // namespace kvquant

@@ -1,0 +1,354 @@
+// Writes new tokens into the storage of keys and values: rotates, scales, packs; completes blocks
+// of keys; fills the ring and the sinks. One launch for a decode step as for a prompt.
+//
+//   grid    (parts, 2 * num_kv_heads, batch), any number of parts: a block goes on with every
+//           grid_size_x-th. y: first the heads of the keys, then those of the values.
+//   part    token grid and dense: kRows tokens; channel grid: one block of keys, whole or begun
+//   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
+//
+// The bytes are those of hf_kvquant/quantization.py. To be compiled without contraction of products
+// and sums. Specialised by macros:
+//   KVQUANT_DTYPE                        KvquantDtype of the tokens
+//   KVQUANT_HEAD_DIM, KVQUANT_V_HEAD_DIM
+//   KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP (KvquantSide::group_length), KVQUANT_K_ROTATE
+//   KVQUANT_V_FORMAT, KVQUANT_V_GROUP, KVQUANT_V_ROTATE
+#include "cuda/quantize.h"
+
+namespace kvquant {
+
+template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_>
+struct Side {
+  static constexpr int kHeadDim = kHeadDim_, kFormat = kFormat_, kGrid = kGrid_, kGroup = kGroup_;
+  static constexpr bool kRotate = kRotate_;
+};
+
+// Blocks write their ring's and sinks' rows while others read and write theirs: no byte is written
+// by one block and touched by another, except sink_positions, whose free slots only ever change
+// from one value that is free to another.
+template <class S>
+struct Append {
+  using Tokens = Octet<KVQUANT_DTYPE>;
+  using R = Row<S::kHeadDim>;
+  static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::kBytes;  // of a dense copy
+  static constexpr int kLoads = 4;                                    // rows in flight per thread
+  static constexpr int kRows = kLoads * R::kAtOnce;
+
+  const KvquantAppend& a;
+  const KvquantNewTokens& x;
+  const int batch, head;
+  const int start, end;
+  // Ring slots of columns `kept .. start` belong to the block that completes those columns.
+  int kept;
+  int bad = 0;  // rows of this warp that hold a NaN or infinity
+
+  KVQUANT_DEVICE Append(const KvquantAppend& a, const KvquantNewTokens& x, int head, int64_t start)
+      : a(a),
+        x(x),
+        batch(block_index_z()),
+        head(head),
+        start(int(start)),
+        end(int(start + x.n)),
+        kept(int(start)) {}
+
+  KVQUANT_DEVICE void run() {
+    if (end == start) return;
+    if constexpr (S::kGrid == kChannelGrid && S::kFormat != kDense) {
+      const int first = start / S::kGroup;
+      if ((first + 1) * S::kGroup <= end) kept = first * S::kGroup;
+      for (int block = first + block_index_x(); block * S::kGroup < end; block += grid_size_x()) {
+        write_block(block * S::kGroup);
+      }
+    } else {
+      for (int part = block_index_x(); part * kRows < end - start; part += grid_size_x()) {
+        write_tokens(start + part * kRows);
+      }
+    }
+    if (bad && lane_index() == 0) atomic_add(a.faults, int64_t(bad));
+    if (block_index_x() == 0 && warp_index() == KVQUANT_THREADS / 32 - 1) write_sinks();
+  }
+
+  // -- where rows are
+  // ------------------------------------------------------------------------------
+
+  KVQUANT_DEVICE uint8_t* at(uint8_t* base, const int64_t (&stride)[2]) const {
+    return base + batch * stride[0] + head * stride[1];
+  }
+  KVQUANT_DEVICE const uint8_t* new_row(int t) const {
+    return x.x + batch * x.x_stride[0] + head * x.x_stride[1] + (t - start) * x.x_stride[2];
+  }
+  KVQUANT_DEVICE uint8_t* ring_row(int t) const {
+    const int slot = t % int(x.side.ring_length);
+    return at(x.side.recent, x.side.recent_stride) + int64_t(slot) * kRowBytes;
+  }
+  KVQUANT_DEVICE uint8_t* code_row(int t) const {
+    constexpr int kBytes = S::kFormat == kDense  ? kRowBytes
+                           : S::kFormat == kInt4 ? S::kHeadDim / 2
+                                                 : S::kHeadDim;
+    return at(x.side.data, x.side.data_stride) + int64_t(t) * kBytes;
+  }
+  // `row` counts tokens or blocks, of `per_row` FP16 numbers each; zero_point is laid out alike.
+  KVQUANT_DEVICE uint16_t* scale_row(uint16_t* base, int row, int per_row) const {
+    uint8_t* first = at(reinterpret_cast<uint8_t*>(base), x.side.scale_stride);
+    return reinterpret_cast<uint16_t*>(first) + int64_t(row) * per_row;
+  }
+  KVQUANT_DEVICE bool is_padding(int t) const {
+    return a.padding && t < a.padding_length &&
+           global_load(a.padding + batch * a.padding_stride + t);
+  }
+
+  // -- tokens
+  // --------------------------------------------------------------------------------------
+
+  // Counts the rows that this warp holds and that are not finite; all lanes come here.
+  KVQUANT_DEVICE void count_bad(bool finite) {
+    const uint32_t lanes = warp_ballot(!finite);
+    if (lanes == 0) return;
+#pragma unroll
+    for (int first = 0; first < 32; first += R::kLanes) {
+      bad += (lanes >> first & 0xffffffffu >> (32 - R::kLanes)) != 0;
+    }
+  }
+
+  // The ring keeps the last ring_length columns.
+  KVQUANT_DEVICE void write_recent(int t, const Tokens& octet) const {
+    const int length = int(x.side.ring_length);
+    if (x.side.recent == nullptr || t < end - length) return;
+    if (kept < start && (t - kept) % length < start - kept) return;  // see write_block
+    octet.store(ring_row(t) + R::octet() * Tokens::kBytes);
+  }
+
+  KVQUANT_DEVICE void write_tokens(int first) {
+    Tokens rows[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int t = first + i * R::kAtOnce + R::index();
+      if (t < end && !R::idle()) {
+        rows[i].load_once(new_row(t) + R::octet() * Tokens::kBytes);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * R::kAtOnce >= end) break;
+      const int t = first + i * R::kAtOnce + R::index();
+      write_token(t, rows[i], t < end && !R::idle());
+    }
+  }
+
+  // All lanes come here; `mine`: this one holds an octet of a row that exists.
+  KVQUANT_DEVICE void write_token(int t, const Tokens& octet, bool mine) {
+    float y[8];
+    octet.unpack(y);
+    uint32_t magnitude = largest_magnitude(y);
+    count_bad(magnitude < kInfinityBits);
+    if (mine) write_recent(t, octet);
+    if constexpr (S::kFormat == kDense) {
+      if (mine) octet.store(code_row(t) + R::octet() * Tokens::kBytes);
+    } else {
+      using Format = typename FormatOf<S::kFormat>::Token;
+      constexpr int kGroupOctets = S::kGroup / 8, kGroups = S::kHeadDim / S::kGroup;
+      if (S::kRotate) {
+        rotate<S::kHeadDim>(y);
+        magnitude = largest_magnitude(y);
+      }
+      const uint16_t scale = token_scale<Format>(group_max<S::kHeadDim, S::kGroup>(magnitude));
+      if (mine && R::octet() % kGroupOctets == 0) {
+        global_store(scale_row(x.side.scale, t, kGroups) + R::octet() / kGroupOctets, scale);
+      }
+      token_codes<Format>(y, scale);
+      store_codes<Format, S::kHeadDim>(encode<Format>(y), code_row(t), mine);
+    }
+  }
+
+  // -- blocks of the channel grid
+  // ------------------------------------------------------------------
+
+  // The block of columns from `base` on: its new columns go to the ring, and if it is complete, it
+  // is quantized. Two passes over its rows, the second from the cache: statistics, then codes.
+  KVQUANT_DEVICE void write_block(int base) {
+    using Format = typename FormatOf<S::kFormat>::Channel;
+    static_assert(S::kGroup % R::kAtOnce == 0, "a block is read in whole steps");
+    constexpr int kSteps = S::kGroup / R::kAtOnce, kAhead = kSteps < kLoads ? kSteps : kLoads;
+    const bool complete = base + S::kGroup <= end;
+    Channel<Format> channels[8];
+#pragma unroll 1
+    for (int step = 0; step < kSteps; step += kAhead) {
+      const int first = base + step * R::kAtOnce;
+      if (!complete && (first >= end || first + kAhead * R::kAtOnce <= start)) continue;
+      Tokens rows[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        load_column(rows[i], first + i * R::kAtOnce + R::index(), complete);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int t = first + i * R::kAtOnce + R::index();
+        const bool is_new = t >= start && t < end && !R::idle();
+        float y[8];
+        rows[i].unpack(y);
+        count_bad(!is_new || largest_magnitude(y) < kInfinityBits);
+        if (is_new) write_recent(t, rows[i]);
+        if (!complete || is_padding(t)) continue;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) channels[j].count(y[j]);
+      }
+    }
+    if (!complete) return;
+
+    float zero[8], r[8];
+    merge(channels);
+    write_scales(channels, base / S::kGroup, zero, r);
+#pragma unroll 1
+    for (int step = 0; step < kSteps; step += kAhead) {
+      const int first = base + step * R::kAtOnce;
+      Tokens rows[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        load_column(rows[i], first + i * R::kAtOnce + R::index(), true);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        float y[8];
+        rows[i].unpack(y);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) y[j] = Channel<Format>::code(y[j], zero[j], r[j]);
+        uint8_t* row = code_row(first + i * R::kAtOnce + R::index());
+        store_codes<Format, S::kHeadDim>(encode<Format>(y), row, !R::idle());
+      }
+    }
+    // The next block of columns uses the same shared memory, and the ring's slots of the earlier
+    // columns are free now.
+    block_barrier();
+    if (base < start) write_kept_slots();
+  }
+
+  // Columns before `start` come from the ring, and only if they are wanted.
+  KVQUANT_DEVICE void load_column(Tokens& octet, int t, bool early) const {
+    if (R::idle() || t >= end || (t < start && !early)) return;
+    octet.load((t < start ? ring_row(t) : new_row(t)) + R::octet() * Tokens::kBytes);
+  }
+
+  // Joins the statistics of the rows that other threads of the block have seen.
+  template <class Format>
+  KVQUANT_DEVICE void merge(Channel<Format> (&channels)[8]) const {
+    constexpr int kWarps = KVQUANT_THREADS / 32;
+    KVQUANT_SHARED(float, lows, kWarps* S::kHeadDim);
+    KVQUANT_SHARED(float, highs, kWarps* S::kHeadDim);
+    const int place = warp_index() * S::kHeadDim + 8 * R::octet();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int mask = R::kLanes; mask < 32; mask *= 2) {
+        const float low = shuffle_xor(channels[j].low, mask);
+        const float high = shuffle_xor(channels[j].high, mask);
+        channels[j].merge(low, high);
+      }
+      if (lane_index() < R::kOctets) {
+        lows[place + j] = channels[j].low;
+        highs[place + j] = channels[j].high;
+      }
+    }
+    block_barrier();
+    if (R::idle()) return;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int channel = warp * S::kHeadDim + 8 * R::octet() + j;
+        const float low = lows[channel], high = highs[channel];
+        channels[j].merge(low, high);
+      }
+    }
+  }
+
+  // Stores the scales and zero points of block `block`; gives zero points and reciprocal scales.
+  template <class Format>
+  KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int block,
+                                   float (&zero)[8], float (&r)[8]) const {
+    constexpr bool kSymmetric = Channel<Format>::kSymmetric;
+    uint32_t zeros[4] = {}, scales[4] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint16_t z = kSymmetric ? 0 : channels[j].zero_point();
+      zero[j] = half_of(z);
+      const uint16_t s = channels[j].scale(zero[j]);
+      r[j] = rcp_rn(half_of(s));
+      zeros[j / 2] |= uint32_t(z) << 16 * (j % 2);
+      scales[j / 2] |= uint32_t(s) << 16 * (j % 2);
+    }
+    if (R::index() != 0 || R::idle()) return;
+    const int first = 8 * R::octet();
+    store_16(scale_row(x.side.scale, block, S::kHeadDim) + first,
+             {scales[0], scales[1], scales[2], scales[3]});
+    if (!kSymmetric) {
+      store_16(scale_row(x.side.zero_point, block, S::kHeadDim) + first,
+               {zeros[0], zeros[1], zeros[2], zeros[3]});
+    }
+  }
+
+  // A long append may wrap around the ring onto the columns that complete its first block. These
+  // slots are written here, by the block of threads that has read them, and by no other.
+  KVQUANT_DEVICE void write_kept_slots() const {
+    const int length = int(x.side.ring_length);
+    for (int early = kept + R::index(); early < start; early += R::kAtOnce) {
+      const int t = early + (end - 1 - early) / length * length;  // the last column of this slot
+      if (t < start || R::idle()) continue;
+      Tokens octet;
+      octet.load(new_row(t) + R::octet() * Tokens::kBytes);
+      octet.store(ring_row(t) + R::octet() * Tokens::kBytes);
+    }
+  }
+
+  // -- sinks
+  // ---------------------------------------------------------------------------------------
+
+  // By one warp: the first tokens of the row that are no padding, while there are free slots. Slots
+  // of columns before `start` are taken; the others may be written meanwhile by another block, with
+  // columns that are not before `start` either, so that all count the same.
+  KVQUANT_DEVICE void write_sinks() const {
+    if (a.num_sinks == 0) return;
+    int32_t* positions = reinterpret_cast<int32_t*>(reinterpret_cast<uint8_t*>(a.sink_positions) +
+                                                    batch * a.sink_positions_stride);
+    const int lane = lane_index(), num_sinks = int(a.num_sinks);
+    int slot = 0;
+    for (int first = 0; first < num_sinks; first += 32) {
+      const int32_t column =
+          first + lane < num_sinks ? global_load_relaxed(positions + first + lane) : -1;
+      slot += count_bits(warp_ballot(column >= 0 && column < start));
+    }
+    const bool writes_positions = block_index_y() == 0;
+    for (int first = start; first < end && slot < num_sinks; first += 32) {
+      const uint32_t tokens = warp_ballot(first + lane < end && !is_padding(first + lane));
+      for (int i = 0; i < 32 && slot < num_sinks; ++i) {
+        if (!(tokens >> i & 1)) continue;
+        if (writes_positions && lane == 0) global_store_relaxed(positions + slot, first + i);
+        if (x.side.sink && lane < R::kOctets) {
+          Tokens octet;
+          octet.load(new_row(first + i) + lane * Tokens::kBytes);
+          octet.store(at(x.side.sink, x.side.sink_stride) + int64_t(slot) * kRowBytes +
+                      lane * Tokens::kBytes);
+        }
+        ++slot;
+      }
+    }
+  }
+};
+
+}  // namespace kvquant
+
+KVQUANT_KERNEL(quantize_append_kernel, 4, KVQUANT_ARGUMENT KvquantAppend a) {
+  using namespace kvquant;
+  using Keys = kvquant::Side<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
+                             KVQUANT_K_ROTATE != 0>;
+  using Values = kvquant::Side<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, kTokenGrid, KVQUANT_V_GROUP,
+                               KVQUANT_V_ROTATE != 0>;
+  const int64_t start = a.length ? global_load(a.length) : a.start;
+  if (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity) {
+    const bool first = block_index_x() + block_index_y() + block_index_z() + thread_index() == 0;
+    if (first) atomic_add(a.faults + 1, a.keys.n);
+    return;
+  }
+  const int heads = int(a.num_kv_heads), y = block_index_y();
+  if (y < heads) {
+    Append<Keys>(a, a.keys, y, start).run();
+  } else {
+    Append<Values>(a, a.values, y - heads, start).run();
+  }
+}

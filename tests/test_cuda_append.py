@@ -1,0 +1,163 @@
+"""kernels/cuda/quantize_append.cu in the emulator writes the reference's bytes, and touches nothing else."""
+
+from __future__ import annotations
+
+import functools
+
+import emulator
+import pytest
+import torch
+
+from hf_kvquant import QuantSpec, reference
+from hf_kvquant.backends import arguments
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SPECS = {
+    "int8": QuantSpec("int8"),
+    "int8-group16": QuantSpec("int8", group_size=16),
+    "int8-group32-rotated": QuantSpec("int8", group_size=32, rotate=True),
+    "int8-group48": QuantSpec("int8", group_size=48),
+    "int8-channel": QuantSpec("int8", "channel"),
+    "int8-channel16": QuantSpec("int8", "channel", block_length=16),
+    "fp8": QuantSpec("fp8"),
+    "fp8-rotated": QuantSpec("fp8", rotate=True),
+    "fp8-channel32": QuantSpec("fp8", "channel", block_length=32),
+    "int4-group32": QuantSpec("int4", group_size=32),
+    "int4-group64-rotated": QuantSpec("int4", group_size=64, rotate=True),
+    "int4-rotated": QuantSpec("int4", rotate=True),
+    "int4-channel": QuantSpec("int4", "channel"),
+    "int4-channel256": QuantSpec("int4", "channel", block_length=256),
+    "dense": QuantSpec("dense"),
+}
+# Every format, grid, head_dim and dtype; most pairs of them.
+CASES = [
+    ("int8", "int4-group32", 64, 64, "bf16"),
+    ("int8-channel", "int4-group64-rotated", 64, 64, "fp16"),
+    ("int4-channel", "int4-group64-rotated", 128, 128, "bf16"),
+    ("fp8", "fp8-rotated", 128, 128, "fp16"),
+    ("dense", "int8", 128, 64, "bf16"),
+    ("int4-rotated", "dense", 80, 80, "bf16"),
+    ("int8-channel16", "fp8", 80, 112, "fp32"),
+    ("int4-channel", "int8-group48", 96, 96, "fp16"),
+    ("int8-group48", "int4-rotated", 192, 96, "fp32"),
+    ("fp8-channel32", "int4-rotated", 112, 112, "bf16"),
+    ("int8-group16", "int8-group32-rotated", 112, 192, "fp16"),
+    ("int4-channel256", "int4-group64-rotated", 256, 256, "bf16"),
+    ("fp8-rotated", "int8-group16", 256, 80, "fp32"),
+    ("int4-channel", "fp8-rotated", 80, 256, "fp16"),
+    ("int8-channel", "dense", 192, 192, "bf16"),
+    ("fp8-channel32", "int8", 64, 128, "fp32"),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{c[4]}")
+
+
+def left_padding(kv_len, *lengths):
+    return torch.arange(kv_len) < torch.tensor(lengths)[:, None]
+
+
+def macros(call: arguments.Append) -> dict[str, int]:
+    k, v = call.keys.side, call.values.side
+    return {
+        "KVQUANT_DTYPE": call.dtype,
+        "KVQUANT_HEAD_DIM": k.head_dim,
+        "KVQUANT_V_HEAD_DIM": v.head_dim,
+        "KVQUANT_K_FORMAT": k.format,
+        "KVQUANT_K_GRID": k.grid,
+        "KVQUANT_K_GROUP": k.group_length,
+        "KVQUANT_K_ROTATE": k.rotate,
+        "KVQUANT_V_FORMAT": v.format,
+        "KVQUANT_V_GROUP": v.group_length,
+        "KVQUANT_V_ROTATE": v.rotate,
+    }
+
+
+def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800, sanitize=""):
+    """`reference.quantize_append`, by the kernel."""
+    call = arguments.append(key, value, keys, values, faults, padding, start)
+    reads = [key, value, padding, keys.device_length]
+    writes = [keys.sink_positions, faults]
+    for states in (keys, values):
+        writes += [states.data, states.scale, states.zero_point, states.recent, states.sink]
+    grid = (parts, 2 * call.num_kv_heads, call.batch)
+    emulator.Device(arch, sanitize=sanitize).launch(
+        "quantize_append_kernel", macros(call), grid, 128, 0, call, reads=reads, writes=writes
+    )
+
+
+def extreme(dtype, batch, heads, kv_len, head_dim):
+    """Tokens with outliers, zeros, subnormals, constants, NaN and infinities, as a projection gives them."""
+    x = torch.randn(batch, heads, kv_len, head_dim)
+    x *= 1 + 6 * (torch.rand(1, heads, 1, head_dim) > 0.95)
+    x += torch.randn(1, heads, 1, head_dim)
+    x[0, 0, 3] = 0
+    x[0, 0, 4] = -0.0
+    x[0, 0, 5] *= 1e-9
+    x[0, 0, 6, 1] = 3e4
+    x[0, 0, 7] = 0.37
+    x[0, 0, 8] = 2.0**-14 * torch.randn(head_dim)
+    x[0, 1, 10, 2] = torch.nan
+    x[0, 1, 11, 3] = torch.inf
+    x[0, 1, 12, 4] = -torch.inf
+    x[1, 0, :, 0] = 0.1  # constant channels: a zero point above the maximum, a negative or zero scale
+    x[1, 0, :, 1] = -1.7
+    x[1, 0, :, 2] = 0
+    x[1, 0, ::2, 3] = 0
+    x[1, 0, 1::2, 3] = -0.0
+    x[1, 0, :, 4] *= 1e-7
+    x[1, 1, 64:128, 5] = torch.nan
+    if dtype != torch.float16:
+        x[1, 1, 20, 6] = 1e30
+        x[1, 1, 21, 7] = -3e38
+        x[1, 1, 22] = 3e38
+    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def same_bytes(got, expected):
+    for side, a, b in zip(("keys", "values"), got, expected):
+        for name in ("data", "scale", "zero_point", "recent", "sink", "sink_positions"):
+            x, y = getattr(a, name), getattr(b, name)
+            if x is not None:
+                x, y = x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)
+                different = (x != y).nonzero()
+                assert not len(different), (
+                    side,
+                    name,
+                    len(different),
+                    different[0].tolist(),
+                    x[x != y][:4],
+                    y[x != y][:4],
+                )
+
+
+def both(store, case, kv_len, *, padding=None, tokens=None, **window):
+    """What the kernel and what the reference store, and both counts of faults."""
+    k, v, head_dim, v_head_dim, dtype = case
+    dtype = DTYPES[dtype]
+    make = tokens or functools.partial(extreme, dtype)
+    key, value = make(2, 2, kv_len, head_dim), make(2, 2, kv_len, v_head_dim)
+    faults = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    got, expected = (
+        store(key, value, SPECS[k], SPECS[v], padding=padding, append=f, faults=count, **window)
+        for f, count in zip((append, reference.quantize_append), faults)
+    )
+    return got, expected, faults
+
+
+@every_case
+def test_bytes_equal_the_definition(store, case):
+    got, expected, faults = both(store, case, 150, padding=left_padding(150, 0, 30), recent_length=8, sink_length=5)
+    same_bytes(got, expected)
+    assert torch.equal(*faults) and faults[0][0] > 0 and faults[0][1] == 0
+
+
+CHUNKS = (1, 63, 1, 1, 62, 127, 2, 200, 16, 16, 32, 1, 78)
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 9, 11, 14)], ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}")
+def test_chunks_equal_the_reference(store, case):
+    padding = left_padding(590, 0, 40)
+    got, expected, faults = both(
+        store, case, 600, padding=padding, recent_length=8, sink_length=70, chunks=CHUNKS, capacity=640
+    )
+    same_bytes(got, expected)
+    assert torch.equal(*faults)

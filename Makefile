@@ -42,12 +42,12 @@ matrix: .venv/installed
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
-	.venv-lint/bin/clang-format --dry-run --Werror $$(git ls-files 'kernels/*.h' 'kernels/*.cc' 'kernels/*.cu')
+	.venv-lint/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cc' '*.cu')
 
 format: .venv-lint/installed
 	.venv-lint/bin/ruff check --fix .
 	.venv-lint/bin/ruff format .
-	.venv-lint/bin/clang-format -i $$(git ls-files 'kernels/*.h' 'kernels/*.cc' 'kernels/*.cu')
+	.venv-lint/bin/clang-format -i $$(git ls-files '*.h' '*.cc' '*.cu')
 
 # The package is installed as a user would have it (a wheel, not the source folder), again whenever a source changes.
 .venv/installed: $(SOURCES)

@@ -41,13 +41,10 @@ class Device:
     Args:
         arch: compute capability times 100, as `__CUDA_ARCH__` has it.
         sources: files with kernels, besides those of kernels/cuda.
-        sanitize: sanitizers that the kernels are built with, e.g. "address,undefined"; the process must have loaded
-            the runtime library before (LD_PRELOAD).
     """
 
-    def __init__(self, arch: int = 800, sources: Sequence[Path] = (), sanitize: str = ""):
+    def __init__(self, arch: int = 800, sources: Sequence[Path] = ()):
         self._arch = arch
-        self._sanitize = sanitize
         self._sources = (*sorted((KERNELS / "cuda").glob("*.cu")), *sources)
         self._allowed: list[tuple[torch.Tensor, bool]] = []
 
@@ -78,7 +75,7 @@ class Device:
             ValueError: no source has this kernel, or several do.
         """
         macros = {"KVQUANT_ARCH": self._arch, **specialisation, "KVQUANT_THREADS": threads}
-        library = _library(self._source_of(kernel), tuple(sorted(macros.items())), self._sanitize)
+        library = _library(self._source_of(kernel), tuple(sorted(macros.items())))
         library.kvquant_emulate_forget()
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
         for tensor, writable in (
@@ -144,15 +141,21 @@ def _compile(*arguments: str) -> Path:
 
 
 @lru_cache(maxsize=None)
-def _machine(sanitize: tuple[str, ...]) -> tuple[str, ...]:
-    """The emulator itself, which all specialisations are linked with."""
-    return tuple(str(_compile("-O2", *sanitize, "-c", str(source))) for source in sorted(EMULATOR.glob("*.cc")))
+def _sanitizers() -> tuple[str, ...]:
+    """Kernels are sanitized in a process that has loaded the runtime library, as `make sanitize` does."""
+    watched = hasattr(ctypes.CDLL(None), "__asan_init")
+    return ("-fsanitize=address,undefined", "-fno-sanitize-recover") if watched else ()
 
 
 @lru_cache(maxsize=None)
-def _library(source: Path, macros: tuple[tuple[str, int], ...], sanitize: str) -> ctypes.CDLL:
-    flags = (f"-fsanitize={sanitize}", "-fno-sanitize-recover") if sanitize else ()
+def _machine() -> tuple[str, ...]:
+    """The emulator itself, which all specialisations are linked with."""
+    return tuple(str(_compile("-O2", *_sanitizers(), "-c", str(source))) for source in sorted(EMULATOR.glob("*.cc")))
+
+
+@lru_cache(maxsize=None)
+def _library(source: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     defines = [f"-D{name}={value}" for name, value in (("KVQUANT_EMULATOR", 1), *macros)]
     # No pragma of the GPU's compiler (unroll) means anything here.
     kernel = ("-O1", "-Wno-unknown-pragmas", "-x", "c++", str(source), "-x", "none")
-    return ctypes.CDLL(str(_compile("-shared", *flags, *defines, *kernel, *_machine(flags))))
+    return ctypes.CDLL(str(_compile("-shared", *_sanitizers(), *defines, *kernel, *_machine())))

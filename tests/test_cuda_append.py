@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import emulator
@@ -71,7 +72,7 @@ def macros(call: arguments.Append) -> dict[str, int]:
     }
 
 
-def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800, sanitize=""):
+def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800):
     """`reference.quantize_append`, by the kernel."""
     call = arguments.append(key, value, keys, values, faults, padding, start)
     reads = [key, value, padding, keys.device_length]
@@ -79,7 +80,7 @@ def append(key, value, keys, values, faults, padding=None, *, start, parts=3, ar
     for states in (keys, values):
         writes += [states.data, states.scale, states.zero_point, states.recent, states.sink]
     grid = (parts, 2 * call.num_kv_heads, call.batch)
-    emulator.Device(arch, sanitize=sanitize).launch(
+    emulator.Device(arch).launch(
         "quantize_append_kernel", macros(call), grid, 128, 0, call, reads=reads, writes=writes
     )
 
@@ -161,3 +162,66 @@ def test_chunks_equal_the_reference(store, case):
     )
     same_bytes(got, expected)
     assert torch.equal(*faults)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_a_long_append_wraps_around_the_ring(store, parts):
+    """Onto the slots of the columns that complete its first block, which another block of threads reads."""
+    x = torch.randn(1, 1, 500, 64).half()
+    kv = (x, x.flip(1), SPECS["int4-channel"], SPECS["int8"])
+    chunks, window = (40, 400, 50, 10), dict(recent_length=8, sink_length=2)
+    got = store(*kv, chunks=chunks, append=functools.partial(append, parts=parts), **window)
+    same_bytes(got, store(*kv, chunks=chunks, append=reference.quantize_append, **window))
+
+
+def test_e4m3_with_the_instruction(store):
+    x = extreme(torch.bfloat16, 2, 2, 70, 64)
+    kv = (x, x.flip(2), SPECS["fp8-channel32"], SPECS["fp8-rotated"])
+    same_bytes(store(*kv, append=functools.partial(append, arch=890)), store(*kv, append=reference.quantize_append))
+
+
+def stored(store, n, **window):
+    """Two equal copies of states that hold n columns, in storage for 140."""
+    x = torch.randn(2, 1, n, 64).bfloat16()
+    kv = (x, x.flip(1), SPECS["int8-channel"], SPECS["int4-group32"])
+    return [store(*kv, capacity=140, append=reference.quantize_append, **window) for _ in range(2)]
+
+
+def with_length(states, length):
+    return [dataclasses.replace(s, device_length=length) for s in states]
+
+
+@pytest.mark.parametrize("n", [1, 39, 40, 41, 60])
+def test_the_length_is_the_devices_and_tokens_without_room_are_dropped(store, n):
+    length = torch.tensor(100)
+    got, expected = (with_length(s, length) for s in stored(store, 100))
+    new = torch.randn(2, 1, n, 64).bfloat16()
+    new[0, 0, 0, 0] = torch.inf
+    faults = [torch.tensor([7, 9]) for _ in range(2)]
+    append(new, new, *got, faults[0], start=0)
+    reference.quantize_append(new, new, *expected, faults[1], start=0)
+    same_bytes(got, expected)
+    assert faults[0].tolist() == faults[1].tolist() == ([7, 9 + n] if n > 40 else [9, 9])
+
+
+def test_sinks_of_columns_that_were_cropped_are_free(store):
+    padding = left_padding(90, 0, 46)
+    got, expected = stored(store, 50, sink_length=40, padding=padding[:, :50])
+    new, count = torch.randn(2, 1, 70, 64).bfloat16(), torch.zeros(2, dtype=torch.int64)
+    padding[0, 5:9] = True
+    for start, n in ((3, 50), (53, 17)):
+        append(new[:, :, :n], new[:, :, :n], *got, count, padding, start=start)
+        reference.quantize_append(new[:, :, :n], new[:, :, :n], *expected, count, padding, start=start)
+        same_bytes(got, expected)
+
+
+def test_nothing_outside_of_the_storage_is_written(store):
+    (keys, values), _ = stored(store, 100)
+    short = dataclasses.replace(values, data=values.data[:, :, :100], scale=values.scale[:, :, :100])
+    new, count = torch.randn(2, 1, 3, 64).bfloat16(), torch.zeros(2, dtype=torch.int64)
+    call = arguments.append(new, new, keys, values, count, None, 100)
+    reads, writes = [new], [keys.data, keys.recent, short.data[1], short.scale[1], count]
+    with pytest.raises(emulator.Fault, match=r"quantize_append_kernel, .* writes .* bytes at byte"):
+        emulator.Device().launch(
+            "quantize_append_kernel", macros(call), (1, 2, 2), 128, 0, call, reads=reads, writes=writes
+        )

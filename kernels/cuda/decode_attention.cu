@@ -1,0 +1,142 @@
+// Attention of up to 32 new queries over one quantized cache: `reference.decode_attention`.
+//
+//   decode_attention_kernel(a, partial)
+//     grid      (3 if a has exact copies + ceil(a.kv_len / KVQUANT_SPLIT), num_kv_heads * row tiles, batch)
+//     block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory
+//     row tile  16 of the q_per_kv * q_len query rows of a kv head
+//   merge_splits_kernel(a, partial)
+//     grid      (q_len, num_heads, batch)
+//     block     KVQUANT_THREADS, kMergeBytes of dynamic shared memory
+//
+//     x = 0 .. 2     columns with copies: a list each (columns.h)      |
+//     x = 3          stored columns    0 .. split                      |  partials.h -> merge.h
+//     x = 4          stored columns    split .. 2 split                |
+//     ..             (beyond the length: returns at once)              |
+//
+// A result depends on its row alone: blocks know nothing of each other, and parts are merged in a
+// fixed order. Longest blocks first: lists before ranges.
+#include "cuda/merge.h"
+
+namespace kvquant {
+
+// Tiles and stages that keep four blocks of the usual formats on an SM (228 KB on sm_90).
+constexpr int kTilesLimit = 46 * 1024;
+
+template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere>
+struct Plan {
+  template <int kTile, int kStages>
+  using Of = Part<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages>;
+  static constexpr bool kList = kCopiedKeysHere || kCopiedValuesHere;
+  // A tile lies in one block of the channel grid.
+  static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32);
+  static constexpr int kTile = kMayBeWide && 2 * kWarps * Of<32, 1>::kSlot <= kTilesLimit ? 32 : 16;
+  static constexpr int kFit = kTilesLimit / (kWarps * Of<kTile, 1>::kSlot);
+  static constexpr int kStages = kList ? 1 : kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+  using Type = Of<kTile, kStages>;
+};
+
+using StoredPart = Plan<StoredKeys, StoredValues, false, false>::Type;
+using CopiedPart = Plan<CopiedKeys, CopiedValues, true, true>::Type;
+using CopiedKeysPart = Plan<CopiedKeys, StoredValues, true, false>::Type;
+using CopiedValuesPart = Plan<StoredKeys, CopiedValues, false, true>::Type;
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int kAttentionBytes =
+    larger(StoredPart::kBytes,
+           larger(StoredKeys::kScaled && StoredValues::kScaled ? CopiedPart::kBytes : 0,
+                  larger(StoredKeys::kScaled ? CopiedKeysPart::kBytes : 0,
+                         kHasCopiedValues ? CopiedValuesPart::kBytes : 0)));
+constexpr int kMergeBytes = RowMerge::kBytes;
+#ifdef KVQUANT_ATTENTION_BYTES
+static_assert(kAttentionBytes == KVQUANT_ATTENTION_BYTES, "the host allocates another size");
+#endif
+static_assert(kSplit % StoredPart::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
+static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPart::kTile == 0, "tiles lie in blocks");
+
+// Registers decide how many blocks an SM holds: 128 each for four of 128 threads.
+constexpr int kBlocks = kValueDim <= 128 ? 4 : kValueDim <= 192 ? 3 : 2;
+
+template <class P, class KeyRows, class ValueRows>
+KVQUANT_DEVICE void attend(const Place& p, const Columns& columns, const Mask& mask,
+                           SharedPtr<uint8_t> memory, const Partials& partials,
+                           const KeyRows& keys, const ValueRows& values, int index) {
+  P part(p, columns, mask, memory);
+  part.run(keys, values);
+  BlockMerge<P>::write(part, partials, index);
+}
+
+// A list that is empty leaves its mark: no column.
+KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int index) {
+  for (int row = thread_index(); row < kRows; row += 32 * kWarps) {
+    if (!p.exists(row)) continue;
+    const int64_t head_row = (int64_t(p.batch) * p.a.num_heads + p.head(row)) * p.q_len;
+    global_store(
+        reinterpret_cast<Pair*>(partials.states) + partials.at(head_row + p.query(row), index),
+        Pair{-kInfinity, 0.0f});
+  }
+}
+
+}  // namespace kvquant
+
+KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT KvquantAttention a,
+               float* partial) {
+  using namespace kvquant;
+  KVQUANT_DYNAMIC_SHARED(uint8_t, memory);
+  const Place p(a);
+  const Partials partials(a, partial);
+  const int index = block_index_x(), split = index - partials.extra;
+  if (split >= 0 && split * kSplit >= p.kv_len) return;
+
+  const Copies key_copies = Copies::of<StoredKeys>(a.keys, p);
+  const Copies value_copies = Copies::of<StoredValues>(a.values, p);
+  const StoredRows keys = StoredRows::of<StoredKeys>(a.keys, p);
+  const StoredRows values = StoredRows::of<StoredValues>(a.values, p);
+  const Mask mask(p, key_copies, value_copies);
+  Columns columns(p);
+  // The first row's copies begin earliest, the last one's last.
+  const int k_first = key_copies.dense_from(p.first_position(), p.kv_len);
+  const int v_first = value_copies.dense_from(p.first_position(), p.kv_len);
+  const int k_last = key_copies.dense_from(p.kv_len - 1, p.kv_len);
+  const int v_last = value_copies.dense_from(p.kv_len - 1, p.kv_len);
+
+  if (split >= 0) {
+    const int begin = split * kSplit, end = begin + kSplit, limit = k_last < v_last ? k_last : v_last;
+    columns.take_range(begin, end < limit ? end : limit);
+    attend<StoredPart>(p, columns, mask, memory, partials, keys, values, index);
+    return;
+  }
+  const bool copied_keys = index == kCopiedBoth || index == kCopiedKeys;
+  const bool copied_values = index == kCopiedBoth || index == kCopiedValues;
+  const bool no_sinks = (!copied_keys && key_copies.sink) || (!copied_values && value_copies.sink);
+  if (!no_sinks) columns.sinks = columns.num_sinks;
+  int begin = 0, end = p.kv_len;
+  if (copied_keys && k_first > begin) begin = k_first;
+  if (copied_values && v_first > begin) begin = v_first;
+  if (!copied_keys && k_last < end) end = k_last;
+  if (!copied_values && v_last < end) end = v_last;
+  columns.take_range(begin, end);
+  if (columns.count == 0) return write_nothing(p, partials, index);
+  if constexpr (StoredKeys::kScaled && StoredValues::kScaled) {
+    if (index == kCopiedBoth) {
+      return attend<CopiedPart>(p, columns, mask, memory, partials, key_copies, value_copies, index);
+    }
+  }
+  if constexpr (StoredKeys::kScaled) {
+    if (index == kCopiedKeys) {
+      return attend<CopiedKeysPart>(p, columns, mask, memory, partials, key_copies, values, index);
+    }
+  }
+  if constexpr (kHasCopiedValues) {
+    if (index == kCopiedValues) {
+      return attend<CopiedValuesPart>(p, columns, mask, memory, partials, keys, value_copies, index);
+    }
+  }
+  write_nothing(p, partials, index);
+}
+
+KVQUANT_KERNEL(merge_splits_kernel, 1, KVQUANT_ARGUMENT KvquantAttention a, const float* partial) {
+  using namespace kvquant;
+  KVQUANT_DYNAMIC_SHARED(float, memory);
+  const RowMerge merge{a, Partials(a, const_cast<float*>(partial)), memory};
+  merge.run(block_index_z(), block_index_y(), block_index_x());
+}

@@ -1,0 +1,409 @@
+// One pass of a block over its columns, written once for every kind of column and every codec.
+//
+//   warp w        a run of consecutive tiles, with buffers and a softmax of its own: no barrier of
+//                 the block between the first tile and the last
+//
+//     tile        0        1        2        3                    kStages = 2
+//     copies      0 1      2        3                             cp.async, 16 bytes a lane
+//     scales      0   1      2        3                           a register ahead
+//     scores        0        1        2        3                  MMA: queries x keys
+//     softmax        0        1        2        3
+//     values          0        1        2        3                MMA: weights x values
+//
+//   block         the warps' results are added up in a tree of fixed shape, one partial is written
+//
+// Scales never touch a key or value: on the token grid the key's scale is a factor of the score, and
+// the value's of the weight; on the channel grid the keys' are factors of the query, and the zero
+// points are one more column, queries x zero points, which every score of the block receives.
+//
+// Weights in FP16 need scales near 1: they are measured in units of `reference`, a power of two
+// above the largest scale of a value so far, in which the sums are then kept as well.
+//
+// A hidden column has weight 0 whatever is stored there: its scores are replaced, not added to, and
+// so are its scales; codes are finite in every codec; dense values that are not finite are taken
+// out of the product and added one by one (NonFinite).
+#pragma once
+
+#include "cuda/non_finite.h"
+#include "cuda/partials.h"
+#include "cuda/queries.h"
+#include "cuda/scales.h"
+#include "cuda/softmax.h"
+#include "cuda/tiles.h"
+#include "cuda/visibility.h"
+
+namespace kvquant {
+
+// kCopied..: rows come from exact copies; such kinds have lists of columns, the other has a range.
+template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
+          int kNumStages>
+struct Part {
+  using K = typename Keys::Codec;
+  using V = typename Values::Codec;
+  using KeyTile = Tile<K, kTileRows>;
+  using ValueTile = Tile<V, kTileRows>;
+  static constexpr bool kInOrder = !kCopiedKeysHere && !kCopiedValuesHere;
+  static constexpr int kTile = kTileRows, kStages = kNumStages, kEights = kTile / 8;
+  // The offset of values: once per row from the sum of weights, or (groups) taken off every code.
+  static constexpr bool kHasOffset = V::kOffset != 0.0f;
+  using KeyScales = TokenScales<Keys, kTile>;
+  using ValueScales = TokenScales<Values, kTile>;
+  static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
+  static constexpr bool kHasZeroPoint = Keys::kChannelGrid && !kIsE4M3<K>;
+
+  // Shared memory of the block, in bytes from its beginning.
+  static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
+  static constexpr int kTreeBytes = kWarps / 2 * V::kParts * 512;
+  static constexpr int kTilesBytes =
+      kStages * kWarps * kSlot > kTreeBytes ? kStages * kWarps * kSlot : kTreeBytes;
+  static constexpr int kHeader = Keys::kChannelGrid ? 4 * kHeadDim : 0;
+  static constexpr int kHeadersAt = kTilesBytes;
+  static constexpr int kQueriesAt = kHeadersAt + kStages * kWarps * kHeader;
+  static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
+  static constexpr int kStatesAt =
+      kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
+  static constexpr int kBytes = kStatesAt + kWarps * kRows * 8;
+
+  const Place& p;
+  const Columns& columns;
+  const Mask& mask;
+  const SharedPtr<uint8_t> memory;
+  const Queries<Keys> queries;
+  const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
+
+  RowsSoftmax softmax;
+  float acc[V::kParts][4] = {};  // [part][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
+  float weight_sum[4] = {};      // of rows g, g, g + 8, g + 8, as rounded
+  float reference = 0.0f;
+
+  KVQUANT_DEVICE Part(const Place& p, const Columns& columns, const Mask& mask,
+                      SharedPtr<uint8_t> memory)
+      : p(p), columns(columns), mask(mask), memory(memory), queries(memory + kQueriesAt) {}
+
+  KVQUANT_DEVICE SharedPtr<uint8_t> slot(int tile) const {
+    return memory + (tile % kStages * kWarps + warp) * kSlot;
+  }
+  KVQUANT_DEVICE SharedPtr<uint16_t> header(int block) const {
+    return shared_cast<uint16_t>(memory +
+                                 (kHeadersAt + (block % kStages * kWarps + warp) * kHeader));
+  }
+
+  template <class KeyRows, class ValueRows>
+  KVQUANT_DEVICE void run(const KeyRows& key_rows, const ValueRows& value_rows) {
+    const int tiles = (columns.count + kTile - 1) / kTile;
+    const int share = kInOrder ? (kSplit / kTile + kWarps - 1) / kWarps
+                               : (tiles + kWarps - 1) / kWarps;
+    const int begin = warp * share, end = begin + share < tiles ? begin + share : tiles;
+    KeyScales key_scales(p.a.keys, p, memory + kScalesAt + warp * KeyScales::kBytes);
+    ValueScales value_scales(
+        p.a.values, p,
+        memory + kScalesAt + kWarps * KeyScales::kBytes + warp * ValueScales::kBytes);
+
+    for (int i = begin; i < begin + kStages - 1; ++i) issue(i, begin, end, key_rows, value_rows);
+    if (begin < end) {
+      key_scales.fetch(columns, begin * kTile);
+      value_scales.fetch(columns, begin * kTile);
+    }
+    queries.prepare(p);
+    block_barrier();
+
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) factor[r] = queries.factors[g + 8 * r];
+    const ScoreRule rule(p.a);
+    for (int i = begin; i < end; ++i) {
+      if constexpr (kStages == 1) issue(i, begin, end, key_rows, value_rows);
+      cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
+      warp_barrier();  // tile i is complete, and tile i - 1 has been read
+      if constexpr (kStages > 1) issue(i + kStages - 1, begin, end, key_rows, value_rows);
+      attend(i, i + 1 < end, key_scales, value_scales, factor, rule);
+      if constexpr (kStages == 1) warp_barrier();
+    }
+    softmax.finish();
+  }
+
+  // Begins to copy a tile of this warp. One group per tile, even if empty: groups are counted.
+  template <class KeyRows, class ValueRows>
+  KVQUANT_DEVICE void issue(int tile, int begin, int end, const KeyRows& key_rows,
+                            const ValueRows& value_rows) const {
+    if (tile < end) {
+      const SharedPtr<uint8_t> to = slot(tile);
+      KeyTile::template copy<kInOrder>(to, key_rows, columns, tile * kTile);
+      ValueTile::template copy<kInOrder>(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
+      if constexpr (Keys::kChannelGrid) {
+        const int column = columns.begin + tile * kTile, block = column / Keys::kGroup;
+        if (tile == begin || column % Keys::kGroup == 0) {
+          copy_header(p.a.keys, p, block, shared_cast<uint8_t>(header(block)), kHasZeroPoint);
+        }
+      }
+    }
+    cp_async_commit();
+  }
+
+  KVQUANT_DEVICE void attend(int tile, bool has_next, KeyScales& key_scales,
+                             ValueScales& value_scales, const float (&factor)[2],
+                             const ScoreRule& rule) {
+    const int first = tile * kTile;
+    // One bit per column: taken, and seen by some row as far as all have that in common.
+    const int mine = first + lane % kTile, column = columns.column(mine);
+    bool taken = column >= 0;
+    if (taken && mine >= columns.sinks) taken = !columns.is_sink(column);
+    bool biased = false;
+    if (taken) {
+      const Seen common = mask.common(column);
+      taken = common.seen;
+      biased = common.bias != 0.0f;
+    }
+    const uint32_t all = kTile == 32 ? ~0u : (1u << kTile % 32) - 1, bits = warp_ballot(taken) & all;
+    const int past = first + kTile < columns.count ? first + kTile : columns.count;
+    const bool by_row = !kInOrder || !mask.is_shared || columns.begin + past > mask.plain_end ||
+                        warp_any(taken && biased);
+    const bool bigger = value_scales.exceed(bits, reference);
+    key_scales.store(bits);
+    if (warp_any(bigger)) raise_reference(value_scales.largest(bits));
+    value_scales.store(bits, reference);
+    if (has_next) {
+      key_scales.fetch(columns, first + kTile);
+      value_scales.fetch(columns, first + kTile);
+    }
+    warp_barrier();  // the scales are written
+    if (bits == 0) return;
+
+    float x[kEights][4];
+    score(slot(tile), columns.begin + first, key_scales, x);
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][e] = rule(x[m][e] * factor[e / 2]);
+    }
+    const bool plain = bits == all && !by_row;
+    if (!plain) hide(bits, by_row, column, first, x);
+
+    float largest[2] = {-kInfinity, -kInfinity}, rescale[2];
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], x[m][e]);
+    }
+    if (softmax.update(largest, rescale)) rescale_all(rescale[0], rescale[1]);
+    const float base[2] = {softmax.base(0), softmax.base(1)};
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Hidden: minus zero, which weighs nothing and can be told from a weight that vanished.
+        const bool hidden = !plain && x[m][e] == -kInfinity;
+        x[m][e] = hidden ? -0.0f : exp2_approx(x[m][e] - base[e / 2]);
+        softmax.sum[e / 2] += x[m][e];
+      }
+    }
+    weigh(slot(tile) + KeyTile::kBytes, value_scales, plain, x);
+  }
+
+  // x[m]: products of rows g and g + 8 with the columns 8m + 2t and 8m + 2t + 1, scales included.
+  KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
+                            float (&x)[kEights][4]) const {
+    // Chunks that make whole steps, and whole loads.
+    constexpr int kChunksOfStep = K::kPartsOfWord == 1 ? 2 : 1;
+    constexpr int kAtOnce =
+        kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
+    constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
+    constexpr int kSteps = K::kParts / 2;
+    float zero[2][4] = {};  // queries x zero points: of steps whose unit is unit(0), and the others
+    float sum[kEights][4];
+    begin_group(0, sum);
+    const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
+      uint32_t parts[kAtOnce * K::kPartsOfWord][kEights];
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        uint32_t words[4];
+        KeyTile::template load<false>(tile, chunk + l * KeyTile::kAtOnce, words);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          uint32_t split[K::kPartsOfWord];
+          K::split(words[w], split);
+          const int c = l * KeyTile::kAtOnce + w / kEights;
+#pragma unroll
+          for (int i = 0; i < K::kPartsOfWord; ++i) {
+            parts[c * K::kPartsOfWord + i][w % kEights] = split[i];
+          }
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kAtOnce * K::kPartsOfWord / 2; ++s) {
+        const int step = chunk * K::kPartsOfWord / 2 + s;
+        if (step >= kSteps) continue;
+        uint32_t a[4];
+        queries.fragment(step, a);
+        if constexpr (Keys::kChannelGrid) to_block(step, block, a, zero[K::unit(2 * step) != K::unit(0)]);
+#pragma unroll
+        for (int m = 0; m < kEights; ++m) {
+          const uint32_t b[2] = {parts[2 * s][m], parts[2 * s + 1][m]};
+          multiply<K>(sum[m], a, b);
+        }
+        if constexpr (Keys::kTokenScaled) {
+          const int group = K::channel(2 * step, 0) / Keys::kGroup;
+          const bool last = step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
+          if (last) {
+#pragma unroll
+            for (int m = 0; m < kEights; ++m) {
+              const Pair scale = scales.pair(group, 8 * m + 2 * t);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const float one = sum[m][e] * (e % 2 ? scale.y : scale.x);
+                x[m][e] = group == 0 ? one : x[m][e] + one;
+              }
+            }
+            if (group + 1 < kGroups) begin_group(group + 1, sum);
+          }
+        }
+      }
+    }
+    if constexpr (!Keys::kTokenScaled) {
+      constexpr float kUnit = 1.0f / K::unit(0);
+      constexpr float kOther = K::kParts > 2 ? K::unit(0) / K::unit(2) : 1.0f;
+#pragma unroll
+      for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          x[m][e] = kHasZeroPoint ? sum[m][e] + (zero[0][e] + kOther * zero[1][e]) * kUnit : sum[m][e];
+        }
+      }
+    }
+  }
+
+  KVQUANT_DEVICE void begin_group(int group, float (&sum)[kEights][4]) const {
+    float start[2] = {0.0f, 0.0f};
+    if constexpr (Queries<Keys>::kHasOffset) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) start[r] = queries.sums[group * kRows + g + 8 * r];
+    }
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][e] = start[e / 2];
+    }
+  }
+
+  // The queries of one step become those of a block of the channel grid; queries x zero points is
+  // added to `zero`.
+  KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&a)[4], float (&zero)[4]) const {
+    // A lane's four channels are neighbours; in half a chunk two lanes share them (their queries
+    // are zeros).
+    const int lane_channel =
+        K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
+    const auto numbers = shared_cast<Words2>(header(block));
+    const Words2 scale = numbers[lane_channel / 4];
+    if constexpr (kHasZeroPoint) {
+      const Words2 points = numbers[(kHeadDim + lane_channel) / 4];
+      const uint32_t b[2] = {prmt(points.x, points.y, 0x5410), prmt(points.x, points.y, 0x7632)};
+      mma_m16n8k16_f16(zero, a, b);
+    }
+    const uint32_t even = prmt(scale.x, scale.y, 0x5410), odd = prmt(scale.x, scale.y, 0x7632);
+    a[0] = hmul2(a[0], even);
+    a[1] = hmul2(a[1], even);
+    a[2] = hmul2(a[2], odd);
+    a[3] = hmul2(a[3], odd);
+  }
+
+  KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,
+                           float (&x)[kEights][4]) const {
+    const RowMask rows[2] = {RowMask(mask, g), RowMask(mask, g + 8)};
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = 8 * m + 2 * t + e % 2, column = shuffle(lane_column, i);
+        Seen s = {(bits >> i & 1u) != 0, 0.0f};
+        if (s.seen && by_row) {
+          s = rows[e / 2].at(column, first + i < columns.sinks, kCopiedKeysHere, kCopiedValuesHere);
+        }
+        x[m][e] = s.seen ? x[m][e] + s.bias * kLog2e : -kInfinity;
+      }
+    }
+  }
+
+  // acc += weights x values; x as in score().
+  KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
+                            const float (&x)[kEights][4]) {
+    uint32_t a[kEights / 2][4];
+    NonFinite<V> found;
+    int group = -1;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks<V>; chunk += ValueTile::kAtOnce) {
+      uint32_t words[4];
+      ValueTile::template load<true>(tile, chunk, words);
+      uint32_t parts[4][V::kPartsOfWord];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        found.take_out(words[w]);
+        if constexpr (kCentred) {
+          V::split_centred(words[w], parts[w]);
+        } else {
+          V::split(words[w], parts[w]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < ValueTile::kAtOnce * V::kPartsOfWord; ++i) {
+        const int part = chunk * V::kPartsOfWord + i;
+        if (part >= V::kParts) continue;
+        const int part_group = Values::kScaled ? V::channel(part, 0) / Values::kGroup : 0;
+        if (part_group != group) {
+          group = part_group;
+          weights(scales, group, plain, x, a);
+        }
+#pragma unroll
+        for (int k = 0; k < kEights / 2; ++k) {
+          const int w = i / V::kPartsOfWord * kEights + 2 * k;
+          const uint32_t b[2] = {parts[w][i % V::kPartsOfWord], parts[w + 1][i % V::kPartsOfWord]};
+          multiply<V>(acc[part], a[k], b);
+        }
+      }
+    }
+    if constexpr (kHasOffset && !kCentred) {
+#pragma unroll
+      for (int k = 0; k < kEights / 2; ++k) {
+        const uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
+        mma_m16n8k16_f16(weight_sum, a[k], ones);
+      }
+    }
+    found.template add<kTile>(tile, a, acc);
+  }
+
+  // The A operands of one group of values: weights times scales.
+  KVQUANT_DEVICE void weights(const ValueScales& scales, int group, bool plain,
+                              const float (&x)[kEights][4], uint32_t (&a)[kEights / 2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kEights; ++m) {
+      Pair scale = {kWeightUnit, kWeightUnit};
+      if constexpr (Values::kScaled) scale = scales.pair(group, 8 * m + 2 * t);
+      float w[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        w[e] = x[m][e] * (e % 2 ? scale.y : scale.x);
+        if (!plain && float_bits(x[m][e]) == 0x80000000u) w[e] = -0.0f;
+      }
+      a[m / 2][m % 2 * 2] = pack<V>(w[0], w[1]);
+      a[m / 2][m % 2 * 2 + 1] = pack<V>(w[2], w[3]);
+    }
+  }
+
+  KVQUANT_DEVICE void rescale_all(float row0, float row1) {
+#pragma unroll
+    for (int part = 0; part < V::kParts; ++part) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[part][e] *= e / 2 ? row1 : row0;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) weight_sum[e] *= e / 2 ? row1 : row0;
+  }
+  KVQUANT_DEVICE void raise_reference(float largest) {
+    const float next = bits_float((float_bits(largest) & 0x7f800000u) + 0x00800000u);
+    rescale_all(reference / next, reference / next);
+    reference = next;
+  }
+};
+
+}  // namespace kvquant

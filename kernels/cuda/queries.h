@@ -1,0 +1,124 @@
+// The queries of a block as A operands in shared memory: rotated where keys are, brought to FP16.
+//
+//   fragments   [step][lane][4 words]: what lane 4g + t multiplies with parts 2 step and 2 step + 1
+//               of the keys: rows g and g + 8 at channel(2 step, 2t ..), then channel(2 step + 1, ..)
+//   factors     [16]: products of a row's fragments and parts -> scores in units of log2
+//   sums        [groups][16]: what the keys' offset adds to a row's products, negated
+//
+// FP16 whatever the model's dtype: each row is first multiplied by a power of two that brings its
+// largest number to 8 .. 16, so nothing is lost of BF16 numbers down to 2^-17 of the largest, and
+// products with the channel grid's scales stay finite (scales up to 4095).
+#pragma once
+
+#include "cuda/columns.h"
+#include "cuda/warp_row.h"
+
+namespace kvquant {
+
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+
+template <class Keys>
+struct Queries {
+  using K = typename Keys::Codec;
+  static constexpr int kSteps = K::kParts / 2, kDim = K::kChannels;
+  static constexpr int kGroups = Keys::kTokenScaled ? kDim / Keys::kGroup : 1;
+  static constexpr bool kHasOffset = Keys::kTokenScaled && K::kOffset != 0.0f;
+  static constexpr int kBytes = 512 * kSteps + 4 * kRows * (1 + kGroups);
+
+  SharedPtr<uint32_t> fragments;
+  SharedPtr<float> factors, sums;
+
+  KVQUANT_DEVICE explicit Queries(SharedPtr<uint8_t> memory)
+      : fragments(shared_cast<uint32_t>(memory)),
+        factors(shared_cast<float>(memory + 512 * kSteps)),
+        sums(factors + kRows) {}
+
+  KVQUANT_DEVICE void fragment(int step, uint32_t (&a)[4]) const {
+    const Words4 words = shared_cast<Words4>(fragments)[32 * step + lane_index()];
+    a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
+  }
+
+  // By all threads of the block; complete after a block_barrier().
+  KVQUANT_DEVICE void prepare(const Place& p) const {
+    constexpr int kEach = (kRows + kWarps - 1) / kWarps;
+    WarpRow<kDim> rows[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) load(p, warp_index() + i * kWarps, rows[i]);
+    if constexpr (8 * K::kParts != kDim) {  // numbers of no channel
+      for (int i = thread_index(); i < 128 * kSteps; i += 32 * kWarps) fragments[i] = 0u;
+      block_barrier();
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (warp_index() + i * kWarps < kRows) store(p, warp_index() + i * kWarps, rows[i]);
+    }
+  }
+
+ private:
+  static KVQUANT_DEVICE void load(const Place& p, int row, WarpRow<kDim>& x) {
+    const KvquantAttention& a = p.a;
+    const auto* q = reinterpret_cast<const uint16_t*>(
+        a.query + p.batch * a.query_stride[0] + p.head(row) * a.query_stride[1] +
+        p.query(row) * a.query_stride[2]);
+#pragma unroll
+    for (int r = 0; r < x.kRounds; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = x.channel(r) + i;
+        const uint32_t bits = p.exists(row) && c < kDim ? uint32_t(global_load(q + c)) : 0u;
+        x.x[r][i] = kIsBFloat16 ? bfloat16_low(bits) : half_low(bits);
+      }
+    }
+  }
+
+  KVQUANT_DEVICE void store(const Place& p, int row, WarpRow<kDim>& x) const {
+    if constexpr (Keys::kRotated) x.rotate();
+    int exponent = 0;
+    if constexpr (!K::kIsDense) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int r = 0; r < x.kRounds; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(x.x[r][i]));
+      }
+      largest = warp_max(largest);
+      exponent = largest == 0.0f ? 0 : 130 - int(float_bits(largest) >> 23);
+      exponent = exponent > 120 ? 120 : exponent < -120 ? -120 : exponent;
+    }
+    const float up = bits_float(uint32_t(127 + exponent) << 23);
+    const float down = bits_float(uint32_t(127 - exponent) << 23);
+    const auto halves = shared_cast<uint16_t>(fragments);
+    float sum[x.kRounds];
+#pragma unroll
+    for (int r = 0; r < x.kRounds; ++r) {
+      const int c = x.channel(r);
+      sum[r] = 0.0f;
+      if (c >= kDim) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int part = K::part_of(c + i), n = K::n_of(c + i);
+        const float relative = K::unit(part) / K::unit(0);
+        const uint32_t number = pack<K>(x.x[r][i] * (up * relative), 0.0f);
+        const int word = (32 * (part / 2) + 4 * (row % 8) + n / 2) * 4 + row / 8 + 2 * (part % 2);
+        halves[2 * word + n % 2] = uint16_t(number);
+        sum[r] += half_low(number) / relative;
+      }
+    }
+    if constexpr (kHasOffset) {
+      for (int group = 0; group < kGroups; ++group) {
+        float mine = 0.0f;
+#pragma unroll
+        for (int r = 0; r < x.kRounds; ++r) {
+          mine += x.channel(r) / Keys::kGroup == group ? sum[r] : 0.0f;
+        }
+        mine = warp_sum(mine);
+        if (lane_index() == 0) sums[group * kRows + row] = mine * (-K::kOffset / K::unit(0));
+      }
+    }
+    if (lane_index() == 0) {
+      factors[row] = down * K::unit(0) * float(p.a.scaling) * kLog2e;
+    }
+  }
+};
+
+}  // namespace kvquant

@@ -1,0 +1,94 @@
+// Scales on their way to the warp that uses them.
+//
+// Token grid: fetched one tile ahead into registers (rows begin at any multiple of 2 bytes, too
+// little for cp.async), then stored for the tile at hand as floats [group][column], from where a
+// lane reads those of its two columns at once. Columns that are not taken get 0.
+// Channel grid: rows of scales and of zero points, FP16 as they are, by cp.async.
+#pragma once
+
+#include "cuda/warp_row.h"
+#include "cuda/columns.h"
+#include "cuda/softmax.h"
+
+namespace kvquant {
+
+struct alignas(8) Pair {
+  float x, y;
+};
+
+template <class S, int kTile>
+struct TokenScales {
+  static constexpr int kGroups = S::kTokenScaled ? S::Codec::kChannels / S::kGroup : 0;
+  static constexpr int kNumbers = kTile * kGroups, kEach = (kNumbers + 31) / 32;
+  static constexpr int kBytes = 4 * kNumbers;
+
+  const uint16_t* from;
+  SharedPtr<float> to;
+  uint16_t next[kEach > 0 ? kEach : 1];
+
+  KVQUANT_DEVICE TokenScales(const KvquantSide& side, const Place& p, SharedPtr<uint8_t> memory)
+      : from(nullptr), to(shared_cast<float>(memory)) {
+    if constexpr (kGroups > 0) {
+      from = side.scale + (p.batch * side.scale_stride[0] + p.kv_head * side.scale_stride[1]) / 2;
+    }
+  }
+  // Number i of this lane belongs to this column of the tile and this group.
+  static KVQUANT_DEVICE int row(int i) { return (lane_index() + 32 * i) / (kGroups > 0 ? kGroups : 1); }
+  static KVQUANT_DEVICE int group(int i) {
+    return (lane_index() + 32 * i) % (kGroups > 0 ? kGroups : 1);
+  }
+
+  KVQUANT_DEVICE void fetch(const Columns& columns, int first) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int column = row(i) < kTile ? columns.column(first + row(i)) : -1;
+      next[i] = column < 0 ? uint16_t(0) : global_load(from + (int64_t(column) * kGroups + group(i)));
+    }
+  }
+  KVQUANT_DEVICE float number(int i, uint32_t bits) const {
+    return row(i) < kTile && (bits >> row(i) & 1u) ? half_low(next[i]) : 0.0f;
+  }
+  // Whether a scale of this lane is above what weights are measured in.
+  KVQUANT_DEVICE bool exceed(uint32_t bits, float reference) const {
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) found |= number(i, bits) > reference;
+    return found;
+  }
+  KVQUANT_DEVICE float largest(uint32_t bits) const {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, number(i, bits));
+    return warp_max(largest);
+  }
+  KVQUANT_DEVICE void store(uint32_t bits) const { store_times(bits, 1.0f); }
+  KVQUANT_DEVICE void store(uint32_t bits, float reference) const {
+    store_times(bits, reference > 0.0f ? kWeightUnit / reference : 0.0f);
+  }
+  KVQUANT_DEVICE Pair pair(int group, int column) const {
+    return shared_cast<Pair>(to)[(group * kTile + column) / 2];
+  }
+
+ private:
+  KVQUANT_DEVICE void store_times(uint32_t bits, float factor) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (row(i) < kTile) to[group(i) * kTile + row(i)] = number(i, bits) * factor;
+    }
+  }
+};
+
+// Scales, then zero points, of one block of the channel grid.
+KVQUANT_DEVICE void copy_header(const KvquantSide& side, const Place& p, int block,
+                                SharedPtr<uint8_t> to, bool has_zero_point) {
+  const int64_t row = p.batch * side.scale_stride[0] + p.kv_head * side.scale_stride[1] +
+                      int64_t(block) * (2 * kHeadDim);
+  const auto* scale = reinterpret_cast<const uint8_t*>(side.scale) + row;
+  const auto* zero_point = reinterpret_cast<const uint8_t*>(side.zero_point) + row;
+  for (int i = lane_index(); i < kHeadDim / 8; i += 32) {
+    cp_async_16(to + 16 * i, scale + 16 * i);
+    if (has_zero_point) cp_async_16(to + (2 * kHeadDim + 16 * i), zero_point + 16 * i);
+  }
+}
+
+}  // namespace kvquant

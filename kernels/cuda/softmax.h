@@ -1,0 +1,63 @@
+// The softmax of the two query rows (g and g + 8) that a lane takes part in, while tiles arrive.
+//
+// As kvquant/softmax_state.h, in units of log2, and lazy: a row's base is raised only when a score
+// exceeds it by more than 2^8, so that most tiles cost no exchange between lanes and no rescaling.
+// Weights are therefore up to 2^8; times kWeightUnit they fill the range of FP16 and stay finite.
+#pragma once
+
+#include "cuda/warp_row.h"
+#include "kvquant/softmax_state.h"
+
+namespace kvquant {
+
+constexpr float kInfinity = __builtin_inff(), kHeadroom = 8.0f, kWeightUnit = 128.0f;
+
+struct RowsSoftmax {
+  float max[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {0.0f, 0.0f};  // of this lane's columns
+
+  // Makes room for scores up to a lane's largest; returns whether `factor` is needed.
+  KVQUANT_DEVICE bool update(const float (&largest)[2], float (&factor)[2]) {
+    if (!warp_any(largest[0] > max[0] + kHeadroom || largest[1] > max[1] + kHeadroom)) {
+      return false;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = fmaxf(largest[r], shuffle_xor(largest[r], 1));
+      top = fmaxf(top, shuffle_xor(top, 2));
+      factor[r] = 1.0f;
+      if (top > max[r] + kHeadroom) {
+        factor[r] = exp2_approx(max[r] - top);
+        max[r] = top;
+        sum[r] *= factor[r];
+      }
+    }
+    return true;
+  }
+  KVQUANT_DEVICE float base(int r) const { return max[r] == -kInfinity ? 0.0f : max[r]; }
+
+  // Adds up the lanes of a row.
+  KVQUANT_DEVICE void finish() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += shuffle_xor(sum[r], 1);
+      sum[r] += shuffle_xor(sum[r], 2);
+    }
+  }
+};
+
+// What a score becomes before the exponential, all in units of log2.
+struct ScoreRule {
+  float softcap, rate;  // of log2 units; 0: none
+
+  KVQUANT_DEVICE explicit ScoreRule(const KvquantAttention& a)
+      : softcap(float(a.softcap) * 1.44269504088896340736f),
+        rate(a.softcap != 0.0 ? float(2.0 / a.softcap) : 0.0f) {}
+  // softcap * tanh(x / softcap)
+  KVQUANT_DEVICE float operator()(float x) const {
+    if (softcap == 0.0f) return x;
+    return softcap * (1.0f - 2.0f * rcp_approx(1.0f + exp2_approx(x * rate)));
+  }
+};
+
+}  // namespace kvquant

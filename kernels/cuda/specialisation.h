@@ -1,0 +1,69 @@
+// What a compilation is specialised on (-D macros of the host), as types and numbers.
+//
+//   KVQUANT_DTYPE                      of queries, exact copies and output: FP16 or BF16
+//   KVQUANT_HEAD_DIM, .._V_HEAD_DIM    channels of keys and of values
+//   KVQUANT_K_FORMAT, .._K_GRID        KvquantFormat and KvquantGrid of the keys
+//   KVQUANT_K_GROUP                    channels (token grid) or tokens (channel grid) of a scale
+//   KVQUANT_K_ROTATE                   keys are rotated: so are the queries
+//   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
+//   KVQUANT_SPLIT                      columns of a block
+//   KVQUANT_THREADS                    of a block
+#pragma once
+
+#include "cuda/codecs.h"
+
+namespace kvquant {
+
+constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
+constexpr int kSplit = KVQUANT_SPLIT;
+constexpr int kWarps = KVQUANT_THREADS / 32;
+constexpr int kRows = 16;  // query rows of a block, the M of an MMA
+constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
+
+static_assert(KVQUANT_DTYPE == kFloat16 || KVQUANT_DTYPE == kBFloat16,
+              "KVQUANT_DTYPE: FP16 or BF16; there is no MMA for float32");
+static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kValueDim % 16 == 0 && kValueDim <= 256,
+              "head_dim: a multiple of 16 up to 256");
+static_assert(kWarps > 0 && (kWarps & (kWarps - 1)) == 0, "KVQUANT_THREADS: 32, 64, 128 or 256");
+
+template <int kFormat, int kGrid, int kDim>
+struct CodecOf {
+  using Type = Dense16<kDim, kIsBFloat16>;
+};
+template <int kDim>
+struct CodecOf<kInt8, kTokenGrid, kDim> {
+  using Type = SignedBytes<kDim>;
+};
+template <int kDim>
+struct CodecOf<kInt8, kChannelGrid, kDim> {
+  using Type = UnsignedBytes<kDim>;
+};
+template <int kGrid, int kDim>
+struct CodecOf<kFp8, kGrid, kDim> {
+  using Type = E4M3Bytes<kDim>;
+};
+template <int kGrid, int kDim>
+struct CodecOf<kInt4, kGrid, kDim> {
+  using Type = Nibbles<kDim>;
+};
+
+// One side of one kind of column: the codec of its rows, and how scales belong to them.
+//   kGroup   channels of a scale (token grid) or tokens of a scale (channel grid); 0: no scales
+template <class C, bool kOnChannelGrid, int kGroupLength, bool kIsRotated>
+struct Side {
+  using Codec = C;
+  static constexpr bool kChannelGrid = kOnChannelGrid, kRotated = kIsRotated;
+  static constexpr bool kScaled = kGroupLength != 0, kTokenScaled = kScaled && !kChannelGrid;
+  static constexpr int kGroup = kGroupLength;
+};
+
+using StoredKeys = Side<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,
+                        KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
+                        KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
+using StoredValues =
+    Side<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
+         KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
+using CopiedKeys = Side<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
+using CopiedValues = Side<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;
+
+}  // namespace kvquant

@@ -1,0 +1,95 @@
+// Masks: which columns the rows of a block see, and what is added to their scores.
+//
+// What all rows share (padding, a mask that repeats over heads and queries) is one bit per column,
+// found by a lane each; rows are asked one by one only where they differ.
+#pragma once
+
+#include "cuda/columns.h"
+
+namespace kvquant {
+
+KVQUANT_DEVICE float mask_number(const uint8_t* p, int64_t kind) {
+  if (kind == kAddFloat32) return global_load(reinterpret_cast<const float*>(p));
+  const uint16_t bits = global_load(reinterpret_cast<const uint16_t*>(p));
+  return kind == kAddFloat16 ? half_low(bits) : bfloat16_low(bits);
+}
+// Additive numbers at or below this hide; NaN does not.
+KVQUANT_DEVICE float lowest_number(int64_t kind) {
+  return kind == kAddFloat32 ? -3.4028234663852886e38f
+         : kind == kAddFloat16 ? -kFp16Max
+                               : -3.3895313892515355e38f;
+}
+
+struct Seen {
+  bool seen;
+  float bias;
+};
+
+// One row of a mask at one column.
+KVQUANT_DEVICE Seen mask_at(const KvquantAttention& a, const uint8_t* row, int column) {
+  if (a.mask_kind == kNoMask) return {true, 0.0f};
+  const uint8_t* p = row + column * a.mask_stride[3];
+  if (a.mask_kind >= kAddFloat32) {
+    const float bias = mask_number(p, a.mask_kind);
+    return {!(bias <= lowest_number(a.mask_kind)), bias};
+  }
+  if (a.mask_kind == kBoolMask || a.mask_width == 1) return {global_load(p) != 0, 0.0f};
+  if (a.mask_width == 4) {
+    return {global_load(reinterpret_cast<const int32_t*>(p)) != 0, 0.0f};
+  }
+  return {global_load(reinterpret_cast<const int64_t*>(p)) != 0, 0.0f};
+}
+
+struct Mask {
+  const Place& p;
+  Copies keys, values;
+  bool is_shared;  // by all rows
+  int plain_end;   // before it every row sees stored keys and values, as far as order is concerned
+
+  KVQUANT_DEVICE Mask(const Place& p, const Copies& keys, const Copies& values)
+      : p(p), keys(keys), values(values) {
+    const KvquantAttention& a = p.a;
+    is_shared = a.mask_kind <= kPaddingMask ||
+                (a.mask_stride[1] == 0 && (a.q_len == 1 || a.mask_stride[2] == 0));
+    const int first = p.first_position();
+    const int k_from = keys.dense_from(first, p.kv_len), v_from = values.dense_from(first, p.kv_len);
+    plain_end = k_from < v_from ? k_from : v_from;
+    if (is_causal() && first + 1 < plain_end) plain_end = first + 1;
+  }
+  KVQUANT_DEVICE bool is_causal() const { return p.a.mask_kind <= kPaddingMask; }
+  KVQUANT_DEVICE const uint8_t* row(int head, int query) const {
+    const KvquantAttention& a = p.a;
+    return a.mask + p.batch * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
+  }
+  // What all rows have in common at `column`.
+  KVQUANT_DEVICE Seen common(int column) const {
+    if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
+    return mask_at(p.a, row(p.kv_head * p.q_per_kv, 0), column);
+  }
+};
+
+// What one row of the block sees beyond what is common, among pairs of one kind.
+struct RowMask {
+  const Mask& mask;
+  const uint8_t* row;
+  int position, k_from, v_from;
+
+  KVQUANT_DEVICE RowMask(const Mask& mask, int r) : mask(mask), row(nullptr) {
+    const Place& p = mask.p;
+    position = p.first_position() + p.query(r);
+    k_from = mask.keys.dense_from(position, p.kv_len);
+    v_from = mask.values.dense_from(position, p.kv_len);
+    if (p.a.mask_kind != kNoMask) row = mask.row(p.head(r), p.query(r));
+  }
+  KVQUANT_DEVICE Seen at(int column, bool is_sink, bool copied_keys, bool copied_values) const {
+    const bool k_copied = (is_sink && mask.keys.sink) || column >= k_from;
+    const bool v_copied = (is_sink && mask.values.sink) || column >= v_from;
+    const bool ordered = !mask.is_causal() || column <= position;
+    if (column < 0 || !ordered || k_copied != copied_keys || v_copied != copied_values) {
+      return {false, 0.0f};
+    }
+    return mask_at(mask.p.a, row, column);
+  }
+};
+
+}  // namespace kvquant

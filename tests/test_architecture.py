@@ -21,7 +21,12 @@ MAY_IMPORT = {
     "backends": set(),
     "backends.arguments": set(),
     "backends.cpu": {"backends", "backends.arguments"},
-    "backends.cuda": {"backends", "backends.arguments"},
+    "backends.disk_cache": set(),
+    "backends.specialisation": {"backends.arguments"},
+    "backends.nvrtc": {"backends", "backends.disk_cache", "backends.specialisation"},
+    "backends.gpu": {"backends", "backends.nvrtc", "backends.specialisation"},
+    "backends.cuda": {"backends"}
+    | {f"backends.{m}" for m in ("arguments", "disk_cache", "gpu", "nvrtc", "specialisation")},
     "states": {"quantization", "route"},
     "config": {"quantization", "backends"},
     "reference": {"quantization", "states"},

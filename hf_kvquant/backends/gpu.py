@@ -1,0 +1,131 @@
+"""One GPU: loads compiled kernels onto it and launches them on torch's current stream.
+
+A launch costs no more than filling an array of addresses: kernels are compiled, loaded and made ready at their first
+use, which therefore cannot be while a CUDA graph is captured. cuda-core's own `launch` takes no structs by value, so
+the driver is called directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+
+from . import nvrtc
+from .specialisation import Specialisation
+
+MIN_CAPABILITY = (8, 0)
+# What a kernel may have without asking for it.
+_SHARED_BYTES = 48 << 10
+
+_gpus: dict[int, Gpu] = {}
+_lock = threading.RLock()
+
+
+def too_old(capability: tuple[int, int]) -> str:
+    """Says so."""
+    found, expected = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+    return f"compute capability {found} is too old; expected {expected} or newer"
+
+
+def of(states: torch.Tensor, *others: torch.Tensor | None) -> Gpu:
+    """The GPU of `states`, on which the others must lie too: the address of another memory would end the process.
+
+    Raises:
+        ValueError: a tensor that lies elsewhere.
+        RuntimeError: the GPU is too old.
+    """
+    index = states.get_device()
+    if index < 0:
+        raise ValueError(f"states on {states.device} are not allowed; the CUDA backend needs them on a CUDA device")
+    for tensor in others:
+        if tensor is not None and tensor.get_device() != index:
+            raise ValueError(
+                f"a mask, s_aux or padding is on {tensor.device}; expected cuda:{index}, as the states are"
+            )
+    found = _gpus.get(index)
+    if found is None:
+        with _lock:
+            found = _gpus.get(index) or _gpus.setdefault(index, Gpu(index))
+    return found
+
+
+class Gpu:
+    """One GPU and the kernels that are loaded on it."""
+
+    def __init__(self, index: int):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MIN_CAPABILITY:
+            raise RuntimeError(f"cuda:{index}: {too_old(capability)}")
+        self._index = index
+        self._arch = nvrtc.architecture(*capability)
+        self._functions: dict[tuple[str, Specialisation], object] = {}
+        self._kernels = []
+
+    def launch(self, kernel: str, kind: Specialisation, grid, threads: int, shared_bytes: int, *values) -> None:
+        """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address."""
+        index = self._index
+        with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
+            function = self._functions.get((kernel, kind)) or self._load(kernel, kind, shared_bytes)
+            # Read before the launch returns: the driver copies the arguments.
+            held = [v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v.data_ptr()) for v in values]
+            addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            launch = (function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0)
+            (status,) = _driver().cuLaunchKernel(*launch)
+            if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                # A thread that has not yet called the runtime.
+                self._enter()
+                (status,) = _driver().cuLaunchKernel(*launch)
+        if status:
+            raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {_name(status)}, grid {grid}")
+
+    def _enter(self) -> None:
+        from cuda.core import Device
+
+        Device(self._index).set_current()
+
+    def _load(self, kernel: str, kind: Specialisation, shared_bytes: int):
+        """The driver's handle of a kernel on this GPU, compiled if need be."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{kernel} ({kind}) is used for the first time while a CUDA graph is captured; call it once before, "
+                "so that it is compiled and loaded"
+            )
+        from cuda.core import ObjectCode
+
+        with _lock:
+            if (kernel, kind) not in self._functions:
+                self._enter()
+                cubin = nvrtc.compiled(nvrtc.KERNELS[kernel], kind, self._arch).cubin
+                loaded = ObjectCode.from_cubin(cubin).get_kernel(kernel)
+                function = _checked(kernel, *_driver().cuKernelGetFunction(loaded.handle))
+                attributes = _driver().CUfunction_attribute
+                if shared_bytes > _SHARED_BYTES:
+                    limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, shared_bytes))
+                # Asking for an attribute loads the code; else that waits for the first launch, in a capture perhaps.
+                _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
+                self._kernels.append(loaded)
+                self._functions[kernel, kind] = function
+        return self._functions[kernel, kind]
+
+
+@lru_cache(maxsize=None)
+def _driver():
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(what: str, status, *values):
+    if status:
+        raise RuntimeError(f"{what}: the driver says {_name(status)}")
+    return values[0] if values else None
+
+
+def _name(status) -> str:
+    return getattr(status, "name", str(status))

@@ -1,0 +1,199 @@
+"""Compiles the CUDA kernels of `kernels/cuda` with NVRTC, for one specialisation and one architecture.
+
+NVRTC is a library that needs neither a GPU, nor a driver, nor the CUDA toolkit. The sources come with the package;
+what was compiled is kept on disk under a hash of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from . import disk_cache
+from .specialisation import Specialisation
+
+# A source file, and the options beside its macros.
+SOURCES: dict[str, dict] = {
+    "decode_attention.cu": {},
+    # The bytes that are written are defined by one IEEE rounding per step.
+    "quantize_append.cu": {"fma": False},
+}
+KERNELS = {
+    "decode_attention_kernel": "decode_attention.cu",
+    "merge_splits_kernel": "decode_attention.cu",
+    "quantize_append_kernel": "quantize_append.cu",
+}
+_STANDARD = "c++17"
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile; the message holds NVRTC's log."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiler reports of one kernel. `registers`: per thread; `spills`: bytes per thread that it stores to
+    memory for want of registers, and loads; `stack`: bytes per thread; `shared`: bytes per block, static ones."""
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code of one source file. `usage`: by kernel; `cached`: found on disk; `seconds`: that it took."""
+
+    cubin: bytes
+    usage: dict[str, Usage]
+    cached: bool
+    seconds: float
+
+
+def missing() -> str | None:
+    """None if kernels can be compiled here, else what is missing and how to get it."""
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.core import Program  # noqa: F401
+
+        nvrtc.nvrtcVersion()
+    # Where a shared library is missing, the packages raise errors of their own.
+    except Exception as error:
+        return f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); {_remedy()}"
+    return None
+
+
+def _remedy() -> str:
+    major = (torch.version.cuda or "13").partition(".")[0]
+    nvrtc = "nvidia-cuda-nvrtc-cu12" if major == "12" else f"nvidia-cuda-nvrtc=={major}.*"
+    return f"pip install cuda-core 'cuda-bindings=={major}.*' '{nvrtc}'"
+
+
+@lru_cache(maxsize=None)
+def version() -> tuple[int, int]:
+    """Of NVRTC."""
+    from cuda.bindings import nvrtc
+
+    return nvrtc.nvrtcVersion()[1:]
+
+
+@lru_cache(maxsize=None)
+def architectures() -> tuple[str, ...]:
+    """Those that this NVRTC compiles for and the kernels are written for: sm_80 and newer."""
+    from cuda.bindings import nvrtc
+
+    return tuple(f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1] if number >= 80)
+
+
+def architecture(major: int, minor: int) -> str:
+    """The newest architecture whose machine code runs on a GPU of this compute capability.
+
+    Raises:
+        RuntimeError: this NVRTC knows none.
+    """
+    # Machine code runs on GPUs of the same major and the same or a higher minor number.
+    runs = [arch for arch in architectures() if (n := int(arch[3:])) // 10 == major and n % 10 <= minor]
+    if not runs:
+        known = f"NVRTC {version()[0]}.{version()[1]} compiles for {', '.join(architectures())}"
+        raise RuntimeError(f"compute capability {major}.{minor} is not supported: {known}")
+    return runs[-1]
+
+
+@lru_cache(maxsize=None)
+def source_folder() -> Path:
+    """The folder `kernels` of the package."""
+    folder = Path(str(files(__package__.rpartition(".")[0]))) / "kernels"
+    if not folder.is_dir():
+        raise OSError(f"{folder} does not exist: the CUDA sources are not in the package; install it with pip install")
+    return folder
+
+
+def compiled(source: str, specialisation: Specialisation, arch: str) -> Compiled:
+    """Machine code of `source`, a name in `SOURCES`, for `arch` ("sm_90"): from disk, or compiled now and kept.
+
+    Raises:
+        CompileError: naming the specialisation, with NVRTC's log.
+    """
+    start = time.perf_counter()
+    key = _key(source, specialisation, arch)
+    found = disk_cache.read(key)
+    if found is not None:
+        facts, cubin = found
+        usage = {name: Usage(**numbers) for name, numbers in facts["usage"].items()}
+        return Compiled(cubin, usage, True, time.perf_counter() - start)
+    cubin, log = _compile(source, specialisation, arch)
+    usage = read_usage(log)
+    facts = {"source": source, "arch": arch, "specialisation": str(specialisation)}
+    disk_cache.write(key, {**facts, "usage": {name: asdict(numbers) for name, numbers in usage.items()}}, cubin)
+    return Compiled(cubin, usage, False, time.perf_counter() - start)
+
+
+def _key(source: str, specialisation: Specialisation, arch: str) -> str:
+    depends = [source, specialisation, arch, version(), SOURCES[source], _STANDARD, _sources_hash(source_folder())]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=None)
+def _sources_hash(folder: Path) -> str:
+    """Over every file that a kernel may include, so that no dependency can be forgotten."""
+    content = hashlib.sha256()
+    for file in sorted([*(folder / "include").rglob("*.h"), *(folder / "cuda").rglob("*")]):
+        if file.suffix in (".h", ".cu"):
+            text = file.read_bytes()
+            content.update(f"{file.relative_to(folder).as_posix()} {len(text)}\n".encode() + text)
+    return content.hexdigest()
+
+
+def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[bytes, str]:
+    from cuda.core import Program, ProgramOptions
+
+    folder, log = source_folder(), io.StringIO()
+    options = ProgramOptions(
+        name=source,
+        arch=arch,
+        std=_STANDARD,
+        define_macro=[(name, str(value)) for name, value in specialisation.items()],
+        include_path=[str(folder / "include"), str(folder / "cuda")],
+        # Else the folder that Python was started in is searched for headers, too.
+        no_source_include=True,
+        ptxas_options=["-v"],
+        **SOURCES[source],
+    )
+    text = (folder / "cuda" / source).read_text(encoding="utf-8")
+    try:
+        program = Program(text, "c++", options)
+        cubin = program.compile("cubin", logs=log).code
+        program.close()
+    # cuda-core's own error types have changed their place between its versions.
+    except Exception as error:
+        raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {error}") from error
+    return bytes(cubin), log.getvalue()
+
+
+def read_usage(log: str) -> dict[str, Usage]:
+    """What ptxas reports of each kernel under `-v`, in the log of NVRTC or nvcc.
+
+    Raises:
+        ValueError: a report without the numbers that are looked for.
+    """
+    found = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        name = part.partition("'")[0]
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if not stack or not registers:
+            raise ValueError(f"the compiler's report of {name} cannot be read: {part!r}")
+        shared = re.search(r"(\d+) bytes smem", part)
+        frame, stored, loaded = (int(n) for n in stack.groups())
+        found[name] = Usage(int(registers[1]), stored + loaded, frame, int(shared[1]) if shared else 0)
+    return found

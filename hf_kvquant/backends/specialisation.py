@@ -1,0 +1,83 @@
+"""What a CUDA kernel is compiled for: the macros that fix dtype, head_dim, formats and grids at compile time.
+
+Everything else (lengths, strides, masks, heads) the kernels read from their argument at run time, so that a model
+needs one or two specialisations, not one per shape.
+"""
+
+from __future__ import annotations
+
+from .arguments import FORMATS
+
+# Columns of the cache that one block of threads attends to. Fixed, so that a result does not depend on the GPU's size.
+SPLIT = 512
+THREADS = 128
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+_FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
+
+
+class Specialisation(dict):
+    """Macros by name, hashable: not changed after it was made."""
+
+    def __init__(self, macros: dict[str, int]):
+        super().__init__(macros)
+        self._hash = hash(tuple(self.items()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        """In words, for messages and tables."""
+        k, v = self["KVQUANT_HEAD_DIM"], self["KVQUANT_V_HEAD_DIM"]
+        dtype = ("float32", "float16", "bfloat16")[self["KVQUANT_DTYPE"]]
+        sides = f"keys {self._side('K')}, values {self._side('V')}"
+        return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}"
+
+    def _side(self, side: str) -> str:
+        name = _FORMAT_NAMES[self[f"KVQUANT_{side}_FORMAT"]]
+        if name == "dense":
+            return name
+        grid = "channel" if self.get(f"KVQUANT_{side}_GRID") else "token"
+        return f"{name} {grid} {self[f'KVQUANT_{side}_GROUP']}" + (
+            " rotated" if self[f"KVQUANT_{side}_ROTATE"] else ""
+        )
+
+
+_made: dict[tuple, Specialisation] = {}
+
+
+def specialisation(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
+    """For states of these specs; `dtype`: a number of `arguments.DTYPES`. Equal arguments give the same object.
+
+    Raises:
+        ValueError: a head_dim or dtype that the kernels are not written for, by name.
+    """
+    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim)
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim)
+    return found
+
+
+def _make(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
+    for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; expected one of {HEAD_DIMS}")
+    if dtype == 0:
+        raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
+    k_channel = k_spec.grid == "channel"
+    return Specialisation(
+        {
+            "KVQUANT_DTYPE": dtype,
+            "KVQUANT_HEAD_DIM": k_head_dim,
+            "KVQUANT_V_HEAD_DIM": v_head_dim,
+            "KVQUANT_K_FORMAT": FORMATS[k_spec.format],
+            "KVQUANT_K_GRID": int(k_channel),
+            "KVQUANT_K_GROUP": (k_spec.block_length if k_channel else k_spec.group_size) or k_head_dim,
+            "KVQUANT_K_ROTATE": int(k_spec.rotate),
+            "KVQUANT_V_FORMAT": FORMATS[v_spec.format],
+            "KVQUANT_V_GROUP": v_spec.group_size or v_head_dim,
+            "KVQUANT_V_ROTATE": int(v_spec.rotate),
+            "KVQUANT_SPLIT": SPLIT,
+            "KVQUANT_THREADS": THREADS,
+        }
+    )

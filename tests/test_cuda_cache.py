@@ -1,0 +1,261 @@
+"""Compiling CUDA kernels with NVRTC, which needs no GPU, and what is kept of it on disk.
+
+The kernels here are stand-ins in a temporary folder, so that a test can break or change them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hf_kvquant import QuantSpec
+from hf_kvquant.backends import disk_cache, nvrtc
+from hf_kvquant.backends.specialisation import HEAD_DIMS, specialisation
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
+
+HEADER = "#pragma once\nconstexpr float kFactor = 2.0f;\n"
+KERNEL = """
+#include "kvquant/factor.h"
+#include "twice.h"
+extern "C" __global__ void __launch_bounds__(KVQUANT_THREADS) decode_attention_kernel(float* x) {
+  __shared__ float s[KVQUANT_HEAD_DIM];
+  s[threadIdx.x % KVQUANT_HEAD_DIM] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = twice(kFactor * s[0]);
+}
+extern "C" __global__ void merge_splits_kernel(float* x) { x[0] = KVQUANT_K_FORMAT; }
+"""
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 2) decode_attention_kernel(float* x) {
+  float a[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[(63 - i) * 1024 + threadIdx.x] = a[i] * a[63 - i] + a[(i * 7) % 64];
+}
+"""
+
+
+def some_kind(k="int8", head_dim=64):
+    k = QuantSpec(k).resolve(head_dim)
+    return specialisation(2, k, QuantSpec("fp8").resolve(head_dim), head_dim, head_dim)
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch) -> Path:
+    """A folder of stand-in kernels, and an empty cache."""
+    folder = tmp_path / "kernels"
+    (folder / "cuda").mkdir(parents=True)
+    (folder / "include" / "kvquant").mkdir(parents=True)
+    (folder / "include" / "kvquant" / "factor.h").write_text(HEADER)
+    (folder / "cuda" / "twice.h").write_text("__device__ float twice(float x) { return x + x; }\n")
+    (folder / "cuda" / "decode_attention.cu").write_text(KERNEL)
+    monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(nvrtc, "source_folder", lambda: folder)
+    monkeypatch.setattr(disk_cache, "_said", set())
+    nvrtc._sources_hash.cache_clear()
+    yield folder
+    nvrtc._sources_hash.cache_clear()
+
+
+def compiled(kind=None, arch="sm_90") -> nvrtc.Compiled:
+    return nvrtc.compiled("decode_attention.cu", kind or some_kind(), arch)
+
+
+def kept() -> list[Path]:
+    return sorted(disk_cache.folder().iterdir()) if disk_cache.folder().exists() else []
+
+
+@needs_nvrtc
+class TestCompiling:
+    def test_code_and_usage(self, kernels):
+        found = compiled()
+        assert found.cubin[:4] == b"\x7fELF"
+        assert not found.cached
+        usage = found.usage
+        assert set(usage) == {"decode_attention_kernel", "merge_splits_kernel"}
+        assert usage["decode_attention_kernel"].shared == 64 * 4
+        assert usage["merge_splits_kernel"].shared == 0
+        assert all(0 < u.registers <= 255 and u.spills == u.stack == 0 for u in usage.values())
+
+    def test_spills_are_counted(self, kernels):
+        (kernels / "cuda" / "decode_attention.cu").write_text(SPILLING)
+        usage = compiled().usage["decode_attention_kernel"]
+        assert usage.spills > 0
+        assert usage.registers <= 32
+
+    def test_an_error_names_the_specialisation_and_shows_the_log(self, kernels):
+        (kernels / "cuda" / "twice.h").write_text("__device__ float twice(float x) { return y; }\n")
+        with pytest.raises(nvrtc.CompileError) as error:
+            compiled()
+        text = str(error.value)
+        assert "bfloat16, head_dim 64, keys int8 token 64, values fp8 token 64" in text
+        assert "sm_90" in text
+        assert 'identifier "y" is undefined' in text
+        assert not kept()
+
+    def test_headers_of_the_current_folder_are_not_taken(self, kernels, tmp_path, monkeypatch):
+        (tmp_path / "here").mkdir()
+        (kernels / "cuda" / "twice.h").rename(tmp_path / "here" / "twice.h")
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(nvrtc.CompileError, match=r"twice\.h"):
+            compiled()
+
+    def test_architectures(self):
+        assert {"sm_80", "sm_86", "sm_89", "sm_90"} <= set(nvrtc.architectures())
+        assert nvrtc.architecture(9, 0) == "sm_90"
+        assert nvrtc.architecture(8, 6) == "sm_86"
+        assert nvrtc.architecture(8, 8) in ("sm_86", "sm_88")
+        with pytest.raises(RuntimeError, match=r"compute capability 7\.5 is not supported"):
+            nvrtc.architecture(7, 5)
+
+
+@needs_nvrtc
+class TestKept:
+    def test_the_second_time_it_is_read(self, kernels):
+        first, second = compiled(), compiled()
+        assert (first.cached, second.cached) == (False, True)
+        assert (first.cubin, first.usage) == (second.cubin, second.usage)
+        assert len(kept()) == 1
+
+    def test_whatever_it_depends_on_makes_another_file(self, kernels, monkeypatch):
+        compiled()
+        assert not compiled(some_kind("int4")).cached
+        assert not compiled(arch="sm_80").cached
+        header = kernels / "include" / "kvquant" / "factor.h"
+        header.write_text(HEADER.replace("2.0f", "3.0f"))
+        nvrtc._sources_hash.cache_clear()
+        assert not compiled().cached
+        monkeypatch.setitem(nvrtc.SOURCES, "decode_attention.cu", {"fma": False})
+        assert not compiled().cached
+        monkeypatch.setattr(nvrtc, "version", lambda: (99, 0))
+        assert not compiled().cached
+        assert len(kept()) == 6
+        assert compiled().cached
+
+    @pytest.mark.parametrize("damage", ["cut short", "empty", "one bit of the code", "one bit of the facts"])
+    def test_a_damaged_file_is_compiled_anew_and_said_once(self, kernels, damage):
+        first = compiled()
+        (file,) = kept()
+        content = bytearray(file.read_bytes())
+        if damage == "cut short":
+            content = content[: len(content) // 2]
+        elif damage == "empty":
+            content = b""
+        else:
+            content[-1000 if "code" in damage else content.index(b"registers") + 13] ^= 1
+        file.write_bytes(content)
+        with pytest.warns(RuntimeWarning, match="cut short or damaged; it is compiled anew"):
+            again = compiled()
+        assert not again.cached
+        assert again.cubin == first.cubin
+        assert compiled().cached
+        file.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not compiled().cached
+
+    def test_where_nothing_can_be_kept_it_still_compiles(self, kernels, tmp_path, monkeypatch):
+        (tmp_path / "a file").write_text("")
+        monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path / "a file" / "cache"))
+        with pytest.warns(RuntimeWarning, match="cannot be kept"):
+            compiled()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not compiled().cached
+
+    def test_a_failed_write_leaves_nothing(self, kernels, monkeypatch):
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.warns(RuntimeWarning, match="No space left"):
+            compiled()
+        assert not kept()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_processes_that_compile_at_once_agree(self, kernels):
+        """Three processes, held up until all are there, each compile and read the same kernels."""
+        fork = multiprocessing.get_context("fork")
+        barrier, results = fork.Barrier(3), fork.Queue()
+
+        def work():
+            warnings.simplefilter("error")
+            found = []
+            for head_dim in HEAD_DIMS:
+                barrier.wait(60)
+                found.append(compiled(some_kind(head_dim=head_dim)))
+                found.append(compiled(some_kind(head_dim=head_dim)))
+            results.put([(f.cached, f.cubin) for f in found])
+
+        processes = [fork.Process(target=work) for _ in range(3)]
+        for process in processes:
+            process.start()
+        every = [results.get(timeout=100) for _ in processes]
+        for process in processes:
+            process.join(60)
+        codes = [[code for _, code in result] for result in every]
+        assert codes == codes[:1] * 3
+        assert len(set(codes[0])) == len(HEAD_DIMS)
+        assert all(cached for result in every for cached, _ in result[1::2])
+        # That they were at it together: more than one process compiled a kernel.
+        assert sum(not cached for result in every for cached, _ in result) > len(HEAD_DIMS)
+        assert len(kept()) == len(HEAD_DIMS)
+        assert all(file.suffix == ".cubin" for file in kept())
+
+
+class TestFolder:
+    @pytest.fixture(autouse=True)
+    def nowhere(self, monkeypatch):
+        for name in (disk_cache.CACHE_VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA"):
+            monkeypatch.delenv(name, raising=False)
+
+    def test_named(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert disk_cache.folder() == tmp_path / "xdg" / "hf_kvquant"
+        monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path / "mine"))
+        assert disk_cache.folder() == tmp_path / "mine"
+
+    @pytest.mark.parametrize("xdg", ["", "relative/path"])
+    def test_by_the_systems_rules(self, monkeypatch, xdg):
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert disk_cache.folder() == Path.home() / ".cache" / "hf_kvquant"
+
+    def test_on_windows(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+        monkeypatch.setattr(sys, "platform", "win32")
+        assert disk_cache.folder() == tmp_path / "hf_kvquant" / "cache"
+
+
+class TestSpecialisation:
+    def test_equal_arguments_give_the_same_object(self):
+        assert some_kind() is some_kind()
+        assert some_kind("int4") != some_kind()
+        assert hash(some_kind("int4")) != hash(some_kind())
+
+    def test_every_field_of_a_side_is_in_it(self):
+        channel = QuantSpec("int4", "channel", block_length=128)
+        rotated = QuantSpec("int8", group_size=32, rotate=True)
+        kind = specialisation(1, channel, rotated, 192, 128)
+        assert kind == {
+            "KVQUANT_DTYPE": 1, "KVQUANT_HEAD_DIM": 192, "KVQUANT_V_HEAD_DIM": 128,
+            "KVQUANT_K_FORMAT": 2, "KVQUANT_K_GRID": 1, "KVQUANT_K_GROUP": 128, "KVQUANT_K_ROTATE": 0,
+            "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
+            "KVQUANT_SPLIT": 512, "KVQUANT_THREADS": 128,
+        }  # fmt: skip
+        assert str(kind) == "float16, head_dim 192/128, keys int4 channel 128, values int8 token 32 rotated"
+        dense = specialisation(1, QuantSpec("dense"), QuantSpec("dense"), 64, 64)
+        assert str(dense) == "float16, head_dim 64, keys dense, values dense"
+
+    @pytest.mark.parametrize("head_dim", [48, 512])
+    def test_an_unsupported_head_dim_is_named(self, head_dim):
+        with pytest.raises(ValueError, match=rf"head_dim: {head_dim} is not supported.*{HEAD_DIMS[0]}, "):
+            some_kind(head_dim=head_dim)

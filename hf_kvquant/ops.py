@@ -6,6 +6,7 @@ graphs see every storage that is read or written; the two functions at the botto
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from importlib import import_module
 
@@ -18,6 +19,11 @@ from .states import QuantizedStates
 
 # The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
 MAX_Q_LEN = 32
+# Of queries and exact copies, by compiled backend; the reference takes every dtype.
+DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
 
 _library = torch.library.Library("kvquant", "DEF")
 
@@ -72,17 +78,30 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """
     compiled = {"cpu": "cpu", "cuda": "cuda"}.get(device_type)
     if requested == AUTO:
-        runs = compiled is not None and dtype != torch.float64 and backend_status(compiled) is None
-        return compiled if runs else "reference"
+        if compiled is None or backend_status(compiled) is not None:
+            return "reference"
+        if dtype not in DTYPES[compiled] and dtype != torch.float64:
+            warnings.warn(
+                f"{dtype} states on {device_type!r} run on the slow backend 'reference': the compiled one takes "
+                f"{_names(DTYPES[compiled])}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return compiled if dtype in DTYPES[compiled] else "reference"
     reason = backend_status(requested)
     if reason is None and requested != "reference":
         if requested != compiled:
             reason = f"the states are on device type {device_type!r}"
-        elif dtype == torch.float64:
-            reason = "float64 states need backend 'reference'"
+        elif dtype not in DTYPES[compiled]:
+            name = str(dtype).removeprefix("torch.")
+            reason = f"{name} states need backend 'reference'; {requested!r} takes {_names(DTYPES[compiled])}"
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run: {reason}")
     return requested
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _decode_attention(

@@ -315,8 +315,12 @@ class TestBackends:
     def test_auto_picks_the_devices_own(self):
         for device in ("cpu", "cuda"):
             best = device if ops.backend_status(device) is None else "reference"
-            assert ops.choose_backend(AUTO, device, torch.float32) == best
             assert ops.choose_backend(AUTO, device, torch.bfloat16) == best
+
+    def test_auto_says_so_where_the_compiled_backend_does_not_take_the_dtype(self, monkeypatch):
+        monkeypatch.setattr(ops, "backend_status", lambda name: None)
+        with pytest.warns(RuntimeWarning, match="float32 states on 'cuda' run on the slow .* takes float16, bfloat16"):
+            assert ops.choose_backend.__wrapped__(AUTO, "cuda", torch.float32) == "reference"
 
     @pytest.mark.parametrize("runs", [True, False])
     def test_auto_picks_a_compiled_backend_where_it_runs(self, runs, monkeypatch):
@@ -345,6 +349,7 @@ class TestBackends:
             ("cuda", "cpu", torch.float32, "device type 'cpu'"),
             ("cpu", "meta", torch.float32, "device type 'meta'"),
             ("cpu", "cpu", torch.float64, "float64 states need backend 'reference'"),
+            ("cuda", "cuda", torch.float32, "float32 states need backend 'reference'; 'cuda' takes float16, bfloat16"),
         ],
     )
     def test_a_backend_that_runs_but_not_for_these_states(self, name, device, dtype, reason, monkeypatch):

@@ -1,8 +1,8 @@
 """The CUDA backend: which kernels of `kernels/cuda` an operator launches, on which grid, with which workspace.
 
 The workspace comes from torch's allocator and nothing waits for the device, so that calls can be captured in CUDA
-graphs. `device` is where the kernels run, by default the query's GPU; the tests pass an emulator, so that the arguments,
-grids and specialisations that they check are those that run.
+graphs. `device` is where the kernels run, by default the query's GPU; the tests pass an emulator, so that arguments,
+grids and specialisations are checked as they run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,10 @@ def unavailable() -> str | None:
 
 
 def info() -> dict:
-    """What `hf-kvquant info` says about this backend."""
+    """What `hf-kvquant info` says about this backend, which need not be able to run."""
     kept = disk_cache.folder()
     return {
-        "NVRTC": ".".join(map(str, nvrtc.version())),
-        "GPUs": [
-            f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-            for i in range(torch.cuda.device_count())
-        ],
+        "compiler": nvrtc.missing() or "NVRTC {}.{}".format(*nvrtc.version()),
         "compiled kernels": f"{len(list(kept.glob('*.cubin')))} in {kept}",
     }
 

@@ -163,7 +163,7 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         arch=arch,
         std=_STANDARD,
         define_macro=[(name, str(value)) for name, value in specialisation.items()],
-        include_path=[str(folder / "include"), str(folder / "cuda")],
+        include_path=[str(folder), str(folder / "include")],
         # Else the folder that Python was started in is searched for headers, too.
         no_source_include=True,
         ptxas_options=["-v"],

@@ -11,7 +11,7 @@ from .arguments import FORMATS
 # Columns of the cache that one block of threads attends to. Fixed, so that a result does not depend on the GPU's size.
 SPLIT = 512
 THREADS = 128
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+MAX_HEAD_DIM = 256
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
@@ -60,8 +60,9 @@ def specialisation(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int)
 
 def _make(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
-        if head_dim not in HEAD_DIMS:
-            raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; expected one of {HEAD_DIMS}")
+        if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
+            expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"
+            raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; {expected}")
     if dtype == 0:
         raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
     k_channel = k_spec.grid == "channel"

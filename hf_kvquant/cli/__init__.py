@@ -1,4 +1,4 @@
-"""The command line: `hf-kvquant info | generate | demo | eval | lm-eval | report`. One file per command.
+"""The command line: `hf-kvquant info | generate | demo | build | eval | lm-eval | report`. One file per command.
 
 Nothing here is imported by `import hf_kvquant`.
 """
@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from . import demo, evaluate, generate, info, lm_eval, report
+from . import build, demo, evaluate, generate, info, lm_eval, report
 
 app = typer.Typer(
     help="A quantized KV cache for HuggingFace transformers, attended to as stored.",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
+app.command("build")(build.build)
 app.command("eval")(evaluate.evaluate)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("report")(report.report)

@@ -90,13 +90,16 @@ def _cpu_backend() -> dict:
 
 
 def _cuda_backend() -> dict:
+    from ..backends import cuda
+
+    library = cuda.info()
     if not torch.cuda.is_available():
-        built = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        return {"chosen": None, "why": built}
+        return {"chosen": None, "why": ops.backend_status("cuda"), "library": library}
     chosen = ops.choose_backend(AUTO, "cuda", torch.bfloat16)
     if chosen == "cuda":
-        return {"chosen": chosen, "why": "compiled for this GPU at first use"}
-    return {"chosen": chosen, "why": f"plain PyTorch, slow; the compiled one cannot run: {ops.backend_status('cuda')}"}
+        return {"chosen": chosen, "why": "compiled for each GPU at first use", "library": library}
+    why = f"plain PyTorch, slow; the compiled one cannot run: {ops.backend_status('cuda')}"
+    return {"chosen": chosen, "why": why, "library": library}
 
 
 def machine() -> dict:

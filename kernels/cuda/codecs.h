@@ -32,13 +32,6 @@ namespace kvquant {
 
 constexpr uint32_t kByteOfHalf = 0x00ff00ffu;
 
-KVQUANT_FN constexpr float power_of_two(int exponent) {
-  float x = 1.0f;
-  for (int i = 0; i < exponent; ++i) x *= 2.0f;
-  for (int i = 0; i > exponent; --i) x *= 0.5f;
-  return x;
-}
-
 // What codecs of one byte per channel share: a chunk is 16 channels, its parts the even and odd.
 template <int kDim>
 struct ByteRows {
@@ -52,7 +45,7 @@ struct ByteRows {
 template <int kDim>
 struct UnsignedBytes : ByteRows<kDim> {
   static constexpr float kOffset = 0.0f;
-  static KVQUANT_FN constexpr float unit(int) { return power_of_two(24); }
+  static KVQUANT_FN constexpr float unit(int) { return 0x1p24f; }
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&parts)[2]) {
     parts[0] = word & kByteOfHalf;
     parts[1] = prmt(word, 0, 0x4341);
@@ -62,12 +55,12 @@ struct UnsignedBytes : ByteRows<kDim> {
 template <int kDim>
 struct SignedBytes : ByteRows<kDim> {
   static constexpr float kOffset = 128.0f;
-  static KVQUANT_FN constexpr float unit(int) { return power_of_two(24); }
+  static KVQUANT_FN constexpr float unit(int) { return 0x1p24f; }
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&parts)[2]) {
     UnsignedBytes<kDim>::split(word ^ 0x80808080u, parts);
   }
   // Without the offset, for one more instruction a part.
-  static KVQUANT_FN constexpr float unit_centred(int) { return power_of_two(24); }
+  static KVQUANT_FN constexpr float unit_centred(int) { return 0x1p24f; }
   static KVQUANT_DEVICE void split_centred(uint32_t word, uint32_t (&parts)[2]) {
     split(word, parts);
     for (uint32_t& part : parts) part = hsub2(part, 0x00800080u);
@@ -78,7 +71,7 @@ struct SignedBytes : ByteRows<kDim> {
 template <int kDim>
 struct E4M3Bytes : ByteRows<kDim> {
   static constexpr float kOffset = 0.0f;
-  static KVQUANT_FN constexpr float unit(int) { return power_of_two(8); }
+  static KVQUANT_FN constexpr float unit(int) { return 0x1p8f; }
   static KVQUANT_DEVICE uint32_t upper_bytes(uint32_t word) {
     constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
     return lop3<kAndOr>(word, 0x80008000u, word >> 1 & 0x3f803f80u);
@@ -107,7 +100,7 @@ struct Nibbles {
     return 4 * chunk + j / half(chunk) * 2 + j % 2;
   }
   static KVQUANT_FN constexpr int n_of(int channel) { return channel % 32 % half(channel / 32) / 2; }
-  static KVQUANT_FN constexpr float unit(int part) { return power_of_two(part / 2 % 2 ? 20 : 24); }
+  static KVQUANT_FN constexpr float unit(int part) { return part / 2 % 2 ? 0x1p20f : 0x1p24f; }
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&parts)[4]) {
     const uint32_t odd = word >> 8;
     parts[0] = word & 0x000f000fu;
@@ -117,7 +110,7 @@ struct Nibbles {
   }
   // code - 7.5, for one more instruction a part: 7.5 units are no FP16 number where a unit is the
   // smallest, so the codes of parts 0 and 1 move up first, which is exact.
-  static KVQUANT_FN constexpr float unit_centred(int) { return power_of_two(20); }
+  static KVQUANT_FN constexpr float unit_centred(int) { return 0x1p20f; }
   static KVQUANT_DEVICE void split_centred(uint32_t word, uint32_t (&parts)[4]) {
     split(word, parts);
     parts[0] = hfma2(parts[0], 0x4c004c00u, 0x80788078u);

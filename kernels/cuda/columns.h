@@ -17,35 +17,42 @@
 namespace kvquant {
 
 // A (batch row, kv head, 16 query rows). Query row r of a kv head is query r % q_len of its head
-// r / q_len.
+// r / q_len. What is rarely asked is computed when it is: registers are short.
 struct Place {
   const KvquantAttention& a;
-  int batch, kv_head, row0, rows, q_len, q_per_kv, kv_len;
+  int kv_len;
 
-  KVQUANT_DEVICE explicit Place(const KvquantAttention& a)
-      : a(a),
-        batch(block_index_z()),
-        q_len(int(a.q_len)),
-        q_per_kv(int(a.num_heads / a.num_kv_heads)),
-        kv_len(length(a)) {
-    rows = q_per_kv * q_len;
-    const int tiles = (rows + kRows - 1) / kRows;
-    kv_head = block_index_y() / tiles;
-    row0 = block_index_y() % tiles * kRows;
-  }
+  KVQUANT_DEVICE explicit Place(const KvquantAttention& a) : a(a), kv_len(length(a)) {}
   static KVQUANT_DEVICE int length(const KvquantAttention& a) {
     if (a.length == nullptr) return int(a.kv_len);
     const int64_t length = global_load(a.length);
     return int(length < a.kv_len ? length : a.kv_len);
   }
+  KVQUANT_DEVICE int batch() const { return block_index_z(); }
+  KVQUANT_DEVICE int q_len() const { return int(a.q_len); }
+  KVQUANT_DEVICE int q_per_kv() const { return int(a.num_heads) / int(a.num_kv_heads); }
+  KVQUANT_DEVICE int rows() const { return q_per_kv() * q_len(); }
+  KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
+  KVQUANT_DEVICE int kv_head() const { return block_index_y() / row_tiles(); }
+  KVQUANT_DEVICE int first_row() const { return block_index_y() % row_tiles() * kRows; }
+  KVQUANT_DEVICE int first_position() const { return kv_len - q_len(); }
+
   // Of row `row` of the block; rows beyond the last one repeat it.
-  KVQUANT_DEVICE int query_row(int row) const { return row0 + row < rows ? row0 + row : rows - 1; }
-  KVQUANT_DEVICE int head(int row) const {
-    return kv_head * q_per_kv + query_row(row) / q_len;
+  KVQUANT_DEVICE bool exists(int row) const { return first_row() + row < rows(); }
+  KVQUANT_DEVICE int query_row(int row) const {
+    return exists(row) ? first_row() + row : rows() - 1;
   }
-  KVQUANT_DEVICE int query(int row) const { return query_row(row) % q_len; }
-  KVQUANT_DEVICE bool exists(int row) const { return row0 + row < rows; }
-  KVQUANT_DEVICE int first_position() const { return kv_len - q_len; }
+  KVQUANT_DEVICE int head(int row) const {
+    return kv_head() * q_per_kv() + query_row(row) / q_len();
+  }
+  KVQUANT_DEVICE int query(int row) const { return query_row(row) % q_len(); }
+
+  // Of this batch row and kv head, with the strides of a stored tensor.
+  template <class T>
+  KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2]) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uint64_t>(p) + batch() * stride[0] +
+                                kv_head() * stride[1]);
+  }
 };
 
 // The exact copies of one head, keys or values.
@@ -56,12 +63,8 @@ struct Copies {
   template <class Stored>
   static KVQUANT_DEVICE Copies of(const KvquantSide& side, const Place& p) {
     Copies c;
-    const bool has_ring = side.recent != nullptr && Stored::kScaled;
-    c.ring = has_ring ? side.recent + p.batch * side.recent_stride[0] +
-                            p.kv_head * side.recent_stride[1]
-                      : nullptr;
-    c.sink = side.sink ? side.sink + p.batch * side.sink_stride[0] + p.kv_head * side.sink_stride[1]
-                       : nullptr;
+    c.ring = side.recent && Stored::kScaled ? p.of_head(side.recent, side.recent_stride) : nullptr;
+    c.sink = side.sink ? p.of_head(side.sink, side.sink_stride) : nullptr;
     c.ring_length = int(side.ring_length);
     c.row_bytes = 2 * Stored::Codec::kChannels;
     c.recent_length = int(p.a.recent_length);
@@ -85,21 +88,21 @@ struct Copies {
 
 // What a block takes. Entry i is sink slot i for i < sinks, else column begin + i - sinks.
 struct Columns {
-  const int32_t* sink_positions;  // of this batch row, or null
-  int num_sinks, last_sink;       // last_sink: the largest column that is a sink, or -1
-  int sinks, begin, count, kv_len;
+  const Place& p;
+  int last_sink = -1;  // the largest column that is a sink
+  int sinks = 0, begin = 0, count = 0;
 
-  KVQUANT_DEVICE explicit Columns(const Place& p)
-      : sink_positions(nullptr), num_sinks(0), last_sink(-1), sinks(0), begin(0), count(0),
-        kv_len(p.kv_len) {
-    if (p.a.sink_positions == nullptr) return;
-    sink_positions = reinterpret_cast<const int32_t*>(
-        reinterpret_cast<const uint8_t*>(p.a.sink_positions) + p.batch * p.a.sink_positions_stride);
-    num_sinks = int(p.a.num_sinks);
-    for (int i = 0; i < num_sinks; ++i) {
-      const int column = global_load(sink_positions + i);
-      if (column < kv_len && column > last_sink) last_sink = column;
+  KVQUANT_DEVICE explicit Columns(const Place& p) : p(p) {
+    for (int i = 0; i < num_sinks(); ++i) {
+      const int column = sink_column(i);
+      if (column < p.kv_len && column > last_sink) last_sink = column;
     }
+  }
+  KVQUANT_DEVICE int num_sinks() const { return p.a.sink_positions ? int(p.a.num_sinks) : 0; }
+  KVQUANT_DEVICE int sink_column(int i) const {
+    const auto row = reinterpret_cast<uint64_t>(p.a.sink_positions) +
+                     p.batch() * p.a.sink_positions_stride;
+    return global_load(reinterpret_cast<const int32_t*>(row) + i);
   }
   KVQUANT_DEVICE void take_range(int from, int to) {
     begin = from;
@@ -109,15 +112,15 @@ struct Columns {
   KVQUANT_DEVICE int column(int i) const {
     if (i >= count) return -1;
     if (i >= sinks) return begin + i - sinks;
-    const int column = global_load(sink_positions + i);
-    return column < kv_len ? column : -1;
+    const int column = sink_column(i);
+    return column < p.kv_len ? column : -1;
   }
   KVQUANT_DEVICE int slot(int i) const { return i < sinks ? i : -1; }
   // Sinks are taken by their slots, and have copies: no range holds them.
   KVQUANT_DEVICE bool is_sink(int column) const {
     bool found = false;
     if (column <= last_sink) {
-      for (int i = 0; i < num_sinks; ++i) found |= global_load(sink_positions + i) == column;
+      for (int i = 0; i < num_sinks(); ++i) found |= sink_column(i) == column;
     }
     return found;
   }

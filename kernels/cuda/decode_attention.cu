@@ -54,7 +54,7 @@ static_assert(kSplit % StoredPart::kTile == 0, "KVQUANT_SPLIT: a multiple of 32"
 static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPart::kTile == 0, "tiles lie in blocks");
 
 // Registers decide how many blocks an SM holds: 128 each for four of 128 threads.
-constexpr int kBlocks = kValueDim <= 128 ? 4 : kValueDim <= 192 ? 3 : 2;
+constexpr int kBlocks = kValueDim <= 128 ? 3 : kValueDim <= 192 ? 3 : 2;
 
 template <class P, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns& columns, const Mask& mask,
@@ -69,7 +69,7 @@ KVQUANT_DEVICE void attend(const Place& p, const Columns& columns, const Mask& m
 KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int index) {
   for (int row = thread_index(); row < kRows; row += 32 * kWarps) {
     if (!p.exists(row)) continue;
-    const int64_t head_row = (int64_t(p.batch) * p.a.num_heads + p.head(row)) * p.q_len;
+    const int64_t head_row = (int64_t(p.batch()) * p.a.num_heads + p.head(row)) * p.q_len();
     global_store(
         reinterpret_cast<Pair*>(partials.states) + partials.at(head_row + p.query(row), index),
         Pair{-kInfinity, 0.0f});
@@ -91,7 +91,7 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   const Copies value_copies = Copies::of<StoredValues>(a.values, p);
   const StoredRows keys = StoredRows::of<StoredKeys>(a.keys, p);
   const StoredRows values = StoredRows::of<StoredValues>(a.values, p);
-  const Mask mask(p, key_copies, value_copies);
+  const Mask mask(p);
   Columns columns(p);
   // The first row's copies begin earliest, the last one's last.
   const int k_first = key_copies.dense_from(p.first_position(), p.kv_len);
@@ -108,7 +108,7 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   const bool copied_keys = index == kCopiedBoth || index == kCopiedKeys;
   const bool copied_values = index == kCopiedBoth || index == kCopiedValues;
   const bool no_sinks = (!copied_keys && key_copies.sink) || (!copied_values && value_copies.sink);
-  if (!no_sinks) columns.sinks = columns.num_sinks;
+  if (!no_sinks) columns.sinks = columns.num_sinks();
   int begin = 0, end = p.kv_len;
   if (copied_keys && k_first > begin) begin = k_first;
   if (copied_values && v_first > begin) begin = v_first;

@@ -45,7 +45,7 @@ struct BlockMerge {
       const int row = part.g + 8 * r;
       if (!p.exists(row)) continue;
       const int64_t at = partials.at(
-          (int64_t(p.batch) * p.a.num_heads + p.head(row)) * p.q_len + p.query(row), index);
+          (int64_t(p.batch()) * p.a.num_heads + p.head(row)) * p.q_len() + p.query(row), index);
       if (part.t == 0) {
         global_store(reinterpret_cast<Pair*>(partials.states) + at, Pair{max[r] * kLn2, sum[r]});
       }

@@ -209,7 +209,8 @@ struct Part {
         kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
     constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
     constexpr int kSteps = K::kParts / 2;
-    float zero[2][4] = {};  // queries x zero points: of steps whose unit is unit(0), and the others
+    // Queries x zero points: of the steps whose unit is unit(0), and of the others.
+    float zero[4] = {}, other_zero[4] = {};
     float sum[kEights][4];
     begin_group(0, sum);
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
@@ -237,7 +238,9 @@ struct Part {
         if (step >= kSteps) continue;
         uint32_t a[4];
         queries.fragment(step, a);
-        if constexpr (Keys::kChannelGrid) to_block(step, block, a, zero[K::unit(2 * step) != K::unit(0)]);
+        if constexpr (Keys::kChannelGrid) {
+          to_block(step, block, a, K::unit(2 * step) == K::unit(0) ? zero : other_zero);
+        }
 #pragma unroll
         for (int m = 0; m < kEights; ++m) {
           const uint32_t b[2] = {parts[2 * s][m], parts[2 * s + 1][m]};
@@ -268,7 +271,7 @@ struct Part {
       for (int m = 0; m < kEights; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[m][e] = kHasZeroPoint ? sum[m][e] + (zero[0][e] + kOther * zero[1][e]) * kUnit : sum[m][e];
+          x[m][e] = kHasZeroPoint ? sum[m][e] + (zero[e] + kOther * other_zero[e]) * kUnit : sum[m][e];
         }
       }
     }

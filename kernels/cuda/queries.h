@@ -58,7 +58,7 @@ struct Queries {
   static KVQUANT_DEVICE void load(const Place& p, int row, WarpRow<kDim>& x) {
     const KvquantAttention& a = p.a;
     const auto* q = reinterpret_cast<const uint16_t*>(
-        a.query + p.batch * a.query_stride[0] + p.head(row) * a.query_stride[1] +
+        a.query + p.batch() * a.query_stride[0] + p.head(row) * a.query_stride[1] +
         p.query(row) * a.query_stride[2]);
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {

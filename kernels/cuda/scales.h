@@ -29,7 +29,7 @@ struct TokenScales {
   KVQUANT_DEVICE TokenScales(const KvquantSide& side, const Place& p, SharedPtr<uint8_t> memory)
       : from(nullptr), to(shared_cast<float>(memory)) {
     if constexpr (kGroups > 0) {
-      from = side.scale + (p.batch * side.scale_stride[0] + p.kv_head * side.scale_stride[1]) / 2;
+      from = p.of_head(side.scale, side.scale_stride);
     }
   }
   // Number i of this lane belongs to this column of the tile and this group.
@@ -81,10 +81,10 @@ struct TokenScales {
 // Scales, then zero points, of one block of the channel grid.
 KVQUANT_DEVICE void copy_header(const KvquantSide& side, const Place& p, int block,
                                 SharedPtr<uint8_t> to, bool has_zero_point) {
-  const int64_t row = p.batch * side.scale_stride[0] + p.kv_head * side.scale_stride[1] +
+  const auto* scale = reinterpret_cast<const uint8_t*>(p.of_head(side.scale, side.scale_stride)) +
                       int64_t(block) * (2 * kHeadDim);
-  const auto* scale = reinterpret_cast<const uint8_t*>(side.scale) + row;
-  const auto* zero_point = reinterpret_cast<const uint8_t*>(side.zero_point) + row;
+  const auto* zero_point = scale + (reinterpret_cast<uint64_t>(side.zero_point) -
+                                    reinterpret_cast<uint64_t>(side.scale));
   for (int i = lane_index(); i < kHeadDim / 8; i += 32) {
     cp_async_16(to + 16 * i, scale + 16 * i);
     if (has_zero_point) cp_async_16(to + (2 * kHeadDim + 16 * i), zero_point + 16 * i);

@@ -15,8 +15,7 @@ struct StoredRows {
 
   template <class Stored>
   static KVQUANT_DEVICE StoredRows of(const KvquantSide& side, const Place& p) {
-    return {side.data + p.batch * side.data_stride[0] + p.kv_head * side.data_stride[1],
-            Stored::Codec::kRowBytes};
+    return {p.of_head(side.data, side.data_stride), Stored::Codec::kRowBytes};
   }
   KVQUANT_DEVICE const uint8_t* row(int column, int) const {
     return data + int64_t(column) * row_bytes;

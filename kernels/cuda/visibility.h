@@ -42,48 +42,47 @@ KVQUANT_DEVICE Seen mask_at(const KvquantAttention& a, const uint8_t* row, int c
 
 struct Mask {
   const Place& p;
-  Copies keys, values;
   bool is_shared;  // by all rows
   int plain_end;   // before it every row sees stored keys and values, as far as order is concerned
 
-  KVQUANT_DEVICE Mask(const Place& p, const Copies& keys, const Copies& values)
-      : p(p), keys(keys), values(values) {
+  KVQUANT_DEVICE explicit Mask(const Place& p) : p(p) {
     const KvquantAttention& a = p.a;
     is_shared = a.mask_kind <= kPaddingMask ||
                 (a.mask_stride[1] == 0 && (a.q_len == 1 || a.mask_stride[2] == 0));
     const int first = p.first_position();
-    const int k_from = keys.dense_from(first, p.kv_len), v_from = values.dense_from(first, p.kv_len);
-    plain_end = k_from < v_from ? k_from : v_from;
+    plain_end = Copies::of<StoredKeys>(a.keys, p).dense_from(first, p.kv_len);
+    const int v_from = Copies::of<StoredValues>(a.values, p).dense_from(first, p.kv_len);
+    if (v_from < plain_end) plain_end = v_from;
     if (is_causal() && first + 1 < plain_end) plain_end = first + 1;
   }
   KVQUANT_DEVICE bool is_causal() const { return p.a.mask_kind <= kPaddingMask; }
   KVQUANT_DEVICE const uint8_t* row(int head, int query) const {
     const KvquantAttention& a = p.a;
-    return a.mask + p.batch * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
+    return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
   }
   // What all rows have in common at `column`.
   KVQUANT_DEVICE Seen common(int column) const {
     if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
-    return mask_at(p.a, row(p.kv_head * p.q_per_kv, 0), column);
+    return mask_at(p.a, row(p.kv_head() * p.q_per_kv(), 0), column);
   }
 };
 
 // What one row of the block sees beyond what is common, among pairs of one kind.
 struct RowMask {
   const Mask& mask;
-  const uint8_t* row;
+  const uint8_t* row = nullptr;
   int position, k_from, v_from;
 
-  KVQUANT_DEVICE RowMask(const Mask& mask, int r) : mask(mask), row(nullptr) {
+  KVQUANT_DEVICE RowMask(const Mask& mask, int r) : mask(mask) {
     const Place& p = mask.p;
     position = p.first_position() + p.query(r);
-    k_from = mask.keys.dense_from(position, p.kv_len);
-    v_from = mask.values.dense_from(position, p.kv_len);
+    k_from = Copies::of<StoredKeys>(p.a.keys, p).dense_from(position, p.kv_len);
+    v_from = Copies::of<StoredValues>(p.a.values, p).dense_from(position, p.kv_len);
     if (p.a.mask_kind != kNoMask) row = mask.row(p.head(r), p.query(r));
   }
   KVQUANT_DEVICE Seen at(int column, bool is_sink, bool copied_keys, bool copied_values) const {
-    const bool k_copied = (is_sink && mask.keys.sink) || column >= k_from;
-    const bool v_copied = (is_sink && mask.values.sink) || column >= v_from;
+    const bool k_copied = (is_sink && mask.p.a.keys.sink) || column >= k_from;
+    const bool v_copied = (is_sink && mask.p.a.values.sink) || column >= v_from;
     const bool ordered = !mask.is_causal() || column <= position;
     if (column < 0 || !ordered || k_copied != copied_keys || v_copied != copied_values) {
       return {false, 0.0f};

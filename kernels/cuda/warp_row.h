@@ -54,10 +54,10 @@ struct WarpRow {
     a = sum;
   }
   static KVQUANT_FN constexpr float inverse_root(int block) {
-    int exponent = 0;
-    while (1 << exponent < block) ++exponent;
-    return exponent % 2 ? power_of_two(-(exponent + 1) / 2) * 1.41421356237309504880f
-                        : power_of_two(-exponent / 2);
+    float square = 1.0f;  // of an even power of two, or half of it
+    int n = block;
+    for (; n >= 4; n /= 4) square *= 0.5f;
+    return n == 2 ? square * 0.70710678118654752440f : square;
   }
 };
 

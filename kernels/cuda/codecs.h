@@ -14,8 +14,8 @@
 //
 // The trick that saves the arithmetic: a code in the low bits of an FP16 number is an exact
 // subnormal number, code * 2^-24, and tensor cores take subnormals. No bias to subtract, nothing to
-// convert; unit(p) is what one part must be multiplied by, where it costs nothing (queries, output).
-// Codes are FP16 for BF16 models too: exact in either, cheaper here.
+// convert; unit(p) is what one part must be multiplied by, where it costs nothing (queries,
+// output). Codes are FP16 for BF16 models too: exact in either, cheaper here.
 //
 //   codec        chunk   words -> parts                           instructions for a word
 //   SignedBytes  16 ch   even, odd bytes; code + 128              3
@@ -37,7 +37,9 @@ template <int kDim>
 struct ByteRows {
   static constexpr bool kIsDense = false;
   static constexpr int kChannels = kDim, kRowBytes = kDim, kPartsOfWord = 2, kParts = kDim / 8;
-  static KVQUANT_FN constexpr int channel(int part, int n) { return part / 2 * 16 + 2 * n + part % 2; }
+  static KVQUANT_FN constexpr int channel(int part, int n) {
+    return part / 2 * 16 + 2 * n + part % 2;
+  }
   static KVQUANT_FN constexpr int part_of(int channel) { return channel / 16 * 2 + channel % 2; }
   static KVQUANT_FN constexpr int n_of(int channel) { return channel % 16 / 2; }
 };
@@ -99,7 +101,9 @@ struct Nibbles {
     const int chunk = channel / 32, j = channel % 32;
     return 4 * chunk + j / half(chunk) * 2 + j % 2;
   }
-  static KVQUANT_FN constexpr int n_of(int channel) { return channel % 32 % half(channel / 32) / 2; }
+  static KVQUANT_FN constexpr int n_of(int channel) {
+    return channel % 32 % half(channel / 32) / 2;
+  }
   static KVQUANT_FN constexpr float unit(int part) { return part / 2 % 2 ? 0x1p20f : 0x1p24f; }
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&parts)[4]) {
     const uint32_t odd = word >> 8;

@@ -8,8 +8,8 @@
 //   copied  stored   channel grid: the block of the newest column, older than `recent_length`
 //   stored  copied   dense keys beside quantized values
 //
-// So every pair is taken once, each kind is one plain pass, and the partial results of all kinds are
-// merged like those of splits. The last three take a list: sink slots, then a range of columns.
+// So every pair is taken once, each kind is one plain pass, and the partial results of all kinds
+// are merged like those of splits. The last three take a list: sink slots, then a range of columns.
 #pragma once
 
 #include "cuda/specialisation.h"
@@ -64,12 +64,17 @@ struct Copies {
   static KVQUANT_DEVICE Copies of(const KvquantSide& side, const Place& p) {
     Copies c;
     c.ring = side.recent && Stored::kScaled ? p.of_head(side.recent, side.recent_stride) : nullptr;
-    c.sink = side.sink ? p.of_head(side.sink, side.sink_stride) : nullptr;
+    c.sink = has_sinks<Stored>(side) ? p.of_head(side.sink, side.sink_stride) : nullptr;
     c.ring_length = int(side.ring_length);
     c.row_bytes = 2 * Stored::Codec::kChannels;
     c.recent_length = int(p.a.recent_length);
     c.block_length = Stored::kChannelGrid ? Stored::kGroup : 1;
     return c;
+  }
+  // Copies of a dense body would say what it says.
+  template <class Stored>
+  static KVQUANT_DEVICE bool has_sinks(const KvquantSide& side) {
+    return Stored::kScaled && side.sink != nullptr;
   }
   // The first column that the query at `position` reads from the ring.
   KVQUANT_DEVICE int dense_from(int position, int kv_len) const {
@@ -98,10 +103,14 @@ struct Columns {
       if (column < p.kv_len && column > last_sink) last_sink = column;
     }
   }
-  KVQUANT_DEVICE int num_sinks() const { return p.a.sink_positions ? int(p.a.num_sinks) : 0; }
+  KVQUANT_DEVICE int num_sinks() const {
+    const bool some =
+        Copies::has_sinks<StoredKeys>(p.a.keys) || Copies::has_sinks<StoredValues>(p.a.values);
+    return some && p.a.sink_positions ? int(p.a.num_sinks) : 0;
+  }
   KVQUANT_DEVICE int sink_column(int i) const {
-    const auto row = reinterpret_cast<uint64_t>(p.a.sink_positions) +
-                     p.batch() * p.a.sink_positions_stride;
+    const auto row =
+        reinterpret_cast<uint64_t>(p.a.sink_positions) + p.batch() * p.a.sink_positions_stride;
     return global_load(reinterpret_cast<const int32_t*>(row) + i);
   }
   KVQUANT_DEVICE void take_range(int from, int to) {

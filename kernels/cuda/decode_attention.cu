@@ -1,9 +1,9 @@
 // Attention of up to 32 new queries over one quantized cache: `reference.decode_attention`.
 //
 //   decode_attention_kernel(a, partial)
-//     grid      (3 if a has exact copies + ceil(a.kv_len / KVQUANT_SPLIT), num_kv_heads * row tiles, batch)
-//     block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory
-//     row tile  16 of the q_per_kv * q_len query rows of a kv head
+//     grid      (3 if a has exact copies + ceil(a.kv_len / KVQUANT_SPLIT), num_kv_heads * row
+//     tiles, batch) block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory row tile 16
+//     of the q_per_kv * q_len query rows of a kv head
 //   merge_splits_kernel(a, partial)
 //     grid      (q_len, num_heads, batch)
 //     block     KVQUANT_THREADS, kMergeBytes of dynamic shared memory
@@ -41,11 +41,10 @@ using CopiedKeysPart = Plan<CopiedKeys, StoredValues, true, false>::Type;
 using CopiedValuesPart = Plan<StoredKeys, CopiedValues, false, true>::Type;
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int kAttentionBytes =
-    larger(StoredPart::kBytes,
-           larger(StoredKeys::kScaled && StoredValues::kScaled ? CopiedPart::kBytes : 0,
-                  larger(StoredKeys::kScaled ? CopiedKeysPart::kBytes : 0,
-                         kHasCopiedValues ? CopiedValuesPart::kBytes : 0)));
+constexpr int kAttentionBytes = larger(
+    StoredPart::kBytes, larger(StoredKeys::kScaled&& StoredValues::kScaled ? CopiedPart::kBytes : 0,
+                               larger(StoredKeys::kScaled ? CopiedKeysPart::kBytes : 0,
+                                      kHasCopiedValues ? CopiedValuesPart::kBytes : 0)));
 constexpr int kMergeBytes = RowMerge::kBytes;
 #ifdef KVQUANT_ATTENTION_BYTES
 static_assert(kAttentionBytes == KVQUANT_ATTENTION_BYTES, "the host allocates another size");
@@ -58,8 +57,8 @@ constexpr int kBlocks = kValueDim <= 128 ? 3 : kValueDim <= 192 ? 3 : 2;
 
 template <class P, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns& columns, const Mask& mask,
-                           SharedPtr<uint8_t> memory, const Partials& partials,
-                           const KeyRows& keys, const ValueRows& values, int index) {
+                           SharedPtr<uint8_t> memory, const Partials& partials, const KeyRows& keys,
+                           const ValueRows& values, int index) {
   P part(p, columns, mask, memory);
   part.run(keys, values);
   BlockMerge<P>::write(part, partials, index);
@@ -100,7 +99,8 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   const int v_last = value_copies.dense_from(p.kv_len - 1, p.kv_len);
 
   if (split >= 0) {
-    const int begin = split * kSplit, end = begin + kSplit, limit = k_last < v_last ? k_last : v_last;
+    const int begin = split * kSplit, end = begin + kSplit,
+              limit = k_last < v_last ? k_last : v_last;
     columns.take_range(begin, end < limit ? end : limit);
     attend<StoredPart>(p, columns, mask, memory, partials, keys, values, index);
     return;
@@ -118,7 +118,8 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   if (columns.count == 0) return write_nothing(p, partials, index);
   if constexpr (StoredKeys::kScaled && StoredValues::kScaled) {
     if (index == kCopiedBoth) {
-      return attend<CopiedPart>(p, columns, mask, memory, partials, key_copies, value_copies, index);
+      return attend<CopiedPart>(p, columns, mask, memory, partials, key_copies, value_copies,
+                                index);
     }
   }
   if constexpr (StoredKeys::kScaled) {
@@ -128,7 +129,8 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   }
   if constexpr (kHasCopiedValues) {
     if (index == kCopiedValues) {
-      return attend<CopiedValuesPart>(p, columns, mask, memory, partials, keys, value_copies, index);
+      return attend<CopiedValuesPart>(p, columns, mask, memory, partials, keys, value_copies,
+                                      index);
     }
   }
   write_nothing(p, partials, index);

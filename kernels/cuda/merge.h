@@ -77,7 +77,7 @@ struct BlockMerge {
       if (part.warp >= half && part.warp < 2 * half) {
 #pragma unroll
         for (int i = 0; i < V::kParts; ++i) {
-          const float(&x)[4] = part.acc[i];
+          const float (&x)[4] = part.acc[i];
           memory[((part.warp - half) * V::kParts + i) * 32 + part.lane] =
               Words4{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
         }
@@ -102,8 +102,8 @@ struct BlockMerge {
 #pragma unroll
     for (int i = 0; i < V::kParts; i += 2) {
       const int channel = V::channel(i, 2 * part.t);
-      const float(&x)[4] = part.acc[i];
-      const float(&y)[4] = part.acc[i + 1];
+      const float (&x)[4] = part.acc[i];
+      const float (&y)[4] = part.acc[i + 1];
       if constexpr (V::kIsDense) {
         global_store(reinterpret_cast<Pair*>(to + channel), Pair{x[2 * r], x[2 * r + 1]});
         global_store(reinterpret_cast<Pair*>(to + channel + 8), Pair{y[2 * r], y[2 * r + 1]});

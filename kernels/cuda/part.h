@@ -12,9 +12,9 @@
 //
 //   block         the warps' results are added up in a tree of fixed shape, one partial is written
 //
-// Scales never touch a key or value: on the token grid the key's scale is a factor of the score, and
-// the value's of the weight; on the channel grid the keys' are factors of the query, and the zero
-// points are one more column, queries x zero points, which every score of the block receives.
+// Scales never touch a key or value: on the token grid the key's scale is a factor of the score,
+// and the value's of the weight; on the channel grid the keys' are factors of the query, and the
+// zero points are one more column, queries x zero points, which every score of the block receives.
 //
 // Weights in FP16 need scales near 1: they are measured in units of `reference`, a power of two
 // above the largest scale of a value so far, in which the sums are then kept as well.
@@ -60,8 +60,7 @@ struct Part {
   static constexpr int kHeadersAt = kTilesBytes;
   static constexpr int kQueriesAt = kHeadersAt + kStages * kWarps * kHeader;
   static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
-  static constexpr int kStatesAt =
-      kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
+  static constexpr int kStatesAt = kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
   static constexpr int kBytes = kStatesAt + kWarps * kRows * 8;
 
   const Place& p;
@@ -91,8 +90,8 @@ struct Part {
   template <class KeyRows, class ValueRows>
   KVQUANT_DEVICE void run(const KeyRows& key_rows, const ValueRows& value_rows) {
     const int tiles = (columns.count + kTile - 1) / kTile;
-    const int share = kInOrder ? (kSplit / kTile + kWarps - 1) / kWarps
-                               : (tiles + kWarps - 1) / kWarps;
+    const int share =
+        kInOrder ? (kSplit / kTile + kWarps - 1) / kWarps : (tiles + kWarps - 1) / kWarps;
     const int begin = warp * share, end = begin + share < tiles ? begin + share : tiles;
     KeyScales key_scales(p.a.keys, p, memory + kScalesAt + warp * KeyScales::kBytes);
     ValueScales value_scales(
@@ -154,7 +153,8 @@ struct Part {
       taken = common.seen;
       biased = common.bias != 0.0f;
     }
-    const uint32_t all = kTile == 32 ? ~0u : (1u << kTile % 32) - 1, bits = warp_ballot(taken) & all;
+    const uint32_t all = kTile == 32 ? ~0u : (1u << kTile % 32) - 1,
+                   bits = warp_ballot(taken) & all;
     const int past = first + kTile < columns.count ? first + kTile : columns.count;
     const bool by_row = !kInOrder || !mask.is_shared || columns.begin + past > mask.plain_end ||
                         warp_any(taken && biased);
@@ -205,8 +205,7 @@ struct Part {
                             float (&x)[kEights][4]) const {
     // Chunks that make whole steps, and whole loads.
     constexpr int kChunksOfStep = K::kPartsOfWord == 1 ? 2 : 1;
-    constexpr int kAtOnce =
-        kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
+    constexpr int kAtOnce = kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
     constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
     constexpr int kSteps = K::kParts / 2;
     // Queries x zero points: of the steps whose unit is unit(0), and of the others.
@@ -248,7 +247,8 @@ struct Part {
         }
         if constexpr (Keys::kTokenScaled) {
           const int group = K::channel(2 * step, 0) / Keys::kGroup;
-          const bool last = step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
+          const bool last =
+              step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
           if (last) {
 #pragma unroll
             for (int m = 0; m < kEights; ++m) {
@@ -271,7 +271,8 @@ struct Part {
       for (int m = 0; m < kEights; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[m][e] = kHasZeroPoint ? sum[m][e] + (zero[e] + kOther * other_zero[e]) * kUnit : sum[m][e];
+          x[m][e] =
+              kHasZeroPoint ? sum[m][e] + (zero[e] + kOther * other_zero[e]) * kUnit : sum[m][e];
         }
       }
     }

@@ -1,13 +1,15 @@
 // The queries of a block as A operands in shared memory: rotated where keys are, brought to FP16.
 //
 //   fragments   [step][lane][4 words]: what lane 4g + t multiplies with parts 2 step and 2 step + 1
-//               of the keys: rows g and g + 8 at channel(2 step, 2t ..), then channel(2 step + 1, ..)
+//               of the keys: rows g and g + 8 at channel(2 step, 2t ..), then channel(2 step + 1,
+//               ..)
 //   factors     [16]: products of a row's fragments and parts -> scores in units of log2
 //   sums        [groups][16]: what the keys' offset adds to a row's products, negated
 //
 // FP16 whatever the model's dtype: each row is first multiplied by a power of two that brings its
-// largest number to 8 .. 16, so nothing is lost of BF16 numbers down to 2^-17 of the largest, and
-// products with the channel grid's scales stay finite (scales up to 4095).
+// largest number to 2 .. 4, so nothing is lost of BF16 numbers down to 2^-14 of the largest, and
+// products with the channel grid's scales stay finite for scales up to 2^14: blocks of int4 keys
+// whose numbers lie up to 245000 apart.
 #pragma once
 
 #include "cuda/columns.h"
@@ -57,9 +59,9 @@ struct Queries {
  private:
   static KVQUANT_DEVICE void load(const Place& p, int row, WarpRow<kDim>& x) {
     const KvquantAttention& a = p.a;
-    const auto* q = reinterpret_cast<const uint16_t*>(
-        a.query + p.batch() * a.query_stride[0] + p.head(row) * a.query_stride[1] +
-        p.query(row) * a.query_stride[2]);
+    const auto* q = reinterpret_cast<const uint16_t*>(a.query + p.batch() * a.query_stride[0] +
+                                                      p.head(row) * a.query_stride[1] +
+                                                      p.query(row) * a.query_stride[2]);
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {
 #pragma unroll
@@ -82,7 +84,7 @@ struct Queries {
         for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(x.x[r][i]));
       }
       largest = warp_max(largest);
-      exponent = largest == 0.0f ? 0 : 130 - int(float_bits(largest) >> 23);
+      exponent = largest == 0.0f ? 0 : 128 - int(float_bits(largest) >> 23);
       exponent = exponent > 120 ? 120 : exponent < -120 ? -120 : exponent;
     }
     const float up = bits_float(uint32_t(127 + exponent) << 23);

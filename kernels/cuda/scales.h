@@ -6,9 +6,9 @@
 // Channel grid: rows of scales and of zero points, FP16 as they are, by cp.async.
 #pragma once
 
-#include "cuda/warp_row.h"
 #include "cuda/columns.h"
 #include "cuda/softmax.h"
+#include "cuda/warp_row.h"
 
 namespace kvquant {
 
@@ -33,7 +33,9 @@ struct TokenScales {
     }
   }
   // Number i of this lane belongs to this column of the tile and this group.
-  static KVQUANT_DEVICE int row(int i) { return (lane_index() + 32 * i) / (kGroups > 0 ? kGroups : 1); }
+  static KVQUANT_DEVICE int row(int i) {
+    return (lane_index() + 32 * i) / (kGroups > 0 ? kGroups : 1);
+  }
   static KVQUANT_DEVICE int group(int i) {
     return (lane_index() + 32 * i) % (kGroups > 0 ? kGroups : 1);
   }
@@ -42,7 +44,8 @@ struct TokenScales {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int column = row(i) < kTile ? columns.column(first + row(i)) : -1;
-      next[i] = column < 0 ? uint16_t(0) : global_load(from + (int64_t(column) * kGroups + group(i)));
+      next[i] =
+          column < 0 ? uint16_t(0) : global_load(from + (int64_t(column) * kGroups + group(i)));
     }
   }
   KVQUANT_DEVICE float number(int i, uint32_t bits) const {

@@ -60,9 +60,8 @@ struct Side {
 using StoredKeys = Side<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,
                         KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
                         KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
-using StoredValues =
-    Side<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
-         KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
+using StoredValues = Side<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
+                          KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
 using CopiedKeys = Side<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
 using CopiedValues = Side<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;
 

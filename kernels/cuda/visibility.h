@@ -15,7 +15,7 @@ KVQUANT_DEVICE float mask_number(const uint8_t* p, int64_t kind) {
 }
 // Additive numbers at or below this hide; NaN does not.
 KVQUANT_DEVICE float lowest_number(int64_t kind) {
-  return kind == kAddFloat32 ? -3.4028234663852886e38f
+  return kind == kAddFloat32   ? -3.4028234663852886e38f
          : kind == kAddFloat16 ? -kFp16Max
                                : -3.3895313892515355e38f;
 }
@@ -58,7 +58,8 @@ struct Mask {
   KVQUANT_DEVICE bool is_causal() const { return p.a.mask_kind <= kPaddingMask; }
   KVQUANT_DEVICE const uint8_t* row(int head, int query) const {
     const KvquantAttention& a = p.a;
-    return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] + query * a.mask_stride[2];
+    return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] +
+           query * a.mask_stride[2];
   }
   // What all rows have in common at `column`.
   KVQUANT_DEVICE Seen common(int column) const {
@@ -81,8 +82,10 @@ struct RowMask {
     if (p.a.mask_kind != kNoMask) row = mask.row(p.head(r), p.query(r));
   }
   KVQUANT_DEVICE Seen at(int column, bool is_sink, bool copied_keys, bool copied_values) const {
-    const bool k_copied = (is_sink && mask.p.a.keys.sink) || column >= k_from;
-    const bool v_copied = (is_sink && mask.p.a.values.sink) || column >= v_from;
+    const bool k_copied =
+        (is_sink && Copies::has_sinks<StoredKeys>(mask.p.a.keys)) || column >= k_from;
+    const bool v_copied =
+        (is_sink && Copies::has_sinks<StoredValues>(mask.p.a.values)) || column >= v_from;
     const bool ordered = !mask.is_causal() || column <= position;
     if (column < 0 || !ordered || k_copied != copied_keys || v_copied != copied_values) {
       return {false, 0.0f};

@@ -1,5 +1,5 @@
-// A row of kDim floats in the registers of a warp: lane l holds the channels 128 r + 4 l + i. And its
-// rotation: the normalised Hadamard transform, its own inverse, block-diagonal over the largest
+// A row of kDim floats in the registers of a warp: lane l holds the channels 128 r + 4 l + i. And
+// its rotation: the normalised Hadamard transform, its own inverse, block-diagonal over the largest
 // power of two that divides kDim.
 #pragma once
 

@@ -1,0 +1,284 @@
+"""kernels/cuda/decode_attention.cu in the emulator equals the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import emulator
+import pytest
+import torch
+from test_cpu_backend import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states
+
+from hf_kvquant import QuantSpec, reference
+from hf_kvquant.backends import arguments
+from hf_kvquant.backends.shared_memory import attention_bytes, merge_bytes
+from hf_kvquant.backends.specialisation import specialisation
+
+# Largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
+# queries, weights and output to the dtype: 2^-11 or 2^-8 of each at most.
+TOLERANCE = {torch.float16: (2e-3, 3e-3), torch.bfloat16: (8e-3, 3e-3)}
+HALF, BFLOAT = torch.float16, torch.bfloat16
+SPLIT = 128
+
+# Every format, grid, group size, head_dim and dtype; most pairs of them.
+CASES = [
+    ("int8-channel", "int8", 64, 64, BFLOAT),
+    ("int8", "int4", 64, 64, HALF),
+    ("int4-channel", "int4-rotated", 128, 128, BFLOAT),
+    ("int4-rotated", "int4-rotated", 128, 128, HALF),
+    ("fp8", "fp8", 128, 64, BFLOAT),
+    ("dense", "int8-rotated", 64, 128, BFLOAT),
+    ("int4-rotated", "dense", 80, 80, BFLOAT),
+    ("int8-channel16", "fp8-rotated", 80, 112, HALF),
+    ("int4-channel", "int4-rotated", 80, 80, HALF),
+    ("fp8-channel32", "int4-rotated", 112, 112, BFLOAT),
+    ("int4-channel256", "int4", 112, 192, HALF),
+    ("int8-rotated", "int4", 96, 96, BFLOAT),
+    ("int8-group16", "int8-group16", 192, 64, HALF),
+    ("int4", "fp8", 192, 192, BFLOAT),
+    ("int8-channel", "int8", 256, 256, HALF),
+    ("fp8-rotated", "int4", 256, 256, BFLOAT),
+    ("dense", "dense", 128, 128, HALF),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{str(c[4])[6:]}")
+FEW = [CASES[1], CASES[2]]  # the token grid; the channel grid and rotated values
+few_cases = pytest.mark.parametrize("case", FEW, ids=["token", "channel"])
+
+
+def of(case, **sizes):
+    k, v, head_dim, v_head_dim, dtype = case
+    return problem(k, v, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, **sizes)
+
+
+def tensors(states):
+    storage = (states.data, states.scale, states.zero_point, states.recent, states.sink)
+    return (*storage, states.sink_positions, states.device_length)
+
+
+def attend(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, split=SPLIT):
+    """Both kernels in the emulator, as backends/cuda.py launches them, with splits so short that there are several."""
+    call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
+    macros = dict(specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim))
+    macros["KVQUANT_SPLIT"] = split
+    threads = macros["KVQUANT_THREADS"]
+    macros["KVQUANT_ATTENTION_BYTES"] = attention_bytes(macros)
+    batch, num_heads, q_len, v_head_dim = output.shape
+    copies = any(x is not None for states in (keys, values) for x in (states.recent, states.sink))
+    parts = 3 * copies + -(-call.kv_len // split)
+    row_tiles = -(-(num_heads // call.num_kv_heads * q_len) // 16)
+    partial = torch.full((batch * num_heads * q_len * parts * (v_head_dim + 2),), torch.nan)
+    reads = [query, mask, s_aux, *tensors(keys), *tensors(values), *call.alive]
+    touched = {"reads": [x for x in reads if x is not None], "writes": (output, logsumexp, partial)}
+    device = emulator.Device()
+    grid = (parts, call.num_kv_heads * row_tiles, batch)
+    device.launch("decode_attention_kernel", macros, grid, threads, attention_bytes(macros), call, partial, **touched)
+    grid = (q_len, num_heads, batch)
+    device.launch("merge_splits_kernel", macros, grid, threads, merge_bytes(macros), call, partial, **touched)
+    return output, logsumexp
+
+
+def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, split=SPLIT, scaling=None):
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    settings = dict(scaling=scaling, softcap=softcap)
+    expected, expected_lse = reference.decode_attention(query, keys, values, mask, s_aux, **settings)
+    output, lse = attend(query, keys, values, mask, s_aux, split=split, **settings)
+    tolerance, lse_tolerance = TOLERANCE[query.dtype]
+    assert torch.equal(output.isnan(), expected.isnan())
+    seen = expected.float().nan_to_num()
+    error = (output.float().nan_to_num() - seen).abs().max().item()
+    assert error <= tolerance * max(seen.abs().max().item(), 1e-6), error
+    torch.testing.assert_close(lse, expected_lse, rtol=lse_tolerance, atol=lse_tolerance, equal_nan=True)
+    return output, lse
+
+
+@every_case
+def test_formats(case):
+    check(*of(case, kv_len=171, q_per_kv=4, num_kv_heads=1))
+    check(*of(case, kv_len=150, q_per_kv=3, q_len=3, num_kv_heads=1, recent_length=20, sink_length=3))
+
+
+@pytest.mark.parametrize("kv_len", [1, 63, 64, 130, 1000])
+@few_cases
+def test_lengths(case, kv_len):
+    check(*of(case, kv_len=kv_len, num_kv_heads=1, batch=2))
+    check(*of(case, kv_len=kv_len, num_kv_heads=2, q_per_kv=4, recent_length=24, sink_length=4))
+
+
+@pytest.mark.parametrize(
+    ("q_per_kv", "q_len"), [(1, 1), (4, 1), (8, 1), (7, 1), (1, 3), (7, 3), (1, 16), (4, 16), (1, 32)]
+)
+@few_cases
+def test_grouped_queries(case, q_per_kv, q_len):
+    check(*of(case, q_per_kv=q_per_kv, q_len=q_len, kv_len=200, recent_length=10, sink_length=1))
+
+
+@pytest.mark.parametrize("kv_len", [17, 64, 71, 325])
+@pytest.mark.parametrize("window", [(0, 0), (1, 0), (32, 4), (100, 1)], ids=lambda w: f"recent{w[0]}-sink{w[1]}")
+@few_cases
+def test_windows_across_blocks(case, window, kv_len):
+    recent_length, sink_length = window
+    sizes = dict(kv_len=kv_len, q_len=16, q_per_kv=1, num_kv_heads=1)
+    check(*of(case, **sizes, recent_length=recent_length, sink_length=sink_length))
+
+
+@pytest.mark.parametrize("split", [64, 256])
+def test_split_sizes(split):
+    check(*of(FEW[1], kv_len=700, recent_length=8, sink_length=4, num_kv_heads=1), split=split)
+
+
+MASK_DTYPES = [torch.bool, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=["bool", "int32", "int64"])
+@few_cases
+def test_padding_mask(case, dtype):
+    padding = left_padding(300, 170, 0, 3)
+    states = of(case, batch=3, kv_len=300, q_len=3, recent_length=16, sink_length=4, padding=padding)
+    check(*states, (~padding).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, HALF, BFLOAT], ids=["bool", "fp32", "fp16", "bf16"])
+def test_complete_masks(dtype, shape):
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randn(*shape, 140, generator=generator)
+    hidden = torch.rand(*shape, 140, generator=generator) < 0.4
+    mask = ~hidden if dtype == torch.bool else mask.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    check(*of(FEW[1], batch=2, kv_len=140, q_len=3, recent_length=16, sink_length=2), mask)
+    # Nothing but hidden or 0, as transformers makes it.
+    if dtype.is_floating_point:
+        check(*of(FEW[0], batch=2, kv_len=140, q_len=3), mask.masked_fill(~hidden, 0.0))
+
+
+@few_cases
+def test_rows_without_keys_are_zeros(case):
+    mask = torch.ones(1, 1, 3, 140, dtype=torch.bool)
+    mask[:, :, 1] = False
+    output, lse = check(*of(case, kv_len=140, q_len=3, recent_length=16, sink_length=2), mask)
+    assert (output[:, :, 1] == 0).all() and (lse[:, :, 1] == -torch.inf).all()
+
+
+@few_cases
+def test_learned_sinks_and_softcap(case):
+    states = of(case, kv_len=300, q_per_kv=4, recent_length=16)
+    s_aux = torch.linspace(-3, 6, 8)
+    check(*states, None, s_aux)
+    check(*states, softcap=2.5)
+    check(*states, None, s_aux, softcap=30.0)
+
+
+def poisoned(states, hidden):
+    """The same states with NaN, and codes that are NaN in fp8, in all that is stored for the hidden columns."""
+    data, scale, recent = states.data.clone(), None, None
+    columns = hidden.nonzero()[:, 0]
+    if states.spec.is_dense:
+        data[:, :, columns] = torch.nan
+    else:
+        data[:, :, columns] = 0xFF
+    if states.scale is not None:
+        scale = states.scale.clone()
+        if not states.spec.is_channel:
+            scale[:, :, columns] = torch.nan
+    if states.recent is not None:
+        recent = states.recent.clone()
+        recent[:, :, columns[columns >= len(hidden) - recent.shape[2]] % recent.shape[2]] = torch.nan
+    return dataclasses.replace(states, data=data, scale=scale, recent=recent)
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["all-rows", "some-rows"])
+@pytest.mark.parametrize("case", [CASES[4], FEW[0], FEW[1], CASES[6]], ids=["fp8", "token", "channel", "dense"])
+def test_hidden_columns_may_hold_anything(case, by_row):
+    query, keys, values = of(case, kv_len=150, q_len=2, num_kv_heads=1, recent_length=30)
+    hidden = torch.zeros(150, dtype=torch.bool)
+    hidden[[0, 5, 60, 100, 125, 149]] = True
+    mask = ~hidden[None, None, None].repeat(1, 1, 2, 1)
+    if by_row:  # row 1 sees what row 0 does not: it is NaN, and row 0 is not
+        mask[:, :, 1] = True
+    bad = (query, poisoned(keys, hidden), poisoned(values, hidden), mask)
+    output, _ = attend(*bad, scaling=0.1)
+    clean, _ = attend(query, keys, values, mask, scaling=0.1)
+    assert torch.equal(output[:, :, 0], clean[:, :, 0])
+    if by_row:
+        assert output[:, :, 1].isnan().any()
+        fp8 = "fp8" in (keys.spec.format, values.spec.format)
+        if not fp8:  # codes that are NaN are stored by nobody, and are numbers here
+            check(*bad, scaling=0.1)
+
+
+def test_an_infinite_value_reaches_those_who_see_it():
+    query, keys, values = of(CASES[6], kv_len=40, q_len=3, num_kv_heads=1)
+    values.data[:, :, 38, 5] = torch.inf
+    values.data[:, :, 39, 7] = -torch.inf
+    check(query, keys, values)
+
+
+@few_cases
+def test_what_is_not_written_is_not_read(case):
+    """Storage behind the length is NaN in all of these tests; here the length is on the device, below its limit."""
+    query, keys, values = of(case, kv_len=130, q_len=2, recent_length=16, sink_length=4)
+    expected, expected_lse = attend(query, keys, values, scaling=0.1)
+    capacity = values.data.shape[2]
+    length = torch.tensor(130)
+    limits = [dataclasses.replace(s, length=capacity, device_length=length) for s in (keys, values)]
+    output, lse = attend(query, *limits, scaling=0.1)
+    assert torch.equal(output, expected) and torch.equal(lse, expected_lse)
+    mask = torch.ones(1, 1, 1, capacity, dtype=torch.bool)
+    output, _ = attend(query, *limits, mask, scaling=0.1)
+    torch.testing.assert_close(output, attend(query, keys, values, mask[..., :130], scaling=0.1)[0], rtol=0, atol=0)
+
+
+@few_cases
+def test_a_row_is_the_same_alone_and_in_a_batch(case):
+    query, keys, values = of(case, batch=3, kv_len=300, q_per_kv=4, recent_length=16, sink_length=4)
+    output, lse = attend(query, keys, values, scaling=0.1)
+
+    def row(states):
+        fields = ("data", "scale", "zero_point", "recent", "sink", "sink_positions")
+        only = {f: getattr(states, f)[1:2] for f in fields if getattr(states, f) is not None}
+        return dataclasses.replace(states, **only)
+
+    alone, alone_lse = attend(query[1:2], row(keys), row(values), scaling=0.1)
+    assert torch.equal(alone[0], output[1]) and torch.equal(alone_lse[0], lse[1])
+
+
+@pytest.mark.parametrize("case", [FEW[0], FEW[1], CASES[4]], ids=["token", "channel", "fp8"])
+def test_many_light_columns_beside_a_heavy_one(case):
+    """Weights of 1e-6 of values that are 1000 times larger than the heavy column's must not vanish in FP16."""
+    k, v, head_dim, v_head_dim, dtype = case
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(1, 1, 512, head_dim, generator=generator).to(dtype) * 0.01
+    value = (torch.rand(1, 1, 512, v_head_dim, generator=generator) * 50 + 50).to(dtype)
+    query = torch.ones(1, 4, 1, head_dim, dtype=dtype)
+    key[:, :, 3], value[:, :, 3] = 14.0 / head_dim, 0.05
+    states = make_states(key, KEY_SPECS[k]), make_states(value, VALUE_SPECS[v])
+    check(query, *states, scaling=1.0)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 3000.0])
+@few_cases
+def test_large_and_small_numbers(case, size):
+    k, v, head_dim, v_head_dim, dtype = case
+    generator = torch.Generator().manual_seed(0)
+    key = random_states(generator, 1, 1, 130, head_dim, torch.float32)
+    value = random_states(generator, 1, 1, 130, v_head_dim, torch.float32)
+    query = torch.randn(1, 2, 1, head_dim, generator=generator)
+    states = make_states((key * size).to(dtype), KEY_SPECS[k]), make_states((value * size).to(dtype), VALUE_SPECS[v])
+    check((query / size).to(dtype), *states)
+
+
+def test_query_with_gaps():
+    query, keys, values = of(FEW[0], kv_len=70, q_len=2)
+    wide = torch.randn(1, 2, 4, 3 * 64 + 2).to(query.dtype)
+    check(wide.transpose(1, 2)[..., 2:66], keys, values)
+
+
+def test_a_copy_of_values_only():
+    """Dense keys have no ring and no sinks; quantized values beside them have."""
+    check(*of(CASES[5], kv_len=150, q_len=5, recent_length=20, sink_length=3))
+
+
+def test_the_host_knows_the_size_of_shared_memory():
+    macros = dict(specialisation(1, QuantSpec("int8"), QuantSpec("int8"), 64, 64))
+    macros["KVQUANT_ATTENTION_BYTES"] = attention_bytes(macros) + 16
+    with pytest.raises(RuntimeError, match="the host allocates another size"):
+        emulator.Device().launch("decode_attention_kernel", macros, (1,), 128, 0)

@@ -1,0 +1,392 @@
+"""The GPU suite's sections on the operators: correctness of every specialisation, attention, append and prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import _bench
+import bench_decode
+import torch
+from _gpu import Deadline, Report, host_seconds
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_kvquant import KVQuantConfig, QuantizedStates, ops
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_LIMIT, LOGSUMEXP_LIMIT = 0.004, 0.01
+BASELINE_LIMIT = {"sdpa": 0.01, "flashinfer-bfloat16": 0.01, "flashinfer-fp8": 0.1}
+# What the memory of one point of the attention section comes to, over that of its BF16 cache.
+MEMORY_FACTOR = 5.0
+
+
+def states_like(machine, dtype: torch.dtype, batch: int, heads: int, length: int, head_dim: int, seed: int = 0):
+    """K and V `[batch, heads, length, head_dim]` on the device; keys have biased and outlier channels."""
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    size = (batch, heads, length, head_dim)
+    key, value = (torch.randn(size, generator=generator, device=machine.device, dtype=dtype) for _ in range(2))
+    key += torch.randn(head_dim, generator=generator, device=machine.device, dtype=dtype)
+    key[..., :: head_dim // 4] *= 4
+    return key, value
+
+
+def queries_like(machine, dtype: torch.dtype, batch: int, heads: int, q_len: int, head_dim: int) -> torch.Tensor:
+    generator = torch.Generator(machine.device).manual_seed(1)
+    return torch.randn(batch, heads, q_len, head_dim, generator=generator, device=machine.device, dtype=dtype)
+
+
+# ---- correctness ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator that is compared with the reference."""
+
+    kv_len: int = 1000
+    batch: int = 2
+    q_per_kv: int = 4
+    q_len: int = 1
+    mask: str = "none"
+    softcap: float = 0.0
+    learned_sinks: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.batch}x{self.q_per_kv}x{self.q_len} over {self.kv_len}"]
+        words += [f"mask {self.mask}"] * (self.mask != "none") + ["softcap"] * bool(self.softcap)
+        return ", ".join(words + ["learned sinks"] * self.learned_sinks)
+
+
+CASES = [
+    Case(),
+    Case(kv_len=2, batch=1),
+    Case(kv_len=130, q_len=16, q_per_kv=1),
+    Case(kv_len=777, q_per_kv=8, mask="padding", softcap=20.0),
+    Case(kv_len=1500, q_len=7, q_per_kv=3, mask="additive", learned_sinks=True),
+]
+
+
+def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
+    """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
+    for name, config in bench_decode.variants().items():
+        for dtype in DTYPES:
+            yield name, config, plan.head_dim, dtype, CASES
+    for head_dim in plan.other_head_dims:
+        for name in KVQuantConfig.preset_names():
+            yield name, KVQuantConfig.preset(name), head_dim, "bfloat16", CASES[:1]
+
+
+def correctness(machine, plan, report: Report, deadline: Deadline) -> None:
+    """Bytes against the reference on the CPU, attention against the reference over the same bytes."""
+    work = list(specialisations(plan))
+    precompile(machine, work)
+    rows = []
+    for name, config, head_dim, dtype, cases in work:
+        where = {"preset": name, "head_dim": head_dim, "dtype": dtype}
+        if deadline.left() < 0:
+            report.skip("correctness", where, "no time left")
+            continue
+        worst, passed = 0.0, 0
+        for case in cases:
+            checks, error = _check(machine, name, replace(config, backend=machine.backend), head_dim, dtype, case)
+            passed += bool(report.accept({"section": "correctness", **where, "case": str(case)}, checks))
+            worst = max(worst, error)
+        if passed == len(cases):
+            rows.append({**where, "cases": passed, "largest_error": worst})
+    report.add("correctness", rows)
+
+
+def precompile(machine, work) -> None:
+    """All kernels at once, on all cores: one after the other they would take longer than everything else."""
+    if machine.backend != "cuda":
+        return
+    from hf_kvquant.backends import nvrtc
+    from hf_kvquant.backends.arguments import DTYPES as CODES
+    from hf_kvquant.backends.specialisation import specialisation
+
+    arch = nvrtc.architecture(*torch.cuda.get_device_capability(machine.device))
+    kinds = {
+        specialisation(CODES[DTYPES[dtype]], config.keys.resolve(d), config.values.resolve(d), d, d)
+        for _, config, d, dtype, _ in work
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: nvrtc.compiled(*job, arch), [(s, k) for k in kinds for s in nvrtc.SOURCES]))
+
+
+def _check(machine, name: str, config, head_dim: int, dtype: str, case: Case) -> tuple[list[dict], float]:
+    key, value = states_like(machine, DTYPES[dtype], case.batch, 2, case.kv_len, head_dim)
+    query = queries_like(machine, DTYPES[dtype], case.batch, 2 * case.q_per_kv, min(case.q_len, case.kv_len), head_dim)
+    keys, values = bench_decode.fill(config, key, value, min(3, case.kv_len - 1), 0)
+    expected = bench_decode.fill(replace(config, backend="reference"), key.cpu(), value.cpu(), 1, 0)
+    checks = bench_decode.check_bytes(name, (keys.to("cpu"), values.to("cpu")), expected)
+    arguments = _mask(case, query), _sinks(case, query)
+    options = {"scaling": head_dim**-0.5, "softcap": case.softcap}
+    output, logsumexp = ops.decode_attention(query, keys, values, *arguments, **options)
+    reference = [replace(s, dtype=torch.float32, backend="reference") for s in (keys, values)]
+    exact, exact_logsumexp = ops.decode_attention(query.float(), *reference, *arguments, **options)
+    error = _bench.relative_error(output, exact)
+    difference = (logsumexp - exact_logsumexp).abs().max().nan_to_num(torch.inf).item()
+    again = ops.decode_attention(query, keys, values, *arguments, **options)
+    checks += [
+        _bench.at_most(name, "attention against the reference", error, ATTENTION_LIMIT),
+        _bench.at_most(name, "log-sum-exp against the reference", difference, LOGSUMEXP_LIMIT),
+        _bench.is_true(name, "a second call gives the same bits", torch.equal(output, again[0])),
+    ]
+    return checks, error
+
+
+def _mask(case: Case, query: torch.Tensor) -> torch.Tensor | None:
+    batch, _, q_len, _ = query.shape
+    if case.mask == "padding":
+        first = torch.arange(batch, device=query.device) * (case.kv_len // 3)
+        return torch.arange(case.kv_len, device=query.device) >= first[:, None]
+    if case.mask == "additive":
+        generator = torch.Generator(query.device).manual_seed(2)
+        mask = torch.randn(1, 1, q_len, case.kv_len, generator=generator, device=query.device, dtype=query.dtype)
+        return mask.masked_fill(mask < -1, torch.finfo(mask.dtype).min)
+    return None
+
+
+def _sinks(case: Case, query: torch.Tensor) -> torch.Tensor | None:
+    return torch.linspace(-2, 6, query.shape[1], device=query.device) if case.learned_sinks else None
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention(machine, plan, report: Report, deadline: Deadline) -> None:
+    """Decode attention of one query per sequence: ours, torch's SDPA, FlashInfer."""
+    facts = machine.facts()
+    for batch in plan.batches:
+        for context in plan.contexts:
+            where = {"batch": batch, "context": context}
+            dense_bytes = 4 * batch * plan.kv_heads * context * plan.head_dim
+            room = min(plan.max_bytes, 0.8 * machine.free_bytes())
+            if dense_bytes * MEMORY_FACTOR > room:
+                needs = f"needs {dense_bytes * MEMORY_FACTOR / 2**30:.0f} GiB of {room / 2**30:.0f}"
+                report.skip("attention", where, needs)
+            elif deadline.left() < 0:
+                report.skip("attention", where, "no time left")
+            else:
+                _attention_point(machine, plan, report, facts, where)
+
+
+def _attention_point(machine, plan, report: Report, facts: dict, where: dict) -> None:
+    batch, context = where["batch"], where["context"]
+    key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, context, plan.head_dim)
+    stored = {
+        name: bench_decode.fill(replace(KVQuantConfig.preset(name), backend=machine.backend), key, value, 1, 0)
+        for name in plan.presets
+    }
+    for q_per_kv in plan.q_per_kv:
+        here = {**where, "q_per_kv": q_per_kv}
+        query = queries_like(machine, torch.bfloat16, batch, plan.kv_heads * q_per_kv, 1, plan.head_dim)
+        calls, nbytes = {}, {}
+        for name, call in dense_calls(query, key, value).items():
+            calls[name], nbytes[name] = call, key.nbytes + value.nbytes
+        for name, make in flashinfer_calls(query, key, value).items():
+            try:
+                calls[name] = make()
+                nbytes[name] = (key.nbytes + value.nbytes) // (2 if "fp8" in name else 1)
+            except Exception as error:
+                report.skip("attention", {**here, "name": name}, error)
+        for name, (keys, values) in stored.items():
+            calls[name] = _ours(query, keys, values)
+            nbytes[name] = bench_decode.bytes_read(keys) + bench_decode.bytes_read(values)
+        checks = []
+        for name in list(calls):
+            try:
+                checks.append(_check_call(name, calls[name], query, key, value, stored))
+            except Exception as error:
+                if name in stored:
+                    raise
+                report.skip("attention", {**here, "name": name}, error)
+                del calls[name]
+        passed = report.accept({"section": "attention", **here}, checks)
+        calls = {name: call for name, call in calls.items() if name in passed}
+        samples = machine.samples(calls, plan.seconds_per_point)
+        best = min((_median(samples[n]) for n in calls if n not in stored and "fp8" not in n), default=None)
+        rows = []
+        for name in calls:
+            median = _median(samples[name])
+            row = {**here, "name": name, "kind": "ours" if name in stored else "rival", "bytes_read": nbytes[name]}
+            row |= {"us": _bench.summary(samples[name], 1e-6), "gb_per_s": nbytes[name] / median / 1e9}
+            row |= {"share_of_copy_bandwidth": row["gb_per_s"] / facts["copy_gb_per_s"]}
+            row |= {"time_over_best_bf16": None if best is None else median / best}
+            if name in stored:
+                row["host_us"] = host_seconds(machine, calls[name]) * 1e6
+            rows.append(row)
+        report.add("attention", rows)
+
+
+def _median(samples: list[float]) -> float:
+    return _bench.summary(samples, 1.0)["median"]
+
+
+def _ours(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> Callable[[], torch.Tensor]:
+    return lambda: ops.decode_attention(query, keys, values, scaling=query.shape[-1] ** -0.5)[0]
+
+
+def dense_calls(query, key, value) -> dict[str, Callable[[], torch.Tensor]]:
+    """SDPA over dense caches with the query heads of a KV head packed, by every kernel that torch has for it."""
+
+    def call(dtype: torch.dtype, backend: SDPBackend | None) -> Callable[[], torch.Tensor]:
+        q, k, v = (x.to(dtype) for x in (bench_decode.packed(query, key.shape[1]), key, value))
+
+        def attend():
+            if backend is None:
+                return scaled_dot_product_attention(q, k, v).reshape_as(query)
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v).reshape_as(query)
+
+        return attend
+
+    return {
+        "sdpa-flash-bfloat16": call(torch.bfloat16, SDPBackend.FLASH_ATTENTION),
+        "sdpa-flash-float16": call(torch.float16, SDPBackend.FLASH_ATTENTION),
+        "sdpa-cudnn-bfloat16": call(torch.bfloat16, SDPBackend.CUDNN_ATTENTION),
+        "sdpa-bfloat16": call(torch.bfloat16, None),
+    }
+
+
+def flashinfer_calls(query, key, value, page_size: int = 16) -> dict[str, Callable[[], Callable]]:
+    """FlashInfer's decode over a paged cache, in BF16 and FP8: each makes its call, or raises why it cannot."""
+    batch, kv_heads, length, head_dim = key.shape
+
+    def make(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        import flashinfer
+
+        pages = -(-length // page_size)
+
+        def paged(x: torch.Tensor) -> torch.Tensor:
+            x = torch.nn.functional.pad(x, (0, 0, 0, pages * page_size - length))
+            return x.view(batch, kv_heads, pages, page_size, head_dim).transpose(1, 2).flatten(0, 1).to(dtype)
+
+        cache = paged(key), paged(value)
+        first = torch.arange(batch + 1, dtype=torch.int32, device=key.device) * pages
+        every = torch.arange(batch * pages, dtype=torch.int32, device=key.device)
+        last = torch.full((batch,), length - (pages - 1) * page_size, dtype=torch.int32, device=key.device)
+        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=key.device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        wrapper.plan(
+            first, every, last, query.shape[1], kv_heads, head_dim, page_size,
+            q_data_type=query.dtype, kv_data_type=dtype,
+        )  # fmt: skip
+        rows = query[:, :, 0].contiguous()
+        return lambda: wrapper.run(rows, cache)[:, :, None]
+
+    return {
+        "flashinfer-bfloat16": lambda: make(torch.bfloat16),
+        "flashinfer-fp8": lambda: make(torch.float8_e4m3fn),
+    }
+
+
+def _check_call(name: str, call: Callable, query, key, value, stored: dict) -> dict:
+    """The output against float32 on the first and the last KV head: all of them would not fit into memory."""
+    output = call()
+    q_per_kv = query.shape[1] // key.shape[1]
+    worst = 0.0
+    for row, head in {(0, 0), (key.shape[0] - 1, key.shape[1] - 1)}:
+        rows, heads = slice(row, row + 1), slice(head, head + 1)
+        queries = slice(head * q_per_kv, (head + 1) * q_per_kv)
+        q = query[rows, queries].float()
+        if name in stored:
+            exact, _ = bench_decode.reference_attention(q, *(_part(s, rows, heads) for s in stored[name]))
+        else:
+            packed = bench_decode.packed(q, 1)
+            exact = scaled_dot_product_attention(packed, key[rows, heads].float(), value[rows, heads].float())
+        worst = max(worst, _bench.relative_error(output[rows, queries].float(), exact.reshape_as(q)))
+    limit = ATTENTION_LIMIT if name in stored else BASELINE_LIMIT.get(name, BASELINE_LIMIT["sdpa"])
+    return _bench.at_most(name, "attention against float32", worst, limit)
+
+
+def _part(states: QuantizedStates, rows: slice, heads: slice) -> QuantizedStates:
+    parts = {name: getattr(states, name) for name in ("data", "scale", "zero_point", "recent", "sink")}
+    parts = {name: None if x is None else x[rows, heads] for name, x in parts.items()}
+    positions = None if states.sink_positions is None else states.sink_positions[rows]
+    return replace(states, **parts, sink_positions=positions)
+
+
+# ---- append and prefill --------------------------------------------------------------------------------------------
+
+
+def append(machine, plan, report: Report, deadline: Deadline) -> None:
+    """Writing one token (a run that completes a block, in a CUDA graph), against copying it into a static cache."""
+    for batch in plan.batches:
+        where = {"batch": batch, "context": plan.contexts[0]}
+        key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, plan.contexts[0] + 64, plan.head_dim)
+        start = plan.contexts[0] // 64 * 64
+        run = range(start, start + 64)
+        tokens = {t: (key[:, :, t : t + 1].clone(), value[:, :, t : t + 1].clone()) for t in run}
+        places = {t: torch.tensor([t], device=machine.device) for t in run}
+        static = [torch.empty_like(key), torch.empty_like(value)]
+
+        def copy(tokens=tokens, static=static, places=places):
+            for t, pair in tokens.items():
+                for side, x in zip(static, pair):
+                    side.index_copy_(2, places[t], x)
+
+        calls, checks = {"static cache": copy}, [_bench.is_true("static cache", "nothing to check", True)]
+        for name in plan.presets:
+            config = replace(KVQuantConfig.preset(name), backend=machine.backend)
+            states = bench_decode.fill(config, key[:, :, :start], value[:, :, :start], 1, 128)
+            faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
+
+            def write(states=states, faults=faults, tokens=tokens):
+                for t, pair in tokens.items():
+                    ops.quantize_append(*pair, *states, faults, start=t)
+
+            calls[name] = write
+            write()
+            end = run.stop
+            ours = tuple(_part(s.shortened(end), slice(0, 1), slice(0, 1)).to("cpu") for s in states)
+            one = (x[:1, :1, :end].cpu() for x in (key, value))
+            expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
+            checks += bench_decode.check_bytes(name, ours, expected)
+            checks.append(_bench.is_true(name, "no faults", not faults.any().item()))
+        passed = report.accept({"section": "append", **where}, checks)
+        graphs = {name: machine.graphed(call) for name, call in calls.items() if name in passed}
+        samples = machine.samples(graphs, plan.seconds_per_point)
+        for name in graphs:
+            host = host_seconds(machine, lambda call=calls[name]: call()) * 1e6 / 64
+            us = _bench.summary(samples[name], 64e-6)
+            report.add("append", [{**where, "name": name, "us_per_token": us, "host_us": host}])
+
+
+def prefill(machine, plan, report: Report, deadline: Deadline) -> None:
+    """Quantizing a prompt, against the attention of its prefill and against a copy of its K and V."""
+    for length in plan.prompts:
+        where = {"length": length}
+        if deadline.left() < 0:
+            report.skip("prefill", where, "no time left")
+            continue
+        key, value = states_like(machine, torch.bfloat16, 1, plan.kv_heads, length, plan.head_dim)
+        query = queries_like(machine, torch.bfloat16, 1, plan.kv_heads * plan.q_per_kv[-1], length, plan.head_dim)
+        calls = {
+            "prefill attention": lambda q=query, k=key, v=value: scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            ),
+            "copy of K and V": lambda k=key, v=value: (k.clone(), v.clone()),
+        }
+        checks = [_bench.is_true(name, "nothing to check", True) for name in calls]
+        for name in plan.presets:
+            config = replace(KVQuantConfig.preset(name), backend=machine.backend)
+            # Filled with other tokens, so that what is checked was written by the call that is timed.
+            keys, values = bench_decode.fill(config, value, key, 1, 0)
+            faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
+            calls[name] = lambda s=(keys, values), f=faults, k=key, v=value: ops.quantize_append(k, v, *s, f, start=0)
+            calls[name]()
+            one = (x[:, :1].cpu() for x in (key, value))
+            expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
+            ours = tuple(_part(s, slice(0, 1), slice(0, 1)).to("cpu") for s in (keys, values))
+            checks += bench_decode.check_bytes(name, ours, expected)
+        passed = report.accept({"section": "prefill", **where}, checks)
+        calls = {name: call for name, call in calls.items() if name in passed}
+        samples = machine.samples(calls, plan.seconds_per_point)
+        times = {name: _median(samples[name]) for name in calls}
+        for name, seconds in times.items():
+            row = {**where, "name": name, "us": _bench.summary(samples[name], 1e-6)}
+            row["share_of_prefill_attention"] = seconds / times["prefill attention"]
+            row["over_copy"] = seconds / times["copy of K and V"]
+            report.add("prefill", [row])

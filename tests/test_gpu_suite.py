@@ -1,0 +1,262 @@
+"""The GPU suite without a GPU: its plan, checks and result on a stand-in machine, whose kernels are the CPU backend's.
+
+No time is asserted, and none of these figures means anything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvquant import KVQuantConfig, ops
+
+EVAL = Path(__file__).parents[1] / "eval"
+
+
+class StandIn:
+    """What `_gpu.Gpu` is to the suite, on the processor; `graphed` counts what was captured."""
+
+    backend = "cpu"
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.captured = 0
+
+    def facts(self):
+        return {"name": "stand-in", "copy_gb_per_s": 10.0, "read_gb_per_s": 10.0}
+
+    def samples(self, tasks, seconds, rounds=2):
+        found = {name: [] for name in tasks}
+        for _ in range(2):
+            for name, task in tasks.items():
+                start = time.perf_counter()
+                task()
+                found[name].append(time.perf_counter() - start)
+        return found
+
+    def graphed(self, call):
+        self.captured += 1
+        return call
+
+    def free_bytes(self):
+        return 8 << 30
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The suite's modules, imported as a script would import them, with few host calls."""
+    monkeypatch.syspath_prepend(str(EVAL))
+    for name in ("gpu_suite", "_gpu", "_gpu_operator", "_gpu_step", "bench_decode"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = __import__("gpu_suite")
+    monkeypatch.setattr(sys.modules["_gpu"], "HOST_CALLS", 2)
+    return module
+
+
+@pytest.fixture
+def tiny(suite):
+    return suite.Plan(
+        presets=("int8", "fp8"), contexts=(130, 200), batches=(1, 2), q_per_kv=(1, 2), kv_heads=2, head_dim=32,
+        other_head_dims=(48,), prompts=(70,), step_contexts=(130,), layers=2, hidden=64, intermediate=64, heads=4,
+        vocabulary=64, memory_context=1000, cache_bytes=1_500_000, seconds=300.0, seconds_per_point=0.01,
+    )  # fmt: skip
+
+
+def run(suite, plan, tmp_path, *arguments: str, code: int = 0) -> dict:
+    assert suite.main(["--out", str(tmp_path), *arguments], StandIn(), plan) == code
+    return json.loads((tmp_path / "gpu_suite.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_at_once(suite, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        suite.main(["--out", str(tmp_path / "out")])
+    assert left.value.code == "no CUDA device"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_measures(suite, tmp_path):
+    assert suite.main(["--out", str(tmp_path), "--sections", "append"]) == 0
+
+
+def test_the_result(suite, tiny, tmp_path, capsys):
+    result = run(suite, tiny, tmp_path)
+    text = capsys.readouterr().out
+    assert set(result["rows"]) == set(suite.sections(None, tiny))
+    assert result["checks"]
+    assert all(check["passed"] for check in result["checks"])
+    assert f"{len(result['checks'])} of {len(result['checks'])} checks passed" in text
+    assert result["backend"] == "cpu"
+    assert result["plan"]["contexts"] == [130, 200]
+    written = json.dumps(result)
+    assert all(private not in written for private in (str(Path.home()), str(EVAL.parent), str(tmp_path)))
+
+    rows = result["rows"]
+    # Every format and grid in both dtypes with every case, presets at the other head_dim.
+    variants = len(sys.modules["bench_decode"].variants())
+    assert len(rows["correctness"]) == 2 * variants + len(KVQuantConfig.preset_names())
+    assert {row["head_dim"] for row in rows["correctness"]} == {32, 48}
+    assert all(row["largest_error"] < 0.004 for row in rows["correctness"])
+
+    points = {(row["batch"], row["context"], row["q_per_kv"]) for row in rows["attention"] if row["name"] == "int8"}
+    assert points == {(b, c, q) for b in (1, 2) for c in (130, 200) for q in (1, 2)}
+    for row in rows["attention"]:
+        assert row["gb_per_s"] == pytest.approx(row["bytes_read"] / row["us"]["median"] / 1e3)
+        assert row["share_of_copy_bandwidth"] == pytest.approx(row["gb_per_s"] / 10)
+        assert row["kind"] == ("ours" if row["name"] in tiny.presets else "rival")
+        assert ("host_us" in row) == (row["kind"] == "ours")
+    here = [row for row in rows["attention"] if (row["batch"], row["context"], row["q_per_kv"]) == (1, 130, 1)]
+    best = min(row["us"]["median"] for row in here if row["kind"] == "rival" and "fp8" not in row["name"])
+    for row in here:
+        assert row["time_over_best_bf16"] == pytest.approx(row["us"]["median"] / best)
+    # Two heads, keys and values of 32 codes and one float16 scale.
+    assert next(row for row in here if row["name"] == "fp8")["bytes_read"] == 2 * 2 * 130 * (32 + 2)
+
+    assert {row["name"] for row in rows["append"]} == {"static cache", *tiny.presets}
+    assert {row["name"] for row in rows["prefill"]} == {"prefill attention", "copy of K and V", *tiny.presets}
+    assert {row["name"] for row in rows["step"]} >= {"dynamic", "static, captured", *tiny.presets}
+    assert {row["name"] for row in rows["prefill_step"]} == {"dynamic", *tiny.presets}
+    by_name = {name: [r for r in rows["throughput"] if r["name"] == name] for name in ("dynamic", "fp8")}
+    assert by_name["fp8"][-1]["batch"] > by_name["dynamic"][-1]["batch"]
+    for row in rows["throughput"]:
+        assert row["cache_gib"] * 2**30 <= tiny.cache_bytes
+        assert row["batch"] <= row["largest_batch"]
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+
+    missing = {row["name"]: row["reason"] for row in result["skipped"] if row["section"] == "attention"}
+    assert {"flashinfer-bfloat16", "flashinfer-fp8"} <= set(missing) | {row["name"] for row in rows["attention"]}
+    assert all(missing.values())
+
+
+def failures(result: dict) -> set[tuple[str, str]]:
+    return {(check["section"], check["check"]) for check in result["checks"] if not check["passed"]}
+
+
+def test_wrong_attention_has_no_figures(suite, tiny, tmp_path, monkeypatch, capsys):
+    """Off by 1 % for one preset: its rows are gone, the others' stand."""
+    right = ops.decode_attention
+
+    def wrong(query, keys, values, *args, **kwargs):
+        output, logsumexp = right(query, keys, values, *args, **kwargs)
+        return (output * 1.01 if keys.backend == "cpu" and keys.spec.format == "fp8" else output), logsumexp
+
+    monkeypatch.setattr(ops, "decode_attention", wrong)
+    result = run(suite, tiny, tmp_path, "--sections", "correctness,attention", code=1)
+    assert ("correctness", "attention against the reference") in failures(result)
+    assert ("attention", "attention against float32") in failures(result)
+    names = {row["name"] for row in result["rows"]["attention"]}
+    assert "int8" in names and "fp8" not in names
+    assert not [row for row in result["rows"]["correctness"] if row["preset"] in ("fp8", "fp8-channel")]
+    assert "FAILED, so without figures" in capsys.readouterr().out
+
+
+def test_wrong_log_sum_exp_and_nan_are_found(suite, tiny, tmp_path, monkeypatch):
+    right = ops.decode_attention
+
+    def wrong(query, keys, values, *args, **kwargs):
+        output, logsumexp = right(query, keys, values, *args, **kwargs)
+        if keys.backend == "cpu":
+            output, logsumexp = output * torch.nan, logsumexp + 0.1
+        return output, logsumexp
+
+    monkeypatch.setattr(ops, "decode_attention", wrong)
+    plan = suite.Plan(**{**tiny.__dict__, "batches": (1,), "contexts": (130,)})
+    result = run(suite, plan, tmp_path, "--sections", "correctness,attention", code=1)
+    checks = {check for _, check in failures(result)}
+    assert {"attention against the reference", "log-sum-exp against the reference"} <= checks
+    assert result["rows"]["correctness"] == []
+    assert not {row["name"] for row in result["rows"]["attention"]} & set(tiny.presets)
+
+
+def test_a_result_that_changes_is_found(suite, tiny, tmp_path, monkeypatch):
+    right, calls = ops.decode_attention, []
+
+    def restless(query, keys, values, *args, **kwargs):
+        output, logsumexp = right(query, keys, values, *args, **kwargs)
+        calls.extend([1] * (keys.backend == "cpu"))
+        return output * (1 + 2.0**-7 * (len(calls) % 2)), logsumexp
+
+    monkeypatch.setattr(ops, "decode_attention", restless)
+    result = run(suite, tiny, tmp_path, "--sections", "correctness", code=1)
+    assert ("correctness", "a second call gives the same bits") in failures(result)
+
+
+def test_wrong_bytes_have_no_figures(suite, tiny, tmp_path, monkeypatch):
+    right = ops.quantize_append
+
+    def wrong(key, value, keys, values, *args, **kwargs):
+        right(key, value, keys, values, *args, **kwargs)
+        if keys.backend == "cpu" and keys.spec.is_channel:
+            values.data[0, 0, kwargs["start"], 0] ^= 1
+
+    monkeypatch.setattr(ops, "quantize_append", wrong)
+    result = run(suite, tiny, tmp_path, "--sections", "correctness,append,prefill", code=1)
+    for section in ("correctness", "append", "prefill"):
+        assert (section, "appended values: data has the reference's bytes") in failures(result)
+        names = {row.get("name", row.get("preset")) for row in result["rows"][section]}
+        assert "fp8" in names and "int8" not in names
+
+
+def test_a_step_that_reads_wrong_keys_has_no_figures(suite, tiny, tmp_path, monkeypatch):
+    right = ops.decode_attention
+
+    def wrong(query, keys, values, *args, **kwargs):
+        return tuple(x.flip(1) for x in right(query, keys, values, *args, **kwargs))
+
+    monkeypatch.setattr(ops, "decode_attention", wrong)
+    result = run(suite, tiny, tmp_path, "--sections", "step", code=1)
+    assert ("step", "logits near DynamicCache") in failures(result)
+    assert "dynamic" in {row["name"] for row in result["rows"]["step"]}
+    assert not {row["name"] for row in result["rows"]["step"]} & set(tiny.presets)
+
+
+def test_what_does_not_fit_is_skipped_with_the_reason(suite, tiny, tmp_path):
+    plan = suite.Plan(**{**tiny.__dict__, "max_bytes": 400_000})
+    result = run(suite, plan, tmp_path, "--sections", "attention")
+    reasons = [row["reason"] for row in result["skipped"] if "name" not in row]
+    assert reasons
+    assert all("GiB of" in reason for reason in reasons)
+    late = suite.Plan(**{**tiny.__dict__, "seconds": 0.0})
+    result = run(suite, late, tmp_path, "--sections", "correctness,attention,prefill,step,throughput")
+    assert {row["section"] for row in result["skipped"] if row["reason"] == "no time left"} >= {
+        "correctness", "attention", "prefill", "step", "throughput",
+    }  # fmt: skip
+    assert not any(result["rows"].values())
+
+
+def test_goals_are_judged_by_their_worst_row(suite):
+    def row(name, context, ratio, share, batch=1, q_per_kv=4):
+        where = {"batch": batch, "context": context, "q_per_kv": q_per_kv, "kind": "ours", "name": name}
+        return {**where, "time_over_best_bf16": ratio, "share_of_copy_bandwidth": share}
+
+    rows = [row("int8", 32768, 0.5, 0.9), row("int8", 131072, 0.6, 0.86, batch=8), row("int8", 1024, 2.0, 0.1)]
+    rows += [row("int4", 65536, 0.3, 0.8), row("int4", 65536, 9.0, 0.1, q_per_kv=8)]
+    verdicts = {goal["goal"]: (goal["worst"], goal["met"]) for goal in suite.goals({"attention": rows})}
+    assert verdicts == {
+        "int8: time over the best BF16 kernel": (0.6, False),
+        "int8: share of copy bandwidth": (0.86, True),
+        "int4: time over the best BF16 kernel": (0.3, True),
+        "int4: share of copy bandwidth": (0.8, True),
+    }
+
+
+def test_the_graph_of_a_candidate_is_captured(suite, tiny, tmp_path):
+    machine = StandIn()
+    assert suite.main(["--out", str(tmp_path), "--sections", "step"], machine, tiny) == 0
+    step = sys.modules["_gpu_step"]
+    assert machine.captured == sum(c.captured for c in step.candidates(machine, tiny)) == 1
+
+
+def test_an_unknown_section_is_named(suite, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        suite.main(["--out", str(tmp_path), "--sections", "speed"], StandIn())
+    assert "--sections: ['speed'] are unknown" in capsys.readouterr().err

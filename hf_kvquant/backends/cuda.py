@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import SPLIT, THREADS, specialisation
+from .specialisation import SPLIT, specialisation
 
 # Rows (queries of the heads that share a KV head) in one tile of the tensor cores.
 TILE_ROWS = 16
+# Parts of a row of queries besides the splits of the stored columns: a list of columns with copies each, by kind.
+COPY_PARTS = 3
+MAX_GRID = 65535
 
 
 def unavailable() -> str | None:
@@ -51,27 +54,113 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
     """
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
     kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
+    _check_alignment("keys", call, _KEYS, keys)
+    _check_alignment("values", call, _VALUES, values)
+    copies = _has_copies(keys, values)
     batch, num_heads, q_len, v_head_dim = output.shape
-    num_kv_heads, splits = call.num_kv_heads, -(-call.kv_len // SPLIT)
+    num_kv_heads, parts = call.num_kv_heads, copies + -(-call.kv_len // SPLIT)
     row_tiles = -(-(num_heads // num_kv_heads * q_len) // TILE_ROWS)
-    # Of every split: the sum of values, the largest score and the sum of weights.
-    partial = query.new_empty((batch, num_heads, q_len, splits, v_head_dim + 2), dtype=torch.float32)
+    # Of every part: the sum of values, the largest score and the sum of weights.
+    partial = query.new_empty(batch * num_heads * q_len * parts * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
         device = gpu.of(query, mask, s_aux)
     else:
-        reads = [query, mask, s_aux, *_tensors(keys), *_tensors(values), *call.alive]
-        touched = {"reads": _present(reads), "writes": (output, logsumexp, partial)}
-    grid = (splits, num_kv_heads * row_tiles, batch)
-    device.launch("decode_attention_kernel", kind, grid, THREADS, 0, call, partial, **touched)
-    device.launch("merge_splits_kernel", kind, (q_len, num_heads, batch), THREADS, 0, call, partial, **touched)
+        reads = (*call.alive, *_tensors(keys), *_tensors(values))
+        touched = {"reads": reads, "writes": (output, logsumexp, partial)}
+    grid, rows = (parts, num_kv_heads * row_tiles, batch), (q_len, num_heads, batch)
+    launch = device.launch
+    launch("decode_attention_kernel", kind, grid, kind.threads, kind.attention_bytes, call, partial, **touched)
+    launch("merge_splits_kernel", kind, rows, kind.threads, kind.merge_bytes, call, partial, **touched)
     return output, logsumexp
+
+
+def quantize_append(key, value, keys, values, faults, padding=None, *, start, device=None):
+    """`reference.quantize_append` (which see).
+
+    Raises:
+        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        nvrtc.CompileError: a kernel does not compile.
+    """
+    key, value = _aligned(key), _aligned(value)
+    call = arguments.append(key, value, keys, values, faults, padding, start)
+    kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
+    _check_alignment("keys", call, _NEW_KEYS, keys)
+    _check_alignment("values", call, _NEW_VALUES, values)
+    n, threads = key.shape[2], kind.threads
+    parts = max(_append_parts(n, keys, threads), _append_parts(n, values, threads))
+    touched = {}
+    if device is None:
+        device = gpu.of(key, value, padding, faults)
+    else:
+        written = (faults, *_tensors(keys), *_tensors(values))
+        touched = {"reads": (*call.alive, keys.device_length), "writes": written}
+    grid = (parts, 2 * call.num_kv_heads, call.batch)
+    device.launch("quantize_append_kernel", kind, grid, threads, 0, call, **touched)
+
+
+def _append_parts(n: int, states, threads: int) -> int:
+    """Blocks of threads that share the new tokens of a head, so that each does its work once."""
+    if n == 1:
+        return 1
+    if states.spec.grid == "channel":
+        return min(-(-(n - 1) // states.spec.block_length) + 1, MAX_GRID)
+    # A row is spread over lanes of 8 channels each; four rows are in flight.
+    lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32
+    return min(-(-n // (4 * threads // lanes)), MAX_GRID)
+
+
+def _has_copies(keys, values) -> int:
+    """The number of parts that columns with exact copies take.
+
+    Raises:
+        ValueError: values have copies of columns whose keys, on the channel grid, have none.
+    """
+    k_recent, k_sink, v_recent, v_sink = (s is not None for s in (keys.recent, keys.sink, values.recent, values.sink))
+    if keys.spec.grid == "channel" and keys.spec.format != "dense":
+        for name, k, v in (("recent", k_recent, v_recent), ("sink", k_sink, v_sink)):
+            if v and not k:
+                raise ValueError(f"keys {name}: None is not allowed; expected copies of tokens as the values have")
+    return COPY_PARTS if k_recent or k_sink or v_recent or v_sink else 0
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """New tokens whose octets of channels can be loaded at once."""
+    batch, head, row, column = x.stride()
+    if column == 1 and not (x.data_ptr() | (batch | head | row) * x.element_size()) % 16:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# Where the sides begin in the structs, in words of 8 bytes.
+_KEYS, _VALUES = (getattr(arguments.Attention, side).offset // 8 for side in ("keys", "values"))
+_NEW_KEYS, _NEW_VALUES = (
+    (getattr(arguments.Append, side).offset + arguments.NewTokens.side.offset) // 8 for side in ("keys", "values")
+)
+# A side's words: five addresses, then their strides of batch and head (those of scale are of zero_point too).
+_STORED = {"data": (0, 5, 6), "recent": (3, 9, 10), "sink": (4, 11, 12)}
+_SCALES = {"scale": (1, 7, 8), "zero_point": (2, 7, 8)}
+_PLACES = tuple(place for places in _STORED.values() for place in places)
+_CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in places))
+
+
+def _check_alignment(name: str, call, side: int, states) -> None:
+    """Rows are read in chunks of 16 bytes, or 8 where a row of nibbles is no whole number of those."""
+    words = memoryview(call).cast("B").cast("Q")
+    together, channel = 0, states.spec.grid == "channel"
+    for place in _CHANNEL_PLACES if channel else _PLACES:
+        together |= words[side + place]
+    if together % 16 == 0:
+        return
+    for tensor, (address, *strides) in (_STORED | _SCALES if channel else _STORED).items():
+        chunk = 8 if tensor == "data" and states.spec.format == "int4" and states.head_dim % 32 else 16
+        for what, place in (("address", address), *(("stride", stride) for stride in strides)):
+            number = words[side + place]
+            if number % (16 if what == "address" else chunk):
+                expected = f"expected a multiple of {chunk if what == 'stride' else 16} bytes"
+                raise ValueError(f"{name} {tensor}: {what} {number} is not allowed; {expected}")
 
 
 def _tensors(states) -> tuple[torch.Tensor | None, ...]:
     storage = (states.data, states.scale, states.zero_point, states.recent, states.sink)
     return (*storage, states.sink_positions, states.device_length)
-
-
-def _present(tensors) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor is not None)

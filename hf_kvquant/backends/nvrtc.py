@@ -166,6 +166,8 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         include_path=[str(folder), str(folder / "include")],
         # Else the folder that Python was started in is searched for headers, too.
         no_source_include=True,
+        # A constexpr function without a word on where it runs is no host function here.
+        device_as_default_execution_space=True,
         ptxas_options=["-v"],
         **SOURCES[source],
     )
@@ -176,7 +178,8 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         program.close()
     # cuda-core's own error types have changed their place between its versions.
     except Exception as error:
-        raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {error}") from error
+        log = str(error).replace("\0", "")
+        raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log}") from error
     return bytes(cubin), log.getvalue()
 
 

@@ -1,0 +1,251 @@
+"""The CUDA backend's Python side through to the kernels, which the emulator runs: what a user's call launches.
+
+The kernels' own tests are test_cuda_attention.py and test_cuda_append.py; here the arguments, grids, specialisations,
+workspace and refusals are those of `backends/cuda.py`, called as `ops` calls it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import emulator
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, reference
+from hf_kvquant.backends import arguments, cuda
+
+LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008}
+
+
+class Recorder(emulator.Device):
+    """An emulated GPU that keeps what it launched."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def launch(self, kernel, kind, grid, threads, shared_bytes, *values, **touched):
+        self.launches.append((kernel, kind, grid, threads, shared_bytes))
+        super().launch(kernel, kind, grid, threads, shared_bytes, *values, **touched)
+
+
+@pytest.fixture
+def device() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def emulated(monkeypatch, device) -> Recorder:
+    """The operators run on the emulator for CPU states with backend "cpu"."""
+
+    class Backend:
+        @staticmethod
+        def decode_attention(*args, **options):
+            return cuda.decode_attention(*args, **options, device=device)
+
+        @staticmethod
+        def quantize_append(*args, **options):
+            return cuda.quantize_append(*args, **options, device=device)
+
+    monkeypatch.setattr(ops, "_implementation", lambda *_: Backend)
+    return device
+
+
+def filled(preset: str, dtype: torch.dtype, *, kv_len: int, head_dim: int = 64, batch: int = 2, steps: int = 3):
+    """States of a cache that got a prompt and then tokens one by one."""
+    model = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
+    cache = QuantizedCache(model, preset, max_length=kv_len + 40)
+    key, value = torch.randn(2, batch, 2, kv_len, head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    key[..., 5] += 9
+    prompt = kv_len - steps
+    cache.update(key[:, :, :prompt], value[:, :, :prompt], 0)
+    cache.quantized_layers[0].takes_states = True
+    for t in range(prompt, kv_len):
+        states = cache.update(key[:, :, t : t + 1], value[:, :, t : t + 1], 0)
+    return states
+
+
+def check(query, keys, values, *args, device, **options):
+    """The emulated backend against the reference over the same bytes."""
+    options = {"scaling": query.shape[-1] ** -0.5, **options}
+    output, logsumexp = cuda.decode_attention(query, keys, values, *args, **options, device=device)
+    exact = [dataclasses.replace(s, dtype=torch.float32) for s in (keys, values)]
+    expected, expected_logsumexp = reference.decode_attention(query.float(), *exact, *args, **options)
+    assert output.dtype == query.dtype
+    error = (output.float() - expected).norm() / expected.norm()
+    assert error < LIMIT[query.dtype]
+    torch.testing.assert_close(logsumexp, expected_logsumexp, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
+def test_a_cache_on_the_backend(preset, emulated):
+    """Prompt, steps and attention through the operators: bytes are the reference's, attention is near it."""
+    keys, values = filled(preset, torch.bfloat16, kv_len=140)
+    launched = emulated.launches.copy()
+    assert [launch[0] for launch in launched] == ["quantize_append_kernel"] * 4
+    query = torch.randn(2, 8, 1, 64).bfloat16()
+    check(query, keys, values, device=emulated)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_implementation", lambda *_: reference)
+        expected = filled(preset, torch.bfloat16, kv_len=140)
+    for ours, theirs in zip((keys, values), expected):
+        whole = 140 // (ours.spec.block_length or 1) * (ours.spec.block_length or 1)
+        assert torch.equal(ours.data[:, :, :whole], theirs.data[:, :, :whole])
+        if ours.recent is not None:
+            slots = torch.arange(140 - 64, 140) % ours.recent.shape[2]
+            assert torch.equal(ours.recent[:, :, slots], theirs.recent[:, :, slots])
+        if ours.sink is not None:
+            assert torch.equal(ours.sink, theirs.sink)
+            assert torch.equal(ours.sink_positions, theirs.sink_positions)
+
+
+@pytest.mark.parametrize(("q_len", "q_per_kv"), [(1, 1), (1, 4), (5, 3), (16, 4), (32, 1)])
+def test_row_tiles_cover_every_query(q_len, q_per_kv, device):
+    keys, values = filled("int8-plain", torch.float16, kv_len=90, batch=1)
+    query = torch.randn(1, 2 * q_per_kv, q_len, 64).half()
+    check(query, keys, values, device=device)
+    (_, _, grid, threads, _), (_, _, merge, _, _) = device.launches
+    assert grid == (1, 2 * -(-q_len * q_per_kv // 16), 1)
+    assert merge == (q_len, 2 * q_per_kv, 1)
+    assert threads == 128
+
+
+@pytest.mark.parametrize("kv_len", [511, 512, 513, 1100])
+def test_splits_cover_every_column(kv_len, device):
+    keys, values = filled("int8-plain", torch.float16, kv_len=kv_len, batch=1)
+    check(torch.randn(1, 2, 1, 64).half(), keys, values, device=device)
+    assert device.launches[0][2] == (-(-kv_len // 512), 2, 1)
+
+
+def test_a_length_on_the_device_replaces_the_hosts(device):
+    keys, values = filled("int4", torch.bfloat16, kv_len=150)
+    length = torch.tensor(133)
+    limited = [dataclasses.replace(s, device_length=length, length=180) for s in (keys, values)]
+    query = torch.randn(2, 4, 1, 64).bfloat16()
+    check(query, *limited, device=device)
+    assert device.launches[0][2][0] == 3 + 1
+
+
+def test_masks_softcap_and_learned_sinks(device):
+    keys, values = filled("fp8", torch.bfloat16, kv_len=100)
+    query = torch.randn(2, 4, 3, 64).bfloat16()
+    padding = torch.arange(100) >= torch.tensor([0, 40])[:, None]
+    check(query, keys, values, padding, torch.linspace(-1, 3, 4), softcap=15.0, device=device)
+    additive = torch.randn(1, 4, 3, 100).masked_fill(torch.rand(1, 4, 3, 100) < 0.3, torch.finfo(torch.float32).min)
+    check(query, keys, values, additive, device=device)
+
+
+def test_one_specialisation_serves_all_shapes(device):
+    for kv_len, batch, heads in ((70, 1, 2), (99, 3, 8)):
+        keys, values = filled("int8", torch.bfloat16, kv_len=kv_len, batch=batch)
+        cuda.decode_attention(torch.randn(batch, heads, 1, 64).bfloat16(), keys, values, scaling=0.1, device=device)
+    assert len({launch[1] for launch in device.launches}) == 1
+
+
+def test_a_large_tile_gets_fewer_threads():
+    """Shared memory of the smaller GPUs is 99 KB per block."""
+    dense = QuantSpec("dense")
+    wide = cuda.specialisation(2, dense, dense, 256, 256)
+    assert wide.threads == wide["KVQUANT_THREADS"] < 128
+    assert wide.attention_bytes <= 99 << 10
+    assert cuda.specialisation(2, dense, dense, 64, 64).threads == 128
+
+
+def test_new_tokens_that_are_not_aligned_are_copied(device):
+    """As slices of a fused projection may be; the kernel reads octets of channels at once."""
+    keys, values = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
+    whole = torch.randn(1, 2, 4, 3 * 64 + 1).bfloat16()
+    key, value = whole[..., 1:65], whole[..., 65:129]
+    faults = torch.zeros(2, dtype=torch.int64)
+    cuda.quantize_append(key, value, keys, values, faults, start=70, device=device)
+    expected = [dataclasses.replace(s, data=s.data.clone(), scale=s.scale.clone()) for s in (keys, values)]
+    reference.quantize_append(key, value, *expected, faults, start=70)
+    for ours, theirs in zip((keys, values), expected):
+        assert torch.equal(ours.data[:, :, :74], theirs.data[:, :, :74])
+
+
+class TestRefusals:
+    def test_storage_that_is_not_aligned(self, device):
+        keys, values = filled("int8-plain", torch.bfloat16, kv_len=70, batch=1)
+        memory = torch.empty(keys.data.numel() + 1, dtype=torch.uint8)[1:]
+        moved = dataclasses.replace(values, data=memory.view_as(values.data))
+        with pytest.raises(
+            ValueError, match=r"values data: address \d+ is not allowed; expected a multiple of 16 bytes"
+        ):
+            cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), keys, moved, scaling=1.0, device=device)
+        x = torch.randn(1, 2, 1, 64).bfloat16()
+        with pytest.raises(ValueError, match="values data: address"):
+            cuda.quantize_append(x, x, keys, moved, torch.zeros(2, dtype=torch.int64), start=70, device=device)
+        assert not device.launches
+
+    def test_strides_that_are_not_aligned(self, device):
+        keys, values = filled("int4", torch.bfloat16, kv_len=70, batch=1)
+        scale = torch.zeros(1, 2, keys.scale.shape[2] * 64 + 1, dtype=torch.float16)[..., :-1]
+        scale = scale.unflatten(2, (-1, 64))
+        with pytest.raises(
+            ValueError, match=r"keys scale: stride \d+ is not allowed; expected a multiple of 16 bytes"
+        ):
+            cuda.decode_attention(
+                torch.randn(1, 2, 1, 64).bfloat16(), dataclasses.replace(keys, scale=scale), values, scaling=1.0,
+                device=device,
+            )  # fmt: skip
+
+    def test_float32(self, device):
+        keys, values = filled("fp8", torch.float32, kv_len=70, batch=1)
+        with pytest.raises(ValueError, match=r"dtype: torch\.float32 is not supported by the CUDA kernels"):
+            cuda.decode_attention(torch.randn(1, 2, 1, 64), keys, values, scaling=1.0, device=device)
+
+    def test_values_with_copies_that_channel_keys_lack(self, device):
+        keys, values = filled("int4", torch.bfloat16, kv_len=70, batch=1)
+        bare = dataclasses.replace(keys, recent=None)
+        with pytest.raises(ValueError, match="keys recent: None is not allowed; expected copies"):
+            cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), bare, values, scaling=1.0, device=device)
+
+    def test_states_elsewhere_than_on_a_gpu(self):
+        keys, values = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
+        with pytest.raises(ValueError, match="states on cpu are not allowed"):
+            cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), keys, values, scaling=1.0)
+
+
+def test_places_of_a_side_are_those_of_the_struct():
+    """`_STORED` counts words; the struct is the definition."""
+    fields = [name for name, _ in arguments.Side._fields_]
+    for places in (cuda._STORED, cuda._SCALES):
+        for tensor, (address, batch, head) in places.items():
+            strides = "scale" if tensor == "zero_point" else tensor
+            assert [fields[i] for i in (address, batch, head)] == [tensor, f"{strides}_batch", f"{strides}_head"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so():
+    assert cuda.unavailable() in ("torch is built without CUDA", "torch sees no GPU")
+    assert "CUDA" in ops.backend_status("cuda") or "GPU" in ops.backend_status("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGpu:
+    """What the emulator cannot show: streams, graphs, threads. eval/gpu_suite.py checks every specialisation."""
+
+    @staticmethod
+    def moved(preset: str, kv_len: int):
+        states = filled(preset, torch.bfloat16, kv_len=kv_len)
+        return [dataclasses.replace(s.to("cuda"), backend="cuda") for s in states]
+
+    @pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
+    def test_attention(self, preset):
+        keys, values = self.moved(preset, 600)
+        check(torch.randn(2, 8, 2, 64).bfloat16().cuda(), keys, values, device=None)
+
+    def test_a_captured_call_reads_what_its_tensors_hold_then(self):
+        keys, values = self.moved("int8", 300)
+        query = torch.randn(2, 8, 1, 64).bfloat16().cuda()
+        call = lambda: ops.decode_attention(query, keys, values, scaling=0.1)[0]  # noqa: E731
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        query.mul_(-0.5)
+        graph.replay()
+        assert torch.equal(captured, call())

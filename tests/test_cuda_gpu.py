@@ -1,0 +1,159 @@
+"""Loading and launching on a GPU, against a stand-in for the driver: what reaches `cuLaunchKernel`, and when.
+
+cuda-core and cuda-bindings are the real ones; tests/stand_in_driver.cc writes down what they call. It runs in a
+process of its own, because a driver is loaded once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvquant import QuantSpec
+from hf_kvquant.backends import disk_cache, gpu, nvrtc
+from hf_kvquant.backends.specialisation import specialisation
+
+HERE = Path(__file__).parent
+SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+KERNEL = """
+struct Two { unsigned long long a, b; };
+extern "C" __global__ void decode_attention_kernel(Two s, float* p) { p[0] = s.a; }
+extern "C" __global__ void merge_splits_kernel(Two s, const float* p) {}
+"""
+
+SCRIPT = """
+import ctypes, sys
+from contextlib import contextmanager
+from pathlib import Path
+import torch
+from hf_kvquant import QuantSpec
+from hf_kvquant.backends import gpu, nvrtc
+from hf_kvquant.backends.specialisation import specialisation
+from cuda.bindings import driver
+
+nvrtc.source_folder = lambda: Path(sys.argv[1])
+state = {"device": 0, "stream": 0x77, "capturing": False}
+
+@contextmanager
+def on(index):
+    before, state["device"] = state["device"], index
+    driver.cuCtxSetCurrent(0x1000 + index)
+    yield
+    state["device"] = before
+    driver.cuCtxSetCurrent(0x1000 + before)
+
+torch.cuda.get_device_capability = lambda index: (9, 0)
+torch.cuda.current_device = lambda: state["device"]
+torch.cuda.device = on
+torch.cuda.is_current_stream_capturing = lambda: state["capturing"]
+torch._C._cuda_getCurrentRawStream = lambda index: state["stream"] + index
+
+class Two(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_uint64), ("b", ctypes.c_uint64)]
+
+def said(call):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+
+fp8 = QuantSpec("fp8").resolve(64)
+kind = specialisation(2, fp8, fp8, 64, 64)
+memory = torch.zeros(4)
+print(hex(memory.data_ptr()))
+zero, one = gpu.Gpu(0), gpu.Gpu(1)
+
+def launch(device, kernel="decode_attention_kernel", shared=0):
+    device.launch(kernel, kind, (3, 2, 1), 128, shared, Two(0xaaa, 0xbbb), memory)
+
+state["capturing"] = True
+said(lambda: launch(zero))
+state["capturing"] = False
+launch(zero)
+launch(zero)
+launch(one)
+launch(zero, "merge_splits_kernel", 60000)
+state["capturing"] = True
+launch(zero)
+driver.cuCtxSetCurrent(0)
+launch(zero)
+state["stream"] = 0xbad
+said(lambda: launch(zero))
+"""
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in is a Linux library")
+def test_what_reaches_the_driver(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    (folder / "cuda").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "cuda" / "decode_attention.cu").write_text(KERNEL)
+    monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(nvrtc, "source_folder", lambda: folder)
+    nvrtc._sources_hash.cache_clear()
+    # Here, because NVRTC looks for a driver too and takes the stand-in for a whole one.
+    fp8 = QuantSpec("fp8").resolve(64)
+    nvrtc.compiled("decode_attention.cu", specialisation(2, fp8, fp8, 64, 64), "sm_90")
+
+    library, trace = tmp_path / "libcuda.so.1", tmp_path / "trace"
+    compiler = shutil.which("g++") or shutil.which("c++")
+    source = HERE / "stand_in_driver.cc"
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "STAND_IN_TRACE": str(trace),
+    }
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    address, while_capturing, failed = done.stdout.splitlines()
+    first = f"grid 3 2 1 threads 128 shared 0 stream 77: aaa bbb, {int(address, 16):x}"
+    lines = [line for line in trace.read_text().splitlines() if line != "unload"]
+    assert lines == [
+        # Compiled and loaded outside of the capture that was refused, in the GPU's own context; then only launched.
+        "context 1000", "kernel decode_attention_kernel", "load 4000, attribute 4", f"launch 4000 {first}",
+        f"launch 4000 {first}",
+        # A second GPU has a function and a stream of its own, and the first is current again afterwards.
+        "context 1001", "context 1001", "kernel decode_attention_kernel", "load 4001, attribute 4",
+        f"launch 4001 {first.replace('stream 77', 'stream 78')}", "context 1000",
+        # More than 48 KB of shared memory must be asked for.
+        "context 1000", "kernel merge_splits_kernel", f"set 4000, attribute {SHARED_LIMIT} to 60000",
+        "load 4000, attribute 4", f"launch 4000 {first.replace('shared 0', 'shared 60000')}",
+        # What is loaded may be captured.
+        f"launch 4000 {first}",
+        # A thread without a context gets one.
+        "context 0", "launch without a context", "context 1000", f"launch 4000 {first}",
+    ]  # fmt: skip
+    assert while_capturing.startswith("decode_attention_kernel (bfloat16, head_dim 64, keys fp8 token 64")
+    assert "used for the first time while a CUDA graph is captured; call it once before" in while_capturing
+    assert "cannot be launched on cuda:0: CUDA_ERROR_INVALID_VALUE, grid (3, 2, 1)" in failed
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"cuda:0: compute capability 7\.5 is too old; expected 8\.0 or newer"):
+        gpu.Gpu(0)
+
+
+def test_tensors_on_different_devices_are_refused():
+    with pytest.raises(ValueError, match="states on cpu are not allowed"):
+        gpu.of(torch.zeros(1))
+
+    class Elsewhere:
+        device = "cuda:1"
+
+        def __init__(self, index: int):
+            self.get_device = lambda: index
+
+    with pytest.raises(ValueError, match="is on cuda:1; expected cuda:0"):
+        gpu.of(Elsewhere(0), None, Elsewhere(1))

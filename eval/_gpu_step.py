@@ -26,6 +26,10 @@ NEAR_DENSE = {4: 0.5, 8: 0.2, 16: 0.05}
 CONTROL = 0.3
 BASELINE = "dynamic"
 STEPS = 8
+# A step that is captured is run a few times before; the first that is checked is one of so many.
+CHECKED_STEPS = 4
+# Of a cache, beyond the tokens that it is filled with: warm-up, check, timing.
+ROOM = 64
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,13 @@ class Candidate:
 
 
 def candidates(machine, plan) -> list[Candidate]:
-    """Caches to compare. A cache that can be captured is one more line, with `captured=True`."""
+    """Caches to compare; a step of a static cache is replayed as a CUDA graph, theirs and ours alike."""
 
-    def ours(name: str) -> Callable[[LlamaConfig, int], Cache]:
-        kv_config = replace(KVQuantConfig.preset(name), backend=machine.backend)
-        return lambda config, n: QuantizedCache(config, kv_config, max_length=n)
+    def ours(name: str, fixed: bool) -> Candidate:
+        kv_config = replace(KVQuantConfig.preset(name), backend=machine.backend, static=fixed)
+        build = lambda config, n: QuantizedCache(config, kv_config, max_length=n)  # noqa: E731
+        bits = min(hf_kvquant.FORMATS[spec.format].bits for spec in (kv_config.keys, kv_config.values))
+        return Candidate(f"{name}-static, captured" if fixed else name, "ours", build, bits, captured=fixed)
 
     def static(config: LlamaConfig, n: int) -> Cache:
         return StaticCache(config=config, max_cache_len=n)
@@ -53,12 +59,8 @@ def candidates(machine, plan) -> list[Candidate]:
         Candidate(BASELINE, "baseline", lambda config, n: DynamicCache(config=config), 16),
         Candidate("static, captured", "rival", static, 16, captured=True),
         Candidate("transformers fp8", "rival", lambda config, n: transformers.QuantizedCache("fp8", config), 8),
-        *(Candidate(name, "ours", ours(name), _bits(KVQuantConfig.preset(name))) for name in plan.presets),
+        *(ours(name, fixed) for fixed in (False, True) for name in plan.presets),
     ]
-
-
-def _bits(config: KVQuantConfig) -> int:
-    return min(hf_kvquant.FORMATS[spec.format].bits for spec in (config.keys, config.values))
 
 
 def build_model(machine, plan) -> LlamaForCausalLM:
@@ -117,31 +119,30 @@ def stepper(machine, model, candidate: Candidate, cache: Cache, batch: int) -> C
     return machine.graphed(step) if candidate.captured else step
 
 
-def _first_logits(machine, model, candidate: Candidate, plan, batch: int, length: int, roll: int = 0) -> torch.Tensor:
-    cache = candidate.build(model.config, length + 2 * STEPS)
+def _logits(machine, model, candidate: Candidate, plan, batch: int, length: int, roll: int = 0) -> torch.Tensor:
+    """Of the first steps, `[CHECKED_STEPS, batch, vocab_size]`."""
+    cache = candidate.build(model.config, length + STEPS)
     fill(machine, cache, plan, batch, length, roll)
-    with switched(model, cache):
-        return model(input_ids=torch.full((batch, 1), 7, device=machine.device), past_key_values=cache).logits[:, -1]
+    step = stepper(machine, model, candidate, cache, batch)
+    return torch.stack([step() for _ in range(CHECKED_STEPS)])
 
 
 def _measure(machine, model, plan, report: Report, section: str, where: dict, candidate: Candidate, batch: int,
              length: int, limits: dict) -> float | None:  # fmt: skip
     """Seconds of a step, checked before; None if it failed, could not run or was wrong."""
+    cache = logits = step = None
     try:
-        logits = _first_logits(machine, model, candidate, plan, batch, length)
-        error = _bench.relative_error(logits, limits["exact"])
-        checks = [
-            _bench.is_true(candidate.name, "logits are finite", logits.isfinite().all().item()),
-            _bench.at_most(
-                candidate.name, "logits near DynamicCache", error, NEAR_DENSE[candidate.bits] * limits["wrong"]
-            ),
-        ]
-        # A graph's warm-up and capture are steps too.
-        cache = candidate.build(model.config, length + 2 * STEPS + 64)
+        cache = candidate.build(model.config, length + ROOM)
         fill(machine, cache, plan, batch, length)
         with switched(model, cache):
             step = stepper(machine, model, candidate, cache, batch)
+            # Those that warmed up before a capture.
+            done = int(cache.get_seq_length()) - length
+            logits = step().clone()
             samples = machine.samples({candidate.name: step}, plan.seconds_per_point, rounds=STEPS)
+        error = _bench.relative_error(logits, limits["exact"][done])
+        limit = NEAR_DENSE[candidate.bits] * limits["wrong"]
+        checks = [_bench.at_most(candidate.name, "logits near DynamicCache", error, limit)]
         if candidate.kind == "ours":
             only_fused = cache.routes["decode_dequantized"] == 0 and cache.routes["decode_fused"] > 0
             checks.append(_bench.is_true(candidate.name, "every step took the fused route", only_fused))
@@ -151,7 +152,7 @@ def _measure(machine, model, plan, report: Report, section: str, where: dict, ca
         report.skip(section, {**where, "name": candidate.name}, error)
         return None
     finally:
-        cache = logits = None
+        cache = logits = step = None
         gc.collect()
     passed = report.accept({"section": section, **where}, checks)
     return _bench.summary(samples[candidate.name], 1.0)["median"] if candidate.name in passed else None
@@ -160,13 +161,13 @@ def _measure(machine, model, plan, report: Report, section: str, where: dict, ca
 def _limits(machine, model, plan, report: Report, where: dict, batch: int, length: int) -> dict | None:
     """Logits with the dense cache, and how far those of a cache with wrong keys are from them."""
     dense = candidates(machine, plan)[0]
-    exact = _first_logits(machine, model, dense, plan, batch, length)
-    wrong = _bench.relative_error(_first_logits(machine, model, dense, plan, batch, length, roll=1), exact)
+    exact = _logits(machine, model, dense, plan, batch, length)
+    wrong = _bench.relative_error(_logits(machine, model, dense, plan, batch, length, roll=1), exact)
     control = _bench.at_most("control", "a cache with wrong keys is far from dense", -wrong, -CONTROL)
     return {"exact": exact, "wrong": wrong} if report.accept(where, [control]) else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def step(machine, plan, report: Report, deadline: Deadline, model: LlamaForCausalLM) -> None:
     """Milliseconds of a whole decode step at batch 1, by context."""
     for length in plan.step_contexts:
@@ -193,7 +194,7 @@ def _step_rows(where: dict, times: dict[str, float | None]) -> list[dict]:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill_step(machine, plan, report: Report, deadline: Deadline, model: LlamaForCausalLM) -> None:
     """Milliseconds of a whole prefill: what quantizing the prompt adds to it."""
     for length in plan.prompts:
@@ -204,7 +205,7 @@ def prefill_step(machine, plan, report: Report, deadline: Deadline, model: Llama
         ids = torch.randint(plan.vocabulary, (1, length), device=machine.device)
         calls, checks, exact = {}, [], None
         for candidate in candidates(machine, plan):
-            if candidate.kind == "rival":
+            if candidate.kind == "rival" or candidate.captured:
                 continue
 
             def forward(candidate=candidate, ids=ids, length=length):
@@ -226,11 +227,13 @@ def prefill_step(machine, plan, report: Report, deadline: Deadline, model: Llama
             report.add("prefill_step", [row])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def throughput(machine, plan, report: Report, deadline: Deadline, model: LlamaForCausalLM) -> None:
     """Tokens per second as the batch grows, each cache up to the batch whose cache fits into the same memory."""
     length = plan.memory_context
     for candidate in candidates(machine, plan):
+        if not candidate.captured and candidate.name != BASELINE:
+            continue
         per_sequence = cache_bytes(machine, model, candidate, plan, length)
         if per_sequence is None:
             report.skip("throughput", {"name": candidate.name}, "its cache cannot be made here")
@@ -261,7 +264,7 @@ def cache_bytes(machine, model, candidate: Candidate, plan, length: int) -> int 
     from bench_generate import tensor_bytes
 
     try:
-        cache = candidate.build(model.config, length + 2 * STEPS + 64)
+        cache = candidate.build(model.config, length + ROOM)
         fill(machine, cache, plan, 1, length)
         return tensor_bytes(cache)
     except Exception:

@@ -25,8 +25,8 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PRESETS = KVQuantConfig.preset_names()
 
-# Registers of a thread, at most, by kernel and largest head_dim. What an SM holds follows: 65536 registers are 3 blocks
-# of 128 threads at 168, 4 at 128. Raise a number only with a measurement on a GPU that says it is worth it.
+# Registers of a thread, at most, by kernel and largest head_dim. What an SM holds follows: 65536 registers are 3
+# blocks of 128 threads at 168, 4 at 128. Raise a number only with a measurement on a GPU that says it is worth it.
 BUDGET = {
     "decode_attention_kernel": {128: 168, 192: 168, 256: 255},
     "merge_splits_kernel": {128: 64, 192: 64, 256: 80},

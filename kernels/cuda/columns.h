@@ -16,6 +16,15 @@
 
 namespace kvquant {
 
+template <class From, class To>
+struct SameConst {
+  using Type = To;
+};
+template <class From, class To>
+struct SameConst<const From, To> {
+  using Type = const To;
+};
+
 // A (batch row, kv head, 16 query rows). Query row r of a kv head is query r % q_len of its head
 // r / q_len. What is rarely asked is computed when it is: registers are short.
 struct Place {
@@ -50,7 +59,8 @@ struct Place {
   // Of this batch row and kv head, with the strides of a stored tensor.
   template <class T>
   KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2]) const {
-    return reinterpret_cast<T*>(reinterpret_cast<uint64_t>(p) + batch() * stride[0] +
+    using Byte = typename SameConst<T, uint8_t>::Type;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + batch() * stride[0] +
                                 kv_head() * stride[1]);
   }
 };
@@ -91,48 +101,58 @@ struct Copies {
   }
 };
 
-// What a block takes. Entry i is sink slot i for i < sinks, else column begin + i - sinks.
-struct Columns {
+// The sinks of a batch row.
+struct Sinks {
   const Place& p;
-  int last_sink = -1;  // the largest column that is a sink
-  int sinks = 0, begin = 0, count = 0;
+  int last = -1;  // the largest column that is a sink
 
-  KVQUANT_DEVICE explicit Columns(const Place& p) : p(p) {
-    for (int i = 0; i < num_sinks(); ++i) {
-      const int column = sink_column(i);
-      if (column < p.kv_len && column > last_sink) last_sink = column;
+  KVQUANT_DEVICE explicit Sinks(const Place& p) : p(p) {
+    for (int i = 0; i < count(); ++i) {
+      const int mine = column(i);
+      if (mine > last) last = mine;
     }
   }
-  KVQUANT_DEVICE int num_sinks() const {
+  KVQUANT_DEVICE int count() const {
     const bool some =
         Copies::has_sinks<StoredKeys>(p.a.keys) || Copies::has_sinks<StoredValues>(p.a.values);
     return some && p.a.sink_positions ? int(p.a.num_sinks) : 0;
   }
-  KVQUANT_DEVICE int sink_column(int i) const {
-    const auto row =
-        reinterpret_cast<uint64_t>(p.a.sink_positions) + p.batch() * p.a.sink_positions_stride;
-    return global_load(reinterpret_cast<const int32_t*>(row) + i);
+  // Of a slot, or -1.
+  KVQUANT_DEVICE int column(int slot) const {
+    const auto* row = reinterpret_cast<const uint8_t*>(p.a.sink_positions) +
+                      p.batch() * p.a.sink_positions_stride;
+    const int column = global_load(reinterpret_cast<const int32_t*>(row) + slot);
+    return column < p.kv_len ? column : -1;
   }
-  KVQUANT_DEVICE void take_range(int from, int to) {
-    begin = from;
-    count = sinks + (to > from ? to - from : 0);
+  // Sinks are taken by their slots, and have copies: no range holds them.
+  KVQUANT_DEVICE bool has(int wanted) const {
+    bool found = false;
+    if (wanted <= last) {
+      for (int i = 0; i < count(); ++i) found |= column(i) == wanted;
+    }
+    return found;
+  }
+};
+
+// What a block takes: a range of columns, or (kIsList) sink slots before it.
+template <bool kIsList>
+struct Columns {
+  static constexpr bool kInOrder = !kIsList;
+  const Sinks& sinks;
+  int slots, begin, count;
+
+  KVQUANT_DEVICE Columns(const Sinks& sinks, bool with_sinks, int from, int to)
+      : sinks(sinks), slots(kIsList && with_sinks ? sinks.count() : 0), begin(from) {
+    count = slots + (to > from ? to - from : 0);
   }
   // The column of an entry, or -1.
   KVQUANT_DEVICE int column(int i) const {
     if (i >= count) return -1;
-    if (i >= sinks) return begin + i - sinks;
-    const int column = sink_column(i);
-    return column < p.kv_len ? column : -1;
+    if constexpr (kInOrder) return begin + i;
+    return i < slots ? sinks.column(i) : begin + i - slots;
   }
-  KVQUANT_DEVICE int slot(int i) const { return i < sinks ? i : -1; }
-  // Sinks are taken by their slots, and have copies: no range holds them.
-  KVQUANT_DEVICE bool is_sink(int column) const {
-    bool found = false;
-    if (column <= last_sink) {
-      for (int i = 0; i < num_sinks(); ++i) found |= sink_column(i) == column;
-    }
-    return found;
-  }
+  KVQUANT_DEVICE bool is_slot(int i) const { return kIsList && i < slots; }
+  KVQUANT_DEVICE int slot(int i) const { return is_slot(i) ? i : -1; }
 };
 
 }  // namespace kvquant

@@ -55,8 +55,8 @@ static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPart::kTile == 0, "til
 // Registers decide how many blocks an SM holds: 128 each for four of 128 threads.
 constexpr int kBlocks = kValueDim <= 128 ? 3 : kValueDim <= 192 ? 3 : 2;
 
-template <class P, class KeyRows, class ValueRows>
-KVQUANT_DEVICE void attend(const Place& p, const Columns& columns, const Mask& mask,
+template <class P, bool kIsList, class KeyRows, class ValueRows>
+KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,
                            SharedPtr<uint8_t> memory, const Partials& partials, const KeyRows& keys,
                            const ValueRows& values, int index) {
   P part(p, columns, mask, memory);
@@ -91,7 +91,7 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   const StoredRows keys = StoredRows::of<StoredKeys>(a.keys, p);
   const StoredRows values = StoredRows::of<StoredValues>(a.values, p);
   const Mask mask(p);
-  Columns columns(p);
+  const Sinks sinks(p);
   // The first row's copies begin earliest, the last one's last.
   const int k_first = key_copies.dense_from(p.first_position(), p.kv_len);
   const int v_first = value_copies.dense_from(p.first_position(), p.kv_len);
@@ -101,20 +101,19 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   if (split >= 0) {
     const int begin = split * kSplit, end = begin + kSplit,
               limit = k_last < v_last ? k_last : v_last;
-    columns.take_range(begin, end < limit ? end : limit);
+    const Columns<false> columns(sinks, false, begin, end < limit ? end : limit);
     attend<StoredPart>(p, columns, mask, memory, partials, keys, values, index);
     return;
   }
   const bool copied_keys = index == kCopiedBoth || index == kCopiedKeys;
   const bool copied_values = index == kCopiedBoth || index == kCopiedValues;
   const bool no_sinks = (!copied_keys && key_copies.sink) || (!copied_values && value_copies.sink);
-  if (!no_sinks) columns.sinks = columns.num_sinks();
   int begin = 0, end = p.kv_len;
   if (copied_keys && k_first > begin) begin = k_first;
   if (copied_values && v_first > begin) begin = v_first;
   if (!copied_keys && k_last < end) end = k_last;
   if (!copied_values && v_last < end) end = v_last;
-  columns.take_range(begin, end);
+  const Columns<true> columns(sinks, !no_sinks, begin, end);
   if (columns.count == 0) return write_nothing(p, partials, index);
   if constexpr (StoredKeys::kScaled && StoredValues::kScaled) {
     if (index == kCopiedBoth) {

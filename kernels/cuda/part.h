@@ -64,18 +64,21 @@ struct Part {
   static constexpr int kBytes = kStatesAt + kWarps * kRows * 8;
 
   const Place& p;
-  const Columns& columns;
+  const Columns<!kInOrder>& columns;
   const Mask& mask;
   const SharedPtr<uint8_t> memory;
   const Queries<Keys> queries;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
+
+  const uint8_t* const key_scale_rows =
+      reinterpret_cast<const uint8_t*>(p.of_head(p.a.keys.scale, p.a.keys.scale_stride));
 
   RowsSoftmax softmax;
   float acc[V::kParts][4] = {};  // [part][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
   float weight_sum[4] = {};      // of rows g, g, g + 8, g + 8, as rounded
   float reference = 0.0f;
 
-  KVQUANT_DEVICE Part(const Place& p, const Columns& columns, const Mask& mask,
+  KVQUANT_DEVICE Part(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
                       SharedPtr<uint8_t> memory)
       : p(p), columns(columns), mask(mask), memory(memory), queries(memory + kQueriesAt) {}
 
@@ -127,12 +130,13 @@ struct Part {
                             const ValueRows& value_rows) const {
     if (tile < end) {
       const SharedPtr<uint8_t> to = slot(tile);
-      KeyTile::template copy<kInOrder>(to, key_rows, columns, tile * kTile);
-      ValueTile::template copy<kInOrder>(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
+      KeyTile::copy(to, key_rows, columns, tile * kTile);
+      ValueTile::copy(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
       if constexpr (Keys::kChannelGrid) {
         const int column = columns.begin + tile * kTile, block = column / Keys::kGroup;
         if (tile == begin || column % Keys::kGroup == 0) {
-          copy_header(p.a.keys, p, block, shared_cast<uint8_t>(header(block)), kHasZeroPoint);
+          copy_header(p.a.keys, key_scale_rows, block, shared_cast<uint8_t>(header(block)),
+                      kHasZeroPoint);
         }
       }
     }
@@ -146,7 +150,7 @@ struct Part {
     // One bit per column: taken, and seen by some row as far as all have that in common.
     const int mine = first + lane % kTile, column = columns.column(mine);
     bool taken = column >= 0;
-    if (taken && mine >= columns.sinks) taken = !columns.is_sink(column);
+    if (taken && !columns.is_slot(mine)) taken = !columns.sinks.has(column);
     bool biased = false;
     if (taken) {
       const Seen common = mask.common(column);
@@ -322,7 +326,8 @@ struct Part {
         const int i = 8 * m + 2 * t + e % 2, column = shuffle(lane_column, i);
         Seen s = {(bits >> i & 1u) != 0, 0.0f};
         if (s.seen && by_row) {
-          s = rows[e / 2].at(column, first + i < columns.sinks, kCopiedKeysHere, kCopiedValuesHere);
+          s = rows[e / 2].at(column, columns.is_slot(first + i), kCopiedKeysHere,
+                             kCopiedValuesHere);
         }
         x[m][e] = s.seen ? x[m][e] + s.bias * kLog2e : -kInfinity;
       }

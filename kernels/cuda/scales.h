@@ -40,7 +40,8 @@ struct TokenScales {
     return (lane_index() + 32 * i) % (kGroups > 0 ? kGroups : 1);
   }
 
-  KVQUANT_DEVICE void fetch(const Columns& columns, int first) {
+  template <class TheColumns>
+  KVQUANT_DEVICE void fetch(const TheColumns& columns, int first) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int column = row(i) < kTile ? columns.column(first + row(i)) : -1;
@@ -66,7 +67,9 @@ struct TokenScales {
   }
   KVQUANT_DEVICE void store(uint32_t bits) const { store_times(bits, 1.0f); }
   KVQUANT_DEVICE void store(uint32_t bits, float reference) const {
-    store_times(bits, reference > 0.0f ? kWeightUnit / reference : 0.0f);
+    // The quotient of two powers of two; 0 is the reference of no scale but 0.
+    const uint32_t quotient = 2 * 0x3f800000u + 0x03800000u - float_bits(reference);
+    store_times(bits, reference > 0.0f ? bits_float(quotient) : 0.0f);
   }
   KVQUANT_DEVICE Pair pair(int group, int column) const {
     return shared_cast<Pair>(to)[(group * kTile + column) / 2];
@@ -81,16 +84,18 @@ struct TokenScales {
   }
 };
 
-// Scales, then zero points, of one block of the channel grid.
-KVQUANT_DEVICE void copy_header(const KvquantSide& side, const Place& p, int block,
+// Scales, then zero points, of one block of the channel grid; `scales`: those of the head's first.
+KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, int block,
                                 SharedPtr<uint8_t> to, bool has_zero_point) {
-  const auto* scale = reinterpret_cast<const uint8_t*>(p.of_head(side.scale, side.scale_stride)) +
-                      int64_t(block) * (2 * kHeadDim);
-  const auto* zero_point = scale + (reinterpret_cast<uint64_t>(side.zero_point) -
-                                    reinterpret_cast<uint64_t>(side.scale));
-  for (int i = lane_index(); i < kHeadDim / 8; i += 32) {
+  const uint8_t* scale = scales + int64_t(block) * (2 * kHeadDim);
+  const int64_t apart =
+      reinterpret_cast<int64_t>(side.zero_point) - reinterpret_cast<int64_t>(side.scale);
+#pragma unroll
+  for (int first = 0; first < kHeadDim / 8; first += 32) {
+    const int i = first + lane_index();
+    if (i >= kHeadDim / 8) continue;
     cp_async_16(to + 16 * i, scale + 16 * i);
-    if (has_zero_point) cp_async_16(to + (2 * kHeadDim + 16 * i), zero_point + 16 * i);
+    if (has_zero_point) cp_async_16(to + (2 * kHeadDim + 16 * i), scale + apart + 16 * i);
   }
 }
 

@@ -30,35 +30,35 @@ struct Tile {
   static constexpr int kStride = kRowStride<Codec>, kBytes = kTile * kStride;
   static_assert(kPieces <= 32, "a row is copied by one warp at once");
 
-  // Entries first .. first + kTile; those that are not taken become zeros. kInOrder: entries are
-  // consecutive columns, all stored.
-  template <bool kInOrder, class Rows>
-  static KVQUANT_DEVICE void copy(SharedPtr<uint8_t> to, const Rows& rows, const Columns& columns,
-                                  int first) {
+  // Entries first .. first + kTile; those that are not taken become zeros.
+  template <class Rows, class TheColumns>
+  static KVQUANT_DEVICE void copy(SharedPtr<uint8_t> to, const Rows& rows,
+                                  const TheColumns& columns, int first) {
     const int lane = lane_index(), piece = lane % kPieces * kPiece, row0 = lane / kPieces;
     if (row0 >= kRowsAtOnce) return;
-    const bool in_row = Codec::kRowBytes % 16 == 0 || piece < Codec::kRowBytes;
-    const uint8_t* from = nullptr;
-    if constexpr (kInOrder) from = rows.row(columns.begin + first + row0, -1) + piece;
+    const SharedPtr<uint8_t> place = to + (row0 * kStride + piece);
+    if constexpr (TheColumns::kInOrder) {
+      const uint8_t* from = rows.row(columns.begin + first + row0, -1) + piece;
+      const int left = first + kTile <= columns.count ? kTile : columns.count - first;
+      if (left == kTile) {
 #pragma unroll
-    for (int i = 0; i < kTile; i += kRowsAtOnce) {
-      const int row = row0 + i;
-      if (kTile % kRowsAtOnce && row >= kTile) break;
-      bool valid = in_row;
-      if constexpr (kInOrder) {
-        valid &= first + row < columns.count;
+        for (int i = 0; i < kTile; i += kRowsAtOnce) {
+          if (is_row(row0 + i)) copy_piece(place + i * kStride, from + i * kRowBytes, piece, true);
+        }
       } else {
-        const int column = columns.column(first + row);
-        from = column < 0 ? nullptr : rows.row(column, columns.slot(first + row));
-        valid &= from != nullptr;
-        if (valid) from += piece;
+#pragma unroll
+        for (int i = 0; i < kTile; i += kRowsAtOnce) {
+          const bool valid = row0 + i < left;
+          if (is_row(row0 + i)) copy_piece(place + i * kStride, from + i * kRowBytes, piece, valid);
+        }
       }
-      const SharedPtr<uint8_t> place = to + (row * kStride + piece);
-      const uint8_t* source = kInOrder ? from + i * Codec::kRowBytes : from;
-      if constexpr (kPiece == 16) {
-        cp_async_16(place, source, valid);
-      } else {
-        cp_async_8(place, source, valid);
+    } else {
+      for (int i = 0; i < kTile; i += kRowsAtOnce) {
+        const int column = columns.column(first + row0 + i), slot = columns.slot(first + row0 + i);
+        const uint8_t* from = column < 0 ? nullptr : rows.row(column, slot);
+        const bool valid = from != nullptr;
+        if (is_row(row0 + i))
+          copy_piece(place + i * kStride, valid ? from + piece : from, piece, valid);
       }
     }
   }
@@ -76,6 +76,18 @@ struct Tile {
       ldmatrix_x4_trans(words, row);
     } else {
       ldmatrix_x4(words, row);
+    }
+  }
+
+ private:
+  static constexpr int kRowBytes = Codec::kRowBytes;
+  static KVQUANT_DEVICE bool is_row(int row) { return kTile % kRowsAtOnce == 0 || row < kTile; }
+  static KVQUANT_DEVICE void copy_piece(SharedPtr<uint8_t> to, const uint8_t* from, int piece,
+                                        bool valid) {
+    if constexpr (kPiece == 16) {
+      cp_async_16(to, from, valid);
+    } else {
+      cp_async_8(to, from, valid && piece < kRowBytes);
     }
   }
 };

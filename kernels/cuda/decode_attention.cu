@@ -71,7 +71,7 @@ KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int 
     const int64_t head_row = (int64_t(p.batch()) * p.a.num_heads + p.head(row)) * p.q_len();
     global_store(
         reinterpret_cast<Pair*>(partials.states) + partials.at(head_row + p.query(row), index),
-        Pair{-kInfinity, 0.0f});
+        Pair{-infinity(), 0.0f});
   }
 }
 

@@ -24,7 +24,7 @@ struct BlockMerge {
     float max[2], sum[2], factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      max[r] = -kInfinity;
+      max[r] = -infinity();
       sum[r] = 0.0f;
       for (int w = 0; w < kWarps; ++w) {
         const Pair state = states[w * kRows + part.g + 8 * r];
@@ -32,10 +32,10 @@ struct BlockMerge {
       }
       for (int w = 0; w < kWarps; ++w) {
         const Pair state = states[w * kRows + part.g + 8 * r];
-        sum[r] += state.y * (state.x == -kInfinity ? 0.0f : exp2_approx(state.x - max[r]));
+        sum[r] += state.y * (state.x == -infinity() ? 0.0f : exp2_approx(state.x - max[r]));
       }
       factor[r] =
-          part.softmax.max[r] == -kInfinity ? 0.0f : exp2_approx(part.softmax.max[r] - max[r]);
+          part.softmax.max[r] == -infinity() ? 0.0f : exp2_approx(part.softmax.max[r] - max[r]);
     }
     finish_sums(part, factor);
     add_warps(part);
@@ -145,8 +145,8 @@ struct RowMerge {
     float sum = 0.0f;
     for (int first = warp; first < parts; first += 32 * kWarps) {
       const int mine = first + lane * kWarps;
-      const Pair state = mine < parts ? global_load(states + mine) : Pair{-kInfinity, 0.0f};
-      const float weight = state.x == -kInfinity ? 0.0f : expf(state.x - total.max);
+      const Pair state = mine < parts ? global_load(states + mine) : Pair{-infinity(), 0.0f};
+      const float weight = state.x == -infinity() ? 0.0f : expf(state.x - total.max);
       sum += weight * state.y;
       const int used = state.y != 0.0f;  // else nothing was written; NaN is used
       const int here = (parts - first + kWarps - 1) / kWarps;

@@ -183,7 +183,7 @@ struct Part {
     const bool plain = bits == all && !by_row;
     if (!plain) hide(bits, by_row, column, first, x);
 
-    float largest[2] = {-kInfinity, -kInfinity}, rescale[2];
+    float largest[2] = {-infinity(), -infinity()}, rescale[2];
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
 #pragma unroll
@@ -196,7 +196,7 @@ struct Part {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // Hidden: minus zero, which weighs nothing and can be told from a weight that vanished.
-        const bool hidden = !plain && x[m][e] == -kInfinity;
+        const bool hidden = !plain && x[m][e] == -infinity();
         x[m][e] = hidden ? -0.0f : exp2_approx(x[m][e] - base[e / 2]);
         softmax.sum[e / 2] += x[m][e];
       }
@@ -329,7 +329,7 @@ struct Part {
           s = rows[e / 2].at(column, columns.is_slot(first + i), kCopiedKeysHere,
                              kCopiedValuesHere);
         }
-        x[m][e] = s.seen ? x[m][e] + s.bias * kLog2e : -kInfinity;
+        x[m][e] = s.seen ? x[m][e] + s.bias * kLog2e : -infinity();
       }
     }
   }

@@ -90,7 +90,7 @@ struct Queries {
     const float up = bits_float(uint32_t(127 + exponent) << 23);
     const float down = bits_float(uint32_t(127 - exponent) << 23);
     const auto halves = shared_cast<uint16_t>(fragments);
-    float sum[x.kRounds];
+    float sum[WarpRow<kDim>::kRounds];
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {
       const int c = x.channel(r);

@@ -10,10 +10,10 @@
 
 namespace kvquant {
 
-constexpr float kInfinity = __builtin_inff(), kHeadroom = 8.0f, kWeightUnit = 128.0f;
+constexpr float kHeadroom = 8.0f, kWeightUnit = 128.0f;
 
 struct RowsSoftmax {
-  float max[2] = {-kInfinity, -kInfinity};
+  float max[2] = {-infinity(), -infinity()};
   float sum[2] = {0.0f, 0.0f};  // of this lane's columns
 
   // Makes room for scores up to a lane's largest; returns whether `factor` is needed.
@@ -34,7 +34,7 @@ struct RowsSoftmax {
     }
     return true;
   }
-  KVQUANT_DEVICE float base(int r) const { return max[r] == -kInfinity ? 0.0f : max[r]; }
+  KVQUANT_DEVICE float base(int r) const { return max[r] == -infinity() ? 0.0f : max[r]; }
 
   // Adds up the lanes of a row.
   KVQUANT_DEVICE void finish() {

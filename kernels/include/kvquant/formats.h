@@ -53,6 +53,8 @@ KVQUANT_FN float float_of(uint32_t bits) {
   return v.f;
 }
 
+// NVRTC has no __builtin_inff().
+KVQUANT_FN float infinity() { return float_of(0x7f800000u); }
 constexpr float kFp16Max = 65504.0f;
 
 KVQUANT_FN float to_float(float x) { return x; }

@@ -14,11 +14,11 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 struct SoftmaxState {
-  float max = -__builtin_inff();
+  float max = -infinity();
   float sum = 0.0f;
 
   // What scores are measured from: the largest, or 0 while every column was hidden.
-  KVQUANT_FN float base() const { return max == -__builtin_inff() ? 0.0f : max; }
+  KVQUANT_FN float base() const { return max == -infinity() ? 0.0f : max; }
 
   // Makes room for scores up to `largest`; returns the factor of everything accumulated so far.
   KVQUANT_FN float update(float largest) {
@@ -42,7 +42,7 @@ struct SoftmaxState {
 
   // The factor that turns accumulated values into the output; 0 where every column was hidden.
   KVQUANT_FN float finish() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
-  KVQUANT_FN float logsumexp() const { return sum == 0.0f ? -__builtin_inff() : max + logf(sum); }
+  KVQUANT_FN float logsumexp() const { return sum == 0.0f ? -infinity() : max + logf(sum); }
 };
 
 }  // namespace KVQUANT_ISA

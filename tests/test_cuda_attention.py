@@ -10,9 +10,7 @@ import torch
 from test_cpu_backend import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states
 
 from hf_kvquant import QuantSpec, reference
-from hf_kvquant.backends import arguments
-from hf_kvquant.backends.shared_memory import attention_bytes, merge_bytes
-from hf_kvquant.backends.specialisation import specialisation
+from hf_kvquant.backends import cuda, specialisation
 
 # Largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
 # queries, weights and output to the dtype: 2^-11 or 2^-8 of each at most.
@@ -50,31 +48,13 @@ def of(case, **sizes):
     return problem(k, v, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, **sizes)
 
 
-def tensors(states):
-    storage = (states.data, states.scale, states.zero_point, states.recent, states.sink)
-    return (*storage, states.sink_positions, states.device_length)
-
-
-def attend(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, split=SPLIT):
-    """Both kernels in the emulator, as backends/cuda.py launches them, with splits so short that there are several."""
-    call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
-    macros = dict(specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim))
-    macros["KVQUANT_SPLIT"] = split
-    threads = macros["KVQUANT_THREADS"]
-    macros["KVQUANT_ATTENTION_BYTES"] = attention_bytes(macros)
-    batch, num_heads, q_len, v_head_dim = output.shape
-    copies = any(x is not None for states in (keys, values) for x in (states.recent, states.sink))
-    parts = 3 * copies + -(-call.kv_len // split)
-    row_tiles = -(-(num_heads // call.num_kv_heads * q_len) // 16)
-    partial = torch.full((batch * num_heads * q_len * parts * (v_head_dim + 2),), torch.nan)
-    reads = [query, mask, s_aux, *tensors(keys), *tensors(values), *call.alive]
-    touched = {"reads": [x for x in reads if x is not None], "writes": (output, logsumexp, partial)}
-    device = emulator.Device()
-    grid = (parts, call.num_kv_heads * row_tiles, batch)
-    device.launch("decode_attention_kernel", macros, grid, threads, attention_bytes(macros), call, partial, **touched)
-    grid = (q_len, num_heads, batch)
-    device.launch("merge_splits_kernel", macros, grid, threads, merge_bytes(macros), call, partial, **touched)
-    return output, logsumexp
+def attend(*arguments, split=SPLIT, **settings):
+    """The backend's own call in the emulator, with splits so short that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specialisation, "SPLIT", split)
+        patch.setattr(specialisation, "_made", {})
+        patch.setattr(cuda, "SPLIT", split)
+        return cuda.decode_attention(*arguments, **settings, device=emulator.Device())
 
 
 def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, split=SPLIT, scaling=None):
@@ -278,7 +258,7 @@ def test_a_copy_of_values_only():
 
 
 def test_the_host_knows_the_size_of_shared_memory():
-    macros = dict(specialisation(1, QuantSpec("int8"), QuantSpec("int8"), 64, 64))
-    macros["KVQUANT_ATTENTION_BYTES"] = attention_bytes(macros) + 16
+    kind = dict(specialisation.specialisation(1, QuantSpec("int8"), QuantSpec("int8"), 64, 64))
+    kind["KVQUANT_ATTENTION_BYTES"] += 16
     with pytest.raises(RuntimeError, match="the host allocates another size"):
-        emulator.Device().launch("decode_attention_kernel", macros, (1,), 128, 0)
+        emulator.Device().launch("decode_attention_kernel", kind, (1,), 128, 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -179,4 +178,3 @@ def test_the_wheel_carries_the_sources():
     folder = nvrtc.source_folder()
     assert {file.name for file in (folder / "cuda").glob("*.cu")} == set(nvrtc.SOURCES)
     assert (folder / "include" / "kvquant" / "params.h").is_file()
-    assert sys.modules["hf_kvquant"].__file__.startswith(str(folder.parent.resolve())) or folder.is_symlink()

@@ -112,7 +112,7 @@ def architecture(major: int, minor: int) -> str:
 @lru_cache(maxsize=None)
 def source_folder() -> Path:
     """The folder `kernels` of the package."""
-    folder = Path(str(files(__package__.rpartition(".")[0]))) / "kernels"
+    folder = Path(str(files(__package__.rpartition(".")[0]) / "kernels"))
     if not folder.is_dir():
         raise OSError(f"{folder} does not exist: the CUDA sources are not in the package; install it with pip install")
     return folder

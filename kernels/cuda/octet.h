@@ -57,18 +57,14 @@ struct Octet {
   }
 };
 
-// Bits of the largest magnitude. As integers NaN > infinity > every number, so that one maximum
-// also tells whether all are finite.
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-KVQUANT_DEVICE uint32_t largest_magnitude(const float (&x)[8]) {
-  uint32_t largest = 0;
+// NaN if one of the numbers is, so that one maximum also tells whether all are finite.
+KVQUANT_DEVICE float largest_magnitude(const float (&x)[8]) {
+  float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
+  for (int i = 0; i < 8; ++i) largest = max_nan(largest, fabsf(x[i]));
   return largest;
 }
+KVQUANT_DEVICE bool is_finite(float magnitude) { return magnitude < bits_float(0x7f800000u); }
 
 // The normalised Hadamard transform of whole rows, in registers and by shuffles: butterflies of
 // stride 1, 2, 4, .. and one product at the end, in this order, because the bytes depend on the
@@ -88,12 +84,10 @@ KVQUANT_DEVICE void rotate(float (&x)[8]) {
   }
 #pragma unroll
   for (int mask = 1; mask < kBlock / 8; mask *= 2) {
-    const bool second = lane_index() & mask;  // of the pair: it holds b, and a - b replaces it
+    // The second of a pair holds b, which becomes a - b. A product with +-1 is exact.
+    const float sign = lane_index() & mask ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float other = shuffle_xor(x[i], mask);
-      x[i] = add_rn(other, second ? -x[i] : x[i]);
-    }
+    for (int i = 0; i < 8; ++i) x[i] = fma_rn(x[i], sign, shuffle_xor(x[i], mask));
   }
   // block ** -0.5, rounded once: a power of two, or sqrt(0.5) times one.
   constexpr double kRoots[] = {0.25, 0.17677669529663687, 0.125, 0.08838834764831845, 0.0625};
@@ -106,23 +100,22 @@ KVQUANT_DEVICE void rotate(float (&x)[8]) {
   for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], kNorm);
 }
 
-// The largest x of each group of kGroup channels within a row, in all its lanes. Idle lanes hold 0.
+// The largest x of each group of kGroup channels within a row, in all its lanes; NaN if one is.
+// Idle lanes hold 0.
 template <int kHeadDim, int kGroup>
-KVQUANT_DEVICE uint32_t group_max(uint32_t x) {
+KVQUANT_DEVICE float group_max(float x) {
   constexpr int kLanes = Row<kHeadDim>::kLanes, kOctets = kGroup / 8;
   if constexpr (kGroup == kHeadDim || (kOctets & (kOctets - 1)) == 0) {
 #pragma unroll
     for (int mask = 1; mask < (kGroup == kHeadDim ? kLanes : kOctets); mask *= 2) {
-      const uint32_t other = shuffle_xor(x, mask);
-      x = other > x ? other : x;
+      x = max_nan(x, shuffle_xor(x, mask));
     }
     return x;
   } else {
     const int lane = lane_index(), first = lane - lane % kLanes % kOctets;
-    uint32_t largest = 0;
+    float largest = 0.0f;
     for (int i = 0; i < kOctets; ++i) {
-      const uint32_t other = shuffle(x, (first + i) % 32);  // of the last lanes, which are idle
-      largest = other > largest ? other : largest;
+      largest = max_nan(largest, shuffle(x, (first + i) % 32));  // beyond 31: of an idle lane
     }
     return largest;
   }

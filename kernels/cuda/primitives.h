@@ -320,8 +320,14 @@ KVQUANT_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
 KVQUANT_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 KVQUANT_DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 KVQUANT_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+KVQUANT_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KVQUANT_DEVICE float rcp_rn(float x) { return __frcp_rn(x); }
 KVQUANT_DEVICE float round_even(float x) { return rintf(x); }
+KVQUANT_DEVICE float max_nan(float a, float b) {  // NaN if one of them is; fmaxf takes the other
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
 KVQUANT_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KVQUANT_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 KVQUANT_DEVICE float exp2_approx(float x) {  // 2 ulp; subnormal results are 0

@@ -24,11 +24,10 @@ struct FormatOf<kInt4> {
 };
 
 KVQUANT_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
-KVQUANT_DEVICE bool is_nan(float x) { return (float_bits(x) & 0x7fffffffu) > kInfinityBits; }
 KVQUANT_DEVICE float half_of(uint16_t bits) { return half_low(bits); }
 KVQUANT_DEVICE uint16_t to_half_bits(float x) { return uint16_t(pack_half2(x, 0.0f)); }
 
-// Eight numbers within the format's reach, rounded half to even, one byte each.
+// Eight numbers within the format's reach, rounded half to even, one byte each; NaN: any byte.
 template <class Format>
 KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
   uint32_t words[2];
@@ -76,41 +75,42 @@ KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
 
 // Token grid: the FP16 scale of a group with this largest magnitude, NaN where not all are finite.
 template <class Format>
-KVQUANT_DEVICE uint16_t token_scale(uint32_t magnitude) {
+KVQUANT_DEVICE uint16_t token_scale(float magnitude) {
   constexpr float kToScale = float(1.0 / double(Format::kReach));
-  if (magnitude >= kInfinityBits) return 0x7e00;
-  return to_half_bits(fminf(mul_rn(bits_float(magnitude), kToScale), kFp16Max));
+  if (!is_finite(magnitude)) return 0x7e00;
+  return to_half_bits(fminf(mul_rn(magnitude, kToScale), kFp16Max));
 }
-// x become codes: what they are before rounding. A scale of 0 or NaN gives the code of 0.
 template <class Format>
-KVQUANT_DEVICE void token_codes(float (&x)[8], uint16_t scale) {
+KVQUANT_DEVICE Words2 token_codes(const float (&x)[8], uint16_t scale) {
+  constexpr bool kNibble = Format::kMidpoint != 0.0f;
+  constexpr float kLow = kNibble ? 0.0f : -Format::kReach, kHigh = kNibble ? 15.0f : Format::kReach;
   const float r = rcp_rn(half_of(scale));
-  const bool usable = float_bits(r) < kInfinityBits;
+  float y[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if constexpr (Format::kMidpoint != 0.0f) {
-      const float y = clamp(add_rn(mul_rn(x[i], r), Format::kMidpoint), 0.0f, 15.0f);
-      x[i] = usable ? y : 8.0f;
-    } else {
-      x[i] = usable ? clamp(mul_rn(x[i], r), -Format::kReach, Format::kReach) : 0.0f;
-    }
+    y[i] = mul_rn(x[i], r);
+    if (kNibble) y[i] = add_rn(y[i], Format::kMidpoint);
+    y[i] = clamp(y[i], kLow, kHigh);
   }
+  const Words2 codes = encode<Format>(y);
+  // A scale of 0 or NaN: the code of 0.
+  constexpr uint32_t kZeros = kNibble ? 0x08080808u : 0u;
+  return is_finite(r) ? codes : Words2{kZeros, kZeros};
 }
 
 // Channel grid: what the numbers of one channel and block have in common.
 template <class Format>
 struct Channel {
   static constexpr bool kSymmetric = Format::kLevels == 0.0f;
-  float low = kSymmetric ? 0.0f : bits_float(kInfinityBits);
-  float high = kSymmetric ? 0.0f : -bits_float(kInfinityBits);  // symmetric: the largest magnitude
+  float low = bits_float(0x7f800000u);
+  float high = kSymmetric ? 0.0f : -bits_float(0x7f800000u);  // symmetric: the largest magnitude
 
   KVQUANT_DEVICE void count(float x) {
-    if ((float_bits(x) & 0x7fffffffu) >= kInfinityBits) return;
     high = fmaxf(high, kSymmetric ? fabsf(x) : x);
     if (!kSymmetric) low = fminf(low, x);
   }
   KVQUANT_DEVICE void merge(float their_low, float their_high) {
-    low = fminf(low, their_low);
+    if (!kSymmetric) low = fminf(low, their_low);
     high = fmaxf(high, their_high);
   }
   // FP16 bits. The sums turn -0 into +0: which of the two is smaller is nobody's business.
@@ -122,15 +122,21 @@ struct Channel {
     const float range = kSymmetric ? high : sub_rn(empty() ? 0.0f : add_rn(high, 0.0f), zero);
     return to_half_bits(clamp(mul_rn(range, kToScale), -kFp16Max, kFp16Max));
   }
-  // The code of x before rounding; r is the reciprocal of the scale.
+  // What code() multiplies with: 0 where the scale has no reciprocal, so that every code becomes 0.
+  KVQUANT_DEVICE static float reciprocal(uint16_t scale) {
+    const float r = rcp_rn(half_of(scale));
+    return is_finite(fabsf(r)) ? r : 0.0f;
+  }
+  // The code of x before rounding. With levels, NaN (also the product of an infinity and 0) becomes
+  // 0, which fmaxf takes instead.
   KVQUANT_DEVICE static float code(float x, float zero, float r) {
-    if (is_nan(x) || (float_bits(r) & 0x7fffffffu) >= kInfinityBits) return 0.0f;
-    if (kSymmetric) return clamp(mul_rn(x, r), -Format::kReach, Format::kReach);
-    return clamp(mul_rn(sub_rn(x, zero), r), 0.0f, Format::kLevels);
+    if (!kSymmetric) return clamp(mul_rn(sub_rn(x, zero), r), 0.0f, Format::kLevels);
+    if (x != x || r == 0.0f) return 0.0f;  // not -0, which has a code of its own
+    return clamp(mul_rn(x, r), -Format::kReach, Format::kReach);
   }
 
  private:
-  KVQUANT_DEVICE bool empty() const { return float_bits(low) == kInfinityBits; }
+  KVQUANT_DEVICE bool empty() const { return !is_finite(low); }
 };
 
 }  // namespace kvquant

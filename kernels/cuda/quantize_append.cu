@@ -138,8 +138,8 @@ struct Append {
   KVQUANT_DEVICE void write_token(int t, const Tokens& octet, bool mine) {
     float y[8];
     octet.unpack(y);
-    uint32_t magnitude = largest_magnitude(y);
-    count_bad(magnitude < kInfinityBits);
+    float magnitude = largest_magnitude(y);
+    count_bad(is_finite(magnitude));
     if (mine) write_recent(t, octet);
     if constexpr (S::kFormat == kDense) {
       if (mine) octet.store(code_row(t) + R::octet() * Tokens::kBytes);
@@ -154,8 +154,7 @@ struct Append {
       if (mine && R::octet() % kGroupOctets == 0) {
         global_store(scale_row(x.side.scale, t, kGroups) + R::octet() / kGroupOctets, scale);
       }
-      token_codes<Format>(y, scale);
-      store_codes<Format, S::kHeadDim>(encode<Format>(y), code_row(t), mine);
+      store_codes<Format, S::kHeadDim>(token_codes<Format>(y, scale), code_row(t), mine);
     }
   }
 
@@ -184,11 +183,14 @@ struct Append {
         const bool is_new = t >= start && t < end && !R::idle();
         float y[8];
         rows[i].unpack(y);
-        count_bad(!is_new || largest_magnitude(y) < kInfinityBits);
+        const bool finite = is_finite(largest_magnitude(y));
+        count_bad(finite || !is_new);
         if (is_new) write_recent(t, rows[i]);
         if (!complete || is_padding(t)) continue;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) channels[j].count(y[j]);
+        for (int j = 0; j < 8; ++j) {
+          if (finite || is_finite(fabsf(y[j]))) channels[j].count(y[j]);
+        }
       }
     }
     if (!complete) return;
@@ -258,7 +260,7 @@ struct Append {
     }
   }
 
-  // Stores the scales and zero points of block `block`; gives zero points and reciprocal scales.
+  // Stores the scales and zero points of block `block`; gives zero points and reciprocals.
   template <class Format>
   KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int block,
                                    float (&zero)[8], float (&r)[8]) const {
@@ -269,7 +271,7 @@ struct Append {
       const uint16_t z = kSymmetric ? 0 : channels[j].zero_point();
       zero[j] = half_of(z);
       const uint16_t s = channels[j].scale(zero[j]);
-      r[j] = rcp_rn(half_of(s));
+      r[j] = Channel<Format>::reciprocal(s);
       zeros[j / 2] |= uint32_t(z) << 16 * (j % 2);
       scales[j / 2] |= uint32_t(s) << 16 * (j % 2);
     }

@@ -316,8 +316,10 @@ inline uint32_t convert_e4m3x2(uint32_t x) {
 inline float add_rn(float a, float b) { return a + b; }
 inline float sub_rn(float a, float b) { return a - b; }
 inline float mul_rn(float a, float b) { return a * b; }
+inline float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rcp_rn(float x) { return 1.0f / x; }
 inline float round_even(float x) { return nearbyintf(x); }
+inline float max_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fmaxf(a, b); }
 inline uint32_t float_bits(float x) { return emulator::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return emulator::bit_cast<float>(x); }
 inline float exp2_approx(float x) {

@@ -22,12 +22,12 @@ soak: .venv/installed
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py
 
-# The kernels' tests on a library that watches addresses and undefined behaviour, then on one that watches for races:
-# only on threads of its own, because torch's are not instrumented.
+# The kernels' tests on a library that watches addresses and undefined behaviour (the CUDA kernels in the emulator), then
+# on one that watches for races: only on threads of its own, because torch's are not instrumented.
 sanitize: .venv/installed
 	$(call build_sanitized,asan,address;undefined)
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-		$(call test_sanitized,asan)
+		$(call test_sanitized,asan) tests/test_emulator.py tests/test_cuda_append.py
 	$(call build_sanitized,tsan,thread)
 	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66 $(call test_sanitized,tsan) -k own_threads
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -134,7 +135,9 @@ def _compile(*arguments: str) -> Path:
         raise OSError("the emulator needs a C++ compiler: neither g++ nor c++ is on the PATH")
     target = Path(_folder().name) / f"{next(_numbers)}.so"
     command = [compiler, *_FLAGS.split(), *_INCLUDE, *arguments, "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The compiler itself needs no sanitizer.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return target

@@ -72,7 +72,7 @@ def macros(call: arguments.Append) -> dict[str, int]:
     }
 
 
-def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800):
+def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800, threads=128):
     """`reference.quantize_append`, by the kernel."""
     call = arguments.append(key, value, keys, values, faults, padding, start)
     reads = [key, value, padding, keys.device_length]
@@ -81,7 +81,7 @@ def append(key, value, keys, values, faults, padding=None, *, start, parts=3, ar
         writes += [states.data, states.scale, states.zero_point, states.recent, states.sink]
     grid = (parts, 2 * call.num_kv_heads, call.batch)
     emulator.Device(arch).launch(
-        "quantize_append_kernel", macros(call), grid, 128, 0, call, reads=reads, writes=writes
+        "quantize_append_kernel", macros(call), grid, threads, 0, call, reads=reads, writes=writes
     )
 
 
@@ -178,6 +178,15 @@ def test_e4m3_with_the_instruction(store):
     x = extreme(torch.bfloat16, 2, 2, 70, 64)
     kv = (x, x.flip(2), SPECS["fp8-channel32"], SPECS["fp8-rotated"])
     same_bytes(store(*kv, append=functools.partial(append, arch=890)), store(*kv, append=reference.quantize_append))
+
+
+def test_blocks_of_other_sizes(store):
+    x, padding = extreme(torch.bfloat16, 2, 2, 300, 128), left_padding(300, 0, 30)
+    kv = (x, x.flip(2), SPECS["int4-channel"], SPECS["int4-group64-rotated"])
+    window = dict(padding=padding, recent_length=20, sink_length=3, chunks=(100, 5, 195))
+    expected = store(*kv, append=reference.quantize_append, **window)
+    for threads in (64, 256):
+        same_bytes(store(*kv, append=functools.partial(append, threads=threads), **window), expected)
 
 
 def stored(store, n, **window):

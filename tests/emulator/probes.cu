@@ -216,7 +216,9 @@ KVQUANT_KERNEL(exchange_kernel, 1, KVQUANT_ARGUMENT Probe p) {
     kLaneOutOfRange,
     kWriteAfterRead,
     kWriteAfterOthersRead,
-    kRelaxedAndPlain
+    kRelaxedAndPlain,
+    kBlockReadBefore,
+    kNoBarrierInGlobal
   };
   KVQUANT_SHARED(int32_t, across, KVQUANT_THREADS);
   KVQUANT_SHARED(int32_t, beside, KVQUANT_THREADS);
@@ -256,6 +258,7 @@ KVQUANT_KERNEL(exchange_kernel, 1, KVQUANT_ARGUMENT Probe p) {
     if (block == 0) global_store_relaxed(output + i, 1);
     if (block == 1) sum += global_load(output + i);
   }
+  if (variant == kBlockReadBefore && block == 0) sum += global_load(output + n + i);
   if (variant == kExitBeforeBarrier && i == 77) return;
   if (variant == kOtherBarrier && i >= 64) block_barrier();
 
@@ -270,10 +273,13 @@ KVQUANT_KERNEL(exchange_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   sum += across[i ^ 33];
   if (variant == kWriteAfterOthersRead && i == 100) across[32] = 0;
 
-  if (variant == kHalfWarpShuffles && i % 32 < 16) sum += shuffle_xor(i, 1);
+  if (variant == kHalfWarpShuffles) {
+    if (i % 32 < 16) shuffle_xor(i, 1);
+    return;
+  }
   if (variant == kShuffleAfterExit) {
-    if (i == 40) return;
-    sum += shuffle_xor(i, 1);
+    if (i != 40) shuffle_xor(i, 1);
+    return;
   }
   if (variant == kOtherCollective) {
     if (i % 2) {
@@ -283,5 +289,10 @@ KVQUANT_KERNEL(exchange_kernel, 1, KVQUANT_ARGUMENT Probe p) {
     }
   }
   if (variant == kLaneOutOfRange) sum += shuffle(i, i % 32 + 1);
+  // Global memory is ordered by the block's barriers, too.
+  global_store(output + n * block + i, i);
+  if (variant != kNoBarrierInGlobal) block_barrier();
+  sum += global_load(output + n * block + (i ^ 64));
+  block_barrier();
   global_store(output + n * block + i, sum);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 
 import emulator
 import pytest
@@ -225,6 +226,36 @@ def test_sinks_of_columns_that_were_cropped_are_free(store):
         append(new[:, :, :n], new[:, :, :n], *got, count, padding, start=start)
         reference.quantize_append(new[:, :, :n], new[:, :, :n], *expected, count, padding, start=start)
         same_bytes(got, expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sequence_of_appends_and_crops(store, seed):
+    choose = random.Random(seed)
+    k, v, head_dim, v_head_dim, dtype = choose.choice(CASES)
+    capacity = choose.choice([130, 256, 611])
+    padding = torch.rand(2, choose.randrange(1, capacity)) < choose.choice([0, 0.1, 0.9])
+    make = functools.partial(extreme, DTYPES[dtype], 2, 2)
+    columns = [make(capacity, d) for d in (head_dim, v_head_dim)]
+    start = choose.randrange(1, capacity)
+    window = dict(recent_length=choose.choice([0, 1, 70]), sink_length=choose.choice([0, 3, 33]))
+    first = [x[:, :, :start] for x in columns]
+    got, expected = (
+        store(*first, SPECS[k], SPECS[v], capacity=capacity, append=reference.quantize_append, **window)
+        for _ in range(2)
+    )
+    faults = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    for _ in range(8):
+        if choose.random() < 0.3:
+            start = choose.randrange(max(start - 64, 0), start + 1)
+        n = min(choose.choice([1, 1, 2, 17, 64, 200]), capacity - start)
+        if n == 0:
+            continue
+        new = [x[:, :, start : start + n] * choose.choice([1, -2]) for x in columns]
+        append(*new, *got, faults[0], padding, start=start, parts=choose.choice([1, 2, 5]))
+        reference.quantize_append(*new, *expected, faults[1], padding, start=start)
+        same_bytes(got, expected)
+        assert torch.equal(*faults)
+        start += n
 
 
 def test_nothing_outside_of_the_storage_is_written(store):

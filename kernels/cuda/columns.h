@@ -25,8 +25,7 @@ struct SameConst<const From, To> {
   using Type = const To;
 };
 
-// A (batch row, kv head, 16 query rows). Query row r of a kv head is query r % q_len of its head
-// r / q_len. What is rarely asked is computed when it is: registers are short.
+// A batch row and a kv head. What is rarely asked is computed when it is: registers are short.
 struct Place {
   const KvquantAttention& a;
   int kv_len;
@@ -38,23 +37,9 @@ struct Place {
     return int(length < a.kv_len ? length : a.kv_len);
   }
   KVQUANT_DEVICE int batch() const { return block_index_z(); }
-  KVQUANT_DEVICE int q_len() const { return int(a.q_len); }
-  KVQUANT_DEVICE int q_per_kv() const { return int(a.num_heads) / int(a.num_kv_heads); }
-  KVQUANT_DEVICE int rows() const { return q_per_kv() * q_len(); }
   KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
   KVQUANT_DEVICE int kv_head() const { return block_index_y() / row_tiles(); }
-  KVQUANT_DEVICE int first_row() const { return block_index_y() % row_tiles() * kRows; }
-  KVQUANT_DEVICE int first_position() const { return kv_len - q_len(); }
-
-  // Of row `row` of the block; rows beyond the last one repeat it.
-  KVQUANT_DEVICE bool exists(int row) const { return first_row() + row < rows(); }
-  KVQUANT_DEVICE int query_row(int row) const {
-    return exists(row) ? first_row() + row : rows() - 1;
-  }
-  KVQUANT_DEVICE int head(int row) const {
-    return kv_head() * q_per_kv() + query_row(row) / q_len();
-  }
-  KVQUANT_DEVICE int query(int row) const { return query_row(row) % q_len(); }
+  KVQUANT_DEVICE int first_position() const { return kv_len - int(a.q_len); }
 
   // Of this batch row and kv head, with the strides of a stored tensor.
   template <class T>
@@ -62,6 +47,30 @@ struct Place {
     using Byte = typename SameConst<T, uint8_t>::Type;
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + batch() * stride[0] +
                                 kv_head() * stride[1]);
+  }
+};
+
+// The query rows of a block: 16 of those of its kv head, whose row r is query r % q_len of its head
+// r / q_len. Made anew where it is needed.
+struct QueryRows {
+  int first_head, q_len, first, count;
+
+  KVQUANT_DEVICE explicit QueryRows(const Place& p) {
+    const int q_per_kv = int(p.a.num_heads) / int(p.a.num_kv_heads), tiles = p.row_tiles();
+    const int kv_head = block_index_y() / tiles;
+    q_len = int(p.a.q_len);
+    first_head = kv_head * q_per_kv;
+    first = (block_index_y() - kv_head * tiles) * kRows;
+    count = q_per_kv * q_len;
+  }
+  KVQUANT_DEVICE bool exists(int row) const { return row < kRows && first + row < count; }
+  // Rows beyond the last one repeat it.
+  KVQUANT_DEVICE int wrapped(int row) const { return exists(row) ? first + row : count - 1; }
+  KVQUANT_DEVICE int head(int row) const { return first_head + wrapped(row) / q_len; }
+  KVQUANT_DEVICE int query(int row) const { return wrapped(row) % q_len; }
+  // Among the rows `[batch, num_heads, q_len]` of the output.
+  KVQUANT_DEVICE int64_t output_row(const Place& p, int row) const {
+    return (int64_t(p.batch()) * p.a.num_heads + head(row)) * q_len + query(row);
   }
 };
 

@@ -66,13 +66,12 @@ KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, cons
 
 // A list that is empty leaves its mark: no column.
 KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int index) {
-  for (int row = thread_index(); row < kRows; row += 32 * kWarps) {
-    if (!p.exists(row)) continue;
-    const int64_t head_row = (int64_t(p.batch()) * p.a.num_heads + p.head(row)) * p.q_len();
-    global_store(
-        reinterpret_cast<Pair*>(partials.states) + partials.at(head_row + p.query(row), index),
-        Pair{-infinity(), 0.0f});
-  }
+  const QueryRows rows(p);
+  const int row = thread_index();
+  if (!rows.exists(row)) return;
+  global_store(
+      reinterpret_cast<Pair*>(partials.states) + partials.at(rows.output_row(p, row), index),
+      Pair{-infinity(), 0.0f});
 }
 
 }  // namespace kvquant

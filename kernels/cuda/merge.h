@@ -40,12 +40,12 @@ struct BlockMerge {
     finish_sums(part, factor);
     add_warps(part);
     if (part.warp != 0) return;
+    const QueryRows rows(p);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = part.g + 8 * r;
-      if (!p.exists(row)) continue;
-      const int64_t at = partials.at(
-          (int64_t(p.batch()) * p.a.num_heads + p.head(row)) * p.q_len() + p.query(row), index);
+      if (!rows.exists(row)) continue;
+      const int64_t at = partials.at(rows.output_row(p, row), index);
       if (part.t == 0) {
         global_store(reinterpret_cast<Pair*>(partials.states) + at, Pair{max[r] * kLn2, sum[r]});
       }

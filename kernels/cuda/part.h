@@ -318,7 +318,8 @@ struct Part {
 
   KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,
                            float (&x)[kEights][4]) const {
-    const RowMask rows[2] = {RowMask(mask, g), RowMask(mask, g + 8)};
+    const QueryRows block_rows(p);
+    const RowMask rows[2] = {RowMask(mask, block_rows, g), RowMask(mask, block_rows, g + 8)};
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
 #pragma unroll

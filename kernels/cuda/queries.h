@@ -43,31 +43,38 @@ struct Queries {
   // By all threads of the block; complete after a block_barrier().
   KVQUANT_DEVICE void prepare(const Place& p) const {
     constexpr int kEach = (kRows + kWarps - 1) / kWarps;
+    const QueryRows block_rows(p);
     WarpRow<kDim> rows[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) load(p, warp_index() + i * kWarps, rows[i]);
-    if constexpr (8 * K::kParts != kDim) {  // numbers of no channel
-      for (int i = thread_index(); i < 128 * kSteps; i += 32 * kWarps) fragments[i] = 0u;
-      block_barrier();
+    for (int i = 0; i < kEach; ++i) {
+      const int row = warp_index() + i * kWarps;
+      if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
     }
+    // Rows that are none, and numbers of no channel.
+    const auto words = shared_cast<Words4>(fragments);
+    for (int i = thread_index(); i < kBytes / 16; i += 32 * kWarps)
+      words[i] = Words4{0u, 0u, 0u, 0u};
+    block_barrier();
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (warp_index() + i * kWarps < kRows) store(p, warp_index() + i * kWarps, rows[i]);
+      const int row = warp_index() + i * kWarps;
+      if (block_rows.exists(row)) store(p, row, rows[i]);
     }
   }
 
  private:
-  static KVQUANT_DEVICE void load(const Place& p, int row, WarpRow<kDim>& x) {
+  static KVQUANT_DEVICE void load(const Place& p, const QueryRows& rows, int row,
+                                  WarpRow<kDim>& x) {
     const KvquantAttention& a = p.a;
     const auto* q = reinterpret_cast<const uint16_t*>(a.query + p.batch() * a.query_stride[0] +
-                                                      p.head(row) * a.query_stride[1] +
-                                                      p.query(row) * a.query_stride[2]);
+                                                      rows.head(row) * a.query_stride[1] +
+                                                      rows.query(row) * a.query_stride[2]);
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = x.channel(r) + i;
-        const uint32_t bits = p.exists(row) && c < kDim ? uint32_t(global_load(q + c)) : 0u;
+        const uint32_t bits = c < kDim ? uint32_t(global_load(q + c)) : 0u;
         x.x[r][i] = kIsBFloat16 ? bfloat16_low(bits) : half_low(bits);
       }
     }

@@ -61,10 +61,10 @@ struct Mask {
     return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] +
            query * a.mask_stride[2];
   }
-  // What all rows have in common at `column`.
+  // What all rows have in common at `column`: the same for all heads, too.
   KVQUANT_DEVICE Seen common(int column) const {
     if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
-    return mask_at(p.a, row(p.kv_head() * p.q_per_kv(), 0), column);
+    return mask_at(p.a, row(0, 0), column);
   }
 };
 
@@ -74,12 +74,12 @@ struct RowMask {
   const uint8_t* row = nullptr;
   int position, k_from, v_from;
 
-  KVQUANT_DEVICE RowMask(const Mask& mask, int r) : mask(mask) {
+  KVQUANT_DEVICE RowMask(const Mask& mask, const QueryRows& rows, int r) : mask(mask) {
     const Place& p = mask.p;
-    position = p.first_position() + p.query(r);
+    position = p.first_position() + rows.query(r);
     k_from = Copies::of<StoredKeys>(p.a.keys, p).dense_from(position, p.kv_len);
     v_from = Copies::of<StoredValues>(p.a.values, p).dense_from(position, p.kv_len);
-    if (p.a.mask_kind != kNoMask) row = mask.row(p.head(r), p.query(r));
+    if (p.a.mask_kind != kNoMask) row = mask.row(rows.head(r), rows.query(r));
   }
   KVQUANT_DEVICE Seen at(int column, bool is_sink, bool copied_keys, bool copied_values) const {
     const bool k_copied =

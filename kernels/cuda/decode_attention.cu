@@ -52,8 +52,9 @@ static_assert(kAttentionBytes == KVQUANT_ATTENTION_BYTES, "the host allocates an
 static_assert(kSplit % StoredPart::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
 static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPart::kTile == 0, "tiles lie in blocks");
 
-// Registers decide how many blocks an SM holds: 128 each for four of 128 threads.
-constexpr int kBlocks = kValueDim <= 128 ? 3 : kValueDim <= 192 ? 3 : 2;
+// Registers decide how many blocks an SM holds: of 65536 three blocks of 128 threads get 168 each,
+// two 255. Sums of values take kValueDim / 2.
+constexpr int kBlocks = kValueDim <= 128 ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,

@@ -118,7 +118,7 @@ struct Part {
       cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
       warp_barrier();  // tile i is complete, and tile i - 1 has been read
       if constexpr (kStages > 1) issue(i + kStages - 1, begin, end, key_rows, value_rows);
-      attend(i, i + 1 < end, key_scales, value_scales, factor, rule);
+      attend(i, i == begin, i + 1 < end, key_scales, value_scales, factor, rule);
       if constexpr (kStages == 1) warp_barrier();
     }
     softmax.finish();
@@ -143,7 +143,7 @@ struct Part {
     cp_async_commit();
   }
 
-  KVQUANT_DEVICE void attend(int tile, bool has_next, KeyScales& key_scales,
+  KVQUANT_DEVICE void attend(int tile, bool is_first, bool has_next, KeyScales& key_scales,
                              ValueScales& value_scales, const float (&factor)[2],
                              const ScoreRule& rule) {
     const int first = tile * kTile;
@@ -169,6 +169,12 @@ struct Part {
     if (has_next) {
       key_scales.fetch(columns, first + kTile);
       value_scales.fetch(columns, first + kTile);
+    }
+    if constexpr (Keys::kChannelGrid) {
+      const int at = columns.begin + first, block = at / Keys::kGroup;
+      if (is_first || at % Keys::kGroup == 0) {
+        order_header<kHasZeroPoint>(shared_cast<Words4>(header(block)));
+      }
     }
     warp_barrier();  // the scales are written
     if (bits == 0) return;
@@ -306,14 +312,13 @@ struct Part {
     const Words2 scale = numbers[lane_channel / 4];
     if constexpr (kHasZeroPoint) {
       const Words2 points = numbers[(kHeadDim + lane_channel) / 4];
-      const uint32_t b[2] = {prmt(points.x, points.y, 0x5410), prmt(points.x, points.y, 0x7632)};
+      const uint32_t b[2] = {points.x, points.y};
       mma_m16n8k16_f16(zero, a, b);
     }
-    const uint32_t even = prmt(scale.x, scale.y, 0x5410), odd = prmt(scale.x, scale.y, 0x7632);
-    a[0] = hmul2(a[0], even);
-    a[1] = hmul2(a[1], even);
-    a[2] = hmul2(a[2], odd);
-    a[3] = hmul2(a[3], odd);
+    a[0] = hmul2(a[0], scale.x);
+    a[1] = hmul2(a[1], scale.x);
+    a[2] = hmul2(a[2], scale.y);
+    a[3] = hmul2(a[3], scale.y);
   }
 
   KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,

@@ -99,4 +99,18 @@ KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, 
   }
 }
 
+// Brings four neighbouring channels to the order of operands: even ones, odd ones.
+template <bool kHasZeroPoint>
+KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
+  constexpr int kWords = kHeadDim / 8 * (kHasZeroPoint ? 2 : 1);
+#pragma unroll
+  for (int first = 0; first < kWords; first += 32) {
+    const int i = first + lane_index();
+    if (i >= kWords) continue;
+    const Words4 x = header[i];
+    header[i] = Words4{prmt(x.x, x.y, 0x5410), prmt(x.x, x.y, 0x7632), prmt(x.z, x.w, 0x5410),
+                       prmt(x.z, x.w, 0x7632)};
+  }
+}
+
 }  // namespace kvquant

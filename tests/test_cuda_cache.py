@@ -176,6 +176,19 @@ class TestKept:
             warnings.simplefilter("error")
             assert not compiled().cached
 
+    def test_until_a_file_is_whole_the_old_one_is_read(self, kernels, monkeypatch):
+        disk_cache.write("key", {"n": 1}, b"old")
+        rename, seen = os.replace, []
+
+        def watched(*names):
+            seen.append(disk_cache.read("key"))
+            rename(*names)
+
+        monkeypatch.setattr(os, "replace", watched)
+        disk_cache.write("key", {"n": 2}, b"new")
+        assert seen == [({"n": 1}, b"old")]
+        assert disk_cache.read("key") == ({"n": 2}, b"new")
+
     def test_a_failed_write_leaves_nothing(self, kernels, monkeypatch):
         def full(*args):
             raise OSError(28, "No space left on device")

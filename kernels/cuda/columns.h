@@ -28,9 +28,10 @@ struct SameConst<const From, To> {
 // A batch row and a kv head. What is rarely asked is computed when it is: registers are short.
 struct Place {
   const KvquantAttention& a;
-  int kv_len;
+  int kv_len, kv_head;
 
-  KVQUANT_DEVICE explicit Place(const KvquantAttention& a) : a(a), kv_len(length(a)) {}
+  KVQUANT_DEVICE explicit Place(const KvquantAttention& a)
+      : a(a), kv_len(length(a)), kv_head(block_index_y() / row_tiles()) {}
   static KVQUANT_DEVICE int length(const KvquantAttention& a) {
     if (a.length == nullptr) return int(a.kv_len);
     const int64_t length = global_load(a.length);
@@ -38,7 +39,6 @@ struct Place {
   }
   KVQUANT_DEVICE int batch() const { return block_index_z(); }
   KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
-  KVQUANT_DEVICE int kv_head() const { return block_index_y() / row_tiles(); }
   KVQUANT_DEVICE int first_position() const { return kv_len - int(a.q_len); }
 
   // Of this batch row and kv head, with the strides of a stored tensor.
@@ -46,7 +46,7 @@ struct Place {
   KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2]) const {
     using Byte = typename SameConst<T, uint8_t>::Type;
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + batch() * stride[0] +
-                                kv_head() * stride[1]);
+                                kv_head * stride[1]);
   }
 };
 
@@ -57,10 +57,9 @@ struct QueryRows {
 
   KVQUANT_DEVICE explicit QueryRows(const Place& p) {
     const int q_per_kv = int(p.a.num_heads) / int(p.a.num_kv_heads), tiles = p.row_tiles();
-    const int kv_head = block_index_y() / tiles;
     q_len = int(p.a.q_len);
-    first_head = kv_head * q_per_kv;
-    first = (block_index_y() - kv_head * tiles) * kRows;
+    first_head = p.kv_head * q_per_kv;
+    first = (block_index_y() - p.kv_head * tiles) * kRows;
     count = q_per_kv * q_len;
   }
   KVQUANT_DEVICE bool exists(int row) const { return row < kRows && first + row < count; }

@@ -24,7 +24,7 @@
 //   int4          64 + 8   64 + 2     79      + 31              9    20       H200    99
 //   int4-small    64 + 2   64 + 2     67      + 31              8    20       H100   141
 //   int8          128 + 8  128 + 2    56      + 16              5    8        A100   153
-//   int8-plain    128 + 2  128 + 2    48      + 16              4    12       4090   655
+//   int8-plain    128 + 2  128 + 2    50      + 16              4    10       4090   655
 //   fp8           128 + 2  128 + 2    64      + 16              4    24
 //
 // A scheduler issues one instruction a cycle, so int4 on an H200 asks for 79 + 31 of 99 cycles at

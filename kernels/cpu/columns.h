@@ -24,21 +24,22 @@ uint64_t bits_where(int n, Load attends) {
 }
 
 struct MaskRow {
-  const KvquantAttention& a;
+  const KvquantAttention* a;
   const uint8_t* row;  // of this batch row, head and query
   int64_t position;    // of the query
 
+  MaskRow() = default;
   MaskRow(const KvquantAttention& a, int64_t b, int64_t head, int64_t j)
-      : a(a), row(a.mask), position(a.kv_len - a.q_len + j) {
+      : a(&a), row(a.mask), position(a.kv_len - a.q_len + j) {
     if (row) row += b * a.mask_stride[0] + head * a.mask_stride[1] + j * a.mask_stride[2];
   }
 
   // Bits of the columns first .. first + n that the query sees; an additive mask's numbers go to
   // `bias`.
   uint64_t visible(int64_t first, int n, float* bias) const {
-    const int64_t step = a.mask_stride[3];
+    const int64_t step = a->mask_stride[3];
     const uint8_t* p = row + first * step;
-    switch (a.mask_kind) {
+    switch (a->mask_kind) {
       case kNoMask:
         return lowest_bits(position + 1 - first) & lowest_bits(n);
       case kPaddingMask:
@@ -56,8 +57,8 @@ struct MaskRow {
 
  private:
   uint64_t nonzero(const uint8_t* p, int64_t step, int n) const {
-    if (a.mask_width == 1) return bits_where(n, [&](int i) { return p[i * step] != 0; });
-    if (a.mask_width == 4)
+    if (a->mask_width == 1) return bits_where(n, [&](int i) { return p[i * step] != 0; });
+    if (a->mask_width == 4)
       return bits_where(n, [&](int i) { return *(const int32_t*)(p + i * step) != 0; });
     return bits_where(n, [&](int i) { return *(const int64_t*)(p + i * step) != 0; });
   }

@@ -39,8 +39,10 @@ inline Vec tanh_of(Vec x) {
 }
 
 // A softmax state while its scores arrive: the sum in as many parts as a vector has lanes, so that
-// it is added up only once.
+// it is added up only once, and `max` up to kLag below the largest score, so that what is accumulated
+// is seldom scaled.
 struct RunningSoftmax {
+  static constexpr float kLag = 8.0f;
   SoftmaxState state;
   alignas(64) float sums[Vec::kWidth] = {};
 
@@ -53,27 +55,26 @@ struct RunningSoftmax {
   // Scores of a tile become weights; hidden columns weigh 0. Returns the factor of what is
   // accumulated.
   float update(float* x, uint64_t visible, const float* bias, float scaling, float softcap) {
-    constexpr int W = Vec::kWidth;
+    constexpr int W = Vec::kWidth, kVecs = kTile / W;
     const Vec hidden(-__builtin_inff());
-    Vec largest = hidden;
-    for (int i = 0; i < kTile; i += W) {
-      Vec s = Vec::load(x + i) * Vec(scaling);
-      if (softcap != 0.0f) s = Vec(softcap) * tanh_of(s * Vec(1.0f / softcap));
-      if (bias) s = s + Vec::load(bias + i);
-      s = Vec::where(uint32_t(visible >> i), s, hidden);
-      s.store(x + i);
-      largest = Vec::max(s, largest);
+    Vec s[kVecs], largest = hidden;
+    for (int i = 0; i < kVecs; ++i) {
+      s[i] = Vec::load(x + i * W) * Vec(scaling);
+      if (softcap != 0.0f) s[i] = Vec(softcap) * tanh_of(s[i] * Vec(1.0f / softcap));
+      if (bias) s[i] = s[i] + Vec::load(bias + i * W);
+      s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
+      largest = Vec::max(s[i], largest);
     }
     Vec sum = Vec::load(sums);
     float factor = 1.0f;
-    if (Vec::less(Vec(state.max), largest) != 0) {
+    if (Vec::less(Vec(state.max + kLag), largest) != 0) {
       factor = state.update(Vec::largest(largest));
       sum = sum * Vec(factor);
     }
     const Vec base(state.base());
-    for (int i = 0; i < kTile; i += W) {
-      const Vec p = Vec::exp(Vec::load(x + i) - base);
-      p.store(x + i);
+    for (int i = 0; i < kVecs; ++i) {
+      const Vec p = Vec::exp(s[i] - base);
+      p.store(x + i * W);
       sum = sum + p;
     }
     sum.store(sums);
@@ -193,6 +194,16 @@ struct DecodeAttention {
     }
     keys.prepare(k_body, q_body, padded, prepared);
 
+    // Who sees what, of each row; the rows that pad a block repeat the last one.
+    MaskRow mask[kMaxRows + 3];
+    int64_t k_dense_from[kMaxRows + 3], v_dense_from[kMaxRows + 3];
+    for (int r = 0; r < padded; ++r) {
+      const int row = row0 + (r < m ? r : m - 1);
+      mask[r] = MaskRow(a, b, h * q_per_kv + row / a.q_len, row % a.q_len);
+      k_dense_from[r] = k_copies.dense_from(mask[r].position, a.kv_len);
+      v_dense_from[r] = v_copies.dense_from(mask[r].position, a.kv_len);
+    }
+
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
@@ -203,13 +214,9 @@ struct DecodeAttention {
           k_from_copy[kMaxRows + 3];
       uint64_t any_k_body = 0, any_k_copy = 0, any_v_body = 0, any_v_copy = 0;
       for (int r = 0; r < padded; ++r) {
-        const int row = row0 + (r < m ? r : m - 1);
-        const MaskRow mask(a, b, h * q_per_kv + row / a.q_len, row % a.q_len);
-        visible[r] = mask.visible(first, n, bias + r * kTile);
-        const uint64_t k_copy = bits_from(k_copies.dense_from(mask.position, a.kv_len), first) |
-                                (k_copies.sink ? sinks : 0);
-        const uint64_t v_copy = bits_from(v_copies.dense_from(mask.position, a.kv_len), first) |
-                                (v_copies.sink ? sinks : 0);
+        visible[r] = mask[r].visible(first, n, bias + r * kTile);
+        const uint64_t k_copy = bits_from(k_dense_from[r], first) | (k_copies.sink ? sinks : 0);
+        const uint64_t v_copy = bits_from(v_dense_from[r], first) | (v_copies.sink ? sinks : 0);
         k_from_copy[r] = visible[r] & k_copy;
         v_from_copy[r] = visible[r] & v_copy;
         v_from_body[r] = visible[r] & ~v_copy;

@@ -33,11 +33,17 @@ struct Quads {
   friend Quads operator^(Quads a, Quads b) { return _mm512_xor_si512(a.v, b.v); }
   friend Quads operator&(Quads a, Quads b) { return _mm512_and_si512(a.v, b.v); }
   Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)) & Quads(15); }
+  // 16 (nibble - 8) as signed bytes, of the low and of the high nibbles.
+  Quads low_centered() const { return Quads(_mm512_slli_epi16(v, 4)).high_centered(); }
+  Quads high_centered() const {
+    const Quads high(0xf0), sign(0x80);
+    return _mm512_ternarylogic_epi32(v, high.v, sign.v, 0x6a);  // (v & high) ^ sign
+  }
 
-  // Lane l is the 16 bytes (8 if `half`, then zeros) at p + l * stride.
-  static Quads lanes(const uint8_t* p, int64_t stride, bool half) {
+  // Lane l is the 16 bytes (8 if `half`, then zeros) at p[l] + offset.
+  static Quads lanes(const uint8_t* const* p, int64_t offset, bool half) {
     const auto at = [&](int l) {
-      const auto* from = (const __m128i*)(p + l * stride);
+      const auto* from = (const __m128i*)(p[l] + offset);
       return half ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
     };
     const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
@@ -53,6 +59,17 @@ struct Quads {
     x[2] = _mm512_unpacklo_epi64(b, d);
     x[3] = _mm512_unpackhi_epi64(b, d);
   }
+  // Lane i of x[j] becomes lane j of x[i].
+  static void transpose_lanes(Vec* x) {
+    const __m512 a = _mm512_shuffle_f32x4(x[0].v, x[1].v, 0x44);
+    const __m512 b = _mm512_shuffle_f32x4(x[0].v, x[1].v, 0xee);
+    const __m512 c = _mm512_shuffle_f32x4(x[2].v, x[3].v, 0x44);
+    const __m512 d = _mm512_shuffle_f32x4(x[2].v, x[3].v, 0xee);
+    x[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[2] = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
   // Within each lane: byte 8 part + 4i + j of x[k] becomes byte 4j + k of out[i].
   static void interleave_bytes(const Quads* x, int part, Quads* out) {
     const auto unpack = [&](Quads a, Quads b) {
@@ -64,81 +81,111 @@ struct Quads {
   }
 };
 
-// Weights are whole numbers of n signed bytes, lowest first; their common factor is float.
-template <int n>
-struct IntDot {
-  static constexpr int kPasses = n;                      // vectors of weights
-  static constexpr int kQuadsOfFour = 1;                 // quads that hold four numbers
-  static constexpr float kLargest = 127 << 8 * (n - 1);  // rounded up still n bytes
+// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the numbers, then infinity,
+// then NaN.
+struct Largest {
+  __m512i bits = _mm512_setzero_si512();
 
-  // The factor of `count` numbers (a multiple of 16): NaN if one is not finite.
-  static float factor(const float* x, int count) {
-    // Without signs the bits of floats are in the order of the numbers, then infinity, then NaN.
-    __m512i largest = _mm512_setzero_si512();
-    for (int c = 0; c < count; c += 16) {
-      const __m512i bits = _mm512_loadu_si512(x + c);
-      largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-    }
-    const uint32_t bits = _mm512_reduce_max_epu32(largest);
-    if (bits >= 0x7f800000u) return __builtin_nanf("");
-    const float most = float_of(bits);
-    return most < 1e-30f ? 0.0f : most * (1.0f / kLargest);
+  void take(Vec x) {
+    const __m512i magnitude = _mm512_castps_si512(Vec::abs(x).v);
+    bits = _mm512_max_epu32(bits, magnitude);
   }
+  // The factor that makes the largest `weight`: NaN if a number is not finite.
+  float factor(float weight) const {
+    const uint32_t most = _mm512_reduce_max_epu32(bits);
+    if (most >= 0x7f800000u) return __builtin_nanf("");
+    return float_of(most) < 1e-30f ? 0.0f : float_of(most) * (1.0f / weight);
+  }
+};
+
+// Weights are whole numbers of n bytes, lowest first; their common factor is float.
+template <int n, bool kSignedWeights>
+struct IntDot {
+  static constexpr int kPasses = n;       // vectors of weights
+  static constexpr int kQuadsOfFour = 1;  // quads that hold four numbers
+  // Rounded up still n bytes.
+  static constexpr float kLargest = (kSignedWeights ? 127 : 255) << 8 * (n - 1);
+
+  static float factor(const Largest& x) { return x.factor(kLargest); }
   static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
 
   // The quads of 64 numbers of magnitude up to kLargest (and a rounding error), byte k from
-  // quads + k * stride on; returns the sum of the weights.
-  static int32_t split(const Vec* x, int32_t* quads, int stride) {
-    __m512i w[4], sum = _mm512_setzero_si512();
-    for (int i = 0; i < 4; ++i) {
-      w[i] = _mm512_cvtps_epi32(x[i].v);
-      sum = _mm512_add_epi32(sum, w[i]);
-    }
-    if (n == 3) {
+  // quads + k * stride on; returns sums of the weights.
+  static __m512i split(const Vec* x, int32_t* quads, int stride) {
+    __m512i w[4];
+    for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(x[i].v);
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_add_epi32(w[0], w[1]), _mm512_add_epi32(w[2], w[3]));
+    for (int k = 0; k + 2 < n; ++k, quads += stride) {
       __m512i low[4];
       for (int i = 0; i < 4; ++i) {
-        low[i] = _mm512_srai_epi32(_mm512_slli_epi32(w[i], 24), 24);
-        w[i] = _mm512_srai_epi32(_mm512_sub_epi32(w[i], low[i]), 8);
+        low[i] = _mm512_and_si512(w[i], _mm512_set1_epi32(255));
+        w[i] = kSignedWeights ? _mm512_srai_epi32(_mm512_add_epi32(w[i], _mm512_set1_epi32(128)), 8)
+                              : _mm512_srli_epi32(w[i], 8);
       }
-      store_bytes(_mm512_packs_epi32(low[0], low[1]), _mm512_packs_epi32(low[2], low[3]), quads);
-      quads += stride;
+      store_bytes(pack(low[0], low[1]), pack(low[2], low[3]), quads);
     }
-    const __m512i ab = _mm512_packs_epi32(w[0], w[1]), cd = _mm512_packs_epi32(w[2], w[3]);
-    const auto low_of = [](__m512i x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); };
-    const auto high_of = [&](__m512i x) {
-      return _mm512_srai_epi16(_mm512_sub_epi16(x, low_of(x)), 8);
-    };
-    store_bytes(low_of(ab), low_of(cd), quads);
-    store_bytes(high_of(ab), high_of(cd), quads + stride);
-    return _mm512_reduce_add_epi32(sum);
+    __m512i ab = pack(w[0], w[1]), cd = pack(w[2], w[3]);
+    const __m512i low = _mm512_set1_epi16(255);
+    store_bytes(_mm512_and_si512(ab, low), _mm512_and_si512(cd, low), quads);
+    if (kSignedWeights) {  // The low byte counts as signed, so the high one is rounded.
+      ab = _mm512_add_epi16(ab, _mm512_set1_epi16(128));
+      cd = _mm512_add_epi16(cd, _mm512_set1_epi16(128));
+    }
+    store_bytes(_mm512_srli_epi16(ab, 8), _mm512_srli_epi16(cd, 8), quads + stride);
+    return sum;
   }
-
-  // Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
-  static void store_bytes(__m512i ab, __m512i cd, int32_t* quads) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
-  }
+  static int32_t total(__m512i sums) { return _mm512_reduce_add_epi32(sums); }
 
   __m512i sum[n];
   void clear() {
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) sum[k] = _mm512_setzero_si512();
   }
+  // Each weight for one vector of codes: out of memory.
   void add(Quads codes, const int32_t* quad, int stride) {
+    static_assert(kSignedWeights, "the instruction takes its signed bytes from memory");
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) {
       asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[k]) : "v"(codes.v), "m"(quad[k * stride]));
     }
   }
+  // For several vectors: out of registers.
+  struct Weights {
+    __m512i v[n];
+    Weights(const int32_t* quad, int stride) {
+#pragma GCC unroll 3
+      for (int k = 0; k < n; ++k) v[k] = _mm512_set1_epi32(quad[k * stride]);
+    }
+  };
+  void add(Quads codes, const Weights& weights) {
+    static_assert(!kSignedWeights, "of codes and weights one is signed");
+#pragma GCC unroll 3
+    for (int k = 0; k < n; ++k) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum[k]) : "v"(weights.v[k]), "v"(codes.v));
+    }
+  }
   // times * dot product - offset * sum of the weights; times is 1 or 2. With two bytes a whole
   // number, which wraps around on the way.
-  Vec result(int times, int32_t offset, int32_t weights) const {
+  Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
     __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
     if (times == 2) low = _mm512_add_epi32(low, low);
-    if (n == 2)
-      return _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(offset * weights)));
+    if (n == 2) {
+      if (offset) low = _mm512_sub_epi32(low, _mm512_set1_epi32(offset * weights));
+      return _mm512_cvtepi32_ps(low);
+    }
     const Vec high = Vec(_mm512_cvtepi32_ps(sum[n - 1])) * Vec(65536.0f * float(times));
     return (high - Vec(float(offset) * float(weights))) + Vec(_mm512_cvtepi32_ps(low));
+  }
+
+ private:
+  static __m512i pack(__m512i a, __m512i b) {
+    return kSignedWeights ? _mm512_packs_epi32(a, b) : _mm512_packus_epi32(a, b);
+  }
+  // Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
+  static void store_bytes(__m512i ab, __m512i cd, int32_t* quads) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
   }
 };
 
@@ -148,9 +195,9 @@ template <int n>
 struct Bf16Dot {
   static constexpr int kPasses = n, kQuadsOfFour = 2;
 
-  static float factor(const float*, int) { return 1.0f; }
+  static float factor(const Largest&) { return 1.0f; }
   static float inverse(float) { return 1.0f; }
-  static int32_t split(const Vec* x, int32_t* quads, int stride) {
+  static __m512i split(const Vec* x, int32_t* quads, int stride) {
     for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
       __m512 a = x[0].v, b = x[1].v;
       for (int k = 0; k < n; ++k) {
@@ -160,8 +207,9 @@ struct Bf16Dot {
         b = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
       }
     }
-    return 0;
+    return _mm512_setzero_si512();
   }
+  static int32_t total(__m512i) { return 0; }
 
   __m512 sum;
   void clear() { sum = _mm512_setzero_ps(); }
@@ -171,7 +219,20 @@ struct Bf16Dot {
       asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(numbers.v), "m"(quad[k * stride]));
     }
   }
-  Vec result(int, int32_t, int32_t) const { return sum; }
+  struct Weights {
+    __m512i v[n];
+    Weights(const int32_t* quad, int stride) {
+#pragma GCC unroll 3
+      for (int k = 0; k < n; ++k) v[k] = _mm512_set1_epi32(quad[k * stride]);
+    }
+  };
+  void add(Quads numbers, const Weights& weights) {
+#pragma GCC unroll 3
+    for (int k = 0; k < n; ++k) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(numbers.v), "v"(weights.v[k]));
+    }
+  }
+  Vec result(int = 1, int32_t = 0, int32_t = 0) const { return sum; }
 
  private:
   static __m512 float_of(__m256i numbers) {

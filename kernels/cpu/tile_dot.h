@@ -26,23 +26,44 @@ constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
 
-// How stored bytes become operands of a dot product: `expand` makes kOut vectors of one. The
-// numbers are then (kTimes * dot - kOffset * sum of weights) / kTimes.
+// How stored bytes become operands of a dot product: `expand` makes kOut vectors of one.
+//
+// Keys are codes from 0 on, their numbers (kTimes * dot - kOffset * sum of weights) / kTimes.
 template <class Format, bool kCentered, int kBytes>
-struct Operand {
-  using Dot = IntDot<kBytes>;
+struct KeyOperand {
+  using Dot = IntDot<kBytes, true>;
   static constexpr bool kNibbles = false;
   static constexpr int kOut = 1, kTimes = 1, kOffset = kCentered ? 128 : 0;
   void expand(Quads x, Quads* out) const { out[0] = kCentered ? x ^ Quads(128) : x; }
 };
 template <bool kCentered, int kBytes>
-struct Operand<Nibble, kCentered, kBytes> {
-  using Dot = IntDot<kBytes>;
+struct KeyOperand<Nibble, kCentered, kBytes> {
+  using Dot = IntDot<kBytes, true>;
   static constexpr bool kNibbles = true;
   static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1, kOffset = kCentered ? 15 : 0;
   void expand(Quads x, Quads* out) const {
     out[0] = x & Quads(15);
     out[1] = x.high_nibbles();
+  }
+};
+// Values are signed, their weights are not; the numbers are dot * kUnit + kHalf * sum of weights.
+template <class Format, int kBytes>
+struct ValueOperand {
+  using Dot = IntDot<kBytes, false>;
+  static constexpr bool kNibbles = false;
+  static constexpr int kOut = 1;
+  static constexpr float kUnit = 1.0f, kHalf = 0.0f;
+  void expand(Quads x, Quads* out) const { out[0] = x; }
+};
+template <int kBytes>
+struct ValueOperand<Nibble, kBytes> {
+  using Dot = IntDot<kBytes, false>;
+  static constexpr bool kNibbles = true;
+  static constexpr int kOut = 2;
+  static constexpr float kUnit = 0.0625f, kHalf = 0.5f;
+  void expand(Quads x, Quads* out) const {
+    out[0] = x.low_centered();
+    out[1] = x.high_centered();
   }
 };
 #ifdef __AVX512BF16__
@@ -51,6 +72,7 @@ struct E4M3Operand {
   using Dot = Bf16Dot<kPasses>;
   static constexpr bool kNibbles = false;
   static constexpr int kOut = 2, kTimes = 1, kOffset = 0;
+  static constexpr float kUnit = 1.0f, kHalf = 0.0f;
   const E4M3ToBf16 table;
   void expand(Quads x, Quads* out) const { table.expand(x, out); }
 };
@@ -66,16 +88,19 @@ struct Share {
 // multiple of 64 numbers.
 template <class Dot>
 inline Share make_weights(const float* x, int n, int32_t* quads, int stride) {
-  Share share{Dot::factor(x, n), 0};
-  const Vec inverse(Dot::inverse(share.factor));
+  Largest largest;
+  for (int c = 0; c < n; c += 16) largest.take(Vec::load(x + c));
+  const float factor = Dot::factor(largest);
+  const Vec inverse(Dot::inverse(factor));
+  __m512i sum = _mm512_setzero_si512();
   for (int c = 0; c < n; c += 64) {
     Vec v[4];
     for (int i = 0; i < 4; ++i) {
       v[i] = c + 16 * i < n ? Vec::load(x + c + 16 * i) * inverse : Vec(0.0f);
     }
-    share.sum += Dot::split(v, quads + c / 4 * Dot::kQuadsOfFour, stride);
+    sum = _mm512_add_epi32(sum, Dot::split(v, quads + c / 4 * Dot::kQuadsOfFour, stride));
   }
-  return share;
+  return {factor, Dot::total(sum)};
 }
 
 // The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.
@@ -108,6 +133,28 @@ inline void for_row_blocks(int rows, F f) {
 inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
   __builtin_prefetch(p + kTile * row_bytes, 0, 2);
 }
+
+// A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16 pointers, for
+// which there are no registers.
+struct Columns16 {
+  const uint8_t* group[4];
+  int64_t column[4];
+
+  Columns16(const uint8_t* p, int64_t row_bytes) {
+    for (int i = 0; i < 4; ++i) {
+      group[i] = p + 4 * i * row_bytes;
+      column[i] = i * row_bytes;
+      asm("" : "+r"(group[i]), "+r"(column[i]));
+    }
+  }
+  void advance(int bytes) {
+#pragma GCC unroll 4
+    for (int64_t& c : column) {
+      c += bytes;
+      asm("" : "+r"(c));
+    }
+  }
+};
 
 template <class Operand>
 struct DotKeys {
@@ -145,26 +192,14 @@ struct DotKeys {
     const int groups = keys.channel_grid ? 1 : int(keys.num_scales);
     const int group_bytes = int(keys.row_bytes / groups);
     const int group_quads = keys.head_dim / groups / 4 * Dot::kQuadsOfFour;
-    alignas(64) float scale[kMaxGroups][kTile];
-    for (int g = 0; !keys.channel_grid && g < groups; ++g) load_scales(keys, g, first, n, scale[g]);
-    for (int i = 0; i < kTile; i += Quads::kCount) {
-      for (int g = 0; g < groups; ++g) {
-        for_row_blocks<4>(rows, [&](int r0, auto block) {
-          Dot sum[block];
-          score_columns<block>(data + i * keys.row_bytes + g * group_bytes, keys.row_bytes,
-                               group_bytes, row + r0, g * group_quads, sum);
-          for (int r = r0; r < r0 + block; ++r) {
-            const Share share = row[r].share[g];
-            float* out = scores + r * kTile + i;
-            Vec s = sum[r - r0].result(Operand::kTimes, Operand::kOffset, share.sum) *
-                    Vec(share.factor / Operand::kTimes);
-            if (keys.channel_grid) {
-              s = s + Vec(row[r].zero);
-            } else {
-              s = s * Vec::load(scale[g] + i);
-            }
-            (g == 0 ? s : s + Vec::load(out)).store(out);
-          }
+    alignas(64) float scale[kTile];
+    for (int g = 0; g < groups; ++g, data += group_bytes) {
+      if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
+      for (int i = 0; i < kTile; i += Quads::kCount) {
+        for_row_blocks<4>(rows, [&](int r, auto block) {
+          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, group_bytes, row + r, g,
+                               g * group_quads, keys.channel_grid ? nullptr : scale + i,
+                               scores + r * kTile + i);
         });
       }
     }
@@ -188,32 +223,36 @@ struct DotKeys {
     }
   }
 
-  // The sums of 16 columns over the `bytes` bytes of each from `columns` on, with the weights of
-  // kRows query rows from `quad` on.
+  // Scores of 16 columns over the `bytes` bytes of each from `columns` on, which are group g: with
+  // the weights of kRows query rows from `quad` on, and the columns' scales, if any.
   template <int kRows>
   static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
-                            int quad, Dot* sum) {
+                            int g, int quad, const float* scale, float* scores) {
     Dot acc[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) acc[r].clear();
+    Columns16 at(columns, row_bytes);
     for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * Operand::kOut) {
       for (int i = 0; i < 16; i += 4) prefetch_tile(columns + (c + i) * 16, row_bytes);
-      score_piece<kRows, 4>(columns + c, row_bytes, row, quad, acc);
+      score_piece<kRows, 4>(at, row, quad, acc);
+      at.advance(16);
     }
-    if (Operand::kNibbles && bytes % 16)
-      score_piece<kRows, 2>(columns + bytes - 8, row_bytes, row, quad, acc);
+    if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row, quad, acc);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sum[r] = acc[r];
+    for (int r = 0; r < kRows; ++r, scores += kTile) {
+      const Share share = row[r].share[g];
+      const Vec dot = acc[r].result(Operand::kTimes, Operand::kOffset, share.sum);
+      const Vec factor(share.factor / Operand::kTimes);
+      const Vec s = scale ? dot * factor * Vec::load(scale) : Vec::fma(dot, factor, Vec(row[r].zero));
+      (g == 0 ? s : s + Vec::load(scores)).store(scores);
+    }
   }
   template <int kRows, int kByteQuads>
-  static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row,
-                                 int quad, Dot* acc) {
+  static inline void score_piece(const Columns16& at, const Row* row, int quad, Dot* acc) {
     const Operand operand{};
     Quads in[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      in[i] = Quads::lanes(columns + i * row_bytes, 4 * row_bytes, kByteQuads == 2);
-    }
+    for (int i = 0; i < 4; ++i) in[i] = Quads::lanes(at.group, at.column[i], kByteQuads == 2);
     Quads::transpose_quads(in);
 #pragma GCC unroll 4
     for (int d = 0; d < kByteQuads; ++d) {
@@ -246,7 +285,7 @@ struct DotValues {
   // Weights of one row: probabilities with the scales of a group folded in.
   struct Row {
     int32_t quads[Dot::kPasses][kSteps];
-    Share share;
+    float factor;
   };
 
   // Calls f(group, first byte, number of bytes, first of the 64 sums) for each chunk of a row.
@@ -261,10 +300,9 @@ struct DotValues {
     }
   }
 
+  // A row of sums: those of the chunks, and if numbers are half a code off, the weights of each group.
   static size_t acc_floats(const Body& values) {
-    size_t n = 0;
-    for_chunks(values, [&](int, int, int, int sum) { n = sum + kSums; });
-    return n;
+    return weights_at(values) + (Operand::kHalf != 0.0f ? values.num_scales * Vec::kWidth : 0);
   }
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
@@ -272,71 +310,82 @@ struct DotValues {
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(values, first, n, rest);
     Row row[kMaxDotRows];
-    const size_t acc_dim = acc_floats(values);
+    const size_t acc_dim = acc_floats(values), weights = weights_at(values);
     int weighted = -1;
     for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
-      if (g != weighted) make_rows(values, g, first, n, columns, p, rows, row);
-      weighted = g;
-      for (int part = 0; part < 2; ++part) {
-        for_row_blocks<kMaxRows>(rows, [&](int r0, auto block) {
-          Dot sum[block][2 * kHalves];
-          if (part == 0)
-            accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r0, sum);
-          if (part == 1)
-            accumulate_chunk<block, 1>(data + byte, values.row_bytes, bytes, row + r0, sum);
-          for (int r = r0; r < r0 + block; ++r) {
-            const Vec factor(row[r].share.factor / Operand::kTimes);
-            float* out = acc + r * acc_dim + first_sum + part * 2 * kHalves * Vec::kWidth;
-            for (int j = 0; j < 2 * kHalves; ++j, out += Vec::kWidth) {
-              const Vec s =
-                  sum[r - r0][j].result(Operand::kTimes, Operand::kOffset, row[r].share.sum);
-              Vec::fma(s, factor, Vec::load(out)).store(out);
-            }
-          }
-        });
+      if (g != weighted) {
+        make_rows(values, g, first, n, columns, p, rows, row, acc + weights + g * Vec::kWidth, acc_dim);
       }
+      weighted = g;
+      for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
+        float* sums = acc + r * acc_dim + first_sum;
+        accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
+        accumulate_chunk<block, 1>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
+      });
     });
   }
 
-  // Sums of a chunk: vector 2 * kHalves * part + kHalves * i + half has, in lane l, those of the
-  // bytes 16 l + 8 part + 4 i .. + 4.
+  // Sums of a chunk: vector kHalves * i + half has, in lane l, those of the bytes 16 l + 4 i .. + 4.
   static void finish(const Body& values, int rows, float* acc) {
-    const size_t acc_dim = acc_floats(values);
-    alignas(64) float sums[kMaxDotDim];
+    const size_t acc_dim = acc_floats(values), weights = weights_at(values);
+    alignas(64) float sums[kMaxDotDim + 16];
     for (int r = 0; r < rows; ++r, acc += acc_dim) {
-      for_chunks(values, [&](int, int byte, int bytes, int first_sum) {
+      for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
+        Vec rest(0.0f);
+        if (Operand::kHalf != 0.0f)
+          rest = Vec(Operand::kHalf * Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
         for (int half = 0; half < kHalves; ++half) {
-          for (int b = 0; b < bytes; b += 4) {
-            const int from = ((b % 16 / 4 * kHalves + half) * Quads::kLanes + b / 16) * 4;
+          Vec sum[4];
+          for (int i = 0; i < 4; ++i)
+            sum[i] = Vec::load(acc + first_sum + (kHalves * i + half) * Vec::kWidth);
+          Quads::transpose_lanes(sum);
+          // Of the last 16 nibbles half a vector counts: the next ones overwrite the rest.
+          for (int b = 0; b < bytes; b += 16) {
             const int channel =
                 Operand::kNibbles ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
-            std::memcpy(sums + channel, acc + first_sum + from, 4 * sizeof(float));
+            (sum[b / 16] + rest).store(sums + channel);
           }
         }
       });
-      std::memcpy(acc, sums, values.head_dim * sizeof(float));
+      for (int c = 0; c < values.head_dim; c += Vec::kWidth) Vec::load(sums + c).store(acc + c);
     }
   }
 
  private:
+  // The first of the weights' sums in a row of sums.
+  static size_t weights_at(const Body& values) {
+    size_t n = 0;
+    for_chunks(values, [&](int, int, int, int sum) { n = sum + kSums; });
+    return n;
+  }
+
   static void make_rows(const Body& values, int g, int64_t first, int n, const uint64_t* columns,
-                        const float* p, int rows, Row* row) {
-    alignas(64) float scale[kTile] = {}, weighted[kTile];
+                        const float* p, int rows, Row* row, float* weights, size_t acc_dim) {
+    alignas(64) float scale[kTile] = {};
     load_scales(values, g, first, n, scale);
-    for (int r = 0; r < rows; ++r, ++row) {
-      for (int i = 0; i < kTile; i += Vec::kWidth) {
-        const Vec w = Vec::load(p + r * kTile + i) * Vec::load(scale + i);
-        Vec::where(uint32_t(columns[r] >> i), w, Vec(0.0f)).store(weighted + i);
+    for (int r = 0; r < rows; ++r, ++row, weights += acc_dim) {
+      Vec w[kTile / 16];
+      Largest largest;
+      for (int i = 0; i < kTile / 16; ++i) {
+        w[i] = Vec::load(p + r * kTile + 16 * i) * Vec::load(scale + 16 * i);
+        w[i] = Vec::where(uint32_t(columns[r] >> 16 * i), w[i], Vec(0.0f));
+        largest.take(w[i]);
       }
-      row->share = make_weights<Dot>(weighted, kTile, row->quads[0], kSteps);
+      if (Operand::kHalf != 0.0f) {
+        (((w[0] + w[1]) + (w[2] + w[3])) + Vec::load(weights)).store(weights);
+      }
+      row->factor = Dot::factor(largest);
+      const Vec inverse(Dot::inverse(row->factor));
+      for (Vec& x : w) x = x * inverse;
+      Dot::split(w, row->quads[0], kSteps);
     }
   }
 
-  // The sums over 64 columns of the `bytes` bytes of each from `columns` on: of the lower (kPart 0)
-  // or upper eight bytes of every lane.
+  // Adds to the sums of a chunk those over 64 columns of the `bytes` bytes of each from `columns` on:
+  // of the lower (kPart 0) or upper eight bytes of every lane.
   template <int kRows, int kPart>
   static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
-                               Dot (*sum)[2 * kHalves]) {
+                               float* sums, size_t acc_dim) {
     const Operand operand{};
     Dot acc[kRows][2 * kHalves];
 #pragma GCC unroll 4
@@ -345,7 +394,7 @@ struct DotValues {
       for (int j = 0; j < 2 * kHalves; ++j) acc[r][j].clear();
     }
     for (int q = 0; q < kTile / 4; ++q, columns += 4 * row_bytes) {
-      Quads in[4], pair[2];
+      Quads in[4], pair[2], out[2][Operand::kOut];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8_t* p = columns + i * row_bytes;
@@ -354,22 +403,29 @@ struct DotValues {
       }
       Quads::interleave_bytes(in, kPart, pair);
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        Quads out[Operand::kOut];
-        operand.expand(pair[i], out);
-#pragma GCC unroll 2
-        for (int o = 0; o < Operand::kOut; ++o) {
-          const int at = Operand::kNibbles ? q : q * Operand::kOut + o;
-          const int j = Operand::kNibbles ? i * 2 + o : i;
+      for (int i = 0; i < 2; ++i) operand.expand(pair[i], out[i]);
 #pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) acc[r][j].add(out[o], row[r].quads[0] + at, kSteps);
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int k = 0; k < Dot::kQuadsOfFour; ++k) {
+          const typename Dot::Weights weights(row[r].quads[0] + q * Dot::kQuadsOfFour + k, kSteps);
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            // The halves of a byte are sums of their own, those of a number are not.
+            if (!Operand::kNibbles) acc[r][i].add(out[i][k], weights);
+            for (int h = 0; Operand::kNibbles && h < 2; ++h) acc[r][2 * i + h].add(out[i][h], weights);
+          }
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
+      const Vec factor(row[r].factor * Operand::kUnit);
+      float* out = sums + r * acc_dim + kPart * 2 * kHalves * Vec::kWidth;
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * kHalves; ++j) sum[r][j] = acc[r][j];
+      for (int j = 0; j < 2 * kHalves; ++j, out += Vec::kWidth) {
+        Vec::fma(acc[r][j].result(), factor, Vec::load(out)).store(out);
+      }
     }
   }
 };
@@ -397,12 +453,12 @@ KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
   const bool channel = side.grid == kChannelGrid;
   if (dot_takes(side)) {
     if (side.format == kInt8) {
-      return channel ? dot_keys<Operand<Unsigned8, false, kBytes>>()
-                     : dot_keys<Operand<Signed8, true, kBytes>>();
+      return channel ? dot_keys<KeyOperand<Unsigned8, false, kBytes>>()
+                     : dot_keys<KeyOperand<Signed8, true, kBytes>>();
     }
     if (side.format == kInt4) {
-      return channel ? dot_keys<Operand<Nibble, false, kBytes>>()
-                     : dot_keys<Operand<Nibble, true, kBytes>>();
+      return channel ? dot_keys<KeyOperand<Nibble, false, kBytes>>()
+                     : dot_keys<KeyOperand<Nibble, true, kBytes>>();
     }
 #ifdef __AVX512BF16__
     if (side.format == kFp8) {
@@ -424,8 +480,8 @@ inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
 template <int kBytes, int kNumbers>
 ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
   if (dot_takes(side)) {
-    if (side.format == kInt8) return dot_values<Operand<Signed8, true, kBytes>>();
-    if (side.format == kInt4) return dot_values<Operand<Nibble, true, kBytes>>();
+    if (side.format == kInt8) return dot_values<ValueOperand<Signed8, kBytes>>();
+    if (side.format == kInt4) return dot_values<ValueOperand<Nibble, kBytes>>();
 #ifdef __AVX512BF16__
     if (side.format == kFp8) return dot_values<E4M3Operand<kNumbers>>();
 #endif

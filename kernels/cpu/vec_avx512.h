@@ -89,10 +89,18 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // Of x <= 0; `scalef` underflows to 0 by itself.
+  // 2^t of whole and fractional part, the latter as a polynomial, to 1.5e-7. `reduce` gives 0 for
+  // infinity, `scalef` rounds down and underflows to 0.
   static Vec exp(Vec x) {
-    const ExpParts<Vec> e(max(Vec(-110.0f), x));
-    return _mm512_scalef_ps(e.y.v, e.n.v);
+    const Vec t = x * Vec(1.44269504088896341f);
+    const Vec r = _mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF);
+    Vec y = Vec(1.8671301659196615e-3f);
+    y = fma(y, r, Vec(9.017029777169228e-3f));
+    y = fma(y, r, Vec(5.579991266131401e-2f));
+    y = fma(y, r, Vec(2.4016444385051727e-1f));
+    y = fma(y, r, Vec(6.931512951850891e-1f));
+    y = fma(y, r, Vec(1.0f));
+    return _mm512_scalef_ps(y.v, t.v);
   }
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
   static uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }

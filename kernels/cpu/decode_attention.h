@@ -39,8 +39,8 @@ inline Vec tanh_of(Vec x) {
 }
 
 // A softmax state while its scores arrive: the sum in as many parts as a vector has lanes, so that
-// it is added up only once, and `max` up to kLag below the largest score, so that what is accumulated
-// is seldom scaled.
+// it is added up only once, and `max` up to kLag below the largest score, so that what is
+// accumulated is seldom scaled.
 struct RunningSoftmax {
   static constexpr float kLag = 8.0f;
   SoftmaxState state;

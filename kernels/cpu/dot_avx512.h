@@ -81,8 +81,8 @@ struct Quads {
   }
 };
 
-// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the numbers, then infinity,
-// then NaN.
+// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the
+// numbers, then infinity, then NaN.
 struct Largest {
   __m512i bits = _mm512_setzero_si512();
 

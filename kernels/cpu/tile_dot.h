@@ -22,6 +22,9 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
+// Inlined into one function, GCC runs out of registers for the loops.
+#define KVQUANT_NOINLINE __attribute__((noinline))
+
 constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
@@ -87,10 +90,7 @@ struct Share {
 // Splits n numbers (a multiple of 16) into `Dot::kPasses` rows of quads, which have room for a
 // multiple of 64 numbers.
 template <class Dot>
-inline Share make_weights(const float* x, int n, int32_t* quads, int stride) {
-  Largest largest;
-  for (int c = 0; c < n; c += 16) largest.take(Vec::load(x + c));
-  const float factor = Dot::factor(largest);
+inline Share make_weights(const float* x, int n, float factor, int32_t* quads, int stride) {
   const Vec inverse(Dot::inverse(factor));
   __m512i sum = _mm512_setzero_si512();
   for (int c = 0; c < n; c += 64) {
@@ -134,8 +134,8 @@ inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
   __builtin_prefetch(p + kTile * row_bytes, 0, 2);
 }
 
-// A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16 pointers, for
-// which there are no registers.
+// A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16
+// pointers, for which there are no registers.
 struct Columns16 {
   const uint8_t* group[4];
   int64_t column[4];
@@ -177,7 +177,10 @@ struct DotKeys {
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
       for (int g = 0; g < keys.num_scales; ++g) {
         const int quad = g * length / 4 * Dot::kQuadsOfFour;
-        row->share[g] = make_weights<Dot>(q + g * length, length, row->quads[0] + quad, kQuads);
+        Largest largest;
+        for (int c = 0; c < length; c += 16) largest.take(Vec::load(q + g * length + c));
+        row->share[g] = make_weights<Dot>(q + g * length, length, Dot::factor(largest),
+                                          row->quads[0] + quad, kQuads);
       }
     }
   }
@@ -185,7 +188,12 @@ struct DotKeys {
   static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
                     void* prepared, int rows, float* scores) {
     Row* row = static_cast<Row*>(prepared);
-    if (keys.channel_grid) fold_scales(keys, first / keys.group_length, q, rows, row);
+    if (keys.channel_grid) {
+      const int64_t at = first / keys.group_length * keys.head_dim;
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
+      });
+    }
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(keys, first, n, rest);
 
@@ -206,28 +214,47 @@ struct DotKeys {
   }
 
  private:
-  static void fold_scales(const Body& keys, int64_t block, const float* q, int rows, Row* row) {
-    alignas(64) float scale[kMaxDotDim], zero[kMaxDotDim], scaled[kMaxDotDim];
-    halves_to_floats(keys.scale + block * keys.head_dim, keys.head_dim, scale);
-    if (keys.zero_point)
-      halves_to_floats(keys.zero_point + block * keys.head_dim, keys.head_dim, zero);
-    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
-      Vec sum(0.0f);
-      for (int c = 0; c < keys.head_dim; c += Vec::kWidth) {
-        const Vec v = Vec::load(q + c);
-        (v * Vec::load(scale + c)).store(scaled + c);
-        if (keys.zero_point) sum = Vec::fma(v, Vec::load(zero + c), sum);
+  // The weights of kRows query rows for the block whose scales begin at `at`; its zero points' part
+  // of a score is the same for all columns. Step by step for all rows, because each step waits for
+  // the one before it.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
+    const int n = keys.head_dim;
+    alignas(64) float scaled[kRows][kMaxDotDim];
+    Vec zero[kRows];
+    Largest largest[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
+    for (int c = 0; c < n; c += Vec::kWidth) {
+      const Vec scale = Vec::load((const Half*)(keys.scale + at + c));
+      const Vec zero_point =
+          keys.zero_point ? Vec::load((const Half*)(keys.zero_point + at + c)) : Vec(0.0f);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec v = Vec::load(q + r * n + c), x = v * scale;
+        x.store(scaled[r] + c);
+        largest[r].take(x);
+        zero[r] = Vec::fma(v, zero_point, zero[r]);
       }
-      row->zero = Vec::sum(sum);
-      row->share[0] = make_weights<Dot>(scaled, keys.head_dim, row->quads[0], kQuads);
+    }
+    float factor[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].zero = Vec::sum(zero[r]);
+      factor[r] = Dot::factor(largest[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].share[0] = make_weights<Dot>(scaled[r], n, factor[r], row[r].quads[0], kQuads);
     }
   }
 
   // Scores of 16 columns over the `bytes` bytes of each from `columns` on, which are group g: with
   // the weights of kRows query rows from `quad` on, and the columns' scales, if any.
   template <int kRows>
-  static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
-                            int g, int quad, const float* scale, float* scores) {
+  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes,
+                                             const Row* row, int g, int quad, const float* scale,
+                                             float* scores) {
     Dot acc[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) acc[r].clear();
@@ -243,7 +270,8 @@ struct DotKeys {
       const Share share = row[r].share[g];
       const Vec dot = acc[r].result(Operand::kTimes, Operand::kOffset, share.sum);
       const Vec factor(share.factor / Operand::kTimes);
-      const Vec s = scale ? dot * factor * Vec::load(scale) : Vec::fma(dot, factor, Vec(row[r].zero));
+      const Vec s =
+          scale ? dot * factor * Vec::load(scale) : Vec::fma(dot, factor, Vec(row[r].zero));
       (g == 0 ? s : s + Vec::load(scores)).store(scores);
     }
   }
@@ -300,7 +328,8 @@ struct DotValues {
     }
   }
 
-  // A row of sums: those of the chunks, and if numbers are half a code off, the weights of each group.
+  // A row of sums: those of the chunks, and if numbers are half a code off, the weights of each
+  // group.
   static size_t acc_floats(const Body& values) {
     return weights_at(values) + (Operand::kHalf != 0.0f ? values.num_scales * Vec::kWidth : 0);
   }
@@ -314,7 +343,8 @@ struct DotValues {
     int weighted = -1;
     for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
       if (g != weighted) {
-        make_rows(values, g, first, n, columns, p, rows, row, acc + weights + g * Vec::kWidth, acc_dim);
+        make_rows(values, g, first, n, columns, p, rows, row, acc + weights + g * Vec::kWidth,
+                  acc_dim);
       }
       weighted = g;
       for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
@@ -325,7 +355,8 @@ struct DotValues {
     });
   }
 
-  // Sums of a chunk: vector kHalves * i + half has, in lane l, those of the bytes 16 l + 4 i .. + 4.
+  // Sums of a chunk: vector kHalves * i + half has, in lane l, those of the bytes 16 l + 4 i ..
+  // + 4.
   static void finish(const Body& values, int rows, float* acc) {
     const size_t acc_dim = acc_floats(values), weights = weights_at(values);
     alignas(64) float sums[kMaxDotDim + 16];
@@ -381,11 +412,12 @@ struct DotValues {
     }
   }
 
-  // Adds to the sums of a chunk those over 64 columns of the `bytes` bytes of each from `columns` on:
-  // of the lower (kPart 0) or upper eight bytes of every lane.
+  // Adds to the sums of a chunk those over 64 columns of the `bytes` bytes of each from `columns`
+  // on: of the lower (kPart 0) or upper eight bytes of every lane.
   template <int kRows, int kPart>
-  static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes, int bytes, const Row* row,
-                               float* sums, size_t acc_dim) {
+  KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,
+                                                int bytes, const Row* row, float* sums,
+                                                size_t acc_dim) {
     const Operand operand{};
     Dot acc[kRows][2 * kHalves];
 #pragma GCC unroll 4
@@ -413,7 +445,8 @@ struct DotValues {
           for (int i = 0; i < 2; ++i) {
             // The halves of a byte are sums of their own, those of a number are not.
             if (!Operand::kNibbles) acc[r][i].add(out[i][k], weights);
-            for (int h = 0; Operand::kNibbles && h < 2; ++h) acc[r][2 * i + h].add(out[i][h], weights);
+            for (int h = 0; Operand::kNibbles && h < 2; ++h)
+              acc[r][2 * i + h].add(out[i][h], weights);
           }
         }
       }

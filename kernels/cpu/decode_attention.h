@@ -62,7 +62,7 @@ struct RunningSoftmax {
       s[i] = Vec::load(x + i * W) * Vec(scaling);
       if (softcap != 0.0f) s[i] = Vec(softcap) * tanh_of(s[i] * Vec(1.0f / softcap));
       if (bias) s[i] = s[i] + Vec::load(bias + i * W);
-      s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
+      if (visible != ~uint64_t(0)) s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
       largest = Vec::max(s[i], largest);
     }
     Vec sum = Vec::load(sums);
@@ -181,7 +181,9 @@ struct DecodeAttention {
     float* bias = p_dense + padded * kTile;
     auto* softmax = reinterpret_cast<RunningSoftmax*>(bias + padded * kTile);
     void* prepared = softmax + padded;
-    std::memset(memory, 0, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile));
+    std::memset(acc, 0, sizeof(float) * padded * (acc_dim + v_dim));
+    std::memset(q + m * k_dim, 0, sizeof(float) * (padded - m) * k_dim);
+    std::memset(q_body + m * k_dim, 0, sizeof(float) * (padded - m) * k_dim);
 
     for (int r = 0; r < m; ++r) {
       int64_t g = (row0 + r) / a.q_len, j = (row0 + r) % a.q_len;

@@ -162,7 +162,7 @@ struct DotKeys {
   static constexpr int kQuads = (kMaxDotDim + 64) / 4 * Dot::kQuadsOfFour;
 
   // A query row, split; on the channel grid of the present block, with its scales folded in.
-  struct Row {
+  struct alignas(64) Row {
     int32_t quads[Dot::kPasses][kQuads];
     Share share[kMaxGroups];
     float zero;  // the zero points' part of every score
@@ -311,7 +311,7 @@ struct DotValues {
                                                                 : 1;
 
   // Weights of one row: probabilities with the scales of a group folded in.
-  struct Row {
+  struct alignas(64) Row {
     int32_t quads[Dot::kPasses][kSteps];
     float factor;
   };
@@ -343,8 +343,12 @@ struct DotValues {
     int weighted = -1;
     for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
       if (g != weighted) {
-        make_rows(values, g, first, n, columns, p, rows, row, acc + weights + g * Vec::kWidth,
-                  acc_dim);
+        alignas(64) float scale[kTile];
+        load_scales(values, g, first, n, scale);
+        for_row_blocks<4>(rows, [&](int r, auto block) {
+          make_rows<block>(scale, columns + r, p + r * kTile, row + r,
+                           acc + r * acc_dim + weights + g * Vec::kWidth, acc_dim);
+        });
       }
       weighted = g;
       for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
@@ -390,25 +394,43 @@ struct DotValues {
     return n;
   }
 
-  static void make_rows(const Body& values, int g, int64_t first, int n, const uint64_t* columns,
-                        const float* p, int rows, Row* row, float* weights, size_t acc_dim) {
-    alignas(64) float scale[kTile] = {};
-    load_scales(values, g, first, n, scale);
-    for (int r = 0; r < rows; ++r, ++row, weights += acc_dim) {
-      Vec w[kTile / 16];
-      Largest largest;
-      for (int i = 0; i < kTile / 16; ++i) {
-        w[i] = Vec::load(p + r * kTile + 16 * i) * Vec::load(scale + 16 * i);
-        w[i] = Vec::where(uint32_t(columns[r] >> 16 * i), w[i], Vec(0.0f));
-        largest.take(w[i]);
+  // The weights of kRows rows for group g, and their sums. Step by step for all rows, because each
+  // step waits for the one before it.
+  template <int kRows>
+  KVQUANT_NOINLINE static void make_rows(const float* scale, const uint64_t* columns,
+                                         const float* p, Row* row, float* weights, size_t acc_dim) {
+    constexpr int kVecs = kTile / Vec::kWidth;
+    Vec w[kRows][kVecs];
+    Largest largest[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) {
+        w[r][i] = Vec::load(p + r * kTile + i * Vec::kWidth) * Vec::load(scale + i * Vec::kWidth);
       }
+      // What is hidden may have no scale yet.
+      if (columns[r] != ~uint64_t(0)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+          w[r][i] = Vec::where(uint32_t(columns[r] >> i * Vec::kWidth), w[r][i], Vec(0.0f));
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) largest[r].take(w[r][i]);
       if (Operand::kHalf != 0.0f) {
-        (((w[0] + w[1]) + (w[2] + w[3])) + Vec::load(weights)).store(weights);
+        float* sum = weights + r * acc_dim;
+        (((w[r][0] + w[r][1]) + (w[r][2] + w[r][3])) + Vec::load(sum)).store(sum);
       }
-      row->factor = Dot::factor(largest);
-      const Vec inverse(Dot::inverse(row->factor));
-      for (Vec& x : w) x = x * inverse;
-      Dot::split(w, row->quads[0], kSteps);
+    }
+    float factor[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) factor[r] = Dot::factor(largest[r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].factor = factor[r];
+      const Vec inverse(Dot::inverse(factor[r]));
+#pragma GCC unroll 4
+      for (Vec& x : w[r]) x = x * inverse;
+      Dot::split(w[r], row[r].quads[0], kSteps);
     }
   }
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from .pages import with_huge_pages
 from .quantization import QuantSpec
 from .states import QuantizedStates
 
@@ -31,7 +32,8 @@ class Side:
     def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         # Never inside inference mode: its tensors could not be written outside of it later.
         with torch.inference_mode(False):
-            return torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
+            new = torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
+        return with_huge_pages(new)
 
     def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> dict[str, torch.Tensor | None]:
         """Storage for `capacity` columns, by attribute. Whoever runs out of memory here has changed nothing."""

@@ -1,0 +1,55 @@
+"""Large storage asks the system for huge pages; small storage, and what lies beside it, does not."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvquant.pages import LARGE_BYTES, with_huge_pages
+from hf_kvquant.quantization import QuantSpec
+from hf_kvquant.storage import Side
+
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
+
+
+def asks_for_huge_pages(address: int) -> bool:
+    """Whether the mapping that holds `address` has the flag `hg` (proc(5), smaps)."""
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        start, end = (int(x, 16) for x in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= address < end:
+            return " hg" in re.search(r"VmFlags:.*", mapping)[0]
+    raise AssertionError(hex(address))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "asks"), [(LARGE_BYTES - 1, False), (LARGE_BYTES, True), (5 * LARGE_BYTES + 13, True)]
+)
+def test_large_tensors_ask(nbytes, asks):
+    plain = torch.empty(nbytes, dtype=torch.uint8)
+    before = asks_for_huge_pages(plain.data_ptr() + nbytes // 2)
+    tensor = with_huge_pages(plain)
+    assert tensor is plain
+    assert asks_for_huge_pages(tensor.data_ptr() + nbytes // 2) == (asks or before)
+    assert not before
+
+
+def test_storage_asks():
+    states = torch.zeros(1, 2, 3, 64)
+    side = Side(QuantSpec("int8").resolve(64), states, LARGE_BYTES // 128, sink_length=0, recent_length=0)
+    assert side.data.nbytes == LARGE_BYTES and asks_for_huge_pages(side.data.data_ptr() + LARGE_BYTES // 2)
+
+
+def test_memory_of_others_is_left_alone():
+    whole = torch.empty(3 * LARGE_BYTES, dtype=torch.uint8)
+    with_huge_pages(whole[LARGE_BYTES + 1 : 2 * LARGE_BYTES + 2])
+    assert not asks_for_huge_pages(whole.data_ptr() + LARGE_BYTES)
+    assert not asks_for_huge_pages(whole.data_ptr() + 2 * LARGE_BYTES + 4096)
+
+
+def test_other_devices_are_left_alone():
+    tensor = torch.empty(LARGE_BYTES, dtype=torch.uint8, device="meta")
+    assert with_huge_pages(tensor) is tensor

@@ -186,7 +186,7 @@ def decode_attention(
         ValueError: shapes, dtypes or lengths that do not fit together, each by name.
     """
     _check(query, keys, values, mask, s_aux)
-    return torch.ops.kvquant.decode_attention(
+    return torch.ops.kvquant.decode_attention.default(
         query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
         values.zero_point, values.recent, values.sink, keys.sink_positions, keys.device_length, mask, s_aux,
         keys.spec.code, values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
@@ -204,7 +204,7 @@ def quantize_append(
     start: int,
 ) -> None:
     """`reference.quantize_append` (which see) on the backend that the states name."""
-    torch.ops.kvquant.quantize_append(
+    torch.ops.kvquant.quantize_append.default(
         key, value, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
         values.zero_point, values.recent, values.sink, keys.sink_positions, faults, padding, keys.device_length,
         keys.spec.code, values.spec.code, start, keys.backend,

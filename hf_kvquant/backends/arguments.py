@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from struct import Struct
 
 import torch
 
@@ -53,8 +54,18 @@ Append = _struct(
 )
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _packing(struct: type[ctypes.Structure]) -> str:
+    """The struct's fields as a format of `struct.Struct`, the fields of nested ones in their places."""
+    codes = {ctypes.c_void_p: "q", ctypes.c_int64: "q", ctypes.c_double: "d"}
+    return "".join(codes.get(type_) or _packing(type_) for _, type_ in struct._fields_)
+
+
+# Filled in one go: setting a nested structure field by field takes as long as a short kernel.
+_ATTENTION, _APPEND = (Struct("=" + _packing(struct)) for struct in (Attention, Append))
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int) -> tuple[int, int]:
@@ -78,11 +89,12 @@ def _side_numbers(name: str, spec, head_dim: int) -> tuple[int, ...]:
     return FORMATS[spec.format], channel, group_length, spec.rotate, head_dim
 
 
-def _side(name: str, states, itemsize: int) -> Side:
+def _side(name: str, states, itemsize: int) -> tuple[int, ...]:
+    """The fields of a `Side`."""
     data, scale, zero_point, recent, sink = (
         states.data, states.scale, states.zero_point, states.recent, states.sink,
     )  # fmt: skip
-    return Side(
+    return (
         data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
         *_head_strides(data, name, data.element_size()), *_head_strides(scale, name, 2),
         *_head_strides(recent, name, itemsize), *_head_strides(sink, name, itemsize),
@@ -90,23 +102,28 @@ def _side(name: str, states, itemsize: int) -> Side:
     )  # fmt: skip
 
 
-def _sink_positions(keys, values) -> tuple[int | None, int, int]:
+def _sink_positions(keys, values) -> tuple[int, int, int]:
     """Address, stride of batch in bytes, and number of slots."""
     positions = keys.sink_positions
     if positions is None or (keys.sink is None and values.sink is None):
-        return None, 0, 0
+        return 0, 0, 0
     if positions.dtype != torch.int32 or positions.stride(1) != 1:
         raise ValueError(f"sink_positions: dtype {positions.dtype} does not fit; expected contiguous int32 rows")
     return positions.data_ptr(), positions.stride(0) * 4, positions.shape[1]
 
 
-def _check_dtypes(dtype: torch.dtype, *tensors: tuple[str, torch.Tensor | None]) -> int:
-    for name, tensor in tensors:
+def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str) -> int:
+    for i, tensor in enumerate(tensors):
         if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name}: dtype {tensor.dtype} does not fit; expected {dtype}")
+            raise ValueError(f"{names.split()[i]}: dtype {tensor.dtype} does not fit; expected {dtype}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype} is not supported; expected one of {[str(d) for d in DTYPES]}")
     return DTYPES[dtype]
+
+
+def _dense(states) -> torch.Tensor | None:
+    """The body, where it has the model's dtype."""
+    return states.data if states.spec.format == "dense" else None
 
 
 def attention(
@@ -119,9 +136,8 @@ def attention(
     """
     dtype = query.dtype
     code = _check_dtypes(
-        dtype, ("query", query), ("keys", keys.recent), ("keys", keys.sink), ("values", values.recent),
-        ("values", values.sink), ("keys", keys.data if keys.spec.format == "dense" else None),
-        ("values", values.data if values.spec.format == "dense" else None),
+        dtype, query, keys.recent, keys.sink, values.recent, values.sink, _dense(keys), _dense(values),
+        names="query keys keys values values keys values",
     )  # fmt: skip
     if values.spec.grid == "channel":
         raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
@@ -151,13 +167,14 @@ def attention(
     if s_aux is not None:
         s_aux = s_aux.to(torch.float32).contiguous()
     positions, positions_stride, num_sinks = _sink_positions(keys, values)
-    arguments = Attention(
+    packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux), positions,
         _address(keys.device_length), batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, keys.data.shape[1], q_len,
-        keys.length, keys.recent_length, isa, threads, scaling, softcap, _side("keys", keys, itemsize),
-        _side("values", values, itemsize),
+        keys.length, keys.recent_length, isa, threads, scaling, softcap, *_side("keys", keys, itemsize),
+        *_side("values", values, itemsize),
     )  # fmt: skip
+    arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, mask, s_aux
     return arguments, output, logsumexp
 
@@ -169,9 +186,8 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
         ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
     """
     code = _check_dtypes(
-        key.dtype, ("key", key), ("value", value), ("keys", keys.recent), ("values", values.recent),
-        ("keys", keys.data if keys.spec.format == "dense" else None),
-        ("values", values.data if values.spec.format == "dense" else None),
+        key.dtype, key, value, keys.recent, values.recent, _dense(keys), _dense(values),
+        names="key value keys values keys values",
     )  # fmt: skip
     if padding is not None and padding.stride(1) != 1:
         padding = padding.contiguous()
@@ -189,12 +205,13 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
             x = x.contiguous()
         alive.append(x)
         strides = [s * itemsize for s in x.stride()[:3]]
-        sides.append(NewTokens(x.data_ptr(), *strides, x.shape[2], _side(f"{name}s", states, itemsize)))
+        sides += [x.data_ptr(), *strides, x.shape[2], *_side(f"{name}s", states, itemsize)]
     positions, positions_stride, num_sinks = _sink_positions(keys, values)
-    arguments = Append(
+    packed = _APPEND.pack(
         faults.data_ptr(), _address(padding), positions, _address(keys.device_length),
         0 if padding is None else padding.stride(0), 0 if padding is None else padding.shape[1],
         positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
     )  # fmt: skip
+    arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive
     return arguments

@@ -25,6 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_kvquant.pages import with_huge_pages
+
 MIN_ROUNDS = 3
 WARM_UP_ROUNDS = 2
 _PACKAGES = ("hf_kvquant", "torch", "transformers", "numpy", "optimum-quanto", "hqq")
@@ -90,6 +92,9 @@ class PlainRead:
         self._read = _READS[self.method]
         self.bytes_per_s = speeds[self.method]
         self.in_cache_bytes_per_s = in_cache.nbytes / _best(self._read, in_cache, repeats=100)
+        # As the storage of a cache has them; the baselines and what is read here have torch's ordinary pages.
+        huge = with_huge_pages(torch.empty(flush_bytes, dtype=torch.uint8)).fill_(1)
+        self.huge_pages_bytes_per_s = flush_bytes / _best(self._read, huge)
 
     def flush(self) -> None:
         """Push everything else out of the caches."""
@@ -104,6 +109,7 @@ class PlainRead:
         return {
             "method": f"torch, {self.method}",
             "gb_per_s": self.bytes_per_s / 1e9,
+            "huge_pages_gb_per_s": self.huge_pages_bytes_per_s / 1e9,
             "in_cache_gb_per_s": self.in_cache_bytes_per_s / 1e9,
             "memory_bound": self.in_cache_bytes_per_s > 1.5 * self.bytes_per_s,
         }

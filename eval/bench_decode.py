@@ -1,6 +1,6 @@
 """Time the operator alone: decode attention over a quantized cache, and writing tokens into it.
 
-    python eval/bench_decode.py --lengths 1024,8192,16384,65536 --out results.json
+    python eval/bench_decode.py --lengths 1024,8192,16384,65536 --mha-lengths 16384 --out results.json
 
 Candidates are every preset and every format on the plain token and channel grids. The baseline is torch's SDPA over a
 contiguous BF16 or FP32 cache with the query heads of a KV head packed, as transformers' `pack_gqa` does it; beside it
@@ -56,6 +56,7 @@ def variants() -> dict[str, KVQuantConfig]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="1024,8192,16384,65536", help="cached tokens, the newest included")
+    parser.add_argument("--mha-lengths", default="", help="the same with as many KV heads as heads")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -72,8 +73,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help="no flush before a call: at short length, its overhead")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args(argv)
-    args.lengths = [int(length) for length in args.lengths.split(",")]
-    if min(args.lengths) < 2:
+    args.lengths, args.mha_lengths = (
+        [int(length) for length in lengths.split(",") if length] for lengths in (args.lengths, args.mha_lengths)
+    )
+    if min(args.lengths + args.mha_lengths, default=0) < 2:
         parser.error("--lengths: every length must be at least 2")
     if args.heads % args.kv_heads:
         parser.error(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
@@ -362,13 +365,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     began = time.perf_counter()
     rows = {"checks": [], "decode": [], "append": [], "prompt": [], "plain_read": []}
-    parts = [partial(bench_length, args, length) for length in args.lengths]
+    mha = argparse.Namespace(**vars(args) | {"kv_heads": args.heads})
+    parts = [(args, partial(bench_length, args, length)) for length in args.lengths]
+    parts += [(mha, partial(bench_length, mha, length)) for length in args.mha_lengths]
     if args.prompt:
-        parts.append(partial(bench_prompt, args))
-    for part in parts:
+        parts.append((args, partial(bench_prompt, args)))
+    for setting, part in parts:
         with torch.inference_mode():
             for name, new in part().items():
-                rows[name] += new
+                rows[name] += [{"kv_heads": setting.kv_heads, **row} for row in new]
         if _bench.refused(rows["checks"]):
             return 1
     result = _bench.document(
@@ -399,10 +404,10 @@ def show(result: dict) -> None:
                 f"WARNING at {roof['length']}: the plain read is no roof, at {roof['in_cache_gb_per_s']:.1f} GB/s in "
                 f"the caches and {roof['gb_per_s']:.1f} in memory (busy machine?). Do not use the shares of it."
             )
-    for length in a["lengths"]:
-        rows = [row for row in result["decode"] if row["length"] == length]
+    for kv_heads, length in dict.fromkeys((row["kv_heads"], row["length"]) for row in result["decode"]):
+        rows = [row for row in result["decode"] if (row["kv_heads"], row["length"]) == (kv_heads, length)]
         _bench.print_table(
-            f"decode attention, one query over {length} tokens",
+            f"decode attention, one query over {length} tokens of {kv_heads} KV heads",
             ["cache", "ms", "min .. max", "x SDPA BF16", "MB read", "GB/s", "plain read GB/s", "share"],
             [
                 [
@@ -418,12 +423,13 @@ def show(result: dict) -> None:
                 for row in rows
             ],
         )
+    appends = [row for row in result["append"] if row["kv_heads"] == a["kv_heads"]]
     _bench.print_table(
         "appending one token, microseconds (mean over a block of tokens)",
         ["cache", *(f"at {length}" for length in a["lengths"])],
         [
-            [name, *(f"{row['us_per_token']['median']:.1f}" for row in result["append"] if row["name"] == name)]
-            for name in dict.fromkeys(row["name"] for row in result["append"])
+            [name, *(f"{row['us_per_token']['median']:.1f}" for row in appends if row["name"] == name)]
+            for name in dict.fromkeys(row["name"] for row in appends)
         ],
     )
     if result["prompt"]:

@@ -47,7 +47,7 @@ def main() -> None:
     setting = results["arguments"]
     heads = f"{setting['heads']} query heads, {setting['kv_heads']} KV heads"
     title = f"{heads}, head_dim {setting['head_dim']}, {setting['dtype']}"
-    draw(results["decode"], title, args.out)
+    draw([row for row in results["decode"] if row["kv_heads"] == setting["kv_heads"]], title, args.out)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,16 @@ def test_decode_result(tmp_path):
     assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
 
 
+def test_decode_with_as_many_kv_heads_as_heads(tmp_path):
+    arguments = [*DECODE, "--presets", "int8-plain", "--lengths", "67", "--mha-lengths", "40", "--prompt", "0"]
+    result, text = run("bench_decode.py", arguments, tmp_path / "decode.json")
+    rows = {(row["kv_heads"], row["length"]): row for row in result["decode"] if row["name"] == "int8-plain"}
+    assert set(rows) == {(2, 67), (4, 40)}
+    assert rows[4, 40]["bytes_read"] == 2 * 4 * 40 * (32 + 2)
+    assert "over 40 tokens of 4 KV heads" in text and "over 67 tokens of 2 KV heads" in text
+    assert {(row["kv_heads"], row["length"]) for row in result["checks"]} == {(2, 67), (4, 40)}
+
+
 def test_generate_result(tmp_path):
     result, text = run("bench_generate.py", GENERATE, tmp_path / "generate.json")
     check_common(result, text)

@@ -9,8 +9,9 @@
 //   accumulate   outputs: channels      inputs: columns    weights: probabilities x values' scales
 //                  64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
 //
-// Symmetric codes are multiplied with an offset (xor 128, or the nibble as it is): it comes off as
-// offset x the sum of the weights.
+// The instruction takes one operand without signs. Of keys that is the codes: symmetric ones have
+// an offset (xor 128, or the nibble as it is), which comes off as offset x the sum of the weights.
+// Of values it is the weights, which are never negative.
 #pragma once
 
 #include <cstring>

@@ -91,7 +91,7 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static Vec exp(Vec a) { return exp_of_negative(a); }
+  static Vec exp(Vec a) { return exp_of(a); }
   static Vec scale(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));

@@ -3,7 +3,6 @@
 
 #include <immintrin.h>
 
-#include "cpu/vec_math.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -102,7 +101,6 @@ struct Vec {
     y = fma(y, r, Vec(1.0f));
     return _mm512_scalef_ps(y.v, t.v);
   }
-  static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
   static uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }
   static uint32_t not_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q); }

@@ -41,7 +41,7 @@ def _side(name: str, written: str = "") -> str:
 # mask, and `start` is ignored.
 _library.define(
     f"decode_attention(Tensor query, {_side('k')}, {_side('v')}, Tensor? sink_positions, Tensor? length, "
-    "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, int kv_len, int recent_length, float scaling, "
+    "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, SymInt kv_len, int recent_length, float scaling, "
     "float softcap, str backend) -> (Tensor, Tensor)"
 )
 _library.define(

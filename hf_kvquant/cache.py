@@ -33,10 +33,15 @@ from .config import KVQuantConfig
 from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes, say_once
-from .static import DeviceRoutes, StaticQuantizedLayer
+from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
 from .storage import storage_nbytes
 
 FORWARD = "forward call"
+# Models whose code takes the columns of a storage for tokens: with transformers' StaticCache they fail or give wrong
+# logits too. (BLOOM does not, but wants the first states in all of the storage.)
+_NEVER_STATIC = frozenset({
+    "bloom", "encoder-decoder", "fsmt", "git", "gpt_neo", "inkling2_text", "inkling_text", "led", "prophetnet",
+})  # fmt: skip
 
 
 class QuantizedCache(DynamicCache):
@@ -52,7 +57,8 @@ class QuantizedCache(DynamicCache):
         attention_mask: `[batch, kv_len]`, 0 where the first tokens are padding; see `set_padding`.
 
     Raises:
-        ValueError: the model has no full-attention layer, or the config overrides a layer that cannot be quantized.
+        ValueError: the model has no full-attention layer or cannot have a static cache, or the config overrides a
+            layer that cannot be quantized.
     """
 
     def __init__(
@@ -70,6 +76,12 @@ class QuantizedCache(DynamicCache):
         self.kv_config = KVQuantConfig.load(kv_config)
         if self.kv_config.static and not max_length:
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a static cache's number of tokens")
+        kind = {config.model_type, config.get_text_config(decoder=True).model_type} & _NEVER_STATIC
+        if self.kv_config.static and kind:
+            raise ValueError(
+                f"static: True is not allowed for a model of type {min(kind)!r}, whose code takes all columns of "
+                "a storage for tokens; expected a cache that grows"
+            )
         self._routes = Routes()
         self._unfinished: str | None = None
         self._max_length = max_length
@@ -99,6 +111,9 @@ class QuantizedCache(DynamicCache):
                 layers[layer_idx] = kinds[type(native)](self.kv_config, layer_idx, self._routes, max_length)
                 if isinstance(native, LinearAttentionLayer):
                     layers[layer_idx].set_linear_states(native.number_of_states)
+        for layer in layers:
+            if isinstance(layer, StaticQuantizedLayer):
+                layer.is_beside_dense = any(type(other) in kinds for other in layers)
         Cache.__init__(self, layers=layers)
         self._whole = self._lengths()
         if attention_mask is not None:
@@ -184,6 +199,7 @@ class QuantizedCache(DynamicCache):
         saving.write(path, description, {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())})
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         path: str | Path,
@@ -199,13 +215,13 @@ class QuantizedCache(DynamicCache):
 
         Args:
             config: the model that shall use the cache, or its config; given the model, its weights are compared too.
-            max_length: tokens to make room for at once; this reads the body into memory.
+            max_length: tokens to make room for at once; this reads the body into memory. A static cache needs it.
             device: where its layers go; None: the model's device, or the CPU if a config is given.
             verify: compare the checksum of the tensors, which reads the file once; False trusts the disk.
 
         Raises:
             ValueError: the file cannot be read, was cut short or damaged, has another format version, or was computed
-                by another model.
+                by another model; or a static layer of transformers' own was saved for another `max_length`.
         """
         file = saving.read(path)
         file.check_model(config)
@@ -220,11 +236,19 @@ class QuantizedCache(DynamicCache):
         kinds = [type(layer).__name__ for layer in cache.layers]
         if kinds != state["kinds"]:
             raise ValueError(f"{path}: has layers {state['kinds']}; this version of transformers makes {kinds}")
-        for layer, saved in zip(cache.layers, state["layers"]):
+        for layer_idx, (layer, saved) in enumerate(zip(cache.layers, state["layers"])):
             if isinstance(layer, QuantizedLayer):
                 layer.restore(saved, device)
+            elif saved.get("max_cache_len") != getattr(layer, "max_cache_len", None):
+                raise ValueError(
+                    f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has "
+                    f"{saved.get('max_cache_len')} columns in the file and would have {layer.max_cache_len}; expected "
+                    "the number that the cache was made with"
+                )
             elif vars(layer).keys() <= saved.keys():
                 vars(layer).update(saved)
+                if cache.kv_config.static:
+                    keep_in_place(x for x in saved.values() if isinstance(x, torch.Tensor))
             else:
                 missing = sorted(vars(layer).keys() - saved.keys())
                 raise ValueError(

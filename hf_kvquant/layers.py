@@ -27,6 +27,7 @@ class QuantizedLayer(DynamicLayer):
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
         super().__init__()
+        self._keys = self._values = None
         self.kv_config = kv_config
         self.layer_idx = layer_idx
         self.routes = routes
@@ -93,7 +94,7 @@ class QuantizedLayer(DynamicLayer):
         if start == 0:
             self._append(key_states, value_states)
             self.routes.count("prefill_dense")
-            return tagged(key_states, self), tagged(value_states, self)
+            return self._first(key_states), self._first(value_states)
         if n <= ops.MAX_Q_LEN:
             self._append(key_states, value_states)
             states = self._states(self._keys), self._states(self._values)
@@ -106,6 +107,10 @@ class QuantizedLayer(DynamicLayer):
         self._append(key_states, value_states)
         self.routes.count("decode_dequantized")
         return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
+
+    def _first(self, states: torch.Tensor) -> torch.Tensor:
+        """What attention gets for the first states."""
+        return tagged(states, self)
 
     def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """What the first states of a layer must be; later ones must be like them."""

@@ -11,14 +11,16 @@ with the length beside them. What is different is the storage that a call sees, 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
 from . import ops
 from .config import KVQuantConfig
 from .layers import QuantizedLayer
-from .route import ROUTES, tagged
+from .route import ROUTES, Routes
 from .states import QuantizedStates
+from .storage import Side
 
 
 def is_traced() -> bool:
@@ -26,6 +28,14 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def keep_in_place(tensors: Iterable[torch.Tensor]) -> None:
+    """Say that steps write to these tensors where they are: CUDA graphs write where they were recorded."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 class DeviceRoutes:
@@ -47,8 +57,10 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     is_compileable = True
 
-    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Counter, max_length: int):
+    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int):
         self.device_length: torch.Tensor | None = None
+        # Set by the cache: beside a layer that returns all of its storage, as transformers' own do, so does this one.
+        self.is_beside_dense = False
         super().__init__(kv_config, layer_idx, routes, max_length)
 
     @property
@@ -84,10 +96,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             if not isinstance(self.routes, DeviceRoutes):
                 self.routes = DeviceRoutes(self.device)
             self.padding = self._whole_padding(self.padding)
-        # CUDA graphs write where they were recorded.
-        if not torch.compiler.is_compiling():
-            for tensor in self._tensors():
-                torch._dynamo.mark_static_address(tensor)
+        keep_in_place(self._tensors())
 
     def _whole_padding(self, padding: torch.Tensor | None) -> torch.Tensor:
         """Padding for every column of the storage, so that its shape says nothing about the prompt."""
@@ -116,14 +125,15 @@ class StaticQuantizedLayer(QuantizedLayer):
             return self._update_whole(key_states, value_states)
         length = self.length + key_states.shape[2]
         self._check_room(length)
-        if not self.is_filled or self.takes_states:
+        is_first = not self.is_filled
+        if not self.is_beside_dense and (is_first or self.takes_states):
             return super().update(key_states, value_states)
-        # The model's own code attends, which has a mask for all of the storage.
-        self._make_way(length)
+        # Who attends has a mask for all of the storage.
         states = self._update_whole(key_states, value_states)
         self._length = length
         self._say_nonfinite()
-        self._say_dequantized()
+        if not is_first:
+            self._say_dequantized()
         return states
 
     def _update_whole(self, key_states: torch.Tensor, value_states: torch.Tensor):
@@ -133,6 +143,8 @@ class StaticQuantizedLayer(QuantizedLayer):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         n, is_first, is_long = key_states.shape[2], not self.is_filled, key_states.shape[2] > ops.MAX_Q_LEN
+        if not is_traced():
+            self._make_way(self.length + n)
         if is_long and not is_first:
             past = [states.dequantize(self.device_length) for states in self._whole_states()]
         self.storing = True
@@ -144,7 +156,7 @@ class StaticQuantizedLayer(QuantizedLayer):
         self.storing = False
         if is_first:
             self.routes.count("prefill_dense")
-            return tagged(key_states, self), tagged(value_states, self)
+            return self._first(key_states), self._first(value_states)
         if not is_long and self.takes_states:
             return self._whole_states()
         self.routes.count("decode_dequantized")
@@ -152,6 +164,20 @@ class StaticQuantizedLayer(QuantizedLayer):
             start = self.device_length - n
             return tuple(states.dequantize(start) for states in self._whole_states())
         return tuple(self._with_newest(old, new) for old, new in zip(past, (key_states, value_states)))
+
+    def _first(self, states: torch.Tensor) -> torch.Tensor:
+        if self.is_beside_dense:
+            states = torch.nn.functional.pad(states, (0, 0, 0, self.max_length - states.shape[2]))
+        return super()._first(states)
+
+    def _next_read(self, side: Side) -> torch.Tensor | None:
+        """What the next query reads, in a compiled step with columns for all of the storage."""
+        if not is_traced():
+            return super()._next_read(side)
+        if not (self.is_initialized and self.is_filled):
+            return None
+        keys, values = self._whole_states()
+        return (keys if side is self._keys else values).dequantize(self.device_length)
 
     def _with_newest(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`states` `[batch, num_kv_heads, max_length, head_dim]` with its last columns replaced by `new`."""
@@ -179,10 +205,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             )
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
-        if self.is_initialized:
-            self._check_room(max_length)
-        else:
-            self.max_length = max(max_length, self.max_length)
+        self._check_room(max_length)
 
     def set_padding(self, padding: torch.Tensor) -> None:
         kept = self.padding
@@ -201,7 +224,7 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The first states are returned as they are, later ones in all of the storage."""
-        return (self.max_length if self.is_filled else query_length), 0
+        return (self.max_length if self.is_filled or self.is_beside_dense else query_length), 0
 
     def _put(self, owner: object, tensors: dict[str, torch.Tensor | None]) -> None:
         """Tensors that keep their shape keep their place."""
@@ -209,6 +232,13 @@ class StaticQuantizedLayer(QuantizedLayer):
             old = getattr(owner, name)
             in_place = new is not None and new.shape == old.shape and new.device == old.device
             setattr(owner, name, old.copy_(new) if in_place else new)
+            keep_in_place([] if in_place or new is None else [new])
+
+    def recover(self) -> None:
+        if self.storing:
+            super().recover()
+            # The interruption may have come between the two.
+            self.device_length.fill_(self.length)
 
     def restore(self, state: dict, device: torch.device | str) -> None:
         self._check_room(state["length"])
@@ -217,3 +247,4 @@ class StaticQuantizedLayer(QuantizedLayer):
             self.padding = self._whole_padding(state["padding"])
             for side in (self._keys, self._values):
                 side.grow(self.max_length, self.length)
+            keep_in_place(self._tensors())

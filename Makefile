@@ -20,7 +20,7 @@ soak: .venv/installed
 
 # The oldest transformers that is supported; it needs huggingface-hub below 2.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
 
 # The kernels' tests on a library that watches addresses and undefined behaviour (the CUDA kernels in the emulator), then
 # on one that watches for races: only on threads of its own, because torch's are not instrumented.

@@ -113,7 +113,7 @@ def quantize_append(
     first tokens of a row that are no padding become its sinks; slots with a column from `start` on are free.
     """
     if keys.device_length is not None:
-        start = int(keys.device_length)
+        start = keys.asked_length()
     if any(start + x.shape[2] > states.data.shape[2] for x, states in ((key, keys), (value, values))):
         faults[1] += key.shape[2]
         return

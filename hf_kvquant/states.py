@@ -128,11 +128,24 @@ class QuantizedStates:
         """Where the first of the newest `q_len` queries stands."""
         return (self.length if self.device_length is None else self.device_length) - q_len
 
+    def asked_length(self) -> int:
+        """The device's length as a number; waits for the device.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, in which nothing can be asked of the device.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "backend 'reference' asks the device for the length of a static cache, which a CUDA graph cannot; "
+                "expected states of FP16 or BF16, which backend 'cuda' takes, or disable_compile=True"
+            )
+        return int(self.device_length)
+
     def known(self) -> QuantizedStates:
-        """The same states with the device's length as `length`; waits for the device."""
+        """The same states with the device's length as `length`."""
         if self.device_length is None:
             return self
-        length = min(int(self.device_length), self.length)
+        length = min(self.asked_length(), self.length)
         return QuantizedStates.of_operator(**vars(self) | {"length": length, "device_length": None})
 
     def dense_from(self, position: int | torch.Tensor) -> int | torch.Tensor:

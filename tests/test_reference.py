@@ -486,6 +486,18 @@ class TestAppend:
         assert same_storage(*appended)
         assert not torch.equal(appended[0].scale[:, :, :1], quantize(key, keys.spec).scale[:, :, :1])
 
+    def test_a_cuda_graph_cannot_ask_for_the_length(self, outlier, store, monkeypatch):
+        x = outlier(1, 1, 40, 32)
+        states = [
+            dataclasses.replace(s, device_length=torch.tensor(30))
+            for s in store(x, x, *PAIRS["int8"], append=reference.quantize_append)
+        ]
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="length of a static cache, which a CUDA graph cannot"):
+            reference.decode_attention(torch.randn(1, 1, 1, 32), *states, scaling=0.2)
+        with pytest.raises(RuntimeError, match="length of a static cache, which a CUDA graph cannot"):
+            reference.quantize_append(x[:, :, :1], x[:, :, :1], *states, torch.zeros(2, dtype=torch.int64), start=0)
+
     @by_pair
     def test_nonfinite_is_counted(self, pair, outlier, store):
         """Token vectors, of each head and side, that hold a NaN or infinity; not the numbers in them."""

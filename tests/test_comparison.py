@@ -292,9 +292,9 @@ class TestBytes:
     )
     def test_token_grids_by_hand(self, model, preset, expected):
         method = presets([preset])[0]
-        # A counter of bad numbers per layer, whatever the length.
-        counter = 8 * LAYERS / (2 * LAYERS * HEAD_DIM)
-        assert bytes_per_element(model, method, LENGTH - 1, LENGTH) == pytest.approx(expected + counter / LENGTH)
+        # Two counters of faults per layer, whatever the length.
+        counters = 2 * 8 * LAYERS / (2 * LAYERS * HEAD_DIM)
+        assert bytes_per_element(model, method, LENGTH - 1, LENGTH) == pytest.approx(expected + counters / LENGTH)
         assert bytes_per_element_long(model, method) == pytest.approx(expected, rel=1e-3)
 
     def test_dense_ones(self, model):

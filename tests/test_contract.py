@@ -41,6 +41,8 @@ PROMPT, STEPS = 60, 6
 # Distance of logits to those of the dense cache, root mean square, as a share of the logits' own spread.
 TOLERANCE = {"int8": 0.03, "int8-plain": 0.03, "fp8": 0.2, "int4": 0.3, "int4-small": 0.45}
 ROUNDING = 1e-4
+# What it changes in the logits if a code rounds the other way: the products of a batch sum in another order.
+ONE_CODE = {"int8": 0.005, "int8-plain": 0.005, "fp8": 0.05, "int4": 0.05, "int4-small": 0.05}
 OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -516,12 +518,12 @@ def test_a_prompt_cache_for_many_continuations(name, preset):
         return  # transformers' linear layers do not repeat
     batch = copy.deepcopy(filled)
     batch.batch_repeat_interleave(2)
-    torch.testing.assert_close(subject.decode(batch, new), torch.cat(alone), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(subject.decode(batch, new), torch.cat(alone), rtol=0, atol=ONE_CODE[preset])
     batch.batch_select_indices(torch.tensor([1]))
     fresh = subject.cache(preset)
     subject.prefill(fresh, ids)
     last = subject.decode(fresh, torch.cat([new[1:], new[:1, :3]], 1))[:, -3:]
-    torch.testing.assert_close(subject.decode(batch, new[:1, :3]), last, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(subject.decode(batch, new[:1, :3]), last, rtol=0, atol=ONE_CODE[preset])
 
 
 @every_family

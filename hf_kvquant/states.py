@@ -32,6 +32,11 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
     return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
 
 
+def is_captured() -> bool:
+    """Whether what runs now is recorded in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _not_a_tensor(what: object) -> str:
     return (
         f"{what} was called on the quantized states of a KV cache. Run the model through generate(), or inside "
@@ -134,7 +139,7 @@ class QuantizedStates:
         Raises:
             RuntimeError: a CUDA graph is captured, in which nothing can be asked of the device.
         """
-        if torch.cuda.is_current_stream_capturing():
+        if is_captured():
             raise RuntimeError(
                 "backend 'reference' asks the device for the length of a static cache, which a CUDA graph cannot; "
                 "expected states of FP16 or BF16, which backend 'cuda' takes, or disable_compile=True"

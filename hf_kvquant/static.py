@@ -19,15 +19,13 @@ from . import ops
 from .config import KVQuantConfig
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes
-from .states import QuantizedStates
+from .states import QuantizedStates, is_captured
 from .storage import Side
 
 
 def is_traced() -> bool:
     """Whether what runs now is recorded, to be repeated with other tensors: nothing may depend on their values."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or is_captured()
 
 
 def keep_in_place(tensors: Iterable[torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -127,17 +128,17 @@ def _archs(named: list[str] | None) -> list[str]:
 
 
 def _table(results: list[tuple[Unit, nvrtc.Compiled]]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for column in ("arch", "kernel", "for"):
-        table.add_column(column, overflow="fold", no_wrap=column != "for")
+        table.add_column(column, no_wrap=column != "for")
     for column in ("registers", "spills", "shared", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
     for unit, found in results:
-        for i, (kernel, usage) in enumerate(sorted(found.usage.items())):
+        # A file's kernels are compiled together.
+        whole = str(unit.kind), "cached" if found.cached else f"{found.seconds:.2f}"
+        for kernel, usage in sorted(found.usage.items()):
             numbers = (usage.registers, usage.spills, usage.shared)
-            # A file's kernels are compiled together.
-            whole = (f"{found.seconds:.2f}", "cached" if found.cached else "compiled") if i == 0 else ("", "")
-            name = kernel.removesuffix("_kernel")
-            table.add_row(unit.arch, name, str(unit.kind), *map(str, numbers), *whole)
+            kind, seconds = whole
+            table.add_row(unit.arch, kernel.removesuffix("_kernel"), kind, *map(str, numbers), seconds)
+            whole = "", ""
     return table

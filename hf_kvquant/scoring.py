@@ -246,6 +246,10 @@ class ScoredStates:
     def __getattr__(self, name: str):
         raise AttributeError(f"score: .{name} of the cached states is asked for before attention; {_REFUSED}")
 
+    def position(self, q_len: int) -> int:
+        """Where the first of the newest `q_len` queries stands."""
+        return self.shape[2] - q_len
+
     def dequantize(self, position: int):
         raise ValueError(f"score: attention needs de-quantized states (see the warning before this); {_REFUSED}")
 

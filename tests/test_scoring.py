@@ -1,5 +1,7 @@
 """Decode-faithful scoring equals real decode: the licence of every accuracy figure."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from hf_kvquant import (
     score_tokens,
     scoring,
 )
+from hf_kvquant.scoring import ScoredStates
 
 LENGTH, CONTEXT = 100, 58
 # Three chunks of the shortest allowed length, the last one neither whole nor a whole number of blocks.
@@ -374,3 +377,19 @@ def test_cache_read_share():
     assert cache_read_share([10], [10], [12]) == 0.5
     assert cache_read_share([10, 10], [11, 10], [21, 11]) == 10 / 11
     assert cache_read_share([10], [12], [20]) == 1.0
+
+
+def test_attention_asks_scored_states_what_it_asks_cached_ones():
+    """What cannot be scored says what can; a bias by position joins the mask, as in decode."""
+    exact, query = torch.randn(1, 2, 40, 16), torch.randn(1, 4, 9, 16)
+    states = ScoredStates(exact, (), QuantSpec("dense"), None)
+    with pytest.warns(UserWarning, match="dropout"), pytest.raises(ValueError, match="use score_by_decoding"):
+        scoring._attend(None, query, states, states, None, dense_attention=None, dropout=0.1)
+    bias = torch.randn(1, 4, 9, 40)
+    seen = torch.arange(40) <= torch.arange(31, 40)[:, None]
+    everything = torch.ones(1, 1, 9, 40, dtype=torch.bool)
+    with mock.patch.object(ScoredStates, "read_exactly", return_value=everything):
+        output, _ = scoring._attend(None, query, states, states, None, dense_attention=None, position_bias=bias)
+    mask = torch.where(seen, bias, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, exact, exact, mask, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0, atol=1e-5)

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from extremes import put_extremes
 
 from hf_kvquant import reference
 from hf_kvquant.backends import cpu
@@ -381,27 +382,7 @@ def same_bytes(a: QuantizedStates, b: QuantizedStates) -> None:
 def extreme(dtype, head_dim=64, kv_len=150):
     generator = torch.Generator().manual_seed(5)
     x = random_states(generator, 2, 2, kv_len, head_dim, torch.float32)
-    x[0, 0, 3] = 0
-    x[0, 0, 4] = -0.0
-    x[0, 0, 5] = 1e-9 * torch.randn(head_dim, generator=generator)
-    x[0, 0, 6, 1] = 3e4
-    x[0, 0, 7] = 0.37
-    x[0, 0, 8] = 2.0**-14 * torch.randn(head_dim, generator=generator)
-    x[0, 1, 10, 2] = torch.nan
-    x[0, 1, 11, 3] = torch.inf
-    x[0, 1, 12, 4] = -torch.inf
-    x[1, 0, :, 0] = 0.1  # constant channels: a zero point above the maximum, a negative or zero scale
-    x[1, 0, :, 1] = -1.7
-    x[1, 0, :, 2] = 0
-    x[1, 0, ::2, 3] = 0
-    x[1, 0, 1::2, 3] = -0.0
-    x[1, 0, :, 4] *= 1e-7
-    x[1, 1, 64:128, 5] = torch.nan
-    if dtype != torch.float16:
-        x[1, 1, 20, 6] = 1e30
-        x[1, 1, 21, 7] = -3e38
-        x[1, 1, 22] = 3e38
-    return x.to(dtype)
+    return put_extremes(x, dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -9,6 +9,7 @@ import random
 import emulator
 import pytest
 import torch
+from extremes import put_extremes
 
 from hf_kvquant import QuantSpec, reference
 from hf_kvquant.backends import arguments
@@ -91,27 +92,7 @@ def extreme(dtype, batch, heads, kv_len, head_dim):
     x = torch.randn(batch, heads, kv_len, head_dim)
     x *= 1 + 6 * (torch.rand(1, heads, 1, head_dim) > 0.95)
     x += torch.randn(1, heads, 1, head_dim)
-    x[0, 0, 3] = 0
-    x[0, 0, 4] = -0.0
-    x[0, 0, 5] *= 1e-9
-    x[0, 0, 6, 1] = 3e4
-    x[0, 0, 7] = 0.37
-    x[0, 0, 8] = 2.0**-14 * torch.randn(head_dim)
-    x[0, 1, 10, 2] = torch.nan
-    x[0, 1, 11, 3] = torch.inf
-    x[0, 1, 12, 4] = -torch.inf
-    x[1, 0, :, 0] = 0.1  # constant channels: a zero point above the maximum, a negative or zero scale
-    x[1, 0, :, 1] = -1.7
-    x[1, 0, :, 2] = 0
-    x[1, 0, ::2, 3] = 0
-    x[1, 0, 1::2, 3] = -0.0
-    x[1, 0, :, 4] *= 1e-7
-    x[1, 1, 64:128, 5] = torch.nan
-    if dtype != torch.float16:
-        x[1, 1, 20, 6] = 1e30
-        x[1, 1, 21, 7] = -3e38
-        x[1, 1, 22] = 3e38
-    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return put_extremes(x, dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def same_bytes(got, expected):

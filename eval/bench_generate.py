@@ -395,6 +395,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args(argv)
     args.lengths = [int(length) for length in args.lengths.split(",")]
+    choose(parser, args)
+    return args
+
+
+def choose(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Add to `args` the configs and the backend that it names, and take as many threads."""
     try:
         names = args.presets.split(",") if args.presets else KVQuantConfig.preset_names()
         configs = {Path(name).stem: KVQuantConfig.load(name) for name in names}
@@ -404,7 +410,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:

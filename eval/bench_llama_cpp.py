@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import _bench
@@ -42,6 +42,7 @@ from bench_generate import (
     NEAR_DENSE,
     build_model,
     candidates,
+    choose,
     fill,
     first_logits,
     model_config,
@@ -52,7 +53,6 @@ from bench_generate import (
 )
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
-from hf_kvquant import KVQuantConfig, ops
 from hf_kvquant.quantization import rotate, rotation_block
 
 try:
@@ -481,15 +481,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--head-dim {args.head_dim}, --hidden {args.hidden}: llama.cpp needs multiples of 32")
     # What `bench_generate` is told: the steps to come, one sequence, caches that grow.
     args.new, args.batch, args.compile = args.rounds + WARM_UP_ROUNDS, 1, False
-    try:
-        names = args.presets.split(",") if args.presets else KVQuantConfig.preset_names()
-        configs = {Path(name).stem: KVQuantConfig.load(name) for name in names}
-        args.configs = {name: replace(config, backend=args.backend) for name, config in configs.items()}
-        args.backend_chosen = ops.choose_backend(args.backend, "cpu", DTYPES[args.dtype])
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    choose(parser, args)
     return args
 
 

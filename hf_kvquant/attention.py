@@ -64,9 +64,7 @@ def attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kwargs.get("position_bias") is not None:
-        columns = torch.arange(key.shape[2], device=query.device)
-        seen = columns <= columns[: query.shape[2], None] + key.position(query.shape[2])
-        attention_mask = _join(kwargs["position_bias"], attention_mask, seen)
+        attention_mask = _join(kwargs["position_bias"], attention_mask, key, query.shape[2])
     softcap = float(kwargs.get("softcap") or 0.0)
     arguments = (query, key, value, attention_mask, kwargs.get("s_aux"))
     output = (operator or _decode)(*arguments, scaling=float(scaling), softcap=softcap)
@@ -97,10 +95,12 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) 
     return f"the attention argument {unknown[0]!r}" if unknown else None
 
 
-def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
-    """One additive mask `[batch or 1, num_heads, q_len, kv_len]` of a bias and a mask (T5); `seen`: bool, causal."""
+def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
+    """One additive mask `[batch or 1, num_heads, q_len, kv_len]` of a bias and a mask (T5)."""
     lowest = torch.finfo(position_bias.dtype).min
     if mask is None or mask.ndim == 2:
+        columns = torch.arange(key.shape[2], device=position_bias.device)
+        seen = columns <= columns[:q_len, None] + key.position(q_len)
         mask = seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
     if mask.dtype == torch.bool:
         return torch.where(mask, position_bias, lowest)

@@ -197,10 +197,14 @@ class QuantizedLayer(DynamicLayer):
         if self.sink_positions.shape[1]:
             self.sink_positions[self.sink_positions >= self.length] = -1
 
-    def _states(self, side: Side) -> QuantizedStates:
+    def _states(
+        self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None
+    ) -> QuantizedStates:
+        """All columns so far, or those below `length` of which `device_length` are in use."""
         return QuantizedStates(
             side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
-            self.length, self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
+            self.length if length is None else length, self.kv_config.recent_length, side.head_dim, self.dtype,
+            self.kv_config.backend, self.routes, device_length,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:

@@ -34,7 +34,7 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
 
 def is_captured() -> bool:
     """Whether what runs now is recorded in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _not_a_tensor(what: object) -> str:

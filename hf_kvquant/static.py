@@ -186,15 +186,8 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def _whole_states(self) -> tuple[QuantizedStates, QuantizedStates]:
         """Keys and values with all columns of the storage, and the length beside them."""
-        config = self.kv_config
-        return tuple(
-            QuantizedStates(
-                side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
-                self.max_length, config.recent_length, side.head_dim, self.dtype, config.backend, self.routes,
-                self.device_length,
-            )
-            for side in (self._keys, self._values)
-        )  # fmt: skip
+        sides = self._keys, self._values
+        return tuple(self._states(side, self.max_length, self.device_length) for side in sides)
 
     def _check_room(self, length: int) -> None:
         if length > self.max_length:

@@ -3,12 +3,13 @@
 // `Quads` is a vector of sixteen groups of four bytes. A dot product multiplies each with the same
 // four weights:
 //
-//   IntDot<n>   codes 0..255, four a quad; weights are whole numbers of n bytes
+//   IntDot<n>   codes of a byte, four a quad; weights are whole numbers of n bytes
+//   PairDot     codes of four bits, four pairs a quad; weights are whole numbers of 12 bits
 //   Bf16Dot<n>  BF16 numbers, two a quad; weights are sums of n BF16 numbers
 //
-// BF16 queries need n = 2 and 1, FP16 ones 2 and 2, float ones 3 and 3: then weights are as exact
-// as the queries. The products are written as assembly, because GCC 12 moves the sums of the
-// intrinsics through other registers and the stack.
+// BF16 queries need n = 2 and 1, or pairs; FP16 ones 2 and 2, float ones 3 and 3: then weights are
+// as exact as the queries. The products are written as assembly, because GCC 12 moves the sums of
+// the intrinsics through other registers and the stack.
 #pragma once
 
 #include <immintrin.h>
@@ -32,7 +33,16 @@ struct Quads {
   }
   friend Quads operator^(Quads a, Quads b) { return _mm512_xor_si512(a.v, b.v); }
   friend Quads operator&(Quads a, Quads b) { return _mm512_and_si512(a.v, b.v); }
-  Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)) & Quads(15); }
+  Quads low_nibbles() const { return *this & Quads(15); }
+  Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)).low_nibbles(); }
+  Quads low_nibbles_up() const { return Quads(_mm512_slli_epi16(v, 4)) & Quads(0xf0); }
+  // Pairs of a nibble of a and the same nibble of b: a + 16 b.
+  static Quads pair_low(Quads a, Quads b) {
+    return _mm512_ternarylogic_epi32(Quads(15).v, a.v, _mm512_slli_epi16(b.v, 4), 0xca);
+  }
+  static Quads pair_high(Quads a, Quads b) {
+    return _mm512_ternarylogic_epi32(Quads(15).v, _mm512_srli_epi16(a.v, 4), b.v, 0xca);
+  }
   // 16 (nibble - 8) as signed bytes, of the low and of the high nibbles.
   Quads low_centered() const { return Quads(_mm512_slli_epi16(v, 4)).high_centered(); }
   Quads high_centered() const {
@@ -98,11 +108,24 @@ struct Largest {
   }
 };
 
+// Adds the dot products of four bytes without signs and four with.
+inline void add_product(__m512i& sum, __m512i without, __m512i with) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(without), "v"(with));
+}
+
+// Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
+inline __m512i in_order(__m512i packed_twice) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, packed_twice);
+}
+
 // Weights are whole numbers of n bytes, lowest first; their common factor is float.
 template <int n, bool kSignedWeights>
 struct IntDot {
-  static constexpr int kPasses = n;       // vectors of weights
-  static constexpr int kQuadsOfFour = 1;  // quads that hold four numbers
+  using Codes = Quads;
+  static constexpr int kPasses = n;  // vectors of weights
+  static constexpr int kSums = n;    // vectors of sums
+  static constexpr int quads(int numbers) { return numbers / 4; }
   // Rounded up still n bytes.
   static constexpr float kLargest = (kSignedWeights ? 127 : 255) << 8 * (n - 1);
 
@@ -110,8 +133,8 @@ struct IntDot {
   static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
 
   // The quads of 64 numbers of magnitude up to kLargest (and a rounding error), byte k from
-  // quads + k * stride on; returns sums of the weights.
-  static __m512i split(const Vec* x, int32_t* quads, int stride) {
+  // quads + k * stride on; returns sums of the weights. What is beyond the first n counts as 0.
+  static __m512i split(const Vec* x, int, int32_t* quads, int stride) {
     __m512i w[4];
     for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(x[i].v);
     const __m512i sum =
@@ -150,7 +173,7 @@ struct IntDot {
       asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[k]) : "v"(codes.v), "m"(quad[k * stride]));
     }
   }
-  // For several vectors: out of registers.
+  // For several vectors: out of registers, for a 512-bit broadcast takes the place of a load.
   struct Weights {
     __m512i v[n];
     Weights(const int32_t* quad, int stride) {
@@ -162,7 +185,7 @@ struct IntDot {
     static_assert(!kSignedWeights, "of codes and weights one is signed");
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) {
-      asm("vpdpbusd %2, %1, %0" : "+v"(sum[k]) : "v"(weights.v[k]), "v"(codes.v));
+      add_product(sum[k], weights.v[k], codes.v);
     }
   }
   // times * dot product - offset * sum of the weights; times is 1 or 2. With two bytes a whole
@@ -182,10 +205,74 @@ struct IntDot {
   static __m512i pack(__m512i a, __m512i b) {
     return kSignedWeights ? _mm512_packs_epi32(a, b) : _mm512_packus_epi32(a, b);
   }
-  // Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
   static void store_bytes(__m512i ab, __m512i cd, int32_t* quads) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(quads, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+    _mm512_storeu_si512(quads, in_order(_mm512_packus_epi16(ab, cd)));
+  }
+};
+
+// Two codes of four bits are one byte of a quad. Their weights w0 and w1 are made of three signed
+// bytes, where two weights of two bytes would take four products:
+//
+//   w0 = x + 16 y,  w1 = 16 x + z:   w0 c0 + w1 c1 = x (c0 + 16 c1) + y (16 c0) + z c1
+//
+// x differs from w0 by a multiple of 16 and from w1 / 16 by at most 8.
+struct PairDot {
+  struct Codes {
+    Quads both, low_up, high;
+    Codes() = default;
+    Codes(Quads pairs) : both(pairs), low_up(pairs.low_nibbles_up()), high(pairs.high_nibbles()) {}
+  };
+  static constexpr int kPasses = 3, kSums = 1;
+  static constexpr int quads(int numbers) { return numbers / 8; }
+  static constexpr float kLargest = 16 * (127 - 8);
+
+  static float factor(const Largest& x) { return x.factor(kLargest); }
+  static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
+
+  // Numbers 0..15 of 32 are paired with the other 16, the last 16 of n in halves.
+  static __m512i split(const Vec* numbers, int n, int32_t* quads, int stride) {
+    __m512i w[4];
+    for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(numbers[i].v);
+    if (n < 64 && n % 32) {
+      __m512i &low = w[n / 32 * 2], &high = w[n / 32 * 2 + 1];
+      high = _mm512_maskz_shuffle_i64x2(0x0f, low, low, 0xee);
+      low = _mm512_maskz_mov_epi64(0x0f, low);
+    }
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_add_epi32(w[0], w[1]), _mm512_add_epi32(w[2], w[3]));
+    const __m512i w0 = _mm512_packs_epi32(w[0], w[2]), w1 = _mm512_packs_epi32(w[1], w[3]);
+    const __m512i rest = _mm512_sub_epi16(w1, _mm512_slli_epi16(w0, 4));
+    const __m512i k = _mm512_srai_epi16(_mm512_add_epi16(rest, _mm512_set1_epi16(128)), 8);
+    const __m512i x = _mm512_add_epi16(w0, _mm512_slli_epi16(k, 4));
+    const __m512i y = _mm512_sub_epi16(_mm512_setzero_si512(), k);
+    const __m512i z = _mm512_sub_epi16(rest, _mm512_slli_epi16(k, 8));
+    const __m512i xy = in_order(_mm512_packs_epi16(x, y)), zz = in_order(_mm512_packs_epi16(z, z));
+    _mm256_storeu_si256((__m256i*)quads, _mm512_castsi512_si256(xy));
+    _mm256_storeu_si256((__m256i*)(quads + stride), _mm512_extracti64x4_epi64(xy, 1));
+    _mm256_storeu_si256((__m256i*)(quads + 2 * stride), _mm512_castsi512_si256(zz));
+    return sum;
+  }
+  static int32_t total(__m512i sums) { return _mm512_reduce_add_epi32(sums); }
+
+  __m512i sum;
+  void clear() { sum = _mm512_setzero_si512(); }
+  struct Weights {
+    __m512i x, y, z;
+    Weights(const int32_t* quad, int stride)
+        : x(_mm512_set1_epi32(quad[0])),
+          y(_mm512_set1_epi32(quad[stride])),
+          z(_mm512_set1_epi32(quad[2 * stride])) {}
+  };
+  void add(const Codes& codes, const Weights& weights) {
+    add_product(sum, codes.both.v, weights.x);
+    add_product(sum, codes.low_up.v, weights.y);
+    add_product(sum, codes.high.v, weights.z);
+  }
+  // As that of IntDot.
+  Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
+    __m512i x = times == 2 ? _mm512_add_epi32(sum, sum) : sum;
+    if (offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(offset * weights));
+    return _mm512_cvtepi32_ps(x);
   }
 };
 
@@ -193,11 +280,13 @@ struct IntDot {
 // Numbers 0 and 2 of four are in the first of their quads, 1 and 3 in the second.
 template <int n>
 struct Bf16Dot {
-  static constexpr int kPasses = n, kQuadsOfFour = 2;
+  using Codes = Quads;
+  static constexpr int kPasses = n, kSums = 1;
+  static constexpr int quads(int numbers) { return numbers / 2; }
 
   static float factor(const Largest&) { return 1.0f; }
   static float inverse(float) { return 1.0f; }
-  static __m512i split(const Vec* x, int32_t* quads, int stride) {
+  static __m512i split(const Vec* x, int, int32_t* quads, int stride) {
     for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
       __m512 a = x[0].v, b = x[1].v;
       for (int k = 0; k < n; ++k) {
@@ -213,12 +302,6 @@ struct Bf16Dot {
 
   __m512 sum;
   void clear() { sum = _mm512_setzero_ps(); }
-  void add(Quads numbers, const int32_t* quad, int stride) {
-#pragma GCC unroll 3
-    for (int k = 0; k < n; ++k) {
-      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(numbers.v), "m"(quad[k * stride]));
-    }
-  }
   struct Weights {
     __m512i v[n];
     Weights(const int32_t* quad, int stride) {

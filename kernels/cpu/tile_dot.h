@@ -9,6 +9,9 @@
 //   accumulate   outputs: channels      inputs: columns    weights: probabilities x values' scales
 //                  64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
 //
+// Nibbles that are multiplied in pairs (`PairDot`): score has 4 pairs of channels in a vector, as
+// they are stored; accumulate pairs columns i and i + 16.
+//
 // The instruction takes one operand without signs. Of keys that is the codes: symmetric ones have
 // an offset (xor 128, or the nibble as it is), which comes off as offset x the sum of the weights.
 // Of values it is the weights, which are never negative.
@@ -30,9 +33,10 @@ constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
 
-// How stored bytes become operands of a dot product: `expand` makes kOut vectors of one.
+// How stored bytes become operands of a dot product.
 //
-// Keys are codes from 0 on, their numbers (kTimes * dot - kOffset * sum of weights) / kTimes.
+// Keys: `expand` makes kOut vectors of one. They are codes from 0 on, their numbers (kTimes * dot -
+// kOffset * sum of weights) / kTimes.
 template <class Format, bool kCentered, int kBytes>
 struct KeyOperand {
   using Dot = IntDot<kBytes, true>;
@@ -46,39 +50,74 @@ struct KeyOperand<Nibble, kCentered, kBytes> {
   static constexpr bool kNibbles = true;
   static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1, kOffset = kCentered ? 15 : 0;
   void expand(Quads x, Quads* out) const {
-    out[0] = x & Quads(15);
+    out[0] = x.low_nibbles();
     out[1] = x.high_nibbles();
   }
 };
-// Values are signed, their weights are not; the numbers are dot * kUnit + kHalf * sum of weights.
-template <class Format, int kBytes>
-struct ValueOperand {
-  using Dot = IntDot<kBytes, false>;
-  static constexpr bool kNibbles = false;
-  static constexpr int kOut = 1;
+struct PairedKeys {
+  using Dot = PairDot;
+  static constexpr bool kNibbles = true;
+  static constexpr int kOut = 1, kTimes = 2, kOffset = 15;
+  void expand(Quads x, PairDot::Codes* out) const { out[0] = x; }
+};
+// Values are taken in kSteps steps of kColumns columns, of which step s takes those from first(s)
+// on, and in kHalves parts: `take` reads one of the four vectors of a step, `expand` makes kOut of
+// each after bytes were interleaved. The numbers are dot * kUnit + kHalf * sum of weights.
+//
+// Bytes are signed, their weights are not.
+template <class Dot_>
+struct FourColumns {
+  using Dot = Dot_;
+  static constexpr int kColumns = 4, kHalves = 1, kOut = 1;
   static constexpr float kUnit = 1.0f, kHalf = 0.0f;
-  void expand(Quads x, Quads* out) const { out[0] = x; }
+  static int first(int step) { return 4 * step; }
+  template <int>
+  static Quads take(const uint8_t* column, int64_t, int bytes) {
+    return Quads::load_first(column, bytes);
+  }
+};
+template <class Format, int kBytes>
+struct ValueOperand : FourColumns<IntDot<kBytes, false>> {
+  template <int>
+  void expand(Quads x, Quads* out) const {
+    out[0] = x;
+  }
 };
 template <int kBytes>
-struct ValueOperand<Nibble, kBytes> {
-  using Dot = IntDot<kBytes, false>;
-  static constexpr bool kNibbles = true;
-  static constexpr int kOut = 2;
+struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
+  static constexpr int kHalves = 2;
   static constexpr float kUnit = 0.0625f, kHalf = 0.5f;
+  template <int kPart>
   void expand(Quads x, Quads* out) const {
-    out[0] = x.low_centered();
-    out[1] = x.high_centered();
+    out[0] = kPart ? x.high_centered() : x.low_centered();
+  }
+};
+struct PairedValues {
+  using Dot = PairDot;
+  static constexpr int kColumns = 8, kHalves = 2, kOut = 1;
+  static constexpr float kUnit = 1.0f, kHalf = -7.5f;
+  static int first(int step) { return step / 4 * 32 + step % 4 * 4; }
+  template <int kPart>
+  static Quads take(const uint8_t* column, int64_t row_bytes, int bytes) {
+    const Quads a = Quads::load_first(column, bytes);
+    const Quads b = Quads::load_first(column + 16 * row_bytes, bytes);
+    return kPart ? Quads::pair_high(a, b) : Quads::pair_low(a, b);
+  }
+  template <int>
+  void expand(Quads x, PairDot::Codes* out) const {
+    out[0] = x;
   }
 };
 #ifdef __AVX512BF16__
 template <int kPasses>
-struct E4M3Operand {
-  using Dot = Bf16Dot<kPasses>;
+struct E4M3Operand : FourColumns<Bf16Dot<kPasses>> {
   static constexpr bool kNibbles = false;
   static constexpr int kOut = 2, kTimes = 1, kOffset = 0;
-  static constexpr float kUnit = 1.0f, kHalf = 0.0f;
   const E4M3ToBf16 table;
-  void expand(Quads x, Quads* out) const { table.expand(x, out); }
+  template <int = 0>
+  void expand(Quads x, Quads* out) const {
+    table.expand(x, out);
+  }
 };
 #endif
 
@@ -90,7 +129,7 @@ struct Share {
 
 // Splits n numbers (a multiple of 16) into `Dot::kPasses` rows of quads, which have room for a
 // multiple of 64 numbers.
-template <class Dot>
+template <class Dot, bool kSum>
 inline Share make_weights(const float* x, int n, float factor, int32_t* quads, int stride) {
   const Vec inverse(Dot::inverse(factor));
   __m512i sum = _mm512_setzero_si512();
@@ -99,9 +138,9 @@ inline Share make_weights(const float* x, int n, float factor, int32_t* quads, i
     for (int i = 0; i < 4; ++i) {
       v[i] = c + 16 * i < n ? Vec::load(x + c + 16 * i) * inverse : Vec(0.0f);
     }
-    sum = _mm512_add_epi32(sum, Dot::split(v, quads + c / 4 * Dot::kQuadsOfFour, stride));
+    sum = _mm512_add_epi32(sum, Dot::split(v, n - c, quads + Dot::quads(c), stride));
   }
-  return {factor, Dot::total(sum)};
+  return {factor, kSum ? Dot::total(sum) : 0};
 }
 
 // The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.
@@ -160,7 +199,9 @@ struct Columns16 {
 template <class Operand>
 struct DotKeys {
   using Dot = typename Operand::Dot;
-  static constexpr int kQuads = (kMaxDotDim + 64) / 4 * Dot::kQuadsOfFour;
+  static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
+  // Columns and query rows whose sums, with the codes, fit the registers.
+  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kMaxRows = 4;
 
   // A query row, split; on the channel grid of the present block, with its scales folded in.
   struct alignas(64) Row {
@@ -177,11 +218,11 @@ struct DotKeys {
     const int length = int(keys.group_length);
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
       for (int g = 0; g < keys.num_scales; ++g) {
-        const int quad = g * length / 4 * Dot::kQuadsOfFour;
+        const int quad = Dot::quads(g * length);
         Largest largest;
         for (int c = 0; c < length; c += 16) largest.take(Vec::load(q + g * length + c));
-        row->share[g] = make_weights<Dot>(q + g * length, length, Dot::factor(largest),
-                                          row->quads[0] + quad, kQuads);
+        row->share[g] = make_weights<Dot, Operand::kOffset != 0>(
+            q + g * length, length, Dot::factor(largest), row->quads[0] + quad, kQuads);
       }
     }
   }
@@ -200,12 +241,12 @@ struct DotKeys {
 
     const int groups = keys.channel_grid ? 1 : int(keys.num_scales);
     const int group_bytes = int(keys.row_bytes / groups);
-    const int group_quads = keys.head_dim / groups / 4 * Dot::kQuadsOfFour;
+    const int group_quads = Dot::quads(keys.head_dim / groups);
     alignas(64) float scale[kTile];
     for (int g = 0; g < groups; ++g, data += group_bytes) {
       if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
-      for (int i = 0; i < kTile; i += Quads::kCount) {
-        for_row_blocks<4>(rows, [&](int r, auto block) {
+      for (int i = 0; i < kTile; i += kVecs * Quads::kCount) {
+        for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
           score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, group_bytes, row + r, g,
                                g * group_quads, keys.channel_grid ? nullptr : scale + i,
                                scores + r * kTile + i);
@@ -246,53 +287,77 @@ struct DotKeys {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      row[r].share[0] = make_weights<Dot>(scaled[r], n, factor[r], row[r].quads[0], kQuads);
+      row[r].share[0] = make_weights<Dot, Operand::kOffset != 0>(scaled[r], n, factor[r],
+                                                                 row[r].quads[0], kQuads);
     }
   }
 
-  // Scores of 16 columns over the `bytes` bytes of each from `columns` on, which are group g: with
-  // the weights of kRows query rows from `quad` on, and the columns' scales, if any.
+  // Scores of kVecs times 16 columns over the `bytes` bytes of each from `columns` on, which are
+  // group g: with the weights of kRows query rows from `quad` on, and the columns' scales, if any.
   template <int kRows>
   KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes,
                                              const Row* row, int g, int quad, const float* scale,
                                              float* scores) {
-    Dot acc[kRows];
+    Dot acc[kRows][kVecs];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) acc[r].clear();
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
+    }
     Columns16 at(columns, row_bytes);
     for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * Operand::kOut) {
-      for (int i = 0; i < 16; i += 4) prefetch_tile(columns + (c + i) * 16, row_bytes);
-      score_piece<kRows, 4>(at, row, quad, acc);
+      for (int i = 0; i < 16 * kVecs; i += 4)
+        prefetch_tile(columns + (c * kVecs + i) * 16, row_bytes);
+      score_piece<kRows, 4>(at, row_bytes, row, quad, acc);
       at.advance(16);
     }
-    if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row, quad, acc);
+    if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row_bytes, row, quad, acc);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, scores += kTile) {
+    for (int r = 0; r < kRows; ++r) {
       const Share share = row[r].share[g];
-      const Vec dot = acc[r].result(Operand::kTimes, Operand::kOffset, share.sum);
       const Vec factor(share.factor / Operand::kTimes);
-      const Vec s =
-          scale ? dot * factor * Vec::load(scale) : Vec::fma(dot, factor, Vec(row[r].zero));
-      (g == 0 ? s : s + Vec::load(scores)).store(scores);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        float* out = scores + r * kTile + v * Vec::kWidth;
+        const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kOffset, share.sum);
+        const Vec s = scale ? dot * factor * Vec::load(scale + v * Vec::kWidth)
+                            : Vec::fma(dot, factor, Vec(row[r].zero));
+        (g == 0 ? s : s + Vec::load(out)).store(out);
+      }
     }
   }
   template <int kRows, int kByteQuads>
-  static inline void score_piece(const Columns16& at, const Row* row, int quad, Dot* acc) {
+  static inline void score_piece(const Columns16& at, int64_t row_bytes, const Row* row, int quad,
+                                 Dot (*acc)[kVecs]) {
     const Operand operand{};
-    Quads in[4];
+    Quads in[kVecs][4];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) in[i] = Quads::lanes(at.group, at.column[i], kByteQuads == 2);
-    Quads::transpose_quads(in);
+      for (int i = 0; i < 4; ++i) {
+        in[v][i] = Quads::lanes(at.group, at.column[i] + v * 16 * row_bytes, kByteQuads == 2);
+      }
+      Quads::transpose_quads(in[v]);
+    }
 #pragma GCC unroll 4
     for (int d = 0; d < kByteQuads; ++d) {
-      Quads out[Operand::kOut];
-      operand.expand(in[d], out);
+      typename Dot::Codes codes[kVecs][Operand::kOut];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) operand.expand(in[v][d], codes[v]);
 #pragma GCC unroll 2
       for (int o = 0; o < Operand::kOut; ++o) {
         // Nibbles: the high ones are the next channels; BF16: the other two of four numbers.
         const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) acc[r].add(out[o], row[r].quads[0] + at, kQuads);
+        for (int r = 0; r < kRows; ++r) {
+          if constexpr (kVecs == 1) {
+            acc[r][0].add(codes[0][o], row[r].quads[0] + at, kQuads);
+          } else {
+            const typename Dot::Weights weights(row[r].quads[0] + at, kQuads);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) acc[r][v].add(codes[v][o], weights);
+          }
+        }
       }
     }
   }
@@ -304,16 +369,16 @@ struct DotValues {
   static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are taken at once
   // Vectors of sums of a chunk: bytes 0..3, 4..7, 8..11, 12..15 of every lane. Nibbles have as
   // many again, of their high halves.
-  static constexpr int kHalves = Operand::kNibbles ? 2 : 1, kSums = 4 * kHalves * Vec::kWidth;
-  static constexpr int kSteps = kTile / 4 * Dot::kQuadsOfFour;
-  // Rows whose sums fit the registers.
-  static constexpr int kMaxRows = kHalves * Dot::kPasses <= 2   ? 4
-                                  : kHalves * Dot::kPasses <= 4 ? 2
-                                                                : 1;
+  static constexpr int kHalves = Operand::kHalves, kSums = 4 * kHalves * Vec::kWidth;
+  static constexpr int kQuads = Dot::quads(kTile);
+  // A chunk is gone through so often, each time for so many vectors of sums and rows as fit the
+  // registers.
+  static constexpr int kParts = Dot::kSums == 1 ? 1 : 2, kPasses = kHalves * kParts;
+  static constexpr int kVecs = 4 / kParts, kMaxRows = 4;
 
   // Weights of one row: probabilities with the scales of a group folded in.
   struct alignas(64) Row {
-    int32_t quads[Dot::kPasses][kSteps];
+    int32_t quads[Dot::kPasses][kQuads];
     float factor;
   };
 
@@ -355,13 +420,11 @@ struct DotValues {
       for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
         float* sums = acc + r * acc_dim + first_sum;
         accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
-        accumulate_chunk<block, 1>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
       });
     });
   }
 
-  // Sums of a chunk: vector kHalves * i + half has, in lane l, those of the bytes 16 l + 4 i ..
-  // + 4.
+  // Sums of a chunk: vector 4 * half + i has, in lane l, those of the bytes 16 l + 4 i .. + 4.
   static void finish(const Body& values, int rows, float* acc) {
     const size_t acc_dim = acc_floats(values), weights = weights_at(values);
     alignas(64) float sums[kMaxDotDim + 16];
@@ -373,12 +436,12 @@ struct DotValues {
         for (int half = 0; half < kHalves; ++half) {
           Vec sum[4];
           for (int i = 0; i < 4; ++i)
-            sum[i] = Vec::load(acc + first_sum + (kHalves * i + half) * Vec::kWidth);
+            sum[i] = Vec::load(acc + first_sum + (4 * half + i) * Vec::kWidth);
           Quads::transpose_lanes(sum);
           // Of the last 16 nibbles half a vector counts: the next ones overwrite the rest.
           for (int b = 0; b < bytes; b += 16) {
             const int channel =
-                Operand::kNibbles ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
+                kHalves == 2 ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
             (sum[b / 16] + rest).store(sums + channel);
           }
         }
@@ -417,10 +480,6 @@ struct DotValues {
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) largest[r].take(w[r][i]);
-      if (Operand::kHalf != 0.0f) {
-        float* sum = weights + r * acc_dim;
-        (((w[r][0] + w[r][1]) + (w[r][2] + w[r][3])) + Vec::load(sum)).store(sum);
-      }
     }
     float factor[kRows];
 #pragma GCC unroll 4
@@ -431,58 +490,69 @@ struct DotValues {
       const Vec inverse(Dot::inverse(factor[r]));
 #pragma GCC unroll 4
       for (Vec& x : w[r]) x = x * inverse;
-      Dot::split(w[r], row[r].quads[0], kSteps);
+      const Vec sum(_mm512_cvtepi32_ps(Dot::split(w[r], kTile, row[r].quads[0], kQuads)));
+      if (Operand::kHalf != 0.0f) {
+        float* sums = weights + r * acc_dim;
+        Vec::fma(sum, Vec(factor[r]), Vec::load(sums)).store(sums);
+      }
     }
   }
 
   // Adds to the sums of a chunk those over 64 columns of the `bytes` bytes of each from `columns`
-  // on: of the lower (kPart 0) or upper eight bytes of every lane.
-  template <int kRows, int kPart>
+  // on, in passes: of the lower or upper eight bytes of every lane, or of all; of low nibbles, then
+  // of high ones.
+  template <int kRows, int kPass>
   KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,
                                                 int bytes, const Row* row, float* sums,
                                                 size_t acc_dim) {
+    constexpr int kNibble = kPass / kParts, kPart = kPass % kParts;
     const Operand operand{};
-    Dot acc[kRows][2 * kHalves];
+    Dot acc[kRows][kVecs];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * kHalves; ++j) acc[r][j].clear();
+      for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
     }
-    for (int q = 0; q < kTile / 4; ++q, columns += 4 * row_bytes) {
-      Quads in[4], pair[2], out[2][Operand::kOut];
+    for (int s = 0; s < kTile / Operand::kColumns; ++s) {
+      const uint8_t* p = columns + Operand::first(s) * row_bytes;
+      prefetch_columns<kPass>(columns + s * Operand::kColumns * row_bytes, row_bytes);
+      Quads in[4], x[kVecs];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t* p = columns + i * row_bytes;
-        if (i % 2 == kPart) prefetch_tile(p, row_bytes);
-        in[i] = bytes == kChunk ? Quads::load(p) : Quads::load_first(p, bytes);
-      }
-      Quads::interleave_bytes(in, kPart, pair);
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) operand.expand(pair[i], out[i]);
+      for (int i = 0; i < 4; ++i)
+        in[i] = operand.template take<kNibble>(p + i * row_bytes, row_bytes, bytes);
+      if (kParts == 1 || kPart == 0) Quads::interleave_bytes(in, 0, x);
+      if (kParts == 1 || kPart == 1) Quads::interleave_bytes(in, 1, x + (kVecs - 2));
+      typename Dot::Codes codes[kVecs][Operand::kOut];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) operand.template expand<kNibble>(x[v], codes[v]);
 #pragma GCC unroll 2
-        for (int k = 0; k < Dot::kQuadsOfFour; ++k) {
-          const typename Dot::Weights weights(row[r].quads[0] + q * Dot::kQuadsOfFour + k, kSteps);
-#pragma GCC unroll 2
-          for (int i = 0; i < 2; ++i) {
-            // The halves of a byte are sums of their own, those of a number are not.
-            if (!Operand::kNibbles) acc[r][i].add(out[i][k], weights);
-            for (int h = 0; Operand::kNibbles && h < 2; ++h)
-              acc[r][2 * i + h].add(out[i][h], weights);
-          }
+      for (int o = 0; o < Operand::kOut; ++o) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const typename Dot::Weights weights(row[r].quads[0] + s * Operand::kOut + o, kQuads);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) acc[r][v].add(codes[v][o], weights);
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec factor(row[r].factor * Operand::kUnit);
-      float* out = sums + r * acc_dim + kPart * 2 * kHalves * Vec::kWidth;
+      float* out = sums + r * acc_dim + (4 * kNibble + kVecs * kPart) * Vec::kWidth;
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * kHalves; ++j, out += Vec::kWidth) {
-        Vec::fma(acc[r][j].result(), factor, Vec::load(out)).store(out);
+      for (int v = 0; v < kVecs; ++v, out += Vec::kWidth) {
+        Vec::fma(acc[r][v].result(), factor, Vec::load(out)).store(out);
       }
     }
+    if constexpr (kPass + 1 < kPasses)
+      accumulate_chunk<kRows, kPass + 1>(columns, row_bytes, bytes, row, sums, acc_dim);
+  }
+  // Of the columns of a step each pass fetches its share.
+  template <int kPass>
+  static void prefetch_columns(const uint8_t* p, int64_t row_bytes) {
+#pragma GCC unroll 8
+    for (int i = kPass; i < Operand::kColumns; i += kPasses)
+      prefetch_tile(p + i * row_bytes, row_bytes);
   }
 };
 
@@ -503,15 +573,19 @@ inline bool dot_takes(const KvquantSide& side) {
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
 }
 
-// kBytes and kNumbers: the precision of weights, of integers and of BF16.
+// kBytes and kNumbers: the precision of weights, of integers and of BF16; 12 bits for pairs do as
+// well as the latter.
 template <int kBytes, int kNumbers>
 KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
+  constexpr bool kPairs = kNumbers == 1;
   const bool channel = side.grid == kChannelGrid;
   if (dot_takes(side)) {
     if (side.format == kInt8) {
       return channel ? dot_keys<KeyOperand<Unsigned8, false, kBytes>>()
                      : dot_keys<KeyOperand<Signed8, true, kBytes>>();
     }
+    // On the channel grid weights have the blocks' scales, which may differ by more than 12 bits.
+    if (side.format == kInt4 && kPairs && !channel) return dot_keys<PairedKeys>();
     if (side.format == kInt4) {
       return channel ? dot_keys<KeyOperand<Nibble, false, kBytes>>()
                      : dot_keys<KeyOperand<Nibble, true, kBytes>>();
@@ -535,8 +609,10 @@ inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
 
 template <int kBytes, int kNumbers>
 ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
+  constexpr bool kPairs = kNumbers == 1;
   if (dot_takes(side)) {
     if (side.format == kInt8) return dot_values<ValueOperand<Signed8, kBytes>>();
+    if (side.format == kInt4 && kPairs) return dot_values<PairedValues>();
     if (side.format == kInt4) return dot_values<ValueOperand<Nibble, kBytes>>();
 #ifdef __AVX512BF16__
     if (side.format == kFp8) return dot_values<E4M3Operand<kNumbers>>();

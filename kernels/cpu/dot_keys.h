@@ -1,0 +1,199 @@
+// Scores of a tile of columns in dot products.
+#pragma once
+
+#include "cpu/dot_tile.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+// A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16
+// pointers, for which there are no registers.
+struct Columns16 {
+  const uint8_t* group[4];
+  int64_t column[4];
+
+  Columns16(const uint8_t* p, int64_t row_bytes) {
+    for (int i = 0; i < 4; ++i) {
+      group[i] = p + 4 * i * row_bytes;
+      column[i] = i * row_bytes;
+      asm("" : "+r"(group[i]), "+r"(column[i]));
+    }
+  }
+  void advance(int bytes) {
+#pragma GCC unroll 4
+    for (int64_t& c : column) {
+      c += bytes;
+      asm("" : "+r"(c));
+    }
+  }
+};
+
+template <class Operand>
+struct DotKeys {
+  using Dot = typename Operand::Dot;
+  static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
+  // Columns and query rows whose sums, with the codes, fit the registers.
+  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kMaxRows = 4;
+
+  // A query row, split; on the channel grid of the present block, with its scales folded in.
+  struct alignas(64) Row {
+    int32_t quads[Dot::kPasses][kQuads];
+    Share share[kMaxGroups];
+    float zero;  // the zero points' part of every score
+  };
+
+  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+
+  static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
+    if (keys.channel_grid) return;
+    Row* row = static_cast<Row*>(prepared);
+    const int length = int(keys.group_length);
+    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
+      for (int g = 0; g < keys.num_scales; ++g) {
+        const int quad = Dot::quads(g * length);
+        Largest largest;
+        for (int c = 0; c < length; c += 16) largest.take(Vec::load(q + g * length + c));
+        row->share[g] = make_weights<Dot, Operand::kOffset != 0>(
+            q + g * length, length, Dot::factor(largest), row->quads[0] + quad, kQuads);
+      }
+    }
+  }
+
+  static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
+                    void* prepared, int rows, float* scores) {
+    Row* row = static_cast<Row*>(prepared);
+    if (keys.channel_grid) {
+      const int64_t at = first / keys.group_length * keys.head_dim;
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
+      });
+    }
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(keys, first, n, rest);
+
+    const int groups = keys.channel_grid ? 1 : int(keys.num_scales);
+    const int group_bytes = int(keys.row_bytes / groups);
+    const int group_quads = Dot::quads(keys.head_dim / groups);
+    alignas(64) float scale[kTile];
+    for (int g = 0; g < groups; ++g, data += group_bytes) {
+      if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
+      for (int i = 0; i < kTile; i += kVecs * Quads::kCount) {
+        for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
+          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, group_bytes, row + r, g,
+                               g * group_quads, keys.channel_grid ? nullptr : scale + i,
+                               scores + r * kTile + i);
+        });
+      }
+    }
+  }
+
+ private:
+  // The weights of kRows query rows for the block whose scales begin at `at`; its zero points' part
+  // of a score is the same for all columns. Step by step for all rows, because each step waits for
+  // the one before it.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
+    const int n = keys.head_dim;
+    alignas(64) float scaled[kRows][kMaxDotDim];
+    Vec zero[kRows];
+    Largest largest[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
+    for (int c = 0; c < n; c += Vec::kWidth) {
+      const Vec scale = Vec::load((const Half*)(keys.scale + at + c));
+      const Vec zero_point =
+          keys.zero_point ? Vec::load((const Half*)(keys.zero_point + at + c)) : Vec(0.0f);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Vec v = Vec::load(q + r * n + c), x = v * scale;
+        x.store(scaled[r] + c);
+        largest[r].take(x);
+        zero[r] = Vec::fma(v, zero_point, zero[r]);
+      }
+    }
+    float factor[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].zero = Vec::sum(zero[r]);
+      factor[r] = Dot::factor(largest[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].share[0] = make_weights<Dot, Operand::kOffset != 0>(scaled[r], n, factor[r],
+                                                                 row[r].quads[0], kQuads);
+    }
+  }
+
+  // Scores of kVecs times 16 columns over the `bytes` bytes of each from `columns` on, which are
+  // group g: with the weights of kRows query rows from `quad` on, and the columns' scales, if any.
+  template <int kRows>
+  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes,
+                                             const Row* row, int g, int quad, const float* scale,
+                                             float* scores) {
+    Dot acc[kRows][kVecs];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
+    }
+    Columns16 at(columns, row_bytes);
+    for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * Operand::kOut) {
+      for (int i = 0; i < 16 * kVecs; i += 4)
+        prefetch_tile(columns + (c * kVecs + i) * 16, row_bytes);
+      score_piece<kRows, 4>(at, row_bytes, row, quad, acc);
+      at.advance(16);
+    }
+    if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row_bytes, row, quad, acc);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Share share = row[r].share[g];
+      const Vec factor(share.factor / Operand::kTimes);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        float* out = scores + r * kTile + v * Vec::kWidth;
+        const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kOffset, share.sum);
+        const Vec s = scale ? dot * factor * Vec::load(scale + v * Vec::kWidth)
+                            : Vec::fma(dot, factor, Vec(row[r].zero));
+        (g == 0 ? s : s + Vec::load(out)).store(out);
+      }
+    }
+  }
+  template <int kRows, int kByteQuads>
+  static inline void score_piece(const Columns16& at, int64_t row_bytes, const Row* row, int quad,
+                                 Dot (*acc)[kVecs]) {
+    const Operand operand{};
+    Quads in[kVecs][4];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        in[v][i] = Quads::lanes(at.group, at.column[i] + v * 16 * row_bytes, kByteQuads == 2);
+      }
+      Quads::transpose_quads(in[v]);
+    }
+#pragma GCC unroll 4
+    for (int d = 0; d < kByteQuads; ++d) {
+      typename Dot::Codes codes[kVecs][Operand::kOut];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) operand.expand(in[v][d], codes[v]);
+#pragma GCC unroll 2
+      for (int o = 0; o < Operand::kOut; ++o) {
+        // Nibbles: the high ones are the next channels; BF16: the other two of four numbers.
+        const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          if constexpr (kVecs == 1) {
+            acc[r][0].add(codes[0][o], row[r].quads[0] + at, kQuads);
+          } else {
+            const typename Dot::Weights weights(row[r].quads[0] + at, kQuads);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) acc[r][v].add(codes[v][o], weights);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

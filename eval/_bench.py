@@ -2,9 +2,10 @@
 
 Order of a benchmark: check, refuse if anything is wrong, then time, then print and save.
 
-Timing is in rounds, A B C A B C .., so that a slow minute of the machine hits every candidate alike. `PlainRead.flush`
-before every sample makes each one start from memory, as in a model whose layers and weights push each other out of the
-caches. A figure is the median over rounds; smallest and largest are kept beside it.
+Timing is in rounds, so that a slow minute of the machine hits every candidate alike, and each round has an order of its
+own, because a call is slower after some neighbours than after others. `PlainRead.flush` before every sample makes each
+one start from memory, as in a model whose layers and weights push each other out of the caches. A figure is the median
+over rounds; smallest and largest are kept beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -46,19 +48,20 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call of every task, in up to `rounds` rounds; `before` runs, untimed, before each call.
 
-    Stops after `seconds`, though not before `MIN_ROUNDS` rounds are complete.
+    Stops after `seconds`, though not before `MIN_ROUNDS` rounds are complete. The orders are the same in every run.
     """
     samples = {name: [] for name in tasks}
+    order = random.Random(0)
     deadline = None
     for i in range(-WARM_UP_ROUNDS, rounds):
         if i == 0:
             deadline = time.perf_counter() + seconds
         elif i >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
-        for name, task in tasks.items():
+        for name in order.sample(list(tasks), len(tasks)):
             before()
             start = time.perf_counter()
-            task()
+            tasks[name]()
             elapsed = time.perf_counter() - start
             if i >= 0:
                 samples[name].append(elapsed)

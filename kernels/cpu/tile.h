@@ -30,7 +30,9 @@ inline void load_scales(const Body& body, int g, int64_t first, int n, float* sc
   const int64_t groups = body.num_scales;
   const uint16_t* from = body.scale + first * groups + g;
   if (groups == 1) return halves_to_floats(from, n, scale);
-  for (int i = 0; i < n; ++i) scale[i] = to_float(Half{from[i * groups]});
+  uint16_t column[kTile];
+  for (int i = 0; i < n; ++i) column[i] = from[i * groups];
+  halves_to_floats(column, n, scale);
 }
 
 // Calls f(first row, std::integral_constant<number of rows>) for blocks of at most kMost rows.

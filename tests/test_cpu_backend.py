@@ -34,6 +34,7 @@ KEY_SPECS = {
     "fp8-rotated": QuantSpec("fp8", rotate=True),
     "fp8-channel32": QuantSpec("fp8", "channel", block_length=32),
     "int4": QuantSpec("int4", group_size=32),
+    "int4-group16": QuantSpec("int4", group_size=16),
     "int4-rotated": QuantSpec("int4", rotate=True),
     "int4-channel": QuantSpec("int4", "channel"),
     "int4-channel256": QuantSpec("int4", "channel", block_length=256),
@@ -141,6 +142,37 @@ def test_value_formats(v, dtype):
 )  # fmt: skip
 def test_head_dims(k, v, head_dim, dtype):
     check(*problem(k, v, head_dim=head_dim, kv_len=70, dtype=dtype, q_per_kv=3, num_kv_heads=1))
+
+
+@pytest.mark.parametrize("q_per_kv", [1, 2])
+@pytest.mark.parametrize("head_dim", [48, 128])
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [
+        ("int8", "int8-group16"),
+        ("int4-rotated", "int4-rotated"),
+        ("int8-channel", "int4-rotated"),
+        ("int4-channel", "int8"),
+    ],
+)
+def test_few_query_rows(k, v, head_dim, q_per_kv):
+    check(*problem(k, v, head_dim=head_dim, q_per_kv=q_per_kv, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("head_dim", [256, 512])
+@pytest.mark.parametrize("k", ["int8", "int8-channel", "int4-rotated", "int4-channel"])
+def test_the_largest_sums(k, head_dim):
+    """Every code and every weight is the largest or smallest there is: the sums of whole numbers must fit."""
+    sign = torch.ones(1, 1, 128, 1)
+    sign[:, :, ::3] = -1
+    x = (sign * torch.ones(head_dim)).to(torch.bfloat16)
+    # Rotated, one channel holds everything.
+    states = (
+        make_states(x, KEY_SPECS[k]),
+        make_states(x, KEY_SPECS["int8" if k.startswith("int8") else "int4-rotated"]),
+    )
+    for query in (x[:, :, :1], x[:, :, 1:2]):
+        check(query.contiguous(), *states)
 
 
 def test_keys_and_values_of_different_head_dim():

@@ -1,14 +1,15 @@
-// The level for AVX2, FMA and F16C.
+// The level for AVX2, FMA and F16C: 16-bit dot products of int8 and int4 codes.
 #include "cpu/decode_attention.h"
 #include "cpu/level.h"
 #include "cpu/quantize_append.h"
+#include "cpu/tile_dot_avx2.h"
 
 namespace kvquant {
 
 const Level kAvx2Level = {"avx2",
                           [](const KvquantAttention& a) {
-                            return decode_attention(a, float_key_method(a.keys, a.dtype),
-                                                    float_value_method(a.values, a.dtype));
+                            return decode_attention(a, dot_key_method(a.keys, a.dtype),
+                                                    dot_value_method(a.values, a.dtype));
                           },
                           [](const KvquantAppend& a) { return quantize_append(a); }};
 

@@ -16,6 +16,16 @@ constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
 
+// Whether one side of the cache is for 16-bit dot products (dot_avx2.h). Their weights are not
+// exact enough for float queries; a group of nibbles must be whole chunks of 32 channels, a tile
+// must lie in one block of keys.
+inline bool takes_words(const KvquantSide& side, int64_t dtype) {
+  if (side.format != kInt8 && side.format != kInt4) return false;
+  if (side.head_dim > kMaxDotDim || dtype == kFloat32) return false;
+  if (side.grid == kChannelGrid) return side.group_length >= kTile;
+  return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
+}
+
 // The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.
 inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t* rest) {
   const uint8_t* rows = body.data + first * body.row_bytes;

@@ -1,0 +1,152 @@
+// Dot products of 16-bit numbers, sixteen at a time, for AVX2 and AVX-VNNI.
+//
+// Codes are widened to 16 bits, weights are whole numbers of 16 bits. AVX2 multiplies and adds
+// pairs (vpmaddwd), and adds the sums in a second instruction; AVX-VNNI has both in one (vpdpwssd),
+// bit for bit the same.
+//
+// No sum overflows: a row has at most 256 codes of 0 .. 255, and 256 * 255 * 32767 < 2^31; a tile
+// of values has 64 codes of -127 .. 127. Weights of 15 bits and a sign are exact enough for BF16
+// and FP16 queries, not for float ones.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/vec.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+struct Words {
+  static constexpr int kCount = 16;
+  __m256i v;
+
+  Words() = default;
+  Words(__m256i x) : v(x) {}
+
+  static Words load(const int16_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  // The same two numbers eight times.
+  static Words pair(const int16_t* p) {
+    return _mm256_castps_si256(_mm256_broadcast_ss((const float*)p));
+  }
+  Words low_nibbles() const { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
+  Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }  // of one byte each
+};
+
+// Sixteen bytes as words, by format: of nibbles bytes without a sign.
+inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
+inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
+inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
+
+// kWords words of the channels that begin at byte p of a row: 32 or 16.
+template <int kWords, class Format>
+inline void load_channels(Format format, const uint8_t* p, Words* out) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kWords; ++i)
+    out[i] = widen(format, _mm_loadu_si128((const __m128i*)(p + i * Words::kCount)));
+}
+template <int kWords>
+inline void load_channels(Nibble format, const uint8_t* p, Words* out) {
+  const Words bytes = widen(format, kWords == 2 ? _mm_loadu_si128((const __m128i*)p)
+                                                : _mm_loadl_epi64((const __m128i*)p));
+  const Words low = bytes.low_nibbles(), high = bytes.high_nibbles();
+  if (kWords == 2) {
+    out[0] = low;
+    out[1] = high;
+  } else {  // eight of each are a chunk
+    out[0] = _mm256_inserti128_si256(low.v, _mm256_castsi256_si128(high.v), 1);
+  }
+}
+
+// Pairs of two columns a and b, of eight channels each: 0 .. 7 and 8 .. 15, of nibbles the low and
+// the high ones of eight bytes.
+template <class Format>
+inline void load_pairs(Format format, const uint8_t* a, const uint8_t* b, Words* out) {
+  const __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
+  out[0] = widen(format, _mm_unpacklo_epi8(x, y));
+  out[1] = widen(format, _mm_unpackhi_epi8(x, y));
+}
+inline void load_pairs(Nibble format, const uint8_t* a, const uint8_t* b, Words* out) {
+  const __m128i x = _mm_loadl_epi64((const __m128i*)a), y = _mm_loadl_epi64((const __m128i*)b);
+  const Words bytes = widen(format, _mm_unpacklo_epi8(x, y));
+  out[0] = bytes.low_nibbles();
+  out[1] = bytes.high_nibbles();
+}
+
+// Eight sums of products of pairs.
+struct PairSums {
+  __m256i v;
+
+  void clear() { v = _mm256_setzero_si256(); }
+  void add(Words codes, Words weights) {
+#ifdef __AVXVNNI__
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(v) : "x"(codes.v), "xm"(weights.v));
+#else
+    const __m256i products = _mm256_madd_epi16(codes.v, weights.v);
+    asm("vpaddd %1, %0, %0" : "+x"(v) : "x"(products));
+#endif
+  }
+  Vec numbers() const { return _mm256_cvtepi32_ps(v); }
+  // The total of each of eight.
+  static Vec totals(const PairSums* x) {
+    __m256i four[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, x += 4) {
+      four[i] =
+          _mm256_hadd_epi32(_mm256_hadd_epi32(x[0].v, x[1].v), _mm256_hadd_epi32(x[2].v, x[3].v));
+    }
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
+                                               _mm256_permute2x128_si256(four[0], four[1], 0x31)));
+  }
+  // Within each lane of n vectors: 4 / n times n numbers -> 4 numbers of each vector.
+  template <int n>
+  static void transpose(Vec* x) {
+    if (n == 2) {
+      const __m256 a = x[0].v, b = x[1].v;
+      x[0] = _mm256_shuffle_ps(a, b, 0x88);
+      x[1] = _mm256_shuffle_ps(a, b, 0xdd);
+    }
+    if (n == 4) {
+      const __m256 a = _mm256_unpacklo_ps(x[0].v, x[1].v), b = _mm256_unpackhi_ps(x[0].v, x[1].v);
+      const __m256 c = _mm256_unpacklo_ps(x[2].v, x[3].v), d = _mm256_unpackhi_ps(x[2].v, x[3].v);
+      x[0] = _mm256_shuffle_ps(a, c, 0x44);
+      x[1] = _mm256_shuffle_ps(a, c, 0xee);
+      x[2] = _mm256_shuffle_ps(b, d, 0x44);
+      x[3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+  }
+};
+
+// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the
+// numbers, then infinity, then NaN.
+struct Largest {
+  __m256i bits = _mm256_setzero_si256();
+
+  void take(Vec x) { bits = _mm256_max_epu32(bits, _mm256_castps_si256(Vec::abs(x).v)); }
+  // The factor of weights, number = factor * weight: NaN if a number is not finite.
+  float factor() const {
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+    const uint32_t largest = uint32_t(_mm_cvtsi128_si32(most));
+    if (largest >= 0x7f800000u) return __builtin_nanf("");
+    return float_of(largest) < 1e-30f ? 0.0f : float_of(largest) * (1.0f / 32767.0f);
+  }
+};
+
+// The weights of numbers, in their order, and the sum of the weights.
+struct WeightMaker {
+  const Vec inverse;
+  __m256i sums = _mm256_setzero_si256();
+
+  explicit WeightMaker(float factor) : inverse(factor == 0.0f ? 0.0f : 1.0f / factor) {}
+  void make(Vec a, Vec b, int16_t* weights) {
+    const __m256i x = _mm256_cvtps_epi32((a * inverse).v), y = _mm256_cvtps_epi32((b * inverse).v);
+    sums = _mm256_add_epi32(sums, _mm256_add_epi32(x, y));
+    _mm256_storeu_si256((__m256i*)weights,
+                        _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8));
+  }
+  float sum() const { return Vec::sum(_mm256_cvtepi32_ps(sums)); }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
+import shutil
+import subprocess
 import sys
 import threading
 
@@ -466,6 +470,24 @@ def test_a_long_prompt_on_two_threads():
     reference.quantize_append(x, x, *expected, count, start=0)
     for a, b in zip(states, expected):
         same_bytes(a, b)
+
+
+def test_a_level_that_this_processor_lacks_is_refused():
+    lacking = set(cpu._levels()[0]) - set(LEVELS)
+    if not lacking:
+        pytest.skip("this processor has every level")
+    for level in lacking:
+        with pytest.raises(ValueError, match=f"KVQUANT_CPU_ISA: level '{level}' does not run on this processor"):
+            cpu.decode_attention(*problem(), scaling=1.0, isa=level)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_avx_vnni_has_its_instruction():
+    """Few machines run this level: that it is more than AVX2 shows in the library."""
+    assert "avx2_vnni" in cpu._levels()[0]
+    code = subprocess.run(["objdump", "-d", cpu._path()], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\{vex\} vpdpwssd .*%ymm", code)
 
 
 def test_refusals_name_the_cause():

@@ -1,5 +1,8 @@
 // The C interface of the library, and the choice of the level.
 #include <initializer_list>
+#ifdef KVQUANT_X86
+#include <cpuid.h>
+#endif
 
 #include "cpu/level.h"
 #include "cpu/thread_pool.h"
@@ -11,14 +14,23 @@ namespace {
 using kvquant::Level;
 
 // In ascending order; a level that this processor lacks is null.
-constexpr int kNumLevels = 5;
-const char* const kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512", "avx512_vnni",
-                                             "avx512_bf16"};
+constexpr int kNumLevels = 6;
+const char* const kLevelNames[kNumLevels] = {"scalar", "avx2",        "avx2_vnni",
+                                             "avx512", "avx512_vnni", "avx512_bf16"};
+
+#ifdef KVQUANT_X86
+// Older compilers do not know the name of this feature.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
 
 const Level* level(int64_t i) {
 #ifdef KVQUANT_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+  static const bool avx_vnni = has_avx_vnni();  // a virtual machine takes long to answer
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
@@ -26,9 +38,10 @@ const Level* level(int64_t i) {
   const bool bf16 =
       vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   if (i == 1) return avx2 ? &kvquant::kAvx2Level : nullptr;
-  if (i == 2) return avx512 ? &kvquant::kAvx512Level : nullptr;
-  if (i == 3) return vnni ? &kvquant::kAvx512VnniLevel : nullptr;
-  if (i == 4) return bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
+  if (i == 2) return avx2 && avx_vnni ? &kvquant::kAvx2VnniLevel : nullptr;
+  if (i == 3) return avx512 ? &kvquant::kAvx512Level : nullptr;
+  if (i == 4) return vnni ? &kvquant::kAvx512VnniLevel : nullptr;
+  if (i == 5) return bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
 #endif
   return i == 0 ? &kvquant::kScalarLevel : nullptr;
 }

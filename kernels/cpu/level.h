@@ -11,6 +11,7 @@ struct Level {
   bool (*quantize_append)(const KvquantAppend&);
 };
 
-extern const Level kScalarLevel, kAvx2Level, kAvx512Level, kAvx512VnniLevel, kAvx512Bf16Level;
+extern const Level kScalarLevel, kAvx2Level, kAvx2VnniLevel, kAvx512Level, kAvx512VnniLevel,
+    kAvx512Bf16Level;
 
 }  // namespace kvquant

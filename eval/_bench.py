@@ -2,10 +2,10 @@
 
 Order of a benchmark: check, refuse if anything is wrong, then time, then print and save.
 
-Timing is in rounds, so that a slow minute of the machine hits every candidate alike, and each round has an order of its
-own, because a call is slower after some neighbours than after others. `PlainRead.flush` before every sample makes each
-one start from memory, as in a model whose layers and weights push each other out of the caches. A figure is the median
-over rounds; smallest and largest are kept beside it.
+Timing is in rounds, so that a slow minute of the machine hits every candidate alike, and each round has an order of
+its own, because a call is slower after some neighbours than after others. `PlainRead.flush` before every sample makes
+each one start from memory, as in a model whose layers and weights push each other out of the caches. A figure is the
+median over rounds; smallest and largest are kept beside it.
 """
 
 from __future__ import annotations

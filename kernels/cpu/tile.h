@@ -16,14 +16,17 @@ constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
 
-// Whether one side of the cache is for 16-bit dot products (dot_avx2.h). Their weights are not
-// exact enough for float queries; a group of nibbles must be whole chunks of 32 channels, a tile
-// must lie in one block of keys.
-inline bool takes_words(const KvquantSide& side, int64_t dtype) {
-  if (side.format != kInt8 && side.format != kInt4) return false;
-  if (side.head_dim > kMaxDotDim || dtype == kFloat32) return false;
+// Whether the loops take one side of the cache: a group of nibbles must be whole chunks of 32
+// channels, a tile must lie in one block of keys.
+inline bool takes_tiles(const KvquantSide& side) {
+  if (side.head_dim > kMaxDotDim) return false;
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
+}
+// Whether it is for 16-bit dot products (dot_avx2.h), whose weights are not exact enough for float
+// queries.
+inline bool takes_words(const KvquantSide& side, int64_t dtype) {
+  return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
 }
 
 // The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.

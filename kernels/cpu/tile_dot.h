@@ -35,20 +35,13 @@ ValueMethod dot_values() {
           DotValues<Operand>::finish};
 }
 
-// A group of nibbles must be whole pieces of 32 channels, a tile must lie in one block of keys.
-inline bool dot_takes(const KvquantSide& side) {
-  if (side.head_dim > kMaxDotDim) return false;
-  if (side.grid == kChannelGrid) return side.group_length >= kTile;
-  return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
-}
-
 // kBytes and kNumbers: the precision of weights, of integers and of BF16; 12 bits for pairs do as
 // well as the latter.
 template <int kBytes, int kNumbers>
 KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
   constexpr bool kPairs = kNumbers == 1;
   const bool channel = side.grid == kChannelGrid;
-  if (dot_takes(side)) {
+  if (takes_tiles(side)) {
     if (side.format == kInt8) {
       return channel ? dot_keys<KeyOperand<Unsigned8, false, kBytes>>()
                      : dot_keys<KeyOperand<Signed8, true, kBytes>>();
@@ -79,7 +72,7 @@ inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
 template <int kBytes, int kNumbers>
 ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
   constexpr bool kPairs = kNumbers == 1;
-  if (dot_takes(side)) {
+  if (takes_tiles(side)) {
     if (side.format == kInt8) return dot_values<ValueOperand<Signed8, kBytes>>();
     if (side.format == kInt4 && kPairs) return dot_values<PairedValues>();
     if (side.format == kInt4) return dot_values<ValueOperand<Nibble, kBytes>>();

@@ -2,7 +2,8 @@
 // lines of the file that STAND_IN_TRACE names. Built as libcuda.so.1; everything else it refuses.
 //
 // Contexts are 0x1000 + device, functions 0x4000 + device. A launch without a context fails as a
-// thread's does that has not called the runtime; one on stream 0xbad fails always.
+// thread's does that has not called the runtime; one on stream 0xbad fails always. Code that
+// begins with "too new" is not loaded.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -13,7 +14,8 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotSupported = 801;
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidImage = 200, kInvalidContext = 201,
+              kNotSupported = 801;
 uintptr_t current = 0;
 
 FILE* trace() {
@@ -51,7 +53,9 @@ int cuCtxSetCurrent(void* context) {
   return kSuccess;
 }
 int cuCtxGetDevice(int* device) { return *device = int(current - 0x1000), kSuccess; }
-int cuLibraryLoadData(void** library, const void*, void*, void*, unsigned, void*, void*, unsigned) {
+int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned, void*, void*,
+                      unsigned) {
+  if (std::strncmp(static_cast<const char*>(code), "too new", 7) == 0) return kInvalidImage;
   return *library = reinterpret_cast<void*>(0x2000), kSuccess;
 }
 int cuLibraryUnload(void*) { return note("unload"), kSuccess; }

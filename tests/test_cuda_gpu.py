@@ -21,6 +21,19 @@ from hf_kvquant.backends.specialisation import specialisation
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+THREADS = """
+import threading, time
+from hf_kvquant.backends import nvrtc
+
+def use(i):
+    time.sleep(0.01 * i)
+    # In one piece: threads share the line.
+    print(f"{nvrtc.missing()}\\n", end="")
+
+threads = [threading.Thread(target=use, args=(i,)) for i in range(24)]
+for thread in threads:
+    thread.start()
+"""
 KERNEL = """
 struct Two { unsigned long long a, b; };
 extern "C" __global__ void decode_attention_kernel(Two s, float* p) { p[0] = s.a; }
@@ -85,6 +98,9 @@ driver.cuCtxSetCurrent(0)
 launch(zero)
 state["stream"] = 0xbad
 said(lambda: launch(zero))
+state["capturing"] = False
+nvrtc.compiled = lambda *_: nvrtc.Compiled(b"too new for this driver", {}, True, 0.0)
+said(lambda: launch(gpu.Gpu(0)))
 """
 
 
@@ -116,7 +132,7 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    address, while_capturing, failed = done.stdout.splitlines()
+    address, while_capturing, failed, too_new = done.stdout.splitlines()
     first = f"grid 3 2 1 threads 128 shared 0 stream 77: aaa bbb, {int(address, 16):x}"
     lines = [line for line in trace.read_text().splitlines() if line != "unload"]
     assert lines == [
@@ -133,10 +149,25 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
         f"launch 4000 {first}",
         # A thread without a context gets one.
         "context 0", "launch without a context", "context 1000", f"launch 4000 {first}",
+        # One whose code is refused.
+        "context 1000",
     ]  # fmt: skip
     assert while_capturing.startswith("decode_attention_kernel (bfloat16, head_dim 64, keys fp8 token 64")
     assert "used for the first time while a CUDA graph is captured; call it once before" in while_capturing
     assert "cannot be launched on cuda:0: CUDA_ERROR_INVALID_VALUE, grid (3, 2, 1)" in failed
+    assert f"compiled by NVRTC {nvrtc.version_name()} for sm_90, cannot be loaded on cuda:0" in too_new
+    assert "CUDA_ERROR_INVALID_IMAGE; the driver is for CUDA 13.0" in too_new
+    assert "pip install cuda-core" in too_new
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
+def test_threads_may_compile_first_at_once(tmp_path):
+    """cuda-core, imported by two threads at once, is only half there for one of them."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "None\n" * 24, done.stderr
 
 
 def test_a_gpu_that_is_too_old(monkeypatch):

@@ -40,7 +40,7 @@ def info() -> dict:
     """What `hf-kvquant info` says about this backend, which need not be able to run."""
     kept = disk_cache.folder()
     return {
-        "compiler": nvrtc.missing() or "NVRTC {}.{}".format(*nvrtc.version()),
+        "compiler": nvrtc.missing() or f"NVRTC {nvrtc.version_name()}",
         "compiled kernels": f"{len(list(kept.glob('*.cubin')))} in {kept}",
     }
 

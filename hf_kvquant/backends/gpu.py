@@ -1,8 +1,8 @@
 """One GPU: loads compiled kernels onto it and launches them on torch's current stream.
 
 A launch costs no more than filling an array of addresses: kernels are compiled, loaded and made ready at their first
-use, which therefore cannot be while a CUDA graph is captured. cuda-core's own `launch` takes no structs by value, so
-the driver is called directly.
+use, which therefore cannot be while a CUDA graph is captured. The driver is called directly: cuda-core's own `launch`
+takes no structs by value, and its objects for loaded code have changed their names between its versions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Gpu:
         self._index = index
         self._arch = nvrtc.architecture(*capability)
         self._functions: dict[tuple[str, Specialisation], object] = {}
-        self._kernels = []
 
     def launch(self, kernel: str, kind: Specialisation, grid, threads: int, shared_bytes: int, *values) -> None:
         """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address."""
@@ -84,9 +83,7 @@ class Gpu:
             raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {_name(status)}, grid {grid}")
 
     def _enter(self) -> None:
-        from cuda.core import Device
-
-        Device(self._index).set_current()
+        nvrtc.cuda_core().Device(self._index).set_current()
 
     def _load(self, kernel: str, kind: Specialisation, shared_bytes: int):
         """The driver's handle of a kernel on this GPU, compiled if need be."""
@@ -95,23 +92,33 @@ class Gpu:
                 f"{kernel} ({kind}) is used for the first time while a CUDA graph is captured; call it once before, "
                 "so that it is compiled and loaded"
             )
-        from cuda.core import ObjectCode
-
         with _lock:
             if (kernel, kind) not in self._functions:
                 self._enter()
                 cubin = nvrtc.compiled(nvrtc.KERNELS[kernel], kind, self._arch).cubin
-                loaded = ObjectCode.from_cubin(cubin).get_kernel(kernel)
-                function = _checked(kernel, *_driver().cuKernelGetFunction(loaded.handle))
+                # Never unloaded: launches may be in flight, or captured, until the process ends.
+                status, library = _driver().cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
+                if status:
+                    raise RuntimeError(self._cannot_load(kernel, kind, status))
+                loaded = _checked(kernel, *_driver().cuLibraryGetKernel(library, kernel.encode()))
+                function = _checked(kernel, *_driver().cuKernelGetFunction(loaded))
                 attributes = _driver().CUfunction_attribute
                 if shared_bytes > _SHARED_BYTES:
                     limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, shared_bytes))
                 # Asking for an attribute loads the code; else that waits for the first launch, in a capture perhaps.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-                self._kernels.append(loaded)
                 self._functions[kernel, kind] = function
         return self._functions[kernel, kind]
+
+    def _cannot_load(self, kernel: str, kind: Specialisation, status) -> str:
+        """Why machine code may be refused: a driver loads none of a newer major version of CUDA than its own."""
+        known = _checked(kernel, *_driver().cuDriverGetVersion())
+        return (
+            f"{kernel} ({kind}), compiled by NVRTC {nvrtc.version_name()} for {self._arch}, cannot be loaded on "
+            f"cuda:{self._index}: {_name(status)}; the driver is for CUDA {known // 1000}.{known % 1000 // 10}. Where "
+            f"NVRTC's major version is newer than the driver's: {nvrtc.remedy()}"
+        )
 
 
 @lru_cache(maxsize=None)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -33,6 +34,7 @@ KERNELS = {
     "quantize_append_kernel": "quantize_append.cu",
 }
 _STANDARD = "c++17"
+_importing = threading.Lock()
 
 
 class CompileError(RuntimeError):
@@ -64,16 +66,24 @@ def missing() -> str | None:
     """None if kernels can be compiled here, else what is missing and how to get it."""
     try:
         from cuda.bindings import nvrtc
-        from cuda.core import Program  # noqa: F401
 
+        cuda_core()
         nvrtc.nvrtcVersion()
     # Where a shared library is missing, the packages raise errors of their own.
     except Exception as error:
-        return f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); {_remedy()}"
+        return f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); {remedy()}"
     return None
 
 
-def _remedy() -> str:
+def cuda_core():
+    """The package, whole: of two threads that import it at once one gets an ImportError."""
+    with _importing:
+        import cuda.core
+    return cuda.core
+
+
+def remedy() -> str:
+    """The command that installs NVRTC of the major version that torch was built with."""
     major = (torch.version.cuda or "13").partition(".")[0]
     nvrtc = "nvidia-cuda-nvrtc-cu12" if major == "12" else f"nvidia-cuda-nvrtc=={major}.*"
     return f"pip install cuda-core 'cuda-bindings=={major}.*' '{nvrtc}'"
@@ -85,6 +95,10 @@ def version() -> tuple[int, int]:
     from cuda.bindings import nvrtc
 
     return nvrtc.nvrtcVersion()[1:]
+
+
+def version_name() -> str:
+    return "{}.{}".format(*version())
 
 
 @lru_cache(maxsize=None)
@@ -104,7 +118,7 @@ def architecture(major: int, minor: int) -> str:
     # Machine code runs on GPUs of the same major and the same or a higher minor number.
     runs = [arch for arch in architectures() if (n := int(arch[3:])) // 10 == major and n % 10 <= minor]
     if not runs:
-        known = f"NVRTC {version()[0]}.{version()[1]} compiles for {', '.join(architectures())}"
+        known = f"NVRTC {version_name()} compiles for {', '.join(architectures())}"
         raise RuntimeError(f"compute capability {major}.{minor} is not supported: {known}")
     return runs[-1]
 
@@ -155,10 +169,8 @@ def _sources_hash(folder: Path) -> str:
 
 
 def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[bytes, str]:
-    from cuda.core import Program, ProgramOptions
-
-    folder, log = source_folder(), io.StringIO()
-    options = ProgramOptions(
+    core, folder, log = cuda_core(), source_folder(), io.StringIO()
+    options = core.ProgramOptions(
         name=source,
         arch=arch,
         std=_STANDARD,
@@ -173,7 +185,7 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
     )
     text = (folder / "cuda" / source).read_text(encoding="utf-8")
     try:
-        program = Program(text, "c++", options)
+        program = core.Program(text, "c++", options)
         cubin = program.compile("cubin", logs=log).code
         program.close()
     # cuda-core's own error types have changed their place between its versions.

@@ -115,7 +115,7 @@ def _archs(named: list[str] | None) -> list[str]:
     if named:
         for arch in named:
             if arch not in nvrtc.architectures():
-                known = f"NVRTC {'.'.join(map(str, nvrtc.version()))} knows {', '.join(nvrtc.architectures())}"
+                known = f"NVRTC {nvrtc.version_name()} knows {', '.join(nvrtc.architectures())}"
                 raise typer.BadParameter(f"--arch: {arch!r} is not supported; {known}")
         return list(dict.fromkeys(named))
     if not torch.cuda.is_available():

@@ -33,7 +33,7 @@ from .config import KVQuantConfig
 from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes, say_once
-from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
+from .static import DeviceRoutes, StaticQuantizedLayer, is_traced, keep_in_place
 from .storage import storage_nbytes
 
 FORWARD = "forward call"
@@ -267,6 +267,8 @@ class QuantizedCache(DynamicCache):
         Raises:
             ValueError: an earlier change did not reach its end.
         """
+        if is_traced():
+            return
         gained = self._gained()
         if self._unfinished is not None and (any(gained.values()) or not self._can_go_back()):
             repair = "" if self._unfinished != FORWARD else "; cache.crop(0) forgets the tokens of that call"
@@ -282,6 +284,9 @@ class QuantizedCache(DynamicCache):
 
     def end(self) -> None:
         """The change that `begin` noted is complete."""
+        # While a CUDA graph is captured nothing happens, and nothing can be asked of the device.
+        if is_traced():
+            return
         self._unfinished, self._whole = None, self._lengths()
 
     def _lengths(self) -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import CompileConfig
@@ -614,3 +615,31 @@ def test_beside_a_cross_attention_cache_of_its_own():
     assert isinstance(out.past_key_values.cross_attention_cache, StaticCache)
     out = generate(build("bart"), cache_implementation="kvquant-int4", n=3)
     assert isinstance(out.past_key_values.cross_attention_cache, DynamicCache)
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph cannot record: numbers that the device is asked for, and tensors made of the host's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asks = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "aten::equal")
+        assert not any(name in func.name() for name in asks), f"{func.name()} cannot be captured"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kv_config", [*(f"{name}-static" for name in PRESETS), dataclasses.replace(WINDOWS, static=True)], ids=str
+)
+def test_a_captured_step_asks_nothing_of_the_device(kv_config, monkeypatch):
+    """As torch.cuda.graph(..) records it, without torch.compile; a whole step of the model, hooks included."""
+    model = build().eval()
+    cache = QuantizedCache(config=model.config, kv_config=kv_config, max_length=60)
+    token = torch.tensor([[3]])
+    with torch.no_grad(), hf_kvquant.attention(model):
+        model(torch.arange(20)[None], past_key_values=cache)
+        model(token, past_key_values=cache)
+        with monkeypatch.context() as patch, Recorded():
+            patch.setattr(static, "is_captured", lambda: True)
+            model(token, past_key_values=cache)
+        model(token, past_key_values=cache)
+    assert cache.get_seq_length() == 23
+    assert cache.routes["decode_dequantized"] == 0

@@ -247,7 +247,10 @@ def _l2_bytes() -> int:
 
 
 def write_json(path: str | Path, result: dict) -> None:
-    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    beside = Path(f"{path}.part")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -1,8 +1,9 @@
 """What the GPU suite needs of a GPU: facts, times by CUDA events, copy bandwidth, CUDA graphs, free memory.
 
-A time is of the device alone: before every call the suite overwrites a buffer larger than the L2 cache, which also
-gives the host time to enqueue the call, so that launches are not what is measured. Rounds are A B C A B C .., a figure
-is a median. How long the host takes for a call is measured apart (`host_seconds`).
+A time is of the device alone: before every call the suite reads a buffer larger than the L2 cache, which also gives
+the host time to enqueue the call, so that launches are not what is measured. It reads, because lines that were written
+would go back to memory while the call is timed, tens of MB of them. Rounds are A B C A B C .., a figure is a median.
+How long the host takes for a call is measured apart (`host_seconds`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from functools import lru_cache
 
 import _bench
 import torch
+
+from hf_kvquant.backends import nvrtc
 
 ROUNDS, MIN_ROUNDS, WARM_UP_ROUNDS = 25, 5, 3
 HOST_CALLS = 200
@@ -33,9 +36,10 @@ class Gpu:
             raise SystemExit("no CUDA device")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._properties = torch.cuda.get_device_properties(self.device)
-        # Writing it takes longer than a few launches from Python, too.
+        # Reading it takes longer than a few launches from Python, too.
         nbytes = max(4 * self._properties.L2_cache_size, 512 << 20)
-        self._flushed = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._flushed = torch.zeros(nbytes // 4, device=self.device)
+        self._flush_sum = torch.zeros((), device=self.device)
 
     def facts(self) -> dict:
         p = self._properties
@@ -46,6 +50,8 @@ class Gpu:
             "multiprocessors": p.multi_processor_count,
             "l2_mib": p.L2_cache_size / 2**20,
             "cuda": torch.version.cuda,
+            "driver_cuda": torch._C._cuda_getDriverVersion(),
+            "nvrtc": nvrtc.missing() or nvrtc.version_name(),
             "clock_mhz": _clock(),
             **self.bandwidth(),
         }
@@ -70,7 +76,7 @@ class Gpu:
                 break
             events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in tasks}
             for name, task in tasks.items():
-                self._flushed.fill_(i % 7)
+                torch.sum(self._flushed, dim=0, out=self._flush_sum)
                 events[name][0].record()
                 task()
                 events[name][1].record()
@@ -105,6 +111,14 @@ class Gpu:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def is_alive(self) -> bool:
+        """False after an address out of range and the like, which end all work of the process on the device."""
+        try:
+            torch.cuda.synchronize()
+            return torch.ones(1, device=self.device).item() == 1
+        except RuntimeError:
+            return False
+
 
 def _clock() -> int | None:
     """MHz of the multiprocessors now; None where the driver's Python package is missing."""
@@ -138,13 +152,67 @@ class Deadline:
         return self._end - time.perf_counter()
 
 
-class Report:
-    """Checks, rows and what was left out. A row is kept only if all checks of its candidate passed."""
+class DeviceLost(Exception):
+    """Nothing works on the device any more in this process."""
 
-    def __init__(self):
-        self.checks: list[dict] = []
-        self.skipped: list[dict] = []
-        self.rows: dict[str, list[dict]] = {}
+
+class Report:
+    """Checks, rows and what was left out. A row is kept only if all checks of its candidate passed.
+
+    Work comes in points, each on its own: what goes wrong in one is a failed check, and the others go on, in another
+    process if this one cannot.
+
+    Args:
+        machine: tells whether the device still works.
+        save: called before and after every point.
+        kept: `state()` of a process that ended, to go on from.
+    """
+
+    def __init__(self, machine=None, save: Callable[[], object] = lambda: None, kept: dict | None = None):
+        kept = kept or {}
+        self._machine, self._save = machine, save
+        self.checks: list[dict] = kept.get("checks", [])
+        self.skipped: list[dict] = kept.get("skipped", [])
+        self.rows: dict[str, list[dict]] = kept.get("rows", {})
+        self.points: list[dict] = kept.get("points", [])
+        self._earlier = list(self.points)
+
+    def state(self) -> dict:
+        return {"rows": self.rows, "checks": self.checks, "skipped": self.skipped, "points": self.points}
+
+    def attempt(self, where: dict, work: Callable[[], object]) -> None:
+        """Do the work of one point, unless an earlier process has begun it.
+
+        Raises:
+            DeviceLost: it was the last that this process can do.
+        """
+        if where in self._earlier:
+            return
+        self.points.append(where)
+        self._save()
+        try:
+            work()
+        except DeviceLost:
+            self._save()
+            raise
+        except Exception as error:
+            self.fault(where, where.get("name", where["section"]), error)
+        self._save()
+
+    def fault(self, where: dict, name: str, error: Exception) -> None:
+        """Notes what a candidate of ours raised; memory that does not suffice is no fault.
+
+        Raises:
+            DeviceLost: nothing else can be done after it.
+        """
+        reason = _reason(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.skip(where["section"], {**where, "name": name}, reason)
+        else:
+            self.accept(where, [_bench.is_true(name, f"runs: {reason}", False)])
+        if self._machine is not None and not self._machine.is_alive():
+            self._save()
+            raise DeviceLost(reason)
 
     def accept(self, where: dict, checks: list[dict]) -> set[str]:
         """Notes the checks, made at `where`; the names of the candidates that passed all of theirs."""
@@ -156,9 +224,13 @@ class Report:
         self.rows.setdefault(section, []).extend(rows)
 
     def skip(self, section: str, where: dict, reason: str | Exception) -> None:
-        if isinstance(reason, Exception):
-            reason = _bench.without_paths(f"{type(reason).__name__}: {reason}")
-        self.skipped.append({"section": section, **where, "reason": reason})
+        where = {key: value for key, value in where.items() if key != "section"}
+        self.skipped.append(
+            {"section": section, **where, "reason": reason if isinstance(reason, str) else _reason(reason)}
+        )
 
-    def failed(self) -> list[dict]:
-        return [check for check in self.checks if not check["passed"]]
+
+def _reason(error: Exception) -> str:
+    """In one line: a log of a compiler has thousands."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return _bench.without_paths(text if len(text) < 600 else f"{text[:400]} .. {text[-200:]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -80,21 +81,33 @@ def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[C
 def correctness(machine, plan, report: Report, deadline: Deadline) -> None:
     """Bytes against the reference on the CPU, attention against the reference over the same bytes."""
     work = list(specialisations(plan))
-    precompile(machine, work)
-    rows = []
+    report.attempt({"section": "correctness", "name": "compile"}, lambda: precompile(machine, work))
+    report.add("correctness", [])
     for name, config, head_dim, dtype, cases in work:
         where = {"preset": name, "head_dim": head_dim, "dtype": dtype}
         if deadline.left() < 0:
             report.skip("correctness", where, "no time left")
             continue
-        worst, passed = 0.0, 0
-        for case in cases:
-            checks, error = _check(machine, name, replace(config, backend=machine.backend), head_dim, dtype, case)
-            passed += bool(report.accept({"section": "correctness", **where, "case": str(case)}, checks))
-            worst = max(worst, error)
-        if passed == len(cases):
-            rows.append({**where, "cases": passed, "largest_error": worst})
-    report.add("correctness", rows)
+        config = replace(config, backend=machine.backend)
+        report.attempt(
+            {"section": "correctness", **where},
+            lambda where=where, config=config, cases=cases: _correct(machine, report, where, config, cases),
+        )
+
+
+def _correct(machine, report: Report, where: dict, config, cases: list[Case]) -> None:
+    worst, passed = 0.0, 0
+    for case in cases:
+        here = {"section": "correctness", **where, "case": str(case)}
+        try:
+            checks, error = _check(machine, where["preset"], config, where["head_dim"], where["dtype"], case)
+        except Exception as error:
+            report.fault(here, where["preset"], error)
+            continue
+        passed += bool(report.accept(here, checks))
+        worst = max(worst, error)
+    if passed == len(cases):
+        report.add("correctness", [{**where, "cases": passed, "largest_error": worst}])
 
 
 def precompile(machine, work) -> None:
@@ -110,8 +123,14 @@ def precompile(machine, work) -> None:
         specialisation(CODES[DTYPES[dtype]], config.keys.resolve(d), config.values.resolve(d), d, d)
         for _, config, d, dtype, _ in work
     }
+
+    def compile_one(job: tuple) -> None:
+        # One that does not compile says so again where it is used.
+        with contextlib.suppress(nvrtc.CompileError):
+            nvrtc.compiled(*job, arch)
+
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: nvrtc.compiled(*job, arch), [(s, k) for k in kinds for s in nvrtc.SOURCES]))
+        list(pool.map(compile_one, [(s, k) for k in kinds for s in nvrtc.SOURCES]))
 
 
 def _check(machine, name: str, config, head_dim: int, dtype: str, case: Case) -> tuple[list[dict], float]:
@@ -169,7 +188,10 @@ def attention(machine, plan, report: Report, deadline: Deadline) -> None:
             elif deadline.left() < 0:
                 report.skip("attention", where, "no time left")
             else:
-                _attention_point(machine, plan, report, facts, where)
+                report.attempt(
+                    {"section": "attention", **where},
+                    lambda where=where: _attention_point(machine, plan, report, facts, where),
+                )
 
 
 def _attention_point(machine, plan, report: Report, facts: dict, where: dict) -> None:
@@ -199,10 +221,11 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
             try:
                 checks.append(_check_call(name, calls[name], query, key, value, stored))
             except Exception as error:
-                if name in stored:
-                    raise
-                report.skip("attention", {**here, "name": name}, error)
                 del calls[name]
+                if name in stored:
+                    report.fault({"section": "attention", **here}, name, error)
+                else:
+                    report.skip("attention", {**here, "name": name}, error)
         passed = report.accept({"section": "attention", **here}, checks)
         calls = {name: call for name, call in calls.items() if name in passed}
         samples = machine.samples(calls, plan.seconds_per_point)
@@ -315,43 +338,51 @@ def append(machine, plan, report: Report, deadline: Deadline) -> None:
     """Writing one token (a run that completes a block, in a CUDA graph), against copying it into a static cache."""
     for batch in plan.batches:
         where = {"batch": batch, "context": plan.contexts[0]}
-        key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, plan.contexts[0] + 64, plan.head_dim)
-        start = plan.contexts[0] // 64 * 64
-        run = range(start, start + 64)
-        tokens = {t: (key[:, :, t : t + 1].clone(), value[:, :, t : t + 1].clone()) for t in run}
-        places = {t: torch.tensor([t], device=machine.device) for t in run}
-        static = [torch.empty_like(key), torch.empty_like(value)]
+        if deadline.left() < 0:
+            report.skip("append", where, "no time left")
+            continue
+        report.attempt({"section": "append", **where}, lambda where=where: _append_point(machine, plan, report, where))
 
-        def copy(tokens=tokens, static=static, places=places):
+
+def _append_point(machine, plan, report: Report, where: dict) -> None:
+    batch = where["batch"]
+    key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, plan.contexts[0] + 64, plan.head_dim)
+    start = plan.contexts[0] // 64 * 64
+    run = range(start, start + 64)
+    tokens = {t: (key[:, :, t : t + 1].clone(), value[:, :, t : t + 1].clone()) for t in run}
+    places = {t: torch.tensor([t], device=machine.device) for t in run}
+    static = [torch.empty_like(key), torch.empty_like(value)]
+
+    def copy(tokens=tokens, static=static, places=places):
+        for t, pair in tokens.items():
+            for side, x in zip(static, pair):
+                side.index_copy_(2, places[t], x)
+
+    calls, checks = {"static cache": copy}, [_bench.is_true("static cache", "nothing to check", True)]
+    for name in plan.presets:
+        config = replace(KVQuantConfig.preset(name), backend=machine.backend)
+        states = bench_decode.fill(config, key[:, :, :start], value[:, :, :start], 1, 128)
+        faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
+
+        def write(states=states, faults=faults, tokens=tokens):
             for t, pair in tokens.items():
-                for side, x in zip(static, pair):
-                    side.index_copy_(2, places[t], x)
+                ops.quantize_append(*pair, *states, faults, start=t)
 
-        calls, checks = {"static cache": copy}, [_bench.is_true("static cache", "nothing to check", True)]
-        for name in plan.presets:
-            config = replace(KVQuantConfig.preset(name), backend=machine.backend)
-            states = bench_decode.fill(config, key[:, :, :start], value[:, :, :start], 1, 128)
-            faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
-
-            def write(states=states, faults=faults, tokens=tokens):
-                for t, pair in tokens.items():
-                    ops.quantize_append(*pair, *states, faults, start=t)
-
-            calls[name] = write
-            write()
-            end = run.stop
-            ours = tuple(_part(replace(s, length=end), slice(0, 1), slice(0, 1)).to("cpu") for s in states)
-            one = (x[:1, :1, :end].cpu() for x in (key, value))
-            expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
-            checks += bench_decode.check_bytes(name, ours, expected)
-            checks.append(_bench.is_true(name, "no faults", not faults.any().item()))
-        passed = report.accept({"section": "append", **where}, checks)
-        graphs = {name: machine.graphed(call) for name, call in calls.items() if name in passed}
-        samples = machine.samples(graphs, plan.seconds_per_point)
-        for name in graphs:
-            host = host_seconds(machine, lambda call=calls[name]: call()) * 1e6 / 64
-            us = _bench.summary(samples[name], 64e-6)
-            report.add("append", [{**where, "name": name, "us_per_token": us, "host_us": host}])
+        calls[name] = write
+        write()
+        end = run.stop
+        ours = tuple(_part(replace(s, length=end), slice(0, 1), slice(0, 1)).to("cpu") for s in states)
+        one = (x[:1, :1, :end].cpu() for x in (key, value))
+        expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
+        checks += bench_decode.check_bytes(name, ours, expected)
+        checks.append(_bench.is_true(name, "no faults", not faults.any().item()))
+    passed = report.accept({"section": "append", **where}, checks)
+    graphs = {name: machine.graphed(call) for name, call in calls.items() if name in passed}
+    samples = machine.samples(graphs, plan.seconds_per_point)
+    for name in graphs:
+        host = host_seconds(machine, lambda call=calls[name]: call()) * 1e6 / 64
+        us = _bench.summary(samples[name], 64e-6)
+        report.add("append", [{**where, "name": name, "us_per_token": us, "host_us": host}])
 
 
 def prefill(machine, plan, report: Report, deadline: Deadline) -> None:
@@ -361,32 +392,39 @@ def prefill(machine, plan, report: Report, deadline: Deadline) -> None:
         if deadline.left() < 0:
             report.skip("prefill", where, "no time left")
             continue
-        key, value = states_like(machine, torch.bfloat16, 1, plan.kv_heads, length, plan.head_dim)
-        query = queries_like(machine, torch.bfloat16, 1, plan.kv_heads * plan.q_per_kv[-1], length, plan.head_dim)
-        calls = {
-            "prefill attention": lambda q=query, k=key, v=value: scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            ),
-            "copy of K and V": lambda k=key, v=value: (k.clone(), v.clone()),
-        }
-        checks = [_bench.is_true(name, "nothing to check", True) for name in calls]
-        for name in plan.presets:
-            config = replace(KVQuantConfig.preset(name), backend=machine.backend)
-            # Filled with other tokens, so that what is checked was written by the call that is timed.
-            keys, values = bench_decode.fill(config, value, key, 1, 0)
-            faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
-            calls[name] = lambda s=(keys, values), f=faults, k=key, v=value: ops.quantize_append(k, v, *s, f, start=0)
-            calls[name]()
-            one = (x[:, :1].cpu() for x in (key, value))
-            expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
-            ours = tuple(_part(s, slice(0, 1), slice(0, 1)).to("cpu") for s in (keys, values))
-            checks += bench_decode.check_bytes(name, ours, expected)
-        passed = report.accept({"section": "prefill", **where}, checks)
-        calls = {name: call for name, call in calls.items() if name in passed}
-        samples = machine.samples(calls, plan.seconds_per_point)
-        times = {name: _median(samples[name]) for name in calls}
-        for name, seconds in times.items():
-            row = {**where, "name": name, "us": _bench.summary(samples[name], 1e-6)}
-            row["share_of_prefill_attention"] = seconds / times["prefill attention"]
-            row["over_copy"] = seconds / times["copy of K and V"]
-            report.add("prefill", [row])
+        report.attempt(
+            {"section": "prefill", **where}, lambda where=where: _prefill_point(machine, plan, report, where)
+        )
+
+
+def _prefill_point(machine, plan, report: Report, where: dict) -> None:
+    length = where["length"]
+    key, value = states_like(machine, torch.bfloat16, 1, plan.kv_heads, length, plan.head_dim)
+    query = queries_like(machine, torch.bfloat16, 1, plan.kv_heads * plan.q_per_kv[-1], length, plan.head_dim)
+    calls = {
+        "prefill attention": lambda q=query, k=key, v=value: scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ),
+        "copy of K and V": lambda k=key, v=value: (k.clone(), v.clone()),
+    }
+    checks = [_bench.is_true(name, "nothing to check", True) for name in calls]
+    for name in plan.presets:
+        config = replace(KVQuantConfig.preset(name), backend=machine.backend)
+        # Filled with other tokens, so that what is checked was written by the call that is timed.
+        keys, values = bench_decode.fill(config, value, key, 1, 0)
+        faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
+        calls[name] = lambda s=(keys, values), f=faults, k=key, v=value: ops.quantize_append(k, v, *s, f, start=0)
+        calls[name]()
+        one = (x[:, :1].cpu() for x in (key, value))
+        expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
+        ours = tuple(_part(s, slice(0, 1), slice(0, 1)).to("cpu") for s in (keys, values))
+        checks += bench_decode.check_bytes(name, ours, expected)
+    passed = report.accept({"section": "prefill", **where}, checks)
+    calls = {name: call for name, call in calls.items() if name in passed}
+    samples = machine.samples(calls, plan.seconds_per_point)
+    times = {name: _median(samples[name]) for name in calls}
+    for name, seconds in times.items():
+        row = {**where, "name": name, "us": _bench.summary(samples[name], 1e-6)}
+        row["share_of_prefill_attention"] = seconds / times["prefill attention"]
+        row["over_copy"] = seconds / times["copy of K and V"]
+        report.add("prefill", [row])

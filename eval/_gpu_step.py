@@ -30,6 +30,8 @@ STEPS = 8
 CHECKED_STEPS = 4
 # Of a cache, beyond the tokens that it is filled with: warm-up, check, timing.
 ROOM = 64
+# Sequences of a batch that are compared with `DynamicCache`: all of a large one would not fit beside the model.
+CHECKED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def build_model(machine, plan) -> LlamaForCausalLM:
         torch.set_default_dtype(before)
 
 
-def fill(machine, cache: Cache, plan, batch: int, length: int, roll: int = 0) -> None:
-    """Give `cache` random tokens in one update per layer; `roll` shifts the keys against the values."""
+def fill(machine, cache: Cache, plan, batch: int, length: int, roll: int = 0, rows: int | None = None) -> None:
+    """Give `cache` random tokens in one update per layer; `roll` shifts the keys against the values; `rows`: of the
+    batch, only so many sequences."""
     generator = torch.Generator(machine.device)
     size = (batch, plan.kv_heads, length, plan.head_dim)
     for layer_idx in range(plan.layers):
@@ -97,7 +100,7 @@ def fill(machine, cache: Cache, plan, batch: int, length: int, roll: int = 0) ->
         key, value = (
             torch.randn(size, generator=generator, device=machine.device, dtype=torch.bfloat16) for _ in range(2)
         )
-        cache.update(key.roll(roll, dims=2), value, layer_idx)
+        cache.update(key[:rows].roll(roll, dims=2), value[:rows], layer_idx)
     if isinstance(cache, QuantizedCache):
         for layer in cache.quantized_layers:
             # Else learned in prefill, which is not run here: Llama's attention takes what the cache returns.
@@ -120,10 +123,10 @@ def stepper(machine, model, candidate: Candidate, cache: Cache, batch: int) -> C
 
 
 def _logits(machine, model, candidate: Candidate, plan, batch: int, length: int, roll: int = 0) -> torch.Tensor:
-    """Of the first steps, `[CHECKED_STEPS, batch, vocab_size]`."""
+    """Of the first steps of the first sequences, `[CHECKED_STEPS, CHECKED_ROWS, vocab_size]`."""
     cache = candidate.build(model.config, length + STEPS)
-    fill(machine, cache, plan, batch, length, roll)
-    step = stepper(machine, model, candidate, cache, batch)
+    fill(machine, cache, plan, batch, length, roll, CHECKED_ROWS)
+    step = stepper(machine, model, candidate, cache, min(batch, CHECKED_ROWS))
     return torch.stack([step() for _ in range(CHECKED_STEPS)])
 
 
@@ -138,7 +141,7 @@ def _measure(machine, model, plan, report: Report, section: str, where: dict, ca
             step = stepper(machine, model, candidate, cache, batch)
             # Those that warmed up before a capture.
             done = int(cache.get_seq_length()) - length
-            logits = step().clone()
+            logits = step()[:CHECKED_ROWS].clone()
             samples = machine.samples({candidate.name: step}, plan.seconds_per_point, rounds=STEPS)
         error = _bench.relative_error(logits, limits["exact"][done])
         limit = NEAR_DENSE[candidate.bits] * limits["wrong"]
@@ -148,8 +151,9 @@ def _measure(machine, model, plan, report: Report, section: str, where: dict, ca
             checks.append(_bench.is_true(candidate.name, "every step took the fused route", only_fused))
     except Exception as error:
         if candidate.kind == "ours":
-            raise
-        report.skip(section, {**where, "name": candidate.name}, error)
+            report.fault({"section": section, **where}, candidate.name, error)
+        else:
+            report.skip(section, {**where, "name": candidate.name}, error)
         return None
     finally:
         cache = logits = step = None
@@ -175,23 +179,24 @@ def step(machine, plan, report: Report, deadline: Deadline, model: LlamaForCausa
         if deadline.left() < 0:
             report.skip("step", where, "no time left")
             continue
-        limits = _limits(machine, model, plan, report, {"section": "step", **where}, 1, length)
-        if limits is None:
+        report.attempt(
+            {"section": "step", **where}, lambda where=where: _step_point(machine, model, plan, report, where)
+        )
+
+
+def _step_point(machine, model, plan, report: Report, where: dict) -> None:
+    length, base = where["context"], None
+    limits = _limits(machine, model, plan, report, {"section": "step", **where}, 1, length)
+    if limits is None:
+        return
+    # Each is added at once: what comes after it may end the process.
+    for candidate in candidates(machine, plan):
+        t = _measure(machine, model, plan, report, "step", where, candidate, 1, length, limits)
+        if t is None:
             continue
-        times = {
-            c.name: _measure(machine, model, plan, report, "step", where, c, 1, length, limits)
-            for c in candidates(machine, plan)
-        }
-        report.add("step", _step_rows(where, times))
-
-
-def _step_rows(where: dict, times: dict[str, float | None]) -> list[dict]:
-    base = times[BASELINE]
-    return [
-        {**where, "name": name, "ms": t * 1e3, "faster_than_dynamic": None if base is None else base / t}
-        for name, t in times.items()
-        if t is not None
-    ]
+        base = t if candidate.name == BASELINE else base
+        row = {**where, "name": candidate.name, "ms": t * 1e3}
+        report.add("step", [row | {"faster_than_dynamic": None if base is None else base / t}])
 
 
 @torch.no_grad()
@@ -202,29 +207,43 @@ def prefill_step(machine, plan, report: Report, deadline: Deadline, model: Llama
         if deadline.left() < 0:
             report.skip("prefill_step", where, "no time left")
             continue
-        ids = torch.randint(plan.vocabulary, (1, length), device=machine.device)
-        calls, checks, exact = {}, [], None
-        for candidate in candidates(machine, plan):
-            if candidate.kind == "rival" or candidate.captured:
-                continue
+        report.attempt(
+            {"section": "prefill_step", **where},
+            lambda where=where: _prefill_point(machine, model, plan, report, where),
+        )
 
-            def forward(candidate=candidate, ids=ids, length=length):
-                cache = candidate.build(model.config, length + 64)
-                with switched(model, cache):
-                    return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
+def _prefill_point(machine, model, plan, report: Report, where: dict) -> None:
+    length = where["length"]
+    ids = torch.randint(plan.vocabulary, (1, length), device=machine.device)
+    calls, checks, exact = {}, [], None
+    for candidate in candidates(machine, plan):
+        if candidate.kind == "rival" or candidate.captured:
+            continue
+
+        def forward(candidate=candidate, ids=ids, length=length):
+            cache = candidate.build(model.config, length + 64)
+            with switched(model, cache):
+                return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+        try:
             logits = forward()
-            exact = logits if exact is None else exact
-            error = _bench.relative_error(logits, exact)
-            checks.append(_bench.at_most(candidate.name, "prefill is exact", error, 0.01))
-            calls[candidate.name] = forward
-        passed = report.accept({"section": "prefill_step", **where}, checks)
-        calls = {name: call for name, call in calls.items() if name in passed}
-        samples = machine.samples(calls, plan.seconds_per_point)
-        times = {name: _bench.summary(samples[name], 1.0)["median"] for name in calls}
-        for name, seconds in times.items():
-            row = {**where, "name": name, "ms": seconds * 1e3, "overhead": seconds / times[BASELINE] - 1}
-            report.add("prefill_step", [row])
+        except Exception as error:
+            if candidate.name == BASELINE:
+                raise
+            report.fault({"section": "prefill_step", **where}, candidate.name, error)
+            continue
+        exact = logits if exact is None else exact
+        error = _bench.relative_error(logits, exact)
+        checks.append(_bench.at_most(candidate.name, "prefill is exact", error, 0.01))
+        calls[candidate.name] = forward
+    passed = report.accept({"section": "prefill_step", **where}, checks)
+    calls = {name: call for name, call in calls.items() if name in passed}
+    samples = machine.samples(calls, plan.seconds_per_point)
+    times = {name: _bench.summary(samples[name], 1.0)["median"] for name in calls}
+    for name, seconds in times.items():
+        row = {**where, "name": name, "ms": seconds * 1e3, "overhead": seconds / times[BASELINE] - 1}
+        report.add("prefill_step", [row])
 
 
 @torch.no_grad()
@@ -234,9 +253,13 @@ def throughput(machine, plan, report: Report, deadline: Deadline, model: LlamaFo
     for candidate in candidates(machine, plan):
         if not candidate.captured and candidate.name != BASELINE:
             continue
-        per_sequence = cache_bytes(machine, model, candidate, plan, length)
-        if per_sequence is None:
-            report.skip("throughput", {"name": candidate.name}, "its cache cannot be made here")
+        try:
+            per_sequence = cache_bytes(machine, model, candidate, plan, length)
+        except Exception as error:
+            if candidate.kind == "rival":
+                report.skip("throughput", {"name": candidate.name}, error)
+            else:
+                report.fault({"section": "throughput"}, candidate.name, error)
             continue
         largest = plan.cache_bytes // per_sequence
         for batch in batches_up_to(largest):
@@ -244,13 +267,24 @@ def throughput(machine, plan, report: Report, deadline: Deadline, model: LlamaFo
             if deadline.left() < 0:
                 report.skip("throughput", {**where, "name": candidate.name}, "no time left")
                 break
-            limits = _limits(machine, model, plan, report, {"section": "throughput", **where}, batch, length)
-            if limits is None:
-                break
-            t = _measure(machine, model, plan, report, "throughput", where, candidate, batch, length, limits)
-            if t is not None:
-                row = {**where, "name": candidate.name, "ms": t * 1e3, "tokens_per_s": batch / t}
-                report.add("throughput", [row | {"cache_gib": batch * per_sequence / 2**30}])
+            point = {"section": "throughput", **where, "name": candidate.name}
+            report.attempt(
+                point,
+                lambda where=where, candidate=candidate, per_sequence=per_sequence: _throughput_point(
+                    machine, model, plan, report, where, candidate, per_sequence
+                ),
+            )
+
+
+def _throughput_point(machine, model, plan, report: Report, where: dict, candidate: Candidate, per_sequence: int):
+    batch, length = where["batch"], where["context"]
+    limits = _limits(machine, model, plan, report, {"section": "throughput", **where}, batch, length)
+    if limits is None:
+        return
+    t = _measure(machine, model, plan, report, "throughput", where, candidate, batch, length, limits)
+    if t is not None:
+        row = {**where, "name": candidate.name, "ms": t * 1e3, "tokens_per_s": batch / t}
+        report.add("throughput", [row | {"cache_gib": batch * per_sequence / 2**30}])
 
 
 def batches_up_to(largest: int) -> list[int]:
@@ -259,15 +293,10 @@ def batches_up_to(largest: int) -> list[int]:
     return [*found, largest] if largest else []
 
 
-def cache_bytes(machine, model, candidate: Candidate, plan, length: int) -> int | None:
+def cache_bytes(machine, model, candidate: Candidate, plan, length: int) -> int:
     """Bytes that a cache of one sequence takes."""
     from bench_generate import tensor_bytes
 
-    try:
-        cache = candidate.build(model.config, length + ROOM)
-        fill(machine, cache, plan, 1, length)
-        return tensor_bytes(cache)
-    except Exception:
-        if candidate.kind == "ours":
-            raise
-        return None
+    cache = candidate.build(model.config, length + ROOM)
+    fill(machine, cache, plan, 1, length)
+    return tensor_bytes(cache)

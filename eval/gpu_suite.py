@@ -7,13 +7,18 @@ attention of int8, fp8 and int4 against torch's SDPA and, where it is installed,
 flashinfer-python`); writing tokens and prompts; a whole decode step and a whole prefill of a model of Llama-3-8B's
 shape with random weights; tokens per second as the batch grows in equal cache memory. Every candidate is checked
 before it is timed; one that fails has no figures, and the command ends with 1. What does not fit into the memory or
-the time is listed with the reason. DIR/gpu_suite.json holds everything.
+the time is listed with the reason. DIR/gpu_suite.json holds everything, from the first point on.
+
+The work is done by a process that this one watches: where it dies, hangs or loses the device (an address out of range
+ends all work of a process there), that is a failed check, and another process goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +29,14 @@ import _bench
 import _gpu_operator
 import _gpu_step
 import torch
-from _gpu import Deadline, Gpu, Report
+from _gpu import Deadline, DeviceLost, Gpu, Report
 
 RESULT = "gpu_suite.json"
+# Of a process that lost the device.
+LOST = 75
+# Seconds without a new point after which a process hangs, and that the last point may take after the time is over.
+PATIENCE, GRACE = 100.0, 15.0
+MAX_PROCESSES = 12
 
 
 @dataclass(frozen=True)
@@ -79,27 +89,48 @@ def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
     return found
 
 
-def run(machine, plan: Plan, names: list[str] | None = None) -> dict:
-    """All sections, or those that are named; a dict for the result file."""
-    began, report, seconds = time.perf_counter(), Report(), {}
+def run(
+    machine, plan: Plan, names: list[str] | None = None, file: Path | None = None, began: float | None = None
+) -> dict:
+    """All sections, or those that are named; the result, which is kept in `file` from point to point.
+
+    Args:
+        file: where an earlier process may have left its part.
+        began: `time.time()` at which the suite was started.
+
+    Raises:
+        DeviceLost: the rest needs another process.
+    """
+    began = time.time() if began is None else began
+    kept = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
+    document = _bench.document("gpu_suite", [], {"sections": names})
+    document["command"] = "python eval/gpu_suite.py" + (f" --sections {','.join(names)}" if names else "")
+    document |= {"gpu": machine.facts(), "plan": asdict(plan), "backend": machine.backend, "complete": False}
+
+    def save() -> None:
+        seconds["all"] = time.time() - began
+        document.update(report.state(), goals=goals(report.rows), seconds=seconds)
+        if file is not None:
+            _bench.write_json(file, document)
+
+    seconds, report = kept.get("seconds", {}), Report(machine, save, kept)
     whole = sections(machine, plan)
     for name in names or whole:
         share, section = whole[name]
-        start = time.perf_counter()
-        section(machine, plan, report, Deadline(share * plan.seconds - (start - began)))
-        machine.synchronize()
+        start, before = time.time(), seconds.get(name, 0.0)
+        report.rows.setdefault(name, [])
+        try:
+            section(machine, plan, report, Deadline(share * plan.seconds - (start - began)))
+        except DeviceLost:
+            raise
+        except Exception as error:
+            # Between points: there is nothing to go on with in this section.
+            report.fault({"section": name}, name, error)
         gc.collect()
-        seconds[name] = time.perf_counter() - start
-    return {
-        "gpu": machine.facts(),
-        "plan": asdict(plan),
-        "backend": machine.backend,
-        "rows": report.rows,
-        "goals": goals(report.rows),
-        "checks": report.checks,
-        "skipped": report.skipped,
-        "seconds": {**seconds, "all": time.perf_counter() - began},
-    }
+        seconds[name] = before + time.time() - start
+    document["complete"] = True
+    save()
+    return document
 
 
 def goals(rows: dict[str, list[dict]]) -> list[dict]:
@@ -163,28 +194,91 @@ def _short(value: object) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def watch(command: list[str], file: Path, seconds: float) -> dict | None:
+    """The result of processes that do the work together; None if there is none.
+
+    Args:
+        command: of a process that keeps its result in `file`, and goes on from what is there.
+        seconds: after which none is started, and the one that runs is ended a little later.
+    """
+    end = time.time() + seconds
+    for _ in range(MAX_PROCESSES):
+        points = len(_read(file).get("points", []))
+        why = _watch_one(command, file, end + GRACE)
+        document = _read(file)
+        if document.get("complete"):
+            return document
+        if not document:
+            return None
+        last = document["points"][-1] if document["points"] else {"section": "start"}
+        check = _bench.is_true(last.get("name", last.get("preset", last["section"])), f"the process {why}", False)
+        document["checks"].append({**last, **check})
+        _bench.write_json(file, document)
+        if time.time() > end or len(document["points"]) == points:
+            break
+    return _read(file)
+
+
+def _watch_one(command: list[str], file: Path, end: float) -> str:
+    """Runs one process; says how it ended."""
+    process, seen, since = subprocess.Popen(command), None, time.time()
+    while process.poll() is None:
+        time.sleep(0.2)
+        now, changed = time.time(), file.stat().st_mtime_ns if file.exists() else None
+        if changed != seen:
+            seen, since = changed, now
+        if now > end or now - since > PATIENCE:
+            process.kill()
+            process.wait()
+            return "was ended: no time left" if now > end else f"was ended: nothing new for {PATIENCE:.0f} s"
+    return "lost the device" if process.returncode == LOST else f"ended with {process.returncode}"
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def main(argv: list[str] | None = None, machine: object | None = None, plan: Plan | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the result")
     parser.add_argument("--sections", help=f"comma separated, of {', '.join(sections(None, Plan()))}")
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # of a process that is watched
     args = parser.parse_args(argv)
     names = args.sections.split(",") if args.sections else None
     if unknown := set(names or ()) - set(sections(None, Plan())):
         parser.error(f"--sections: {sorted(unknown)} are unknown; expected some of {list(sections(None, Plan()))}")
-    machine = machine or Gpu()
+    if machine is None and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        result = run(machine, plan or Plan(), names)
-    document = _bench.document("gpu_suite", [], {"sections": names}, **result)
-    document["command"] = "python eval/gpu_suite.py" + (f" --sections {args.sections}" if names else "")
-    _bench.write_json(args.out / RESULT, document)
+    file, plan = args.out / RESULT, plan or Plan()
+    if machine is None and args.began is None:
+        file.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--out", str(args.out), "--began", str(time.time())]
+        return verdict(watch(command + (["--sections", args.sections] if names else []), file, plan.seconds))
+    if args.began is None:
+        file.unlink(missing_ok=True)
+    try:
+        with torch.no_grad():
+            result = run(machine or Gpu(), plan, names, file, args.began)
+    except DeviceLost:
+        return LOST
+    return verdict(result) if args.began is None else 0
+
+
+def verdict(result: dict | None) -> int:
+    """Shows a result; the exit status."""
+    if result is None:
+        print("there is no result: the first process ended before its first point", file=sys.stderr)
+        return 1
     show(result)
     failed = [check for check in result["checks"] if not check["passed"]]
     print(f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed")
     for check in failed:
         where = ", ".join(f"{key} {value}" for key, value in check.items() if key not in ("passed",))
         print(f"FAILED, so without figures: {where}")
-    return 1 if failed else 0
+    if not result["complete"]:
+        print("NOT COMPLETE: what is shown is all that was measured")
+    return 1 if failed or not result["complete"] else 0
 
 
 if __name__ == "__main__":

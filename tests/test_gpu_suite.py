@@ -49,6 +49,9 @@ class StandIn:
     def synchronize(self):
         pass
 
+    def is_alive(self):
+        return True
+
 
 @pytest.fixture
 def suite(monkeypatch):
@@ -218,6 +221,139 @@ def test_a_step_that_reads_wrong_keys_has_no_figures(suite, tiny, tmp_path, monk
     assert ("step", "logits near DynamicCache") in failures(result)
     assert "dynamic" in {row["name"] for row in result["rows"]["step"]}
     assert not {row["name"] for row in result["rows"]["step"]} & set(tiny.presets)
+
+
+def test_an_error_ends_its_candidate_alone(suite, tiny, tmp_path, monkeypatch):
+    """In every section what int8 raises is a failed check, and fp8 has its figures."""
+    right, append = ops.decode_attention, ops.quantize_append
+
+    def broken(query, keys, *args, **kwargs):
+        if keys.backend == "cpu" and keys.spec.format == "int8" and not keys.spec.is_channel:
+            raise RuntimeError(f"no kernel for {Path.home()}/int8")
+        return right(query, keys, *args, **kwargs)
+
+    def short(key, value, keys, *args, **kwargs):
+        if keys.backend == "cpu" and keys.spec.format == "int8" and key.shape[-1] == 48:
+            raise torch.OutOfMemoryError("out of memory")
+        append(key, value, keys, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "decode_attention", broken)
+    monkeypatch.setattr(ops, "quantize_append", short)
+    plan = suite.Plan(**{**tiny.__dict__, "presets": ("int8-plain", "fp8"), "contexts": (130,), "batches": (1,)})
+    result = run(suite, plan, tmp_path, "--sections", "correctness,attention,step,throughput", code=1)
+    assert result["complete"]
+    assert {section for section, _ in failures(result)} == {"correctness", "attention", "step", "throughput"}
+    assert {check for _, check in failures(result)} == {"runs: RuntimeError: no kernel for int8"}
+    for section in ("attention", "step", "throughput"):
+        names = {row["name"] for row in result["rows"][section]}
+        assert any("fp8" in name for name in names) and not any("int8" in name for name in names)
+    assert "fp8" in {row["preset"] for row in result["rows"]["correctness"]}
+    assert {row["preset"] for row in result["skipped"] if "OutOfMemory" in row["reason"]} == {"int8", "int8-plain"}
+
+
+WORKER = """
+import os, sys
+sys.path[:0] = [{eval!r}, {tests!r}]
+import gpu_suite, _gpu, _gpu_operator, test_gpu_suite
+_gpu.HOST_CALLS = 2
+point = _gpu_operator._attention_point
+
+def dies(machine, plan, report, facts, where):
+    if where == dict(batch=1, context=200):
+        os._exit(5)
+    point(machine, plan, report, facts, where)
+
+_gpu_operator._attention_point = dies
+plan = gpu_suite.Plan(presets=("fp8",), contexts=(130, 200), batches=(1, 2), q_per_kv=(1,), kv_heads=2, head_dim=32,
+                      seconds_per_point=0.01)
+sys.exit(gpu_suite.main(sys.argv[1:], test_gpu_suite.StandIn(), plan))
+"""
+
+
+def test_a_process_that_ends_is_followed_by_another(suite, tmp_path, capsys):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(eval=str(EVAL), tests=str(Path(__file__).parent)))
+    command = [sys.executable, "-W", "ignore", str(script), "--out", str(tmp_path), "--sections", "attention"]
+    result = suite.watch([*command, "--began", str(time.time())], tmp_path / suite.RESULT, 300.0)
+    assert result["complete"]
+    points = {(row["batch"], row["context"]) for row in result["rows"]["attention"] if row["name"] == "fp8"}
+    assert points == {(1, 130), (2, 130), (2, 200)}
+    failed = [(c["batch"], c["context"], c["check"]) for c in result["checks"] if not c["passed"]]
+    assert failed == [(1, 200, "the process ended with 5")]
+    assert suite.verdict(result) == 1
+    assert "FAILED, so without figures: section attention, batch 1, context 200" in capsys.readouterr().out
+
+
+def test_a_process_that_lost_the_device_ends(suite, tiny, tmp_path, monkeypatch):
+    """With what it has, and the next one leaves out the point at which that happened."""
+    operator, machine, calls = sys.modules["_gpu_operator"], StandIn(), []
+
+    def lost(*_):
+        calls.append(1)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    point = operator._attention_point
+    monkeypatch.setattr(operator, "_attention_point", lost)
+    machine.is_alive = lambda: False
+    arguments = ["--out", str(tmp_path), "--sections", "attention", "--began", str(time.time())]
+    assert suite.main(arguments, machine, tiny) == suite.LOST
+    assert len(calls) == 1
+    left = json.loads((tmp_path / suite.RESULT).read_text(encoding="utf-8"))
+    assert not left["complete"]
+    assert failures(left) == {("attention", "runs: RuntimeError: an illegal memory access was encountered")}
+    monkeypatch.setattr(operator, "_attention_point", point)
+    assert suite.main(arguments, StandIn(), tiny) == 0
+    result = json.loads((tmp_path / suite.RESULT).read_text(encoding="utf-8"))
+    assert result["complete"]
+    assert failures(result) == failures(left)
+    points = {(row["batch"], row["context"]) for row in result["rows"]["attention"]}
+    assert points == {(1, 200), (2, 130), (2, 200)}
+
+
+def test_a_process_that_hangs_is_ended(suite, tmp_path, monkeypatch):
+    """One that does nothing new, then one that goes on when the time is over; what there was is kept."""
+    monkeypatch.setattr(suite, "PATIENCE", 4.0)
+    monkeypatch.setattr(suite, "GRACE", 1.0)
+    file = tmp_path / suite.RESULT
+    document = {"checks": [], "points": [{"section": "attention"}], "complete": False}
+    beside = tmp_path / "beside"
+    beside.write_text(json.dumps(document))
+    # Whole or not at all, as the suite writes.
+    script = f"import os, shutil, time; made = {str(file) + '.part'!r}\n"
+    script += f"def save(): shutil.copyfile({str(beside)!r}, made); os.replace(made, {str(file)!r})\n"
+    for loop, seconds, why in (
+        ("save(); time.sleep(60)", 60.0, "nothing new for 4 s"),
+        ("while True: save(); time.sleep(0.3)", 5.0, "no time left"),
+    ):
+        began = time.time()
+        file.unlink(missing_ok=True)
+        result = suite.watch([sys.executable, "-c", script + loop], file, seconds)
+        assert time.time() - began < 40
+        assert not result["complete"]
+        assert result["checks"][0]["check"] == f"the process was ended: {why}"
+    assert suite.watch([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "none.json", 5.0) is None
+    assert suite.verdict(None) == 1
+
+
+def test_large_batches_are_compared_with_a_dense_cache_of_a_few(suite, tiny, monkeypatch):
+    """A dense cache of the batch that only int4 has room for would not fit beside the model."""
+    step = sys.modules["_gpu_step"]
+    monkeypatch.setattr(step, "CHECKED_ROWS", 2)
+    machine, report = StandIn(), sys.modules["_gpu"].Report()
+    model, seen, update = step.build_model(machine, tiny), [], step.DynamicCache.update
+
+    def note(cache, key_states, *args, **options):
+        seen.append((type(cache), key_states.shape[0]))
+        return update(cache, key_states, *args, **options)
+
+    monkeypatch.setattr(step.DynamicCache, "update", note)
+    candidate = next(c for c in step.candidates(machine, tiny) if c.name == "fp8-static, captured")
+    where = {"batch": 5, "context": 130}
+    with torch.no_grad():
+        step._throughput_point(machine, model, tiny, report, where, candidate, 1000)
+    assert {batch for cache, batch in seen if cache is step.DynamicCache} == {2}
+    assert [row["batch"] for row in report.rows["throughput"]] == [5]
+    assert all(check["passed"] for check in report.checks)
 
 
 def test_what_does_not_fit_is_skipped_with_the_reason(suite, tiny, tmp_path):

@@ -35,7 +35,7 @@ RESULT = "gpu_suite.json"
 # Of a process that lost the device.
 LOST = 75
 # Seconds without a new point after which a process hangs, and that the last point may take after the time is over.
-PATIENCE, GRACE = 100.0, 15.0
+PATIENCE, GRACE = 150.0, 15.0
 MAX_PROCESSES = 12
 
 

@@ -1,11 +1,11 @@
-# make demo | test | soak | cuda | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
+# make demo | test | soak | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
 # package registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
 PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest sanitize soak cuda matrix lint format clean
+.PHONY: demo test test-oldest sanitize soak matrix lint format clean
 
 demo: .venv/installed
 	.venv/bin/hf-kvquant demo
@@ -34,10 +34,6 @@ sanitize: .venv/installed
 build_sanitized = .venv/bin/python $(PIP) --target build/$(1) --upgrade --no-deps . \
 	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py
-
-# Every CUDA specialisation for every architecture (the tests compile a choice of them): minutes on many cores. No GPU.
-cuda: .venv/installed
-	KVQUANT_COMPILE_EVERYTHING=1 .venv/bin/pytest -q tests/test_cuda_compile.py
 
 # Every model family with every preset; resumes where it was stopped, and writes the tables of the documents.
 matrix: .venv/installed

@@ -16,11 +16,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import disk_cache
 from .specialisation import Specialisation
+
+if TYPE_CHECKING:
+    from cuda.core import ProgramOptions
 
 # A source file, and the options beside its macros.
 SOURCES: dict[str, dict] = {
@@ -168,9 +172,10 @@ def _sources_hash(folder: Path) -> str:
     return content.hexdigest()
 
 
-def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[bytes, str]:
-    core, folder, log = cuda_core(), source_folder(), io.StringIO()
-    options = core.ProgramOptions(
+def options(source: str, specialisation: Specialisation, arch: str) -> ProgramOptions:
+    """How `source` is compiled: cuda-core's `ProgramOptions`."""
+    folder = source_folder()
+    return cuda_core().ProgramOptions(
         name=source,
         arch=arch,
         std=_STANDARD,
@@ -183,9 +188,16 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         ptxas_options=["-v"],
         **SOURCES[source],
     )
-    text = (folder / "cuda" / source).read_text(encoding="utf-8")
+
+
+def source_text(source: str) -> str:
+    return (source_folder() / "cuda" / source).read_text(encoding="utf-8")
+
+
+def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[bytes, str]:
+    core, log = cuda_core(), io.StringIO()
     try:
-        program = core.Program(text, "c++", options)
+        program = core.Program(source_text(source), "c++", options(source, specialisation, arch))
         cubin = program.compile("cubin", logs=log).code
         program.close()
     # cuda-core's own error types have changed their place between its versions.

@@ -1,0 +1,84 @@
+"""Compiles a CUDA source for many architectures in half the time: NVRTC's optimizer once, then ptxas for each.
+
+NVRTC translates to PTX, and PTX to machine code. The first step, half of the time, gives the same text for several
+architectures; the second is ptxas of the wheel nvidia-cuda-nvcc, which writes what NVRTC of the same version writes,
+byte for byte. test_cuda_compile.py compares both.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from hf_kvquant.backends import nvrtc
+from hf_kvquant.backends.specialisation import Specialisation
+
+
+def program() -> Path | None:
+    """The program `ptxas`, of the wheel: another version on the PATH would write other code."""
+    folders = find_spec("nvidia").submodule_search_locations if find_spec("nvidia") else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("cu1*/bin/ptxas*"))), None)
+
+
+def missing() -> str | None:
+    """None if this can be used here, else what is missing and how to get it."""
+    return nvrtc.missing() or (None if program() else "there is no ptxas; pip install 'nvidia-cuda-nvcc==13.*'")
+
+
+def ptx(source: str, specialisation: Specialisation, arch: str) -> str:
+    """The PTX of `source`, a name in `nvrtc.SOURCES`, for `arch` ("sm_90"), with the package's options.
+
+    Raises:
+        nvrtc.CompileError: with NVRTC's log.
+    """
+    # cuda-core asks for a GPU's driver before it hands out PTX.
+    from cuda.bindings import nvrtc as library
+
+    def call(function, *arguments):
+        error, *results = function(*arguments)
+        assert error == library.nvrtcResult.NVRTC_SUCCESS, (function, error)
+        return results[0] if results else None
+
+    options = nvrtc.options(source, specialisation, arch.replace("sm_", "compute_")).as_bytes("nvrtc", "ptx")
+    unit = call(library.nvrtcCreateProgram, nvrtc.source_text(source).encode(), source.encode(), 0, [], [])
+    if library.nvrtcCompileProgram(unit, len(options), options)[0] != library.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(call(library.nvrtcGetProgramLogSize, unit))
+        call(library.nvrtcGetProgramLog, unit, log)
+        raise nvrtc.CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log.decode()}")
+    text = bytearray(call(library.nvrtcGetPTXSize, unit))
+    call(library.nvrtcGetPTX, unit, text)
+    call(library.nvrtcDestroyProgram, unit)
+    return text.rstrip(b"\0").decode()
+
+
+def assemble(text: str, arch: str) -> tuple[bytes, dict[str, nvrtc.Usage]]:
+    """Machine code of PTX for `arch`, whichever its PTX was written for, and what its kernels use.
+
+    Raises:
+        nvrtc.CompileError: with the log of ptxas.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
+        before.write_text(re.sub(r"(?m)^\.target .*$", f".target {arch}", text))
+        command = [program(), "-v", f"-arch={arch}", before, "-o", after]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise nvrtc.CompileError(f"ptxas for {arch}: {done.stderr}")
+        return after.read_bytes(), nvrtc.read_usage(done.stderr)
+
+
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """The content of an ELF file, by the names of its sections; "" for those that have none in the file."""
+    at, size, count, names = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HHH", cubin, 58)
+    # Of each: its name's place among the names, type, flags, address, place in the file, length.
+    headers = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
+    begin, has_none = headers[names][4], 8
+    found = {}
+    for name, kind, _, _, place, length in headers:
+        text = cubin[begin + name : cubin.index(0, begin + name)].decode()
+        found[text] = b"" if kind == has_none else cubin[place : place + length]
+    return found

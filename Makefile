@@ -10,8 +10,12 @@ SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --ot
 demo: .venv/installed
 	.venv/bin/hf-kvquant demo
 
+# In so many processes, of 1.5 GB each at most; half of the work is to compile every CUDA specialisation.
+JOBS ?= 2
+PYTEST := pytest -q -rs -n $(JOBS) --dist worksteal
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/$(PYTEST)
 
 # Random operation sequences for longer than the tests have time: make soak MINUTES=600. Prints its seeds.
 MINUTES ?= 30
@@ -20,7 +24,7 @@ soak: .venv/installed
 
 # The oldest transformers that is supported; it needs huggingface-hub below 2.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
 
 # The kernels' tests on a library that watches addresses and undefined behaviour (the CUDA kernels in the emulator), then
 # on one that watches for races: only on threads of its own, because torch's are not instrumented.
@@ -57,7 +61,7 @@ format: .venv-lint/installed
 
 .venv-oldest/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python $(PIP) 'transformers==5.17.0' 'huggingface-hub<2' . pytest hypothesis
+	.venv-oldest/bin/python $(PIP) 'transformers==5.17.0' 'huggingface-hub<2' . pytest pytest-xdist hypothesis
 	touch $@
 
 .venv-lint/installed: .ci/lint.txt

@@ -27,14 +27,16 @@ test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
 
 # The kernels' tests on a library that watches addresses and undefined behaviour (the CUDA kernels in the emulator), then
-# on one that watches for races: only on threads of its own, because torch's are not instrumented.
+# on one that watches for races: only on threads of its own, because torch's are not instrumented, and in one process,
+# whose exit code tells of races.
 sanitize: .venv/installed
 	$(call build_sanitized,asan,address;undefined)
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-		$(call test_sanitized,asan) tests/test_emulator.py tests/test_cuda_append.py
+		$(call test_sanitized,asan) -n $(JOBS) --dist worksteal $(EMULATED)
 	$(call build_sanitized,tsan,thread)
 	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66 $(call test_sanitized,tsan) -k own_threads
 
+EMULATED := tests/test_emulator.py tests/test_cuda_append.py tests/test_cuda_attention.py
 build_sanitized = .venv/bin/python $(PIP) --target build/$(1) --upgrade --no-deps . \
 	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py

@@ -1,11 +1,11 @@
-# make demo | test | soak | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
+# make demo | test | soak | arm | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
 # package registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
 PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest sanitize soak matrix lint format clean
+.PHONY: demo test test-oldest sanitize soak arm matrix lint format clean
 
 demo: .venv/installed
 	.venv/bin/hf-kvquant demo
@@ -41,6 +41,10 @@ build_sanitized = .venv/bin/python $(PIP) --target build/$(1) --upgrade --no-dep
 	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py
 
+# The CPU kernels as ARM code on an emulated processor. The compiler for it takes 400 MB, so only this installs it.
+arm: .venv/arm
+	PATH=$(CURDIR)/.venv/bin:$$PATH OMP_NUM_THREADS=1 .venv/bin/pytest -q tests/test_arm.py
+
 # Every model family with every preset; resumes where it was stopped, and writes the tables of the documents.
 matrix: .venv/installed
 	cd eval && OMP_NUM_THREADS=1 ../.venv/bin/python model_matrix.py
@@ -59,6 +63,10 @@ format: .venv-lint/installed
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) '.[dev]'
+	touch $@
+
+.venv/arm: .venv/installed .ci/arm.txt
+	.venv/bin/python $(PIP) --requirement .ci/arm.txt
 	touch $@
 
 .venv-oldest/installed: $(SOURCES)

@@ -1,4 +1,4 @@
-"""What the two benchmarks share: interleaved timing, the machine's plain read, facts for the result file, the table.
+"""What the benchmarks share: interleaved timing, the machine's plain read, facts for the result file, the table.
 
 Order of a benchmark: check, refuse if anything is wrong, then time, then print and save.
 

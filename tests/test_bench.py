@@ -106,6 +106,27 @@ def test_decode_with_as_many_kv_heads_as_heads(tmp_path):
     assert {(row["kv_heads"], row["length"]) for row in result["checks"]} == {(2, 67), (4, 40)}
 
 
+def test_error_result(tmp_path):
+    out = tmp_path / "error.json"
+    result, text = run("bench_error.py", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)
+    check_common(result, text)
+    rows = {(row["name"], row["dtype"], row["level"]): row for row in result["rows"]}
+    levels, dtypes = result["arguments"]["levels"], ("float32", "float16", "bfloat16")
+    assert levels[0] == "scalar"
+    names = [("SDPA, dense cache", None), *((name, level) for name in result["configs"] for level in levels)]
+    assert set(rows) == {(name, dtype, level) for name, level in names for dtype in dtypes}
+    for (name, _, level), row in rows.items():
+        # Two lengths, two seeds, with and without outliers, four spreads.
+        assert row["samples"] == 2 * 2 * 2 * 4
+        assert 0 < row["rms"] <= row["largest"]
+        by_spread = row["rms_by_spread"].values()
+        assert row["rms"] ** 2 == pytest.approx(sum(x * x for x in by_spread) / len(by_spread))
+        assert level is None or f"| {name} | {row['dtype']} |" in text
+        assert level is None or row["largest"] <= row["limit"]
+    # The portable level errs by hardly more than the rounding of its output to 8 bits: between 2^-10 and 2^-9.
+    assert 2**-10 < rows["int8", "bfloat16", "scalar"]["rms"] < 2**-9
+
+
 def test_generate_result(tmp_path):
     result, text = run("bench_generate.py", GENERATE, tmp_path / "generate.json")
     check_common(result, text)
@@ -160,6 +181,14 @@ def test_process_memory_grows_by_the_cache(bench):
     # A step of DynamicCache copies keys of a layer before it drops the old ones.
     assert found["dynamic"]["step_peak_mb"] >= found["dynamic"]["cache_mb"]
     assert found["int8-plain"]["cache_mb"] < 0.8 * found["dynamic"]["cache_mb"]
+
+
+def test_error_refuses_wrong_attention(bench, monkeypatch, capsys, tmp_path):
+    error = bench("bench_error")
+    monkeypatch.setattr(error.cpu, "decode_attention", _wrong_output(error.cpu.decode_attention))
+    arguments = ["--lengths", "67", "--head-dims", "32", "--seeds", "1", "--out", str(tmp_path / "error.json")]
+    assert error.main(arguments) == 1
+    expect_refusal(capsys.readouterr().out, tmp_path / "error.json")
 
 
 def expect_refusal(text: str, out: Path) -> None:

@@ -1,0 +1,195 @@
+"""How exact the operator is: its error against float64 attention over the same de-quantized cache, beside SDPA's own.
+
+    python eval/bench_error.py --out results.json
+
+A sample is a query and a cache: plain keys or keys with outlier and biased channels and values with outlier tokens,
+short and long, head_dim 64 and 128, with scores whose standard deviation is from 0.1 (a flat softmax) to 10 (a peaky
+one). Its error is |output - exact| / |exact| in Euclidean norms. A figure is the root mean square over samples; the
+largest sample has to stay within the limit of its format, or nothing is saved. What quantization itself costs is not
+in it: `hf-kvquant eval` measures that.
+
+The baseline is torch's SDPA in each dtype over the dense cache of that dtype against float64 over the same numbers:
+attention in BF16 is what a user would have without a quantized cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import _bench
+import torch
+from bench_decode import DTYPES, fill, packed
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_kvquant import KVQuantConfig, QuantizedStates
+from hf_kvquant.backends import cpu
+
+HEADS, KV_HEADS = 8, 2
+SPREADS = (0.1, 1.0, 3.0, 10.0)
+BASELINE = "SDPA, dense cache"
+# Largest error of a sample by the format of keys or values, whichever has more. Rounding the output to FP16 and BF16
+# alone gives 0.0002 and 0.0017.
+LIMIT = {
+    "float32": {"int8": 1e-5, "fp8": 1e-5, "int4": 1e-5},
+    "float16": {"int8": 0.002, "fp8": 0.002, "int4": 0.002},
+    "bfloat16": {"int8": 0.003, "fp8": 0.005, "int4": 0.006},
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    runs = cpu.info()["available"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", default=f"{runs[0]},{runs[-1]}", help="of machine instructions; these run here: "
+                        + ",".join(runs))  # fmt: skip
+    parser.add_argument("--lengths", default="129,1001,4097", help="cached tokens")
+    parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args(argv)
+    args.levels = args.levels.split(",")
+    args.lengths, args.head_dims = ([int(n) for n in words.split(",")] for words in (args.lengths, args.head_dims))
+    if unknown := [level for level in args.levels if level not in runs]:
+        parser.error(f"--levels: {unknown[0]!r} does not run here; expected some of {','.join(runs)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def samples(args: argparse.Namespace) -> Iterator[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Spread of the scores, query `[1, HEADS, 1, head_dim]`, keys and values `[1, KV_HEADS, length, head_dim]`."""
+    kinds = itertools.product(range(args.seeds), args.lengths, args.head_dims, (False, True))
+    for i, (_, length, head_dim, outliers) in enumerate(kinds):
+        generator = torch.Generator().manual_seed(i)
+        key, value = (torch.randn(1, KV_HEADS, length, head_dim, generator=generator) for _ in range(2))
+        if outliers:
+            channels = torch.rand(2, KV_HEADS, 1, head_dim, generator=generator)
+            key = key * torch.where(channels[:1] < 1 / 16, 10, 1)
+            key += torch.where(channels[1:] < 1 / 8, 5, 0) * torch.randn(1, KV_HEADS, 1, head_dim, generator=generator)
+            value *= torch.where(torch.rand(1, KV_HEADS, length, 1, generator=generator) < 1 / 50, 5, 1)
+        query = torch.randn(1, HEADS, 1, head_dim, generator=generator)
+        spread = scores(query, key).std(-1).reshape(1, HEADS, 1, 1)
+        for wanted in SPREADS:
+            yield wanted, query * wanted / spread, key, value
+
+
+def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """`[1, KV_HEADS, HEADS / KV_HEADS, length]`."""
+    return packed(query, KV_HEADS) @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+
+def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention in float64."""
+    return (scores(query.double(), key.double()).softmax(-1) @ value.double()).reshape(query.shape)
+
+
+def dequantized(states: QuantizedStates) -> torch.Tensor:
+    return replace(states, dtype=torch.float32).dequantize()
+
+
+def errors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, configs: dict[str, KVQuantConfig], levels: list[str]
+) -> Iterator[tuple[str, str | None, float]]:
+    """Name, level and error of the baseline and of every cache on every level."""
+    output = scaled_dot_product_attention(packed(query, KV_HEADS), key, value).reshape_as(query)
+    yield BASELINE, None, _bench.relative_error(output, exact(query, key, value))
+    for name, config in configs.items():
+        keys, values = fill(config, key, value, 1, 0)
+        expected = exact(query, dequantized(keys), dequantized(values))
+        for level in levels:
+            output, _ = cpu.decode_attention(query, keys, values, scaling=query.shape[-1] ** -0.5, isa=level)
+            yield name, level, _bench.relative_error(output, expected)
+
+
+def measure(args: argparse.Namespace, configs: dict[str, KVQuantConfig]) -> dict[tuple, list[tuple[float, float]]]:
+    """Spread and error of every sample, by (name, dtype, level)."""
+    found: dict[tuple, list[tuple[float, float]]] = {}
+    for spread, *sample in samples(args):
+        for dtype in DTYPES:
+            states = (x.to(DTYPES[dtype]).contiguous() for x in sample)
+            for name, level, error in errors(*states, configs, args.levels):
+                found.setdefault((name, dtype, level), []).append((spread, error))
+    return found
+
+
+def rms(numbers: list[float]) -> float:
+    return math.sqrt(math.fsum(x * x for x in numbers) / len(numbers))
+
+
+def row(name: str, dtype: str, level: str | None, found: list[tuple[float, float]]) -> dict:
+    return {
+        "name": name,
+        "dtype": dtype,
+        "level": level,
+        "rms": rms([error for _, error in found]),
+        "largest": max(error for _, error in found),
+        "rms_by_spread": {str(s): rms([error for spread, error in found if spread == s]) for s in SPREADS},
+        "samples": len(found),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    began = time.perf_counter()
+    configs = {name: replace(KVQuantConfig.preset(name), backend="cpu") for name in KVQuantConfig.preset_names()}
+    with torch.inference_mode():
+        rows = [row(*key, found) for key, found in measure(args, configs).items()]
+    checks = []
+    for r in rows:
+        if config := configs.get(r["name"]):
+            r["limit"] = max(LIMIT[r["dtype"]][side.format] for side in (config.keys, config.values))
+            what = f"largest error with {r['dtype']} queries, {r['level']}"
+            checks.append(_bench.at_most(r["name"], what, r["largest"], r["limit"]))
+    if _bench.refused(checks):
+        return 1
+    result = _bench.document(
+        "error",
+        argv,
+        {k: v for k, v in vars(args).items() if k != "out"} | {"heads": HEADS, "kv_heads": KV_HEADS},
+        backend="cpu",
+        configs={name: config.to_dict() for name, config in configs.items()},
+        tolerance=LIMIT,
+        checks=checks,
+        rows=rows,
+        seconds=time.perf_counter() - began,
+    )
+    show(result)
+    if args.out:
+        _bench.write_json(args.out, result)
+    return 0
+
+
+def show(result: dict) -> None:
+    """The tables, as Markdown."""
+    levels = result["arguments"]["levels"]
+    found = {(r["name"], r["dtype"], r["level"]): r for r in result["rows"]}
+    count = result["rows"][0]["samples"]
+    print(f"{len(result['checks'])} checks passed; {count} samples; backend {result['backend']}\n")
+    head = ["cache", "queries", *levels, "largest", "limit"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for dtype in DTYPES:
+        baseline = found[BASELINE, dtype, None]
+        cells = [f"{baseline['rms']:#.2g}", *[""] * (len(levels) - 1), f"{baseline['largest']:#.2g}", ""]
+        print(f"| {BASELINE} | {dtype} | " + " | ".join(cells) + " |")
+        for name in result["configs"]:
+            ours = [found[name, dtype, level] for level in levels]
+            cells = [f"{r['rms']:#.2g}" for r in ours]
+            cells += [f"{max(r['largest'] for r in ours):#.2g}", f"{ours[0]['limit']:g}"]
+            print(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
+    print("\nBF16 queries by the spread of the scores:\n")
+    print("| cache, level | " + " | ".join(map(str, SPREADS)) + " |\n|" + "---|" * (len(SPREADS) + 1))
+    for r in result["rows"]:
+        if r["dtype"] == "bfloat16":
+            cells = " | ".join(f"{error:#.2g}" for error in r["rms_by_spread"].values())
+            print(f"| {', '.join(filter(None, (r['name'], r['level'])))} | {cells} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

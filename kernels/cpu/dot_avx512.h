@@ -6,9 +6,9 @@
 //   PairDot     codes of four bits, four pairs a quad; weights are whole numbers of 12 bits
 //   Bf16Dot<n>  BF16 numbers, two a quad; weights are sums of n BF16 numbers
 //
-// BF16 queries need n = 2 and 1, or pairs; FP16 ones 2 and 2, float ones 3 and 3: then weights are
-// as exact as the queries. The products are written as assembly, because GCC 12 moves the sums of
-// the intrinsics through other registers and the stack.
+// BF16 and FP16 queries need n = 2 (or BF16 ones pairs), float ones 3: then weights are as exact as
+// the queries. The products are written as assembly, because GCC 12 moves the sums of the
+// intrinsics through other registers and the stack.
 #pragma once
 
 #include "cpu/quads.h"

@@ -35,57 +35,53 @@ ValueMethod dot_values() {
           DotValues<Operand>::finish};
 }
 
-// kBytes and kNumbers: the precision of weights, of integers and of BF16; 12 bits for pairs do as
-// well as the latter.
-template <int kBytes, int kNumbers>
+// n: the precision of weights, bytes of whole numbers and BF16 numbers. BF16 queries: 12 bits do
+// for pairs, and a query to which nothing was done is one BF16 number.
+template <int n, bool kBf16Query = false>
 KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
-  constexpr bool kPairs = kNumbers == 1;
   const bool channel = side.grid == kChannelGrid;
   if (takes_tiles(side)) {
     if (side.format == kInt8) {
-      return channel ? dot_keys<KeyOperand<Unsigned8, false, kBytes>>()
-                     : dot_keys<KeyOperand<Signed8, true, kBytes>>();
+      return channel ? dot_keys<KeyOperand<Unsigned8, false, n>>()
+                     : dot_keys<KeyOperand<Signed8, true, n>>();
     }
     // On the channel grid weights have the blocks' scales, which may differ by more than 12 bits.
-    if (side.format == kInt4 && kPairs && !channel) return dot_keys<PairedKeys>();
+    if (side.format == kInt4 && kBf16Query && !channel) return dot_keys<PairedKeys>();
     if (side.format == kInt4) {
-      return channel ? dot_keys<KeyOperand<Nibble, false, kBytes>>()
-                     : dot_keys<KeyOperand<Nibble, true, kBytes>>();
+      return channel ? dot_keys<KeyOperand<Nibble, false, n>>()
+                     : dot_keys<KeyOperand<Nibble, true, n>>();
     }
 #ifdef __AVX512BF16__
     if (side.format == kFp8) {
-      // A BF16 query is one BF16 number only as long as nothing is done to it.
-      constexpr int kRounded = kNumbers < 2 ? 2 : kNumbers;
-      return channel || side.rotate ? dot_keys<E4M3Operand<kRounded>>()
-                                    : dot_keys<E4M3Operand<kNumbers>>();
+      return kBf16Query && !channel && !side.rotate ? dot_keys<E4M3Operand<1>>()
+                                                    : dot_keys<E4M3Operand<n>>();
     }
 #endif
   }
   return float_key_method(side, dtype);
 }
 inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_key_method<3, 3>(side, dtype)
-         : dtype == kFloat16 ? dot_key_method<2, 2>(side, dtype)
-                             : dot_key_method<2, 1>(side, dtype);
+  return dtype == kFloat32   ? dot_key_method<3>(side, dtype)
+         : dtype == kFloat16 ? dot_key_method<2>(side, dtype)
+                             : dot_key_method<2, true>(side, dtype);
 }
 
-template <int kBytes, int kNumbers>
+template <int n, bool kBf16Query = false>
 ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
-  constexpr bool kPairs = kNumbers == 1;
   if (takes_tiles(side)) {
-    if (side.format == kInt8) return dot_values<ValueOperand<Signed8, kBytes>>();
-    if (side.format == kInt4 && kPairs) return dot_values<PairedValues>();
-    if (side.format == kInt4) return dot_values<ValueOperand<Nibble, kBytes>>();
+    if (side.format == kInt8) return dot_values<ValueOperand<Signed8, n>>();
+    if (side.format == kInt4 && kBf16Query) return dot_values<PairedValues>();
+    if (side.format == kInt4) return dot_values<ValueOperand<Nibble, n>>();
 #ifdef __AVX512BF16__
-    if (side.format == kFp8) return dot_values<E4M3Operand<kNumbers>>();
+    if (side.format == kFp8) return dot_values<E4M3Operand<n>>();
 #endif
   }
   return float_value_method(side, dtype);
 }
 inline ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_value_method<3, 3>(side, dtype)
-         : dtype == kFloat16 ? dot_value_method<2, 2>(side, dtype)
-                             : dot_value_method<2, 1>(side, dtype);
+  return dtype == kFloat32   ? dot_value_method<3>(side, dtype)
+         : dtype == kFloat16 ? dot_value_method<2>(side, dtype)
+                             : dot_value_method<2, true>(side, dtype);
 }
 
 }  // namespace KVQUANT_ISA

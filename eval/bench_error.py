@@ -38,7 +38,7 @@ BASELINE = "SDPA, dense cache"
 LIMIT = {
     "float32": {"int8": 1e-5, "fp8": 1e-5, "int4": 1e-5},
     "float16": {"int8": 0.002, "fp8": 0.002, "int4": 0.002},
-    "bfloat16": {"int8": 0.003, "fp8": 0.005, "int4": 0.006},
+    "bfloat16": {"int8": 0.003, "fp8": 0.003, "int4": 0.006},
 }
 
 

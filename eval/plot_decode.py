@@ -27,7 +27,10 @@ def draw(rows: list[dict], title: str, path: str) -> None:
         axes.plot([r["length"] for r in own], [r["ms"]["median"] for r in own], style, marker="o", ms=3, label=name)
     dense = [row for row in rows if row["name"] == "sdpa-bfloat16"]
     axes.plot(
-        [r["length"] for r in dense], [r["plain_read_ms"]["median"] for r in dense], color="0.6", label="plain read"
+        [r["length"] for r in dense],
+        [r["plain_read_ms"]["median"] for r in dense],
+        color="0.6",
+        label="plain read of the BF16 cache",
     )
     lengths = sorted({row["length"] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="milliseconds per call", title=title)

@@ -163,9 +163,13 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
 def test_threads_may_compile_first_at_once(tmp_path):
     """cuda-core, imported by two threads at once, is only half there for one of them."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THREADS], env=environment, capture_output=True, text=True, timeout=200
+        # Where the source folder is, it would be imported instead of the package.
+        [sys.executable, "-W", "ignore", "-c", THREADS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.stdout == "None\n" * 24, done.stderr
 

@@ -48,6 +48,29 @@ inline void load_scales(const Body& body, int g, int64_t first, int n, float* sc
   halves_to_floats(column, n, scale);
 }
 
+// kRows queries times the scales of the block of keys whose scales begin at `at`, their largest
+// magnitudes, and by lane their products with its zero points. Step by step for all rows, because
+// each step waits for the one before it.
+template <int kRows, class Largest>
+inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
+                          Largest* largest, Vec* zero) {
+  const int n = keys.head_dim;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
+  for (int c = 0; c < n; c += Vec::kWidth) {
+    const Vec scale = Vec::load((const Half*)(keys.scale + at + c));
+    const Vec zero_point =
+        keys.zero_point ? Vec::load((const Half*)(keys.zero_point + at + c)) : Vec(0.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec v = Vec::load(q + r * n + c), x = v * scale;
+      x.store(scaled[r] + c);
+      largest[r].take(x);
+      zero[r] = Vec::fma(v, zero_point, zero[r]);
+    }
+  }
+}
+
 // Calls f(first row, std::integral_constant<number of rows>) for blocks of at most kMost rows.
 template <int kMost, class F>
 inline void for_row_blocks(int rows, F f) {

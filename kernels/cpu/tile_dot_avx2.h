@@ -97,20 +97,7 @@ struct DotKeys {
     alignas(32) float scaled[kRows][kMaxDotDim];
     Vec zero[kRows];
     Largest largest[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
-    for (int c = 0; c < n; c += Vec::kWidth) {
-      const Vec scale = Vec::load((const Half*)(keys.scale + at + c));
-      const Vec zero_point =
-          keys.zero_point ? Vec::load((const Half*)(keys.zero_point + at + c)) : Vec(0.0f);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const Vec v = Vec::load(q + r * n + c), x = v * scale;
-        x.store(scaled[r] + c);
-        largest[r].take(x);
-        zero[r] = Vec::fma(v, zero_point, zero[r]);
-      }
-    }
+    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
     for (int r = 0; r < kRows; ++r) {
       row[r].zero = Vec::sum(zero[r]);
       row[r].factor = largest[r].factor();

@@ -2,7 +2,7 @@
 
     cache = QuantizedCache(config=model.config, kv_config="int4")
     with hf_kvquant.attention(model):
-        model(input_ids, past_key_values=cache)
+        model(input_ids, cache=cache)  # past_key_values= before transformers 5.24
 
 Its layers (`layers.py`) store and return the states; what is here concerns all of them: their lengths agree, changes
 are whole, and the cache can be saved. Layers without full attention stay transformers' own.
@@ -18,7 +18,10 @@ from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import (
+
+from . import saving
+from .config import KVQuantConfig
+from .host import (
     CacheLayerMixin,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -27,9 +30,6 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
-
-from . import saving
-from .config import KVQuantConfig
 from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes, say_once
@@ -45,9 +45,10 @@ _NEVER_STATIC = frozenset({
 
 
 class QuantizedCache(DynamicCache):
-    """A cache for `generate` (as `past_key_values`) or for plain forward calls inside `hf_kvquant.attention(model)`.
+    """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
-    Full-attention layers are quantized; sliding and linear layers stay transformers' own.
+    It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
+    sliding and linear layers stay transformers' own.
 
     Args:
         config: the model's config.
@@ -82,6 +83,8 @@ class QuantizedCache(DynamicCache):
                 f"static: True is not allowed for a model of type {min(kind)!r}, whose code takes all columns of "
                 "a storage for tokens; expected a cache that grows"
             )
+        # The cache of the unconditional pass, where generation is guided; counted with this one.
+        self.unconditional: QuantizedCache | None = None
         self._routes = Routes()
         self._unfinished: str | None = None
         self._max_length = max_length
@@ -134,17 +137,23 @@ class QuantizedCache(DynamicCache):
         """How often each route was taken, summed over layers: `prefill_dense`, `decode_fused`, `decode_dequantized`,
         and `window_lost` (crops beyond the exact window) and `nonfinite` (token vectors with a NaN or infinity)."""
         nonfinite = sum(int(layer.faults[0]) for layer in self.quantized_layers if layer.is_initialized)
-        counts = self._counted_routes()
-        return {name: counts[name] for name in ROUTES} | {"nonfinite": nonfinite}
+        counts = self._counted_routes() + Counter(nonfinite=nonfinite)
+        if self.unconditional is not None:
+            counts += Counter(self.unconditional.routes)
+        return {name: counts[name] for name in (*ROUTES, "nonfinite")}
 
     def _counted_routes(self) -> Counter:
         on_devices = (layer.routes for layer in self.quantized_layers if isinstance(layer.routes, DeviceRoutes))
         return sum((routes.known() for routes in on_devices), Counter(self._routes))
 
-    def set_padding(self, attention_mask: torch.Tensor) -> None:
+    def set_padding(self, attention_mask: torch.Tensor, of_last: bool = False) -> None:
         """Say which columns are padding, `[batch, kv_len]` with 0 for padding; columns beyond the mask are tokens.
 
         Padding never enters a block's statistics and is no sink. Columns that are stored already keep what was said.
+
+        Args:
+            of_last: where the first update stores more columns than the mask has, it is the mask of the last ones:
+                models put the tokens of an image or of a learned prompt before those of the text.
 
         Raises:
             ValueError: the mask is not 2-D, is additive, or its batch differs from the cache's.
@@ -158,7 +167,7 @@ class QuantizedCache(DynamicCache):
         if (attention_mask < 0).any():
             raise ValueError("attention_mask: negative numbers are not allowed; expected 0 for padding, 1 for tokens")
         for layer in self.quantized_layers:
-            layer.set_padding(attention_mask == 0)
+            layer.set_padding(attention_mask == 0, of_last)
 
     def reserve(self, max_length: int) -> None:
         """Make room for `max_length` tokens, at once."""
@@ -298,10 +307,31 @@ class QuantizedCache(DynamicCache):
                 lengths.append(int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0)
         return lengths
 
+    def gained(self) -> dict[int, int]:
+        """By how many tokens each quantized layer grew since the last complete change."""
+        now = self._lengths()
+        quantized = (isinstance(layer, QuantizedLayer) for layer in self.layers)
+        return {i: new - old for i, (new, old, ours) in enumerate(zip(now, self._whole, quantized)) if ours}
+
     def _gained(self) -> dict[int, int]:
         """By how many tokens each layer in use grew since the last complete change."""
         now = self._lengths()
         return {i: new - old for i, (new, old) in enumerate(zip(now, self._whole)) if new or old}
+
+    def take_over(self, other: DynamicCache) -> None:
+        """Become a quantized copy of a dense cache with the same layers; this cache is empty.
+
+        Raises:
+            ValueError: a layer of it is of another kind than the model's.
+        """
+        for layer_idx, (layer, dense) in enumerate(zip(self.layers, other.layers)):
+            if not isinstance(dense, DynamicLayer) or not isinstance(layer, DynamicLayer):
+                raise ValueError(
+                    f"layer {layer_idx}: a {type(dense).__name__} cannot be taken over; expected a DynamicLayer"
+                )
+            if dense.is_initialized:
+                layer.update(dense.keys, dense.values)
+        self.end()
 
     def _can_go_back(self) -> bool:
         """Whether a forward call is all that was interrupted, of layers whose tokens are known by their length."""
@@ -412,4 +442,6 @@ class QuantizedCache(DynamicCache):
             else:
                 nbytes = storage_nbytes(vars(layer))
                 report.update({"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes})
+        if self.unconditional is not None:
+            report.update(self.unconditional.memory_report())
         return dict(report)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from .config import KVQuantConfig
+from .host import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from .layers import QuantizedLayer
 from .route import Routes
 from .static import StaticQuantizedLayer

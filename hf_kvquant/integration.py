@@ -1,10 +1,10 @@
 """What is added to transformers, in one place, and how to take it away again.
 
-transformers has no registry for caches, so methods of `GenerationMixin` are wrapped; for every name that is not ours
-they pass straight through. Attention functions and their masks are registered under `kvquant|<base>`, where <base> is
+transformers has no registry for caches, so methods of its models are wrapped; for every name that is not ours they
+pass straight through. Attention functions and their masks are registered under `kvquant|<base>`, where <base> is
 whatever the user loaded the model with: it stays the prefill path.
 
-Private names of transformers appear in this file only.
+Who asks `generate` for a quantized cache has it in every forward call, filled, or gets an error; see `_Request`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,23 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
-from transformers import (
-    AttentionInterface,
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    PreTrainedModel,
-    StaticCache,
-)
-from transformers.generation import GenerationMode, configuration_utils
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.utils.output_capturing import _active_collector
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
+from . import host
 from .attention import attend
 from .cache import FORWARD, QuantizedCache
 from .config import KVQuantConfig
+from .route import switched_attention
 
 NAME = "kvquant"
-# Attribute of a model: the longest static cache that `generate` made for it.
-_LONGEST = "_previous_max_cache_length"
 
 
 def cache_implementations() -> list[str]:
@@ -47,21 +40,21 @@ def install() -> None:
     """Add our names to transformers; done by `import hf_kvquant`, harmless when repeated."""
     if _originals:
         return
-    known = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    known = host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS
     _originals["ALL_CACHE_IMPLEMENTATIONS"] = known
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = type(known)([*known, *cache_implementations()])
-    for name, wrap in _WRAPPERS.items():
-        _originals[name] = getattr(GenerationMixin, name)
-        setattr(GenerationMixin, name, wrap(_originals[name]))
+    host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = type(known)([*known, *cache_implementations()])
+    for (owner, name), wrap in _WRAPPERS.items():
+        _originals[name] = getattr(owner, name)
+        setattr(owner, name, wrap(_originals[name]))
 
 
 def uninstall() -> None:
     """Undo `install`; caches that exist go on working inside `attention(model)`."""
     if not _originals:
         return
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = _originals.pop("ALL_CACHE_IMPLEMENTATIONS")
-    for name in _WRAPPERS:
-        setattr(GenerationMixin, name, _originals.pop(name))
+    host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = _originals.pop("ALL_CACHE_IMPLEMENTATIONS")
+    for owner, name in _WRAPPERS:
+        setattr(owner, name, _originals.pop(name))
 
 
 _originals: dict[str, object] = {}
@@ -77,20 +70,28 @@ def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAM
     Args:
         attend: the attention function, and `name` the prefix that it is registered under (see `scoring`).
     """
+    with _switched_attention(model, attend, name), _watched(model):
+        yield
+
+
+@contextmanager
+def _switched_attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAME) -> Iterator[None]:
+    """Within this context the model's attention modules call `attend`."""
     configs = _attention_configs(model)
     entered = []
     try:
         for config in configs:
             with _switch_lock:
-                count, base = _switched.get(id(config), (0, config._attn_implementation))
+                used = host.attn_implementation(config)
+                count, base = _switched.get(id(config), (0, used))
                 _register(name, base, attend)
                 if count == 0:
-                    config._attn_implementation_internal = f"{name}|{base}"
-                elif config._attn_implementation != f"{name}|{base}":
-                    raise RuntimeError(f"the model is in use as {config._attn_implementation!r}; {name!r} has to wait")
+                    host.set_attn_implementation(config, f"{name}|{base}")
+                elif used != f"{name}|{base}":
+                    raise RuntimeError(f"the model is in use as {used!r}; {name!r} has to wait")
                 _switched[id(config)] = (count + 1, base)
                 entered.append(config)
-        with _watched(model):
+        with switched_attention():
             yield
     finally:
         for config in entered:
@@ -99,17 +100,19 @@ def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAM
                 if count > 1:
                     _switched[id(config)] = (count - 1, base)
                 else:
-                    config._attn_implementation_internal = base
+                    host.set_attn_implementation(config, base)
 
 
 @contextmanager
-def _watched(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context every forward call of the model notes in its quantized cache that it began and ended."""
+def _watched(model: PreTrainedModel, calls_begin_here: bool = False) -> Iterator[None]:
+    """Within this context every forward call of the model notes in its quantized cache that it began and ended.
+
+    It is noted where a call begins: not for a part of a model that is watched, unless calls are known to begin there.
+    """
     with _switch_lock:
         _watchers[model] += 1
-        # Once for a model, and not for a part of one that is watched: calls are noted where they begin.
         related = any(model in other.modules() or other in model.modules() for other in _hooks)
-        if not related:
+        if model not in _hooks and (calls_begin_here or not related):
             _hooks[model] = (
                 model.register_forward_pre_hook(_call_begins, with_kwargs=True),
                 model.register_forward_hook(_call_ends, with_kwargs=True),
@@ -129,21 +132,36 @@ _watchers: Counter[torch.nn.Module] = Counter()
 _hooks: dict[torch.nn.Module, tuple] = {}
 
 
-def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    for cache in _caches_given(args, kwargs):
+def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    # A compiled graph does not run this: it would be compiled anew for every length.
+    if torch.compiler.is_compiling():
+        return None
+    request = _Request.of(model)
+    if request is not None:
+        args, kwargs = request.call_begins(args, kwargs)
+    for cache in _caches_given((args, kwargs)):
         cache.begin(FORWARD)
+    return args, kwargs
 
 
 def _call_ends(model: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-    for cache in _caches_given(args, kwargs):
+    if torch.compiler.is_compiling():
+        return
+    request = _Request.of(model)
+    for cache in _caches_given((args, kwargs)):
+        if request is not None:
+            request.check_filled(cache)
         cache.end()
 
 
-def _caches_given(args: tuple, kwargs: dict) -> list[QuantizedCache]:
-    # A compiled graph does not run this: it would be compiled anew for every length.
-    if torch.compiler.is_compiling():
-        return []
-    return [cache for cache in map(_quantized_cache, (*args, *kwargs.values())) if cache is not None]
+def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:
+    """The quantized caches among the arguments of a call, also inside of dictionaries and sequences."""
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
+        cache = _quantized_cache(arguments)
+        return [] if cache is None else [cache]
+    return [cache for value in arguments for cache in _caches_given(value, depth - 1)] if depth else []
 
 
 _switch_lock = threading.RLock()
@@ -156,15 +174,15 @@ def _attention_configs(model: PreTrainedModel) -> list:
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
             continue
-        can_switch = part._can_set_attn_implementation()
+        can_switch = host.can_set_attn_implementation(part)
         for module in part.modules():
             config = getattr(module, "config", None)
-            if getattr(config, "_attn_implementation", None) is not None:
+            if host.attn_implementation(config) is not None:
                 found[id(config)] = (config, can_switch)
                 # Masks are made with the text config, which a composite model keeps inside its own. Flat
                 # encoder-decoder configs answer with a copy, which nobody else reads.
                 text = config.get_text_config(decoder=True)
-                if text._attn_implementation is not None and text is config.get_text_config(decoder=True):
+                if host.attn_implementation(text) is not None and text is config.get_text_config(decoder=True):
                     found.setdefault(id(text), (text, can_switch))
     return [config for config, can_switch in found.values() if can_switch]
 
@@ -176,16 +194,16 @@ def _register(name: str, base: str, attend: Callable) -> None:
             f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"
         )
     registered = f"{name}|{base}"
-    if registered in AttentionInterface._global_mapping:
+    if registered in host.ALL_ATTENTION_FUNCTIONS:
         return
-    AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, base)))
-    if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(registered, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    host.AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, base)))
+    if base in host.ALL_MASK_ATTENTION_FUNCTIONS:
+        host.AttentionMaskInterface.register(registered, host.ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
 def _attend(attend: Callable, dense_attention: Callable, *args, **kwargs):
     """`attend`, told of `output_attentions`: most models record the weights with hooks and do not pass it on."""
-    if "attentions" in (_active_collector.get() or ()):
+    if host.records_attention_weights():
         kwargs["output_attentions"] = True
     return attend(*args, dense_attention=dense_attention, **kwargs)
 
@@ -200,14 +218,14 @@ def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
 
 
 @functools.lru_cache(maxsize=None)
-def _attention_functions(module_class: type) -> tuple[AttentionInterface, Callable | None]:
+def _attention_functions(module_class: type) -> tuple[host.AttentionInterface, Callable | None]:
     """The registry that a module's forward looks its attention up in, and its own eager function."""
     forward = inspect.unwrap(module_class.forward)
     names = forward.__globals__
     eager = next(
         (names[n] for n in forward.__code__.co_names if n.endswith("eager_attention_forward") and n in names), None
     )
-    return names.get("ALL_ATTENTION_FUNCTIONS", AttentionInterface()), eager
+    return names.get("ALL_ATTENTION_FUNCTIONS", host.ALL_ATTENTION_FUNCTIONS), eager
 
 
 class _ModuleView:
@@ -229,13 +247,120 @@ class _ConfigView:
         return getattr(self._config, name)
 
 
-def _requested(model: PreTrainedModel, generation_config, kwargs: dict) -> str | None:
-    """The `cache_implementation` that a call of `generate` asks for."""
+class _Request:
+    """A call of `generate` that a quantized cache was asked for, and the cache that was made for it.
+
+    Between the two lies the model's code: `prepare_inputs_for_generation` and adapters that replace it may drop the
+    cache, swap it or leave layers unfilled, and transformers then goes on with a dense one. So every forward call of
+    the model inside of that `generate` is looked at before and after.
+    """
+
+    _current: ContextVar[_Request | None] = ContextVar("kvquant_request", default=None)
+
+    def __init__(self, model: PreTrainedModel, outer: _Request | None, by_call: bool):
+        self.model = model
+        # The request around this one: an assistant generates inside of its target's `generate`.
+        self.outer = outer
+        # Whether the call names the cache, or a generation config that was saved with the model.
+        self.by_call = by_call
+        self.cache: Cache | None = None
+        self.max_length: int | None = None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _Request | None:
+        """The request that runs in this thread, if it is for the model and has its cache."""
+        request = cls._current.get()
+        return request if request is not None and request.model is model and request.cache is not None else None
+
+    @contextmanager
+    def runs(self) -> Iterator[None]:
+        token = self._current.set(self)
+        try:
+            yield
+        finally:
+            self._current.reset(token)
+
+    def call_begins(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a forward call, with the cache of this request in them.
+
+        Raises:
+            RuntimeError: the call has none, or another one, and the tokens of this one would be lost.
+        """
+        own = _quantized_cache(self.cache)
+        if not any(cache is own or cache is own.unconditional for cache in _caches_given((args, kwargs))):
+            kwargs = kwargs | {host.cache_argument(self.model): self._restored(args, kwargs)}
+        mask = kwargs.get(_mask_argument(self.model))
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            for cache in _caches_given((args, kwargs)):
+                if not any(layer.length for layer in cache.quantized_layers):
+                    # Its columns are those of the call, to which a model may add others in front.
+                    cache.set_padding(mask, of_last=True)
+        return args, kwargs
+
+    def _restored(self, args: tuple, kwargs: dict) -> Cache:
+        own = _quantized_cache(self.cache)
+        other = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if isinstance(self.cache, EncoderDecoderCache):
+            other = getattr(other, "self_attention_cache", other)
+        stored, tokens = own.get_seq_length(), _tokens_given(args, kwargs)
+        if other is None and tokens > stored:
+            # The model asks for all tokens anew (longrope: their positions have another scale from some length on).
+            own.reset()
+            return self.cache
+        name = type(self.model).__name__
+        if other is None:
+            raise RuntimeError(
+                f"{name} was called with {tokens} tokens and without the quantized cache, which holds the {stored} "
+                "before them: its prepare_inputs_for_generation dropped the cache; generate with a dense cache"
+            )
+        if isinstance(other, DynamicCache) and not stored and len(other.layers) == len(own.layers):
+            # Prefix tuning: the prefix becomes the first tokens of the quantized cache.
+            own.take_over(other)
+            return self.cache
+        raise RuntimeError(
+            f"{name} was called with a {type(other).__name__} instead of the quantized cache of this generate(): its "
+            "prepare_inputs_for_generation, or an adapter's, swapped the cache; generate with a dense cache"
+        )
+
+    def check_filled(self, cache: QuantizedCache) -> None:
+        """Whether every quantized layer has stored the call's tokens.
+
+        Raises:
+            ValueError: some have not.
+        """
+        gained = cache.gained()
+        if any(gained.values()) and len(set(gained.values())) == 1:
+            return
+        why = "a layer ignored the cache"
+        if self.model.training and any(
+            getattr(part, "gradient_checkpointing", False) for part in self.model.modules()
+        ):
+            why = "gradient checkpointing calls layers without a cache; call model.eval() before generate"
+        raise ValueError(
+            f"{type(self.model).__name__} did not fill the quantized cache: by this call its layers gained {gained} "
+            f"tokens, expected the same number for all: {why}"
+        )
+
+
+def _mask_argument(model: PreTrainedModel) -> str:
+    return "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+
+
+def _tokens_given(args: tuple, kwargs: dict) -> int:
+    """How many tokens a forward call brings."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "inputs_embeds", "input_ids")
+    given = (kwargs.get(name) for name in names)
+    ids = next((x for x in (*given, *args) if isinstance(x, torch.Tensor)), None)
+    return 0 if ids is None else ids.shape[1]
+
+
+def _asked_for(model: PreTrainedModel, generation_config, kwargs: dict) -> tuple[str | None, bool]:
+    """The `cache_implementation` that a call of `generate` asks for, and whether the call itself names it."""
     own = getattr(model.generation_config, "cache_implementation", None)
     if getattr(generation_config, "is_assistant", False):
-        return own
+        return own, False
     given = kwargs.get("cache_implementation") or getattr(generation_config, "cache_implementation", None)
-    return given or own
+    return (given, True) if given else (own, False)
 
 
 def _is_ours(name: object) -> bool:
@@ -243,7 +368,7 @@ def _is_ours(name: object) -> bool:
 
 
 def _quantized_cache(cache) -> QuantizedCache | None:
-    """The quantized cache in what a user passed as `past_key_values`, if any."""
+    """The quantized cache in what a user passed as a cache, if any."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return cache if isinstance(cache, QuantizedCache) else None
@@ -253,11 +378,16 @@ def _wrap_generate(generate: Callable) -> Callable:
     @functools.wraps(generate)
     def wrapper(self, *args, **kwargs):
         generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        name = _requested(self, generation_config, kwargs)
-        if not _is_ours(name) and _quantized_cache(kwargs.get("past_key_values")) is None:
+        name, by_call = _asked_for(self, generation_config, kwargs)
+        outer = _Request._current.get()
+        given = _caches_given([kwargs.get(name) for name in host.CACHE_NAMES])
+        if not _is_ours(name) and not given and outer is None:
             return generate(self, *args, **kwargs)
-        with attention(self):
-            return generate(self, *args, **kwargs)
+        with _Request(self, outer, by_call).runs():
+            if not _is_ours(name) and not given:
+                return generate(self, *args, **kwargs)
+            with _switched_attention(self), _watched(self, calls_begin_here=True):
+                return generate(self, *args, **kwargs)
 
     return wrapper
 
@@ -266,48 +396,57 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
     @functools.wraps(prepare)
     def wrapper(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        request = _Request._current.get() or _Request(self, None, by_call=True)
         if generation_config.is_assistant:
             # The assistant's generation config is a copy of the target's; its cache is its own model's choice.
             own = self.generation_config
             generation_config.cache_implementation = getattr(own, "cache_implementation", None)
             generation_config.cache_config = getattr(own, "cache_config", None)
-            if model_kwargs.get("past_key_values") is not None:
+            if model_kwargs.get(host.CACHE) is not None:
                 generation_config.cache_implementation = None
-        encoder_decoder = self.config.is_encoder_decoder
-        mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-        given = _quantized_cache(model_kwargs.get("past_key_values"))
+        if generation_mode == host.GenerationMode.ASSISTED_GENERATION:
+            # Candidates are stored before they are verified.
+            max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
+        request.max_length = max_cache_length
+        mask = model_kwargs.get(_mask_argument(self))
+        given = _quantized_cache(model_kwargs.get(host.CACHE))
         if given is not None:
             # An assistant comes back every few tokens, each time a little longer: its cache grows by itself.
             if not generation_config.is_assistant:
                 given.reserve(max_cache_length)
             if mask is not None:
                 given.set_padding(mask)
-        if not _is_ours(generation_config.cache_implementation) or model_kwargs.get("past_key_values") is not None:
+            request.cache = model_kwargs[host.CACHE]
+        name = generation_config.cache_implementation
+        if not _is_ours(name) or model_kwargs.get(host.CACHE) is not None:
             return prepare(self, *arguments)
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            # Candidates are stored before they are verified.
-            max_cache_length += 1 + (generation_config.prompt_lookup_num_tokens or 0)
-        cache = _build(self, generation_config, max_cache_length, mask)
-        if encoder_decoder:
+        if generation_config.use_cache is False and not request.by_call:
+            # The call outweighs a name that was saved with the model.
+            return prepare(self, *arguments)
+        cache = _build(self, generation_config, max_cache_length, request)
+        if self.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, _cross_attention_cache(self, cache, model_kwargs))
         elif cache.is_compileable and generation_config.prefill_chunk_size is not None:
             _initialize(
                 self, cache, batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             )
+        if mask is not None:
+            _quantized_cache(cache).set_padding(mask, of_last=True)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[host.CACHE] = request.cache = cache
 
     return wrapper
 
 
-def _build(model: PreTrainedModel, generation_config, max_length: int, mask: torch.Tensor | None) -> QuantizedCache:
+def _build(model: PreTrainedModel, generation_config, max_length: int, request: _Request) -> QuantizedCache:
     name, config = generation_config.cache_implementation, generation_config.cache_config
     if generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
-    no_cache = f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
-    if not model._supports_default_dynamic_cache():
-        raise ValueError(no_cache)
+    if not host.supports_cache(model):
+        raise ValueError(
+            f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
+        )
     if name == NAME:
         if config is None:
             raise ValueError(
@@ -319,18 +458,17 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, mask: tor
         config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
     config = KVQuantConfig.load(config)
     if config.static:
-        if generation_config.is_assistant:
-            raise ValueError(
-                f"cache_implementation: {name!r} cannot act in an assistant, whose cache grows from call to call; "
-                "choose one that is not static"
-            )
+        if generation_config.is_assistant and request.outer is not None:
+            # It lives as long as its target's, whose sequence it follows, and is ahead of it by its candidates.
+            ahead = (generation_config.num_assistant_tokens or 0) + 1
+            max_length = max(max_length, (request.outer.max_length or 0) + ahead)
         # As long as the longest before, so that a compiled step serves this call too; as transformers does.
-        max_length = max(max_length, generation_config.max_cache_len or 0, getattr(model, _LONGEST, 0))
-        setattr(model, _LONGEST, max_length)
-    cache = QuantizedCache(model.config, config, max_length=max_length, attention_mask=mask)
-    if not _reads_a_cache(model):
-        raise ValueError(no_cache)
-    return cache
+        max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
+        _longest_static[model] = max_length
+    return QuantizedCache(model.config, config, max_length=max_length)
+
+
+_longest_static: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 
 
 def _cross_attention_cache(
@@ -344,21 +482,55 @@ def _cross_attention_cache(
 
 def _initialize(model: PreTrainedModel, cache: QuantizedCache, batch_size: int) -> None:
     """Allocate before a compiled prefill, which would be compiled anew for a cache that had been allocated in it."""
-    shape = model._get_static_cache_init_shape()
+    shape = host.static_cache_shape(model)
     if shape is not None:
         cache.early_initialization(batch_size, *shape, dtype=model.dtype, device=model.device)
 
 
-def _reads_a_cache(model: PreTrainedModel) -> bool:
-    """Whether some forward names `past_key_values`; OpenAI GPT and XLM take any argument, and ignore this one."""
-    parts = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel)}
-    return any("past_key_values" in inspect.signature(part.forward).parameters for part in parts)
+def _wrap_compiled_call(compiled_call: Callable) -> Callable:
+    @functools.wraps(compiled_call)
+    def wrapper(self, compile_config):
+        call = compiled_call(self, compile_config)
+        if _Request.of(self) is None:
+            return call
+
+        def checked(*args, **kwargs):
+            request = _Request.of(self)
+            if request is not None:
+                args, kwargs = request.call_begins(args, kwargs)
+            return call(*args, **kwargs)
+
+        return checked
+
+    return wrapper
+
+
+def _wrap_logits_processor(logits_processor: Callable) -> Callable:
+    @functools.wraps(logits_processor)
+    def wrapper(self, *args, **kwargs):
+        processors = logits_processor(self, *args, **kwargs)
+        request = _Request.of(self)
+        for processor in processors if request is not None else ():
+            if isinstance(processor, host.UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                _quantize_guidance(processor.unconditional_context, request)
+        return processors
+
+    return wrapper
+
+
+def _quantize_guidance(context: dict, request: _Request) -> None:
+    """Let the unconditional pass of classifier-free guidance keep a quantized cache, too."""
+    own = _quantized_cache(request.cache)
+    if context["use_cache"] and own is request.cache:
+        # It grows with a prompt of its own, whose length is not known here.
+        own.unconditional = QuantizedCache(request.model.config, replace(own.kv_config, static=False))
+        context[host.CACHE] = own.unconditional
 
 
 def _wrap_continuous_batching(init: Callable) -> Callable:
     @functools.wraps(init)
     def wrapper(self, generation_config=None, *args, **kwargs):
-        name = _requested(self, generation_config, {})
+        name, _ = _asked_for(self, generation_config, {})
         if _is_ours(name):
             raise ValueError(
                 f"cache_implementation: {name!r} cannot act in continuous batching, which has its own paged cache"
@@ -369,7 +541,9 @@ def _wrap_continuous_batching(init: Callable) -> Callable:
 
 
 _WRAPPERS = {
-    "generate": _wrap_generate,
-    "_prepare_cache_for_generation": _wrap_prepare_cache,
-    "init_continuous_batching": _wrap_continuous_batching,
+    (host.GenerationMixin, "generate"): _wrap_generate,
+    (host.GenerationMixin, "_prepare_cache_for_generation"): _wrap_prepare_cache,
+    (host.GenerationMixin, "_get_logits_processor"): _wrap_logits_processor,
+    (host.GenerationMixin, "init_continuous_batching"): _wrap_continuous_batching,
+    (PreTrainedModel, "get_compiled_call"): _wrap_compiled_call,
 }

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .config import KVQuantConfig
-from .route import Routes, say_once, tagged
+from .host import DynamicLayer
+from .route import Routes, attention_is_switched, say_once, tagged
 from .states import QuantizedStates
 from .storage import ROLLBACK, Side
 
@@ -33,7 +33,9 @@ class QuantizedLayer(DynamicLayer):
         self.routes = routes
         self.max_length = max_length
         self.takes_states: bool | None = None
+        self.was_offered = False
         self.padding: torch.Tensor | None = None
+        self.padding_is_of_last = False
         self.length = 0
         # True while an append writes: what finds it True knows that the last append was interrupted.
         self.storing = False
@@ -86,15 +88,12 @@ class QuantizedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
-        if not self.is_initialized:
-            self._check_new(key_states, value_states)
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
+        key_states, value_states = self._admitted(key_states, value_states)
         start, n = self.length, key_states.shape[2]
         if start == 0:
             self._append(key_states, value_states)
             self.routes.count("prefill_dense")
-            return self._first(key_states), self._first(value_states)
+            return self._offered(self._first(key_states), self._first(value_states))
         if n <= ops.MAX_Q_LEN:
             self._append(key_states, value_states)
             states = self._states(self._keys), self._states(self._values)
@@ -102,15 +101,46 @@ class QuantizedLayer(DynamicLayer):
                 return states
             self.routes.count("decode_dequantized")
             self._say_dequantized()
-            return tuple(s.dequantize(position=start) for s in states)
+            return self._offered(*(s.dequantize(position=start) for s in states))
         past = [self._states(side).dequantize(position=start) for side in (self._keys, self._values)]
         self._append(key_states, value_states)
         self.routes.count("decode_dequantized")
-        return tuple(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states)))
+        return self._offered(*(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states))))
+
+    def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states, checked and in the dtype of attention; the first ones allocate the storage."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            # As attention would cast them; a cache that was filled without autocast keeps its dtype.
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+            if self.is_initialized:
+                key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        if self._is_first():
+            self._align_padding(key_states.shape[2])
+        if not self.is_initialized:
+            self._check_new(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        return key_states, value_states
+
+    def _is_first(self) -> bool:
+        return self.length == 0
+
+    def _align_padding(self, n: int) -> None:
+        """The first update stores `n` columns; see `QuantizedCache.set_padding`."""
+        if self.padding is not None and self.padding_is_of_last and self.padding.shape[1] < n:
+            self.padding = torch.nn.functional.pad(self.padding, (n - self.padding.shape[1], 0))
 
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         """What attention gets for the first states."""
-        return tagged(states, self)
+        return states
+
+    def _offered(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Dense keys and values; once they let attention learn the layer's route, if it is ours (see `route`)."""
+        if self.takes_states is not None or self.was_offered or not attention_is_switched():
+            return states
+        self.was_offered = True
+        return tuple(tagged(x, self) for x in states)
 
     def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """What the first states of a layer must be; later ones must be like them."""
@@ -208,10 +238,19 @@ class QuantizedLayer(DynamicLayer):
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
-        if self.takes_states is None:
+        """Why a step reads de-quantized states, unless attention learns from this one that it need not."""
+        if self.takes_states is not None:
+            return
+        if attention_is_switched():
+            if self.was_offered:
+                say_once(
+                    "This model's attention does not take the cached states as they are, so each step de-quantizes "
+                    "them (slower, same values)."
+                )
+        else:
             say_once(
-                "This model's attention does not take the cached states as they are, so each step de-quantizes them "
-                "(slower, same values)."
+                "A quantized KV cache is used outside of hf_kvquant.attention(model), so each step de-quantizes it "
+                "(slower, same values); call the model inside of `with hf_kvquant.attention(model):`."
             )
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
@@ -223,7 +262,8 @@ class QuantizedLayer(DynamicLayer):
             if max_length > side.capacity:
                 side.grow(max_length if exact else max(max_length, side.capacity * 3 // 2), self.length)
 
-    def set_padding(self, padding: torch.Tensor) -> None:
+    def set_padding(self, padding: torch.Tensor, of_last: bool = False) -> None:
+        self.padding_is_of_last = of_last
         if self.is_initialized:
             if padding.shape[0] != self.sink_positions.shape[0]:
                 raise ValueError(

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from .cache import QuantizedCache
 from .config import KVQuantConfig
+from .host import CACHE, cache_inputs
 from .integration import NAME, attention
 from .ops import MAX_Q_LEN
 from .scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
@@ -258,8 +259,8 @@ class KVQuantLM(HFLM):
             with torch.no_grad(), self._autocast(), attention(self.model):
                 for start, end in itertools.pairwise(cuts):
                     inputs = mask_inputs(self.model, mask, start, end)
-                    self.model(context[:, start:end], past_key_values=cache, use_cache=True, **inputs)
-            generation_kwargs["past_key_values"] = cache
+                    self.model(context[:, start:end], **cache_inputs(self.model, cache), **inputs)
+            generation_kwargs[CACHE] = cache
         elif self.kv_config is not None:
             generation_kwargs |= {"cache_implementation": NAME, "cache_config": self.kv_config}
         return super()._model_generate(context, max_length, stop, **generation_kwargs)

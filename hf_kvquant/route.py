@@ -1,14 +1,21 @@
 """How a layer learns whether its model takes quantized states, and what is said once about it.
 
-It is learned, not listed: the tensors of a layer's first update are fresh views tagged with the layer. If those very
-objects arrive at attention, and nothing else has used them, nothing stood in between.
+It is learned, not listed: the first tensors that a layer returns while the model's attention is ours are fresh views
+tagged with the layer. If those very objects arrive at attention, and nothing else has used them, nothing stood in
+between.
+
+(From transformers 5.24 on, models hand `cache.update` a dictionary that they pass on to attention. It would tell which
+layer a call of attention belongs to, but not whether the model changed the states in between, which is the question.)
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -57,7 +64,7 @@ def tagged(states: torch.Tensor, layer: object) -> torch.Tensor:
 
 
 def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Called by attention with its key and value: if they are the very objects that a layer returned from its first
+    """Called by attention with its key and value: if they are the very objects that a layer returned from an
     update, and nothing else has used them (a mask made of values, say), nothing stands between cache and attention,
     and the layer may return `QuantizedStates` from now on. Returns both as plain tensors."""
     layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
@@ -66,6 +73,27 @@ def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, t
     if same_layer and not used and layers[0].takes_states is None:
         layers[0].takes_states = True
     return getattr(key, "plain", key), getattr(value, "plain", value)
+
+
+_switched = 0
+_switch_lock = threading.Lock()
+
+
+@contextmanager
+def switched_attention() -> Iterator[None]:
+    """Within this context some model's attention is ours: cached states that do not reach it have a reason to tell."""
+    global _switched
+    with _switch_lock:
+        _switched += 1
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            _switched -= 1
+
+
+def attention_is_switched() -> bool:
+    return _switched > 0
 
 
 _said: set[str] = set()

@@ -15,7 +15,6 @@ with length times vocabulary. The chunks do not show in the result, but for roun
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import attend
 from .cache import QuantizedCache
 from .config import KVQuantConfig
+from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, takes
 from .integration import attention
 from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
@@ -153,7 +152,7 @@ def score_chunks(
 def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, first_row: int, model_kwargs: dict):
     length = input_ids.shape[1]
     dense = not isinstance(cache, _ScoringCache)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keeps = takes(model, "logits_to_keep")
     for start in range(0, length, chunk_length):
         end = min(start + chunk_length, length)
         # The model must see every column, even those whose logits nobody wants; 0 would mean "all".
@@ -164,7 +163,7 @@ def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, f
         if dense and end - start == length:
             inputs["use_cache"] = False
         else:
-            inputs |= {"past_key_values": cache, "use_cache": True}
+            inputs |= cache_inputs(model, cache)
         if dense:
             logits = model(input_ids[:, start:end], **inputs).logits
         else:
@@ -200,7 +199,8 @@ def score_by_decoding(
     with attention(model):
         for start, end in itertools.pairwise(cuts):
             inputs = mask_inputs(model, attention_mask, start, end)
-            logits.append(model(input_ids[:, start:end], past_key_values=cache, use_cache=True, **inputs).logits)
+            inputs |= cache_inputs(model, cache)
+            logits.append(model(input_ids[:, start:end], **inputs).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -209,7 +209,7 @@ def mask_inputs(model: PreTrainedModel, attention_mask: torch.Tensor | None, sta
     if attention_mask is None:
         return {}
     inputs = {"attention_mask": attention_mask[:, :end]}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if takes(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:end]
     return inputs
 

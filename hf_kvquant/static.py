@@ -96,6 +96,9 @@ class StaticQuantizedLayer(QuantizedLayer):
             self.padding = self._whole_padding(self.padding)
         keep_in_place(self._tensors())
 
+    def _is_first(self) -> bool:
+        return not self.is_filled
+
     def _whole_padding(self, padding: torch.Tensor | None) -> torch.Tensor:
         """Padding for every column of the storage, so that its shape says nothing about the prompt."""
         whole = torch.zeros(self.sink_positions.shape[0], self.max_length, dtype=torch.bool, device=self.device)
@@ -136,10 +139,7 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def _update_whole(self, key_states: torch.Tensor, value_states: torch.Tensor):
         """`QuantizedLayer.update`, with the length where it is, and states of all of the storage."""
-        if not self.is_initialized:
-            self._check_new(key_states, value_states)
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
+        key_states, value_states = self._admitted(key_states, value_states)
         n, is_first, is_long = key_states.shape[2], not self.is_filled, key_states.shape[2] > ops.MAX_Q_LEN
         if not is_traced():
             self._make_way(self.length + n)
@@ -154,19 +154,19 @@ class StaticQuantizedLayer(QuantizedLayer):
         self.storing = False
         if is_first:
             self.routes.count("prefill_dense")
-            return self._first(key_states), self._first(value_states)
+            return self._offered(self._first(key_states), self._first(value_states))
         if not is_long and self.takes_states:
             return self._whole_states()
         self.routes.count("decode_dequantized")
         if not is_long:
             start = self.device_length - n
-            return tuple(states.dequantize(start) for states in self._whole_states())
-        return tuple(self._with_newest(old, new) for old, new in zip(past, (key_states, value_states)))
+            return self._offered(*(states.dequantize(start) for states in self._whole_states()))
+        return self._offered(*(self._with_newest(old, new) for old, new in zip(past, (key_states, value_states))))
 
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         if self.is_beside_dense:
             states = torch.nn.functional.pad(states, (0, 0, 0, self.max_length - states.shape[2]))
-        return super()._first(states)
+        return states
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
         """What the next query reads, in a compiled step with columns for all of the storage."""
@@ -198,9 +198,9 @@ class StaticQuantizedLayer(QuantizedLayer):
     def reserve(self, max_length: int, exact: bool = True) -> None:
         self._check_room(max_length)
 
-    def set_padding(self, padding: torch.Tensor) -> None:
+    def set_padding(self, padding: torch.Tensor, of_last: bool = False) -> None:
         kept = self.padding
-        super().set_padding(padding)
+        super().set_padding(padding, of_last)
         if self.is_initialized:
             self.padding = kept.copy_(self._whole_padding(self.padding))
 

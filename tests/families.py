@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
+from hf_kvquant import host
+
 VOCAB = 96
 COMMON = {
     "vocab_size": VOCAB,
@@ -87,7 +89,6 @@ OTHERS = {"mamba": Family("MambaConfig", "MambaForCausalLM", num_full=0, without
 
 # Their attention changes the states before it reads them, or does not go through the registry.
 UNFUSED = {
-    "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}, fused=False),
     "bloom": Family("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 2}, fused=False),
     "falcon": Family(
         "FalconConfig", "FalconForCausalLM",
@@ -102,6 +103,11 @@ UNFUSED = {
     ),
 }  # fmt: skip
 
+# From transformers 5.24 on GPT-J hands the states on as they are.
+_GPTJ_IS_FUSED = host.CACHE == "cache"
+(FAMILIES if _GPTJ_IS_FUSED else UNFUSED)["gptj"] = Family(
+    "GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}, fused=_GPTJ_IS_FUSED
+)
 
 # Further kinds, for the contract of a cache alone: experts, linear attention beside full attention (in one layer, and
 # layer by layer), and an encoder-decoder model with learned positions.

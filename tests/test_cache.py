@@ -677,7 +677,7 @@ def test_route_is_dequantized_until_attention_says_otherwise():
     key, value = states(71)
     route._said.clear()
     cache.update(key[:, :, :70], value[:, :, :70], 0)
-    with pytest.warns(UserWarning, match="attention does not take the cached states"):
+    with pytest.warns(UserWarning, match="outside of hf_kvquant.attention"):
         out = cache.update(key[:, :, 70:], value[:, :, 70:], 0)
     assert all(type(s) is torch.Tensor and s.shape[2] == 71 for s in out)
     assert cache.routes["decode_dequantized"] == 1

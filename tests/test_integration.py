@@ -21,7 +21,7 @@ from transformers.generation import configuration_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec
+from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, host
 
 CONFIG = KVQuantConfig(
     QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=32, rotate=True), sink_length=2,
@@ -381,7 +381,7 @@ class Seen:
     def __init__(self, model):
         self.caches = []
         model.register_forward_pre_hook(
-            lambda module, args, kwargs: self.caches.append(kwargs.get("past_key_values")), with_kwargs=True
+            lambda module, args, kwargs: self.caches.append(kwargs.get(host.CACHE)), with_kwargs=True
         )
 
     @property

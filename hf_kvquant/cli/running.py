@@ -12,6 +12,7 @@ from transformers.generation import BaseStreamer
 
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
+from ..host import cache_of
 from ..integration import NAME
 
 
@@ -90,7 +91,7 @@ def run(
         **options,
     )
     start, first, *_ = clock.times
-    cache = output.past_key_values
+    cache = cache_of(output)
     quantized = isinstance(cache, QuantizedCache)
     assert quantized or config is None, type(cache)
     return Run(

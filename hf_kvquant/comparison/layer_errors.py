@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ..config import KVQuantConfig
+from ..host import DynamicLayer, cache_inputs
 from ..quantization import QuantSpec, quantize
 
 
@@ -24,7 +24,7 @@ def layer_errors(
     lost, total = {}, {}
     for ids in documents.split(1):
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **cache_inputs(model, cache))
         for layer_idx, layer in enumerate(cache.layers):
             if type(layer) is not DynamicLayer:
                 continue

@@ -6,7 +6,6 @@ and our presets are scored in one pass; transformers' quantized caches (`peer_ca
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
+from ..host import DynamicLayer, cache_inputs, takes
 from ..scoring import DENSE, score
 
 FP16 = "fp16"
@@ -85,7 +84,7 @@ class Rounded(Method):
         cache = DynamicCache(config=model.config)
         layers = [_RoundedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         cache = Cache(layers=layers)
-        logits = model(ids, past_key_values=cache, use_cache=True, **keep_logits(model, ids, first)).logits[0]
+        logits = model(ids, **cache_inputs(model, cache), **keep_logits(model, ids, first)).logits[0]
         yield logits[first - ids.shape[1] :]
 
     def empty_cache(self, config, max_length):
@@ -140,7 +139,7 @@ def presets(names: Sequence[str]) -> list[Method]:
 
 def keep_logits(model: PreTrainedModel, ids: torch.Tensor, first: int) -> dict:
     """What tells a model to compute the logits of the rows from `first` on only (at least one), where it can."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    known = takes(model, "logits_to_keep")
     return {"logits_to_keep": max(ids.shape[1] - first, 1)} if known else {}
 
 

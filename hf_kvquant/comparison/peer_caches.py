@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from ..host import cache_inputs
 from .methods import Method, keep_logits
 
 _DEFAULTS = {"q_group_size": 64, "residual_length": 128}
@@ -48,11 +49,11 @@ class Peer(Method):
     def rows(self, model: PreTrainedModel, ids: torch.Tensor, context: int, first: int) -> Iterator[torch.Tensor]:
         cache = self.empty_cache(model.config, ids.shape[1])
         prompt = ids[:, :context]
-        prefill = model(prompt, past_key_values=cache, use_cache=True, **keep_logits(model, prompt, first)).logits[0]
+        prefill = model(prompt, **cache_inputs(model, cache), **keep_logits(model, prompt, first)).logits[0]
         if first < context:
             yield prefill[first - context :]
         for step in range(context, ids.shape[1]):
-            logits = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits[0]
+            logits = model(ids[:, step : step + 1], **cache_inputs(model, cache)).logits[0]
             if step >= first:
                 yield logits
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ..cache import QuantizedCache
+from ..host import DynamicLayer, cache_inputs
 from .methods import Method
 
 # Long enough that windows of exact tokens weigh little. Half of a peer's window of 128 tokens is decoded.
@@ -65,7 +65,7 @@ def _shapes(model: PreTrainedModel) -> dict[int, list[tuple[int, int]]]:
     """`(num_kv_heads, head_dim)` of keys and of values of each full-attention layer."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache_inputs(model, cache))
     layers = {i: layer for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer}
     return {i: [(x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)] for i, layer in layers.items()}
 

@@ -1,0 +1,222 @@
+"""The seam to transformers: its private names, and what differs between its versions. Nothing else asks for either.
+
+Each name stands in `NEEDS` with the versions that have it. Importing this file checks that all of them exist and take
+the parameters that we pass or replace; where one is missing it raises `ImportError` with the installed version, the
+name and the versions that were tested. It never guesses, and no other message blames a model for what is true of a
+version.
+
+transformers 5.24 renamed the argument, the output field and the `model_kwargs` entry of the cache: `past_key_values`
+(in Mamba `cache_params`) became `cache`. `CACHE` is the installed version's name; `cache_argument` asks a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+VERSION = transformers.__version__
+OLDEST, NEWEST = "5.17", "5.24"
+"""The minor versions of transformers between which the tests pass."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A name of transformers: `path` is "module:name" or "module:Class.name", `parameters` those that we rely on, and
+    `versions` the minor versions in which it has this meaning."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    versions: str = f"{OLDEST} to {NEWEST}"
+
+    def check(self) -> None:
+        """Raises ImportError where the installed transformers has no such name, or not with these parameters."""
+        module, _, names = self.path.partition(":")
+        try:
+            found = importlib.import_module(f"transformers.{module}")
+            for name in names.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            raise ImportError(self._missing("")) from None
+        if self.parameters:
+            known = inspect.signature(found).parameters
+            lacking = [name for name in self.parameters if name not in known]
+            if lacking:
+                raise ImportError(self._missing(f" with the parameter {lacking[0]!r}"))
+
+    def _missing(self, how: str) -> str:
+        return (
+            f"transformers {VERSION} has no {self.path.replace(':', '.')}{how}, which hf_kvquant "
+            f"needs; it was tested with transformers {OLDEST} to {NEWEST}: install one of these, or a newer hf_kvquant"
+        )
+
+
+NEEDS = (
+    # Methods that are wrapped, and what they are given.
+    Need("generation.utils:GenerationMixin.generate", ("inputs", "generation_config")),
+    Need(
+        "generation.utils:GenerationMixin._prepare_cache_for_generation",
+        ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
+    ),
+    Need("generation.utils:GenerationMixin._get_logits_processor", ("generation_config",)),
+    Need("generation.utils:GenerationMixin.init_continuous_batching", ("generation_config",)),
+    Need("modeling_utils:PreTrainedModel.get_compiled_call", ("compile_config",)),
+    Need("generation.configuration_utils:ALL_CACHE_IMPLEMENTATIONS"),
+    # Questions to a model.
+    Need("generation.utils:GenerationMixin.prepare_inputs_for_generation", ("input_ids",)),
+    Need("generation.utils:GenerationMixin._supports_default_dynamic_cache"),
+    Need("generation.utils:GenerationMixin._get_static_cache_init_shape"),
+    Need("modeling_utils:PreTrainedModel._can_set_attn_implementation"),
+    Need("configuration_utils:PreTrainedConfig._attn_implementation"),
+    Need("configuration_utils:PreTrainedConfig.get_text_config", ("decoder",)),
+    # Attention functions and masks by name.
+    Need("modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface", ("attn_implementation", "default")),
+    Need("modeling_utils:AttentionInterface.register", ("key", "value")),
+    Need("masking_utils:AttentionMaskInterface"),
+    Need("masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),
+    Need("utils.output_capturing:_active_collector.get"),
+    # Generation with candidates, and with guidance.
+    Need("generation.utils:GenerationMode.ASSISTED_GENERATION"),
+    Need("generation.logits_process:UnbatchedClassifierFreeGuidanceLogitsProcessor", ("model", "use_cache")),
+    # The layers of caches.
+    Need("cache_utils:Cache.update", ("key_states", "value_states", "layer_idx")),
+    Need("cache_utils:CacheLayerMixin"),
+    Need("cache_utils:DynamicLayer.crop"),
+    Need("cache_utils:DynamicSlidingWindowLayer", ("sliding_window",)),
+    Need("cache_utils:StaticLayer", ("max_cache_len",)),
+    Need("cache_utils:LinearAttentionLayer", ("number_of_states",)),
+    Need("cache_utils:LinearAttentionCacheLayerMixin"),
+    Need("cache_utils:LinearAttentionAndFullAttentionLayer", ("number_of_states",)),
+    Need("cache_utils:LinearAttentionAndStaticFullAttentionLayer", ("number_of_states", "max_cache_len")),
+)
+
+for need in NEEDS:
+    need.check()
+
+# Only now: a plain import of a missing name would say less.
+from transformers.cache_utils import (  # noqa: E402
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticLayer,
+)
+from transformers.generation import GenerationMixin, GenerationMode, configuration_utils  # noqa: E402
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor  # noqa: E402
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
+from transformers.utils.output_capturing import _active_collector  # noqa: E402
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "CACHE",
+    "CACHE_NAMES",
+    "NEEDS",
+    "NEWEST",
+    "OLDEST",
+    "VERSION",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "GenerationMixin",
+    "GenerationMode",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
+    "StaticLayer",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "attn_implementation",
+    "cache_argument",
+    "cache_inputs",
+    "cache_of",
+    "can_set_attn_implementation",
+    "configuration_utils",
+    "records_attention_weights",
+    "set_attn_implementation",
+    "static_cache_shape",
+    "supports_cache",
+    "takes",
+]
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""How a cache is called by a forward and its output: from 5.24 on, before 5.24, by Mamba before 5.24."""
+
+
+def _cache_name() -> str:
+    """The first of them that the installed version takes."""
+    for name in CACHE_NAMES:
+        need = Need("generation.utils:GenerationMixin.prepare_inputs_for_generation", (name,))
+        try:
+            need.check()
+        except ImportError as error:
+            missing = error
+        else:
+            return name
+    raise missing
+
+
+CACHE = _cache_name()
+
+
+def cache_argument(model: torch.nn.Module) -> str | None:
+    """The name under which the model, or a model inside of it, takes a cache; None where no forward names one."""
+    parts = {type(part): None for part in model.modules() if isinstance(part, PreTrainedModel)}
+    named = [name for part in parts for name in CACHE_NAMES if name in inspect.signature(part.forward).parameters]
+    return CACHE if CACHE in named else next(iter(named), None)
+
+
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the model's forward names the argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def cache_inputs(model: torch.nn.Module, cache: Cache) -> dict:
+    """The keyword arguments of a forward call that uses the cache."""
+    return {cache_argument(model) or CACHE: cache, "use_cache": True}
+
+
+def cache_of(output: object) -> Cache | None:
+    """The cache that a model's output, or the dictionary that generation keeps, returns."""
+    names = [name for name in CACHE_NAMES if name in output]
+    return output[names[0]] if names else None
+
+
+def attn_implementation(config: PreTrainedConfig) -> str | None:
+    """The name of the attention function that modules with this config call."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def set_attn_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Rename it for this config alone; the public setter changes the configs inside of it, too."""
+    config._attn_implementation_internal = name
+
+
+def can_set_attn_implementation(model: PreTrainedModel) -> bool:
+    """Whether the model's class looks its attention function up by name."""
+    return model._can_set_attn_implementation()
+
+
+def supports_cache(model: PreTrainedModel) -> bool:
+    """Whether `generate` would make a `DynamicCache` for the model."""
+    return model._supports_default_dynamic_cache() and cache_argument(model) is not None
+
+
+def static_cache_shape(model: PreTrainedModel) -> tuple | None:
+    """`num_heads` and `head_dim` with which a static cache of the model can be allocated early; None: not known."""
+    return model._get_static_cache_init_shape()
+
+
+def records_attention_weights() -> bool:
+    """Whether the model's call that is running collects attention weights, which most models do not pass on."""
+    return "attentions" in (_active_collector.get() or ())

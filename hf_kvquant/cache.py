@@ -324,6 +324,9 @@ class QuantizedCache(DynamicCache):
         Raises:
             ValueError: a layer of it is of another kind than the model's.
         """
+        for layer in self.quantized_layers:
+            # The columns of a mask that was known so far begin behind these tokens.
+            layer.padding = None
         for layer_idx, (layer, dense) in enumerate(zip(self.layers, other.layers)):
             if not isinstance(dense, DynamicLayer) or not isinstance(layer, DynamicLayer):
                 raise ValueError(
@@ -331,6 +334,9 @@ class QuantizedCache(DynamicCache):
                 )
             if dense.is_initialized:
                 layer.update(dense.keys, dense.values)
+        for layer in self.quantized_layers:
+            # No attention saw what these updates returned.
+            layer.was_offered = False
         self.end()
 
     def _can_go_back(self) -> bool:

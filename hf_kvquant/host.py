@@ -188,8 +188,9 @@ def cache_inputs(model: torch.nn.Module, cache: Cache) -> dict:
 
 def cache_of(output: object) -> Cache | None:
     """The cache that a model's output, or the dictionary that generation keeps, returns."""
-    names = [name for name in CACHE_NAMES if name in output]
-    return output[names[0]] if names else None
+    # The newest name first, and no further: asking for an old one makes transformers warn.
+    name = next((name for name in CACHE_NAMES if name in output), None)
+    return None if name is None else output[name]
 
 
 def attn_implementation(config: PreTrainedConfig) -> str | None:

@@ -287,14 +287,16 @@ class _Request:
             RuntimeError: the call has none, or another one, and the tokens of this one would be lost.
         """
         own = _quantized_cache(self.cache)
-        if not any(cache is own or cache is own.unconditional for cache in _caches_given((args, kwargs))):
+        given = [cache for cache in _caches_given((args, kwargs)) if cache is own or cache is own.unconditional]
+        is_restored = not given
+        if is_restored:
             kwargs = kwargs | {host.cache_argument(self.model): self._restored(args, kwargs)}
         mask = kwargs.get(_mask_argument(self.model))
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            for cache in _caches_given((args, kwargs)):
-                if not any(layer.length for layer in cache.quantized_layers):
-                    # Its columns are those of the call, to which a model may add others in front.
-                    cache.set_padding(mask, of_last=True)
+        for cache in given or [own]:
+            is_empty = not any(layer.is_filled for layer in cache.quantized_layers)
+            if isinstance(mask, torch.Tensor) and mask.ndim == 2 and (is_empty or is_restored):
+                # Its columns are those of this call, to which the model may add others in front.
+                cache.set_padding(mask, of_last=True)
         return args, kwargs
 
     def _restored(self, args: tuple, kwargs: dict) -> Cache:

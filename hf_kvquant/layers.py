@@ -57,6 +57,10 @@ class QuantizedLayer(DynamicLayer):
     def values(self, value: None) -> None:
         assert value is None, "the states of a quantized layer are written by update()"
 
+    @property
+    def is_filled(self) -> bool:
+        return self.length > 0
+
     def _next_read(self, side: Side) -> torch.Tensor | None:
         """What the next query reads: the one before might look for exact copies that a long crop has lost."""
         return self._states(side).dequantize(position=self.length) if self.is_initialized and self.length else None
@@ -115,16 +119,13 @@ class QuantizedLayer(DynamicLayer):
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
             if self.is_initialized:
                 key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        if self._is_first():
+        if not self.is_filled:
             self._align_padding(key_states.shape[2])
         if not self.is_initialized:
             self._check_new(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         return key_states, value_states
-
-    def _is_first(self) -> bool:
-        return self.length == 0
 
     def _align_padding(self, n: int) -> None:
         """The first update stores `n` columns; see `QuantizedCache.set_padding`."""

@@ -83,9 +83,13 @@ class StaticQuantizedLayer(QuantizedLayer):
     def length(self, length: int) -> None:
         self._length = length
         # A Python bool, because a compiled step may depend on one that never changes.
-        self.is_filled = length > 0
+        self._is_filled = length > 0
         if self.device_length is not None:
             self.device_length.fill_(length)
+
+    @property
+    def is_filled(self) -> bool:
+        return self._is_filled
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -95,9 +99,6 @@ class StaticQuantizedLayer(QuantizedLayer):
                 self.routes = DeviceRoutes(self.device)
             self.padding = self._whole_padding(self.padding)
         keep_in_place(self._tensors())
-
-    def _is_first(self) -> bool:
-        return not self.is_filled
 
     def _whole_padding(self, padding: torch.Tensor | None) -> torch.Tensor:
         """Padding for every column of the storage, so that its shape says nothing about the prompt."""
@@ -150,7 +151,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             key_states.detach(), value_states.detach(), *self._whole_states(), self.faults, self.padding, start=0
         )
         self.device_length += n
-        self._length, self.is_filled = None, True
+        self._length, self._is_filled = None, True
         self.storing = False
         if is_first:
             self.routes.count("prefill_dense")

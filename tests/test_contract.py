@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache
+from hf_kvquant.host import CACHE
 
 # One of each kind: grouped queries with biases, a hybrid with sliding layers, softcap, no grouping, learned sinks,
 # experts, linear and full attention in one layer, and layer by layer, an encoder-decoder model, and one whose
@@ -118,14 +119,14 @@ class Host:
 
         def before(module, args, kwargs):
             assert not args
-            cache = kwargs["past_key_values"]
-            given = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+            cache = kwargs[CACHE]
+            given = {k: v for k, v in kwargs.items() if k != CACHE}
             # Until transformers 5.17 a sliding layer's length is a tensor, which later calls change.
             calls.append(Call(given, int(cache.get_seq_length()), torch.empty(0)))
 
         def after(module, args, kwargs, output):
             calls[-1].logits = output.logits
-            calls[-1].fed = int(kwargs["past_key_values"].get_seq_length()) - calls[-1].past
+            calls[-1].fed = int(kwargs[CACHE].get_seq_length()) - calls[-1].past
 
         hooks = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -147,7 +148,7 @@ class Host:
                 if rolls_back and call.past:
                     cache.crop(call.past - int(cache.get_seq_length()))
                 assert cache.get_seq_length() == call.past
-                logits = self.model(**call.given, past_key_values=cache).logits
+                logits = self.model(**call.given, **{CACHE: cache}).logits
                 torch.testing.assert_close(logits, call.logits, rtol=0, atol=ROUNDING)
 
     def decode(self, cache, ids: torch.Tensor) -> torch.Tensor:
@@ -161,14 +162,14 @@ class Host:
             logits = []
             for i in range(ids.shape[1]):
                 new = {name: ids[:, i : i + 1]}
-                logits.append(self.model(**given, **new, past_key_values=cache, use_cache=True).logits)
+                logits.append(self.model(**given, **new, **{CACHE: cache}, use_cache=True).logits)
         return torch.cat(logits, 1)
 
     def prefill(self, cache, ids: torch.Tensor) -> torch.Tensor:
         """Logits `[batch, vocab]` after a prompt fed at once."""
         inputs = self.of_ids(ids)
         with torch.no_grad(), hf_kvquant.attention(self.model):
-            return self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+            return self.model(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1]
 
 
 @functools.lru_cache(maxsize=None)
@@ -188,7 +189,7 @@ def form(result) -> object:
     if isinstance(result, torch.Tensor):
         return tuple(result.shape), result.dtype
     if isinstance(result, dict):
-        return type(result), {k: form(v) for k, v in result.items() if k != "past_key_values"}
+        return type(result), {k: form(v) for k, v in result.items() if k != CACHE}
     if isinstance(result, (tuple, list)):
         return type(result), [form(v) for v in result]
     return type(result)
@@ -236,7 +237,7 @@ def held(name: str, preset: str, inputs: dict, key: object = None, **kwargs):
         out = subject.generate(inputs, **choice, **kwargs)
     assert form(out) == form(expected)
     subject.assert_replayed(calls, subject.cache(preset))
-    routes = own(out["past_key_values"]).routes
+    routes = own(out[CACHE]).routes
     assert routes["decode_fused" if subject.fused else "decode_dequantized"] > 0
     assert routes["decode_dequantized" if subject.fused else "decode_fused"] == 0
     return out, calls
@@ -284,17 +285,18 @@ def test_custom_generate(name, preset):
     """A user's own loop, as recipes on the hub have it, finds the cache among its arguments."""
     seen = []
 
-    def last_but_one(model, input_ids, *, generation_config, past_key_values, **kwargs):
+    def last_but_one(model, input_ids, *, generation_config, **kwargs):
+        cache = kwargs.pop(CACHE)
         """Says the second best token."""
-        seen.append(type(past_key_values))
+        seen.append(type(cache))
         kwargs = {k: kwargs[k] for k in ("encoder_outputs",) if kwargs.get(k) is not None}
         name, new, logits = "decoder_input_ids" if kwargs else "input_ids", input_ids, []
         for _ in range(generation_config.max_length - input_ids.shape[1]):
-            out = model(**{name: new}, past_key_values=past_key_values, use_cache=True, **kwargs)
+            out = model(**{name: new, CACHE: cache}, use_cache=True, **kwargs)
             logits.append(out.logits[:, -1])
             new = out.logits[:, -1].topk(2).indices[:, 1:]
             input_ids = torch.cat([input_ids, new], 1)
-        return {"sequences": input_ids, "logits": tuple(logits), "past_key_values": past_key_values}
+        return {"sequences": input_ids, "logits": tuple(logits), CACHE: cache}
 
     _, calls = held(name, preset, host(name).inputs(), last_but_one.__name__, custom_generate=last_but_one)
     assert seen[-1] is (EncoderDecoderCache if host(name).is_encoder_decoder else QuantizedCache)
@@ -486,7 +488,7 @@ def test_three_turns(name, preset):
         before = cache.get_seq_length()
         inputs = subject.of_ids(torch.cat([out.sequences, new], 1))
         with subject.recorded() as calls:
-            out = subject.generate(inputs, past_key_values=cache)
+            out = subject.generate(inputs, **{CACHE: cache})
         assert out.past_key_values is cache
         if not subject.is_encoder_decoder:  # whose whole prompt transformers feeds again, with a dense cache too
             assert [call.past for call in calls] == [before, *range(before + 6, before + 6 + STEPS - 1)]

@@ -12,7 +12,7 @@ import torch
 
 from . import ops
 from .route import learn_route, say_once
-from .states import QuantizedStates
+from .states import QuantizedStates, autocast, hides_columns
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
@@ -45,13 +45,14 @@ def attend(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
-    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] > key.shape[2]:
-        attention_mask = attention_mask[..., : key.shape[2]]
     if not isinstance(key, states_type):
         key, value = learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    obstacle = _obstacle(module, query, type(value) is type(key), attention_mask, kwargs)
+    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
+    # What else does not fit is an error of the operator, or of dense attention.
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == key.capacity:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    obstacle = _obstacle(module, query, type(value) is type(key), key.shape[2], attention_mask, kwargs)
     if obstacle is not None:
         if not torch.compiler.is_compiling():
             say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
@@ -66,16 +67,18 @@ def attend(
     if kwargs.get("position_bias") is not None:
         attention_mask = _join(kwargs["position_bias"], attention_mask, key, query.shape[2])
     softcap = float(kwargs.get("softcap") or 0.0)
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(key.dtype)
     arguments = (query, key, value, attention_mask, kwargs.get("s_aux"))
     output = (operator or _decode)(*arguments, scaling=float(scaling), softcap=softcap)
-    return output.transpose(1, 2).contiguous(), None
+    return autocast(output).transpose(1, 2).contiguous(), None
 
 
 def _decode(*arguments, **options) -> torch.Tensor:
     return ops.decode_attention(*arguments, **options)[0]
 
 
-def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) -> str | None:
+def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, kwargs: dict) -> str | None:
     """Why the operator cannot do this call, or None."""
     if not same_type:
         return "values that are not cached as the keys are"
@@ -85,10 +88,10 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, mask, kwargs: dict) 
         return "queries that require grad"
     if kwargs.get("dropout"):
         return f"dropout={kwargs['dropout']}"
-    if kwargs.get("sliding_window") is not None:
-        return f"sliding_window={kwargs['sliding_window']}"
     if mask is not None and not isinstance(mask, torch.Tensor):
         return f"a mask of type {type(mask).__name__}"
+    if hides_columns(kwargs.get("sliding_window"), kv_len) and (mask is None or mask.ndim == 2):
+        return f"sliding_window={kwargs['sliding_window']}"
     if kwargs.get("is_causal") is False and query.shape[2] > 1 and (mask is None or mask.ndim == 2):
         return "is_causal=False"
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)

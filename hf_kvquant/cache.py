@@ -11,6 +11,7 @@ are whole, and the cache can be saved. Layers without full attention stay transf
 from __future__ import annotations
 
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +22,24 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from . import saving
 from .config import KVQuantConfig
+from .cross_attention import CROSS_ATTENTION, CrossAttentionLayer, StaticCrossAttentionLayer
 from .host import (
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
+    context_length,
+    cross_attention_layers,
 )
 from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes, say_once
+from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, is_traced, keep_in_place
 from .storage import storage_nbytes
 
@@ -48,7 +55,8 @@ class QuantizedCache(DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
-    sliding and linear layers stay transformers' own.
+    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token of `max_length`,
+    or of the model's context, is none.
 
     Args:
         config: the model's config.
@@ -88,6 +96,8 @@ class QuantizedCache(DynamicCache):
         self._routes = Routes()
         self._unfinished: str | None = None
         self._max_length = max_length
+        # A sliding window that is as wide hides no token.
+        self._reach = min(n for n in (max_length, context_length(config), sys.maxsize) if n)
         layers = self._native_layers()
         kinds = {DynamicLayer: QuantizedLayer, LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer}
         if self.kv_config.static:
@@ -123,10 +133,20 @@ class QuantizedCache(DynamicCache):
             self.set_padding(attention_mask)
 
     def _native_layers(self) -> list[CacheLayerMixin]:
-        """The layers that transformers' own cache of this kind would have."""
-        if self.kv_config.static:
-            return StaticCache(self._config.get_text_config(decoder=True), max_cache_len=self._max_length).layers
-        return DynamicCache(config=self._config).layers
+        """The layers that transformers' own cache of this kind would have, without windows that hide nothing."""
+        static, crossing = self.kv_config.static, cross_attention_layers(self._config)
+        if static:
+            layers = StaticCache(self._config.get_text_config(decoder=True), max_cache_len=self._max_length).layers
+        else:
+            layers = DynamicCache(config=self._config).layers
+        for i, layer in enumerate(layers):
+            if i in crossing:
+                layers[i] = StaticCrossAttentionLayer() if static else CrossAttentionLayer()
+            elif type(layer) is DynamicSlidingWindowLayer and not hides_columns(layer.sliding_window, self._reach):
+                layers[i] = DynamicLayer()
+            elif type(layer) is StaticSlidingWindowLayer and layer.max_cache_len == self._max_length:
+                layers[i] = StaticLayer(self._max_length)
+        return layers
 
     @property
     def quantized_layers(self) -> list[QuantizedLayer]:
@@ -304,7 +324,8 @@ class QuantizedCache(DynamicCache):
             if isinstance(layer, QuantizedLayer):
                 lengths.append(layer.length)
             else:
-                lengths.append(int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0)
+                counts = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CROSS_ATTENTION)
+                lengths.append(int(layer.get_seq_length()) if counts else 0)
         return lengths
 
     def gained(self) -> dict[int, int]:

@@ -88,6 +88,7 @@ NEEDS = (
     Need("cache_utils:DynamicLayer.crop"),
     Need("cache_utils:DynamicSlidingWindowLayer", ("sliding_window",)),
     Need("cache_utils:StaticLayer", ("max_cache_len",)),
+    Need("cache_utils:StaticSlidingWindowLayer", ("max_cache_len", "sliding_window")),
     Need("cache_utils:LinearAttentionLayer", ("number_of_states",)),
     Need("cache_utils:LinearAttentionCacheLayerMixin"),
     Need("cache_utils:LinearAttentionAndFullAttentionLayer", ("number_of_states",)),
@@ -107,6 +108,7 @@ from transformers.cache_utils import (  # noqa: E402
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.generation import GenerationMixin, GenerationMode, configuration_utils  # noqa: E402
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor  # noqa: E402
@@ -135,6 +137,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "StaticLayer",
+    "StaticSlidingWindowLayer",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "attn_implementation",
     "cache_argument",
@@ -142,6 +145,8 @@ __all__ = [
     "cache_of",
     "can_set_attn_implementation",
     "configuration_utils",
+    "context_length",
+    "cross_attention_layers",
     "records_attention_weights",
     "set_attn_implementation",
     "static_cache_shape",
@@ -174,6 +179,16 @@ def cache_argument(model: torch.nn.Module) -> str | None:
     parts = {type(part): None for part in model.modules() if isinstance(part, PreTrainedModel)}
     named = [name for part in parts for name in CACHE_NAMES if name in inspect.signature(part.forward).parameters]
     return CACHE if CACHE in named else next(iter(named), None)
+
+
+def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
+    """Layers of a decoder that attend to something else than its tokens (Mllama: to image tokens)."""
+    return set(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model was made for, if its config says so."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:

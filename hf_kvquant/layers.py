@@ -15,7 +15,7 @@ from . import ops
 from .config import KVQuantConfig
 from .host import DynamicLayer
 from .route import Routes, attention_is_switched, say_once, tagged
-from .states import QuantizedStates
+from .states import QuantizedStates, autocast
 from .storage import ROLLBACK, Side
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -114,10 +114,9 @@ class QuantizedLayer(DynamicLayer):
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, checked and in the dtype of attention; the first ones allocate the storage."""
         if torch.is_autocast_enabled(key_states.device.type):
-            # As attention would cast them; a cache that was filled without autocast keeps its dtype.
-            dtype = torch.get_autocast_dtype(key_states.device.type)
-            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+            key_states, value_states = autocast(key_states), autocast(value_states)
             if self.is_initialized:
+                # It may have been filled without autocast.
                 key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         if not self.is_filled:
             self._align_padding(key_states.shape[2])

@@ -33,7 +33,7 @@ from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
 from .route import Routes
-from .states import dense_from
+from .states import autocast, dense_from
 
 DENSE = "none"
 CHUNK_LENGTH = 1024
@@ -235,6 +235,7 @@ class ScoredStates:
     def __init__(self, exact: torch.Tensor, pieces: Sequence[QuantizedTensor], spec: QuantSpec, layer: _ScoringLayer):
         self.exact, self.pieces, self.spec, self.layer = exact, pieces, spec, layer
         self.shape, self.dtype, self.device = exact.shape, exact.dtype, exact.device
+        self.capacity = exact.shape[2]
         self.routes = Routes()
 
     @classmethod
@@ -336,6 +337,7 @@ class _ScoringLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]

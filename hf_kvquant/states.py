@@ -32,6 +32,17 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
     return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
 
 
+def hides_columns(sliding_window: int | None, length: int) -> bool:
+    """Whether a sliding window hides a column from some query of a sequence; a wide one is no window at all."""
+    return sliding_window is not None and sliding_window < length
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype in which attention computes: autocast's, where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def is_captured() -> bool:
     """Whether what runs now is recorded in a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -128,6 +139,11 @@ class QuantizedStates:
 
     def __getattr__(self, name: str):
         raise AttributeError(_not_a_tensor(name))
+
+    @property
+    def capacity(self) -> int:
+        """The columns of the storage."""
+        return self.data.shape[2]
 
     def position(self, q_len: int) -> int | torch.Tensor:
         """Where the first of the newest `q_len` queries stands."""

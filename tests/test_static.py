@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import CompileConfig
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, static
 from hf_kvquant.config import LayerOverride
+from hf_kvquant.host import CACHE
 from hf_kvquant.hybrid import StaticQuantizedHybridLayer
 from hf_kvquant.route import learn_route
 from hf_kvquant.static import StaticQuantizedLayer
@@ -583,12 +584,30 @@ def test_refusals():
     cache = generate(model, cache_implementation="kvquant-int4-static").past_key_values
     with pytest.raises(ValueError, match="max_length: 81 tokens have no room for 500"):
         cache.reserve(500)
-    assistant = build(num_hidden_layers=1)
-    assistant.generation_config.cache_implementation = "kvquant-int4-static"
-    with pytest.raises(ValueError, match="'kvquant-int4-static' cannot act in an assistant"):
-        generate(model, {"input_ids": families.prompt(1, 70)}, assistant_model=assistant)
     with pytest.raises(ValueError, match="static: 1 is not allowed; expected true or false"):
         KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int8"}, "static": 1})
+
+
+@pytest.mark.parametrize("assistant_preset", [None, "int8-plain", "int8-plain-static"])
+@pytest.mark.parametrize("preset", ["int8-plain", "int8-plain-static"])
+def test_assisted_decoding(preset, assistant_preset):
+    """An assistant lives as long as its target; its static cache has room for all that it will be asked for."""
+    model, assistant = build(), build(num_hidden_layers=1)
+    prompt = {"input_ids": families.prompt(1, 70)}
+    plain = generate(model, prompt, cache_implementation=f"kvquant-{preset}", n=40)
+    if assistant_preset is not None:
+        assistant.generation_config.cache_implementation = f"kvquant-{assistant_preset}"
+    seen = []
+    hook = assistant.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs[CACHE]), with_kwargs=True)
+    out = generate(model, prompt, cache_implementation=f"kvquant-{preset}", n=40, assistant_model=assistant)
+    hook.remove()
+    assert torch.equal(out.sequences, plain.sequences)
+    assert own(out).kv_config.static == preset.endswith("static")
+    assert len({id(cache) for cache in seen}) == 1
+    if assistant_preset is not None:
+        assert type(seen[0]) is QuantizedCache
+        assert seen[0].kv_config == KVQuantConfig.preset(assistant_preset)
+        assert seen[0].routes["decode_fused"] > 0 == seen[0].routes["decode_dequantized"]
 
 
 def test_nonfinite_numbers_are_counted_in_a_compiled_step():

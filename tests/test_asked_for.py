@@ -1,0 +1,212 @@
+"""Whoever asks `generate` for a quantized cache has it in every forward call, filled, or gets an error.
+
+Between the request and the layers lies code that is not ours: `prepare_inputs_for_generation`, adapters that replace
+it, logits processors, wrappers of layers. Each test is one way in which they lose, swap or ignore a cache.
+"""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, Phi3Config, Phi3ForCausalLM
+
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
+from hf_kvquant.host import CACHE, cache_of
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+# Every token exact: what differs from the dense cache then is not quantization.
+EXACT = KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), recent_length=4096)
+
+
+def generate(model, ids=None, **kwargs):
+    return model.generate(families.prompt() if ids is None else ids, **(GREEDY | kwargs))
+
+
+def exactly(model, ids=None, **kwargs):
+    return generate(model, ids, cache_implementation="kvquant", cache_config=EXACT, **kwargs)
+
+
+def assert_equal_logits(a, b, tolerance: float = 1e-4):
+    assert torch.equal(a.sequences, b.sequences)
+    difference = (torch.stack(a.logits) - torch.stack(b.logits)).abs().max()
+    assert difference < tolerance, float(difference)
+
+
+def changed(change):
+    """A model whose `prepare_inputs_for_generation` hands its result to `change`."""
+    model = families.build("llama")
+    prepare = model.prepare_inputs_for_generation
+
+    def changed_inputs(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        return change(inputs) or inputs
+
+    model.prepare_inputs_for_generation = changed_inputs
+    return model
+
+
+class TestPrepareInputs:
+    def test_dropping_the_cache_of_one_step_raises(self):
+        model = changed(lambda inputs: inputs.pop(CACHE) and None if inputs["input_ids"].shape[1] == 1 else None)
+        with pytest.raises(RuntimeError, match=r"1 tokens and without the quantized cache, which holds the 70 before"):
+            generate(model, cache_implementation="kvquant-int8")
+
+    def test_swapping_it_raises(self):
+        def swap(inputs):
+            if inputs["input_ids"].shape[1] == 1:
+                inputs[CACHE] = DynamicCache()
+
+        with pytest.raises(RuntimeError, match="called with a DynamicCache instead of the quantized cache"):
+            generate(changed(swap), cache_implementation="kvquant-int8")
+
+    def test_dropping_it_before_the_first_step_gives_it_back(self):
+        """As longrope models do with a long prompt: the call has all tokens, and loses nothing."""
+        model = changed(lambda inputs: inputs.pop(CACHE) and None if inputs["input_ids"].shape[1] > 1 else None)
+        out = generate(model, cache_implementation="kvquant-int8")
+        assert cache_of(out).routes["decode_fused"] == 7 * 2
+        assert_equal_logits(out, generate(families.build("llama"), cache_implementation="kvquant-int8"))
+
+    def test_a_prefix_is_taken_over(self):
+        """As prefix tuning does: the first call brings a dense cache that holds the prefix."""
+        plain = families.build("llama")
+        prefix, mask = families.prompt(2, 13, seed=5), torch.ones(2, 70, dtype=torch.long)
+        mask[1, :9] = 0
+
+        def bring(inputs):
+            if inputs["input_ids"].shape[1] > 1:
+                inputs[CACHE] = DynamicCache(config=plain.config)
+                plain(prefix, **{CACHE: inputs[CACHE]})
+            length = int(inputs[CACHE].get_seq_length()) + inputs["input_ids"].shape[1]
+            inputs["attention_mask"] = torch.cat(
+                [torch.ones(2, 13, dtype=torch.long), mask, torch.ones(2, length - 83, dtype=torch.long)], 1
+            )
+            inputs.pop("position_ids", None)
+
+        model, ids = changed(bring), families.prompt(2)
+        # Between the prefix and the prompt stands padding; the first 2 tokens of the prefix are sinks in both rows.
+        config = {"keys": {"format": "int4"}, "values": {"format": "int4"}, "sink_length": 2}
+        out = generate(model, ids, attention_mask=mask, cache_implementation="kvquant", cache_config=config)
+        cache = cache_of(out)
+        assert type(cache) is QuantizedCache
+        assert cache.get_seq_length() == 13 + 70 + 7
+        assert cache.routes["decode_fused"] == 7 * 2
+        assert cache.layers[0].sink_positions.tolist() == [[0, 1]] * 2
+        assert cache.layers[0].padding[:, :83].sum(1).tolist() == [0, 9]
+        assert_equal_logits(exactly(model, ids, attention_mask=mask), generate(model, ids, attention_mask=mask))
+
+    def test_without_our_names_nothing_is_looked_at(self):
+        model = changed(lambda inputs: inputs.pop(CACHE) and None if inputs["input_ids"].shape[1] == 1 else None)
+        generate(model)
+
+
+class TestLayers:
+    @pytest.mark.parametrize("static", ["", "-static"])
+    @pytest.mark.parametrize("layers", [[1], [0, 1]], ids=["one", "all"])
+    def test_a_layer_that_ignores_the_cache_raises(self, layers, static):
+        model = families.build("llama")
+        for i in layers:
+            forward = model.model.layers[i].self_attn.forward
+            model.model.layers[i].self_attn.forward = lambda *a, forward=forward, **k: forward(*a, **k | {CACHE: None})
+        with pytest.raises(
+            ValueError, match=r"LlamaForCausalLM did not fill the quantized cache: .* \{0: \d+, 1: 0\}"
+        ):
+            generate(model, cache_implementation=f"kvquant-int8{static}")
+
+    def test_gradient_checkpointing_in_training_mode(self):
+        """Until transformers 5.23 it calls layers without a cache."""
+        model = families.build("llama").train()
+        model.gradient_checkpointing_enable()
+        expected = generate(families.build("llama"), cache_implementation="kvquant-int8")
+        if CACHE == "cache":
+            assert_equal_logits(generate(model, cache_implementation="kvquant-int8"), expected)
+            return
+        with pytest.raises(ValueError, match=r"gradient checkpointing .* call model.eval\(\) before generate"):
+            generate(model, cache_implementation="kvquant-int8")
+
+
+def longrope() -> Phi3ForCausalLM:
+    """Positions are scaled anew when a sequence becomes longer than 64 tokens."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Phi3Config(**families.COMMON | {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": None, "rope_parameters": rope,
+        "original_max_position_embeddings": 64,
+    })  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("static", ["", "-static"])
+@pytest.mark.parametrize("length", [50, 60, 64, 65, 90])
+def test_longrope_models_fill_it_again(length, static):
+    model, ids = longrope(), families.prompt(1, length)
+    out = generate(model, ids, cache_implementation=f"kvquant-int8-plain{static}")
+    cache = cache_of(out)
+    assert type(cache) is QuantizedCache
+    assert cache.get_seq_length() == length + 7
+    prefills = 1 + (length <= 64 < length + 7)
+    assert cache.routes["prefill_dense"] == prefills * 2
+    assert cache.routes["decode_fused"] == (8 - prefills) * 2
+    assert_equal_logits(exactly(model, ids), generate(model, ids))
+
+
+@pytest.mark.parametrize("static", ["", "-static"])
+def test_guidance_keeps_a_quantized_cache_too(static):
+    model = families.build("llama")
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": families.prompt(1, 40, seed=3)}
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[:, :6] = 0
+    options["negative_prompt_attention_mask"] = mask
+    out = generate(model, cache_implementation=f"kvquant-int8-plain{static}", **options)
+    cache = cache_of(out)
+    assert cache.unconditional.routes["decode_fused"] == 7 * 2
+    assert cache.unconditional.layers[0].padding.sum() == 6
+    assert cache.routes["decode_fused"] == 2 * 7 * 2
+    alone = generate(model, cache_implementation=f"kvquant-int8-plain{static}")
+    extra = cache.unconditional.memory_report()
+    assert cache.memory_report() == {k: n + extra[k] for k, n in cache_of(alone).memory_report().items()}
+    assert_equal_logits(exactly(model, **options), generate(model, **options))
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+@pytest.mark.parametrize("tuning", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_soft_prompts(tuning, preset):
+    """Virtual tokens stand before the padding of the prompt: they are no padding, and the first of them are sinks."""
+    peft = pytest.importorskip("peft")
+    model = families.build("llama")
+    model = peft.get_peft_model(model, getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=13)).eval()
+    ids, mask = families.prompt(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :9] = 0
+    dense = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    out = model.generate(input_ids=ids, attention_mask=mask, cache_implementation=f"kvquant-{preset}", **GREEDY)
+    layer = cache_of(out).layers[0]
+    assert layer.length == cache_of(dense).get_seq_length()
+    assert out.logits[0].sub(dense.logits[0]).abs().max() < 0.05
+    if layer.length != 47:
+        # PEFT has put its tokens there; with a transformers that it does not know yet it may not.
+        assert layer.padding[1, 13:22].all()
+        assert not layer.padding[:, :13].any()
+
+
+class TestChoice:
+    """A name that was saved with the model is a default; a name in the call is a demand."""
+
+    def test_the_call_outweighs_a_saved_name(self):
+        model = families.build("llama")
+        model.generation_config.cache_implementation = "kvquant-int8"
+        assert cache_of(generate(model, use_cache=False)) is None
+        assert type(cache_of(generate(model))) is QuantizedCache
+
+    @pytest.mark.parametrize("how", ["argument", "config"])
+    def test_both_in_the_call_raise(self, how):
+        model = families.build("llama")
+        given = {"cache_implementation": "kvquant-int8", "use_cache": False}
+        if how == "config":
+            given = {"generation_config": GenerationConfig(**GREEDY, **given)}
+        with pytest.raises(ValueError, match="'kvquant-int8' needs use_cache=True"):
+            generate(model, **given)

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 import hf_kvquant
 from hf_kvquant import KVQuantConfig
 from hf_kvquant.cache import QuantizedCache
+from hf_kvquant.host import CACHE
 
 # Largest relative error of the logits, as a share of the error that a cache with wrong keys has in the same run.
 NEAR_DENSE = {4: 0.5, 8: 0.2, 16: 0.05}
@@ -117,7 +118,7 @@ def stepper(machine, model, candidate: Candidate, cache: Cache, batch: int) -> C
     token = torch.full((batch, 1), 7, device=machine.device)
 
     def step() -> torch.Tensor:
-        return model(input_ids=token, past_key_values=cache).logits[:, -1]
+        return model(input_ids=token, **{CACHE: cache}).logits[:, -1]
 
     return machine.graphed(step) if candidate.captured else step
 
@@ -224,7 +225,7 @@ def _prefill_point(machine, model, plan, report: Report, where: dict) -> None:
         def forward(candidate=candidate, ids=ids, length=length):
             cache = candidate.build(model.config, length + 64)
             with switched(model, cache):
-                return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                return model(input_ids=ids, **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
 
         try:
             logits = forward()

@@ -47,6 +47,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, ops
 from hf_kvquant.cache import QuantizedCache
+from hf_kvquant.host import CACHE
 
 CHECK_STEPS = 2
 # All limits are of relative errors of the logits of the first steps. Against float32 DynamicCache, by bits of a code:
@@ -165,7 +166,7 @@ def fill(cache: Cache, args: argparse.Namespace, length: int, dtype: torch.dtype
 @torch.no_grad()
 def step(forward: Callable, cache: Cache, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The next tokens `[batch]` and the logits `[batch, vocab_size]`; as timed."""
-    logits = forward(input_ids=token, past_key_values=cache).logits[:, -1]
+    logits = forward(input_ids=token, **{CACHE: cache}).logits[:, -1]
     return logits.argmax(-1), logits
 
 

@@ -41,6 +41,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates
 from hf_kvquant.attention import attend
+from hf_kvquant.host import CACHE, cache_of
 from hf_kvquant.layers import QuantizedLayer
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,7 +139,7 @@ class Subject:
                 **self.inputs, do_sample=False, max_new_tokens=STEPS + 1, return_dict_in_generate=True,
                 output_logits=True, logits_processor=[Say(self.said)], **kwargs,
             )  # fmt: skip
-        return torch.stack(out.logits).float(), out.past_key_values
+        return torch.stack(out.logits).float(), cache_of(out)
 
     def cache(self, config: dict) -> QuantizedCache | EncoderDecoderCache:
         """A cache that is read through de-quantized copies."""
@@ -192,7 +193,7 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
         logits, cache = subject.generate(cache_implementation="kvquant", cache_config=EXACT)
         exact = {"own_route": share(logits - dense, spread)}
         layers, status = _layers(own(cache))
-        exact["dequantized"] = share(subject.generate(past_key_values=subject.cache(EXACT))[0] - dense, spread)
+        exact["dequantized"] = share(subject.generate(**{CACHE: subject.cache(EXACT)})[0] - dense, spread)
         presets = {}
         for preset in PRESETS:
             compared.largest = 0.0

@@ -93,6 +93,8 @@ class QuantizedCache(DynamicCache):
             )
         # The cache of the unconditional pass, where generation is guided; counted with this one.
         self.unconditional: QuantizedCache | None = None
+        # What the model keeps of this generation outside of its cache; see `host.GENERATION_STATE`.
+        self.model_state: dict[str, torch.Tensor | int | None] = {}
         self._routes = Routes()
         self._unfinished: str | None = None
         self._max_length = max_length
@@ -310,6 +312,7 @@ class QuantizedCache(DynamicCache):
                 "cache.crop(0) goes back to what all of them have, cache.reset() empties it"
             )
         self._unfinished, self._whole = what, self._lengths()
+        self._routes.in_call = what == FORWARD
 
     def end(self) -> None:
         """The change that `begin` noted is complete."""
@@ -317,6 +320,7 @@ class QuantizedCache(DynamicCache):
         if is_traced():
             return
         self._unfinished, self._whole = None, self._lengths()
+        self._routes.in_call = False
 
     def _lengths(self) -> list[int]:
         lengths = []
@@ -417,23 +421,23 @@ class QuantizedCache(DynamicCache):
         self.end()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._check_rows("beam_idx", lambda rows: rows.index_select(0, beam_idx.cpu()))
+        self._choose_rows("beam_idx", lambda rows: rows.index_select(0, beam_idx.cpu()))
         with self._change("reorder_cache"):
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._check_rows("repeats", lambda rows: rows.repeat_interleave(repeats))
+        self._choose_rows("repeats", lambda rows: rows.repeat_interleave(repeats))
         with self._change("batch_repeat_interleave"):
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         select = indices.cpu() if isinstance(indices, torch.Tensor) else indices
-        self._check_rows("indices", lambda rows: rows[select])
+        self._choose_rows("indices", lambda rows: rows[select])
         with self._change("batch_select_indices"):
             super().batch_select_indices(indices)
 
-    def _check_rows(self, name: str, select: Callable) -> None:
-        """Whether `select` picks rows of the batch: tried on a small tensor, before any layer is changed."""
+    def _choose_rows(self, name: str, select: Callable) -> None:
+        """Whether `select` picks rows of the batch: tried on what is small, before any layer is changed."""
         layer = next((layer for layer in self.quantized_layers if layer.is_initialized), None)
         if layer is None:
             return
@@ -444,6 +448,9 @@ class QuantizedCache(DynamicCache):
             raise ValueError(f"{name}: does not fit the cache's batch {batch} ({error})") from None
         if rows.ndim != 1 or not len(rows):
             raise ValueError(f"{name}: selects rows of shape {tuple(rows.shape)}; expected one dimension, not empty")
+        for key, value in self.model_state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch:
+                self.model_state[key] = value[rows.to(value.device)]
 
     def reset(self) -> None:
         for layer, new in zip(self.layers, self._native_layers()):
@@ -453,6 +460,7 @@ class QuantizedCache(DynamicCache):
                 # Some versions of transformers leave zeros, to which later tokens would be appended.
                 kept = {"record_past": layer.record_past} if hasattr(layer, "record_past") else {}
                 vars(layer).update(vars(new) | kept)
+        self.model_state = {}
         self.end()
 
     def memory_report(self) -> dict[str, int]:

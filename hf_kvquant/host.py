@@ -147,6 +147,7 @@ __all__ = [
     "configuration_utils",
     "context_length",
     "cross_attention_layers",
+    "generation_state",
     "records_attention_weights",
     "set_attn_implementation",
     "static_cache_shape",
@@ -189,6 +190,21 @@ def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
 def context_length(config: PreTrainedConfig) -> int | None:
     """How many tokens the model was made for, if its config says so."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+GENERATION_STATE = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")
+"""What models keep of a generation outside of its cache: offsets of positions behind images (Qwen-VL and 23 others),
+and the positions of an image that is generated (GLM-Image)."""
+
+
+def generation_state(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Where the model keeps such a state: the module and its attribute, under a name that other instances share."""
+    return {
+        f"{type(module).__name__}.{name}": (module, name)
+        for module in model.modules()
+        for name in GENERATION_STATE
+        if name in vars(module)
+    }
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:

@@ -112,6 +112,7 @@ def _watched(model: PreTrainedModel, calls_begin_here: bool = False) -> Iterator
     with _switch_lock:
         _watchers[model] += 1
         related = any(model in other.modules() or other in model.modules() for other in _hooks)
+        _state_places[model] = host.generation_state(model)
         if model not in _hooks and (calls_begin_here or not related):
             _hooks[model] = (
                 model.register_forward_pre_hook(_call_begins, with_kwargs=True),
@@ -141,6 +142,7 @@ def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         args, kwargs = request.call_begins(args, kwargs)
     for cache in _caches_given((args, kwargs)):
         cache.begin(FORWARD)
+        _put_back_state(model, cache)
     return args, kwargs
 
 
@@ -152,6 +154,21 @@ def _call_ends(model: torch.nn.Module, args: tuple, kwargs: dict, output: object
         if request is not None:
             request.check_filled(cache)
         cache.end()
+        cache.model_state = {key: getattr(*place) for key, place in _state_places.get(model, {}).items()}
+
+
+def _put_back_state(model: torch.nn.Module, cache: QuantizedCache) -> None:
+    """What the model keeps of a generation outside of its cache belongs to the tokens in it: another generation may
+    have overwritten it, and a model that was just loaded has none."""
+    places = _state_places.get(model) or {}
+    if not places or not any(layer.is_filled for layer in cache.quantized_layers):
+        return
+    for key, (module, name) in places.items():
+        if key in cache.model_state:
+            setattr(module, name, cache.model_state[key])
+
+
+_state_places: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:
@@ -389,6 +406,8 @@ def _wrap_generate(generate: Callable) -> Callable:
             if not _is_ours(name) and not given:
                 return generate(self, *args, **kwargs)
             with _switched_attention(self), _watched(self, calls_begin_here=True):
+                for cache in given:
+                    _put_back_state(self, cache)
                 return generate(self, *args, **kwargs)
 
     return wrapper

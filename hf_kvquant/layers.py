@@ -14,6 +14,7 @@ import torch
 from . import ops
 from .config import KVQuantConfig
 from .host import DynamicLayer
+from .lazy import LazyStates
 from .route import Routes, attention_is_switched, say_once, tagged
 from .states import QuantizedStates, autocast
 from .storage import ROLLBACK, Side
@@ -30,7 +31,7 @@ class QuantizedLayer(DynamicLayer):
         self._keys = self._values = None
         self.kv_config = kv_config
         self.layer_idx = layer_idx
-        self.routes = routes
+        self.routes = self.shared_routes = routes
         self.max_length = max_length
         self.takes_states: bool | None = None
         self.was_offered = False
@@ -63,6 +64,14 @@ class QuantizedLayer(DynamicLayer):
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
         """What the next query reads: the one before might look for exact copies that a long crop has lost."""
+        if self.shared_routes.in_call and self.is_filled and not torch.compiler.is_compiling():
+            states, position = self._states(side), self.length
+
+            def read() -> torch.Tensor:
+                self.routes.count("decode_dequantized")
+                return states.dequantize(position)
+
+            return LazyStates(states.shape, self.dtype, self.device, read)
         return self._states(side).dequantize(position=self.length) if self.is_initialized and self.length else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -97,7 +106,7 @@ class QuantizedLayer(DynamicLayer):
         if start == 0:
             self._append(key_states, value_states)
             self.routes.count("prefill_dense")
-            return self._offered(self._first(key_states), self._first(value_states))
+            return self._offered(self._first(key_states), self._first(value_states), first=True)
         if n <= ops.MAX_Q_LEN:
             self._append(key_states, value_states)
             states = self._states(self._keys), self._states(self._values)
@@ -135,11 +144,13 @@ class QuantizedLayer(DynamicLayer):
         """What attention gets for the first states."""
         return states
 
-    def _offered(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Dense keys and values; once they let attention learn the layer's route, if it is ours (see `route`)."""
-        if self.takes_states is not None or self.was_offered or not attention_is_switched():
+    def _offered(self, *states: torch.Tensor, first: bool = False) -> tuple[torch.Tensor, ...]:
+        """Dense keys and values, by which attention can learn the layer's route (see `route`): the first ones, and if
+        attention was not ours then, the next ones when it is."""
+        is_ours = attention_is_switched()
+        if self.takes_states is not None or self.was_offered or not (first or is_ours):
             return states
-        self.was_offered = True
+        self.was_offered = is_ours
         return tuple(tagged(x, self) for x in states)
 
     def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """How a layer learns whether its model takes quantized states, and what is said once about it.
 
-It is learned, not listed: the first tensors that a layer returns while the model's attention is ours are fresh views
-tagged with the layer. If those very objects arrive at attention, and nothing else has used them, nothing stood in
-between.
+It is learned, not listed: the first tensors that a layer returns, or the first while the model's attention is ours,
+are fresh views tagged with the layer. If those very objects arrive at attention, and nothing else has used them,
+nothing stood in between.
 
 (From transformers 5.24 on, models hand `cache.update` a dictionary that they pass on to attention. It would tell which
 layer a call of attention belongs to, but not whether the model changed the states in between, which is the question.)
@@ -27,7 +27,9 @@ _TAG = "_kvquant_layer"
 
 
 class Routes(Counter):
-    """How often each of `ROUTES` was taken."""
+    """How often each of `ROUTES` was taken; `in_call` while the model that the cache was given to runs."""
+
+    in_call = False
 
     def count(self, route: str) -> None:
         self[route] += 1

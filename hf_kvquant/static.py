@@ -155,7 +155,7 @@ class StaticQuantizedLayer(QuantizedLayer):
         self.storing = False
         if is_first:
             self.routes.count("prefill_dense")
-            return self._offered(self._first(key_states), self._first(value_states))
+            return self._offered(self._first(key_states), self._first(value_states), first=True)
         if not is_long and self.takes_states:
             return self._whole_states()
         self.routes.count("decode_dequantized")

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "hf_kvquant"
 ANYTHING = None
 MAY_IMPORT = {
     "host": set(),
+    "lazy": set(),
     "quantization": set(),
     "backends": set(),
     "backends.arguments": set(),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "pages": set(),
     "storage": {"quantization", "states", "pages"},
     "route": set(),
-    "layers": {"config", "host", "states", "ops", "storage", "route"},
+    "layers": {"config", "host", "lazy", "states", "ops", "storage", "route"},
     "static": {"config", "layers", "states", "ops", "storage", "route"},
     "cross_attention": {"host"},
     "hybrid": {"config", "host", "layers", "static", "storage", "route"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, Phi3Config, Phi3ForCausalLM
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, host
 from hf_kvquant.host import CACHE, cache_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
@@ -125,6 +125,10 @@ class TestLayers:
             generate(model, cache_implementation="kvquant-int8")
 
 
+# Until then the call that drops the cache has only the newest token, and the dense cache's text is wrong, too.
+LONGROPE_LOSES_TOKENS = tuple(map(int, host.VERSION.split(".")[:2])) < (5, 20)
+
+
 def longrope() -> Phi3ForCausalLM:
     """Positions are scaled anew when a sequence becomes longer than 64 tokens."""
     rope = {
@@ -145,6 +149,10 @@ def longrope() -> Phi3ForCausalLM:
 @pytest.mark.parametrize("length", [50, 60, 64, 65, 90])
 def test_longrope_models_fill_it_again(length, static):
     model, ids = longrope(), families.prompt(1, length)
+    if LONGROPE_LOSES_TOKENS and length <= 64 < length + 7:
+        with pytest.raises(RuntimeError, match="1 tokens and without the quantized cache, which holds the 64 before"):
+            generate(model, ids, cache_implementation=f"kvquant-int8-plain{static}")
+        return
     out = generate(model, ids, cache_implementation=f"kvquant-int8-plain{static}")
     cache = cache_of(out)
     assert type(cache) is QuantizedCache

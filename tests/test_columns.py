@@ -18,7 +18,7 @@ import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
 from hf_kvquant.attention import attend
 from hf_kvquant.cross_attention import CROSS_ATTENTION
-from hf_kvquant.host import cache_inputs, cache_of
+from hf_kvquant.host import CACHE, cache_inputs, cache_of
 
 EXACT = KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), recent_length=4096)
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
@@ -193,3 +193,28 @@ class TestWideWindows:
         native = StaticCache(model.config, max_cache_len=80).layers
         static = QuantizedCache(model.config, "int8-static", max_length=80).layers
         assert [type(layer) for layer in static[::2]] == [type(layer) for layer in native[::2]]
+
+
+def test_a_model_that_reads_keys_in_a_step_is_counted():
+    """To ask for its shape reads nothing; each use of its numbers de-quantizes the layer."""
+    model, seen = families.build("llama"), []
+    attention = model.model.layers[1].self_attn
+
+    def looks_inside(hidden_states, *args, **kwargs):
+        layer = kwargs[CACHE].layers[1]
+        if layer.is_initialized:
+            assert layer.keys.shape == (1, 2, layer.length, 64)
+            assert layer.keys.numel() == 2 * layer.length * 64
+            if layer.length % 2:
+                seen.append(float((layer.keys + 0).abs().max()))
+        return type(attention).forward(attention, hidden_states, *args, **kwargs)
+
+    attention.forward = looks_inside
+    out = model.generate(families.prompt(), **GREEDY, cache_implementation="kvquant-int8")
+    routes = cache_of(out).routes
+    assert len(seen) == 5 == routes["decode_dequantized"]
+    assert seen[0] > 0
+    assert routes["decode_fused"] == 11 * 2
+    # Outside of a call it is anybody's look.
+    assert type(cache_of(out).layers[1].keys) is torch.Tensor
+    assert cache_of(out).routes == routes

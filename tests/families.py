@@ -132,7 +132,21 @@ MORE = {
          "decoder_start_token_id": 0, "forced_eos_token_id": None},
         without=("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"),
     ),
+    # Its prepare_inputs_for_generation drops a cache of up to 10 tokens when the sequence is longer.
+    "longrope": Family(
+        "Phi3Config", "Phi3ForCausalLM",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": None,
+         "original_max_position_embeddings": 10,
+         "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "attention_factor": 1.0,
+                             "short_factor": [1.0] * 32,
+                             "long_factor": [4.0] * 32, "original_max_position_embeddings": 10}},
+    ),
+    # Layers 1 and 3 attend to an image; see `image`.
+    "mllama": Family("MllamaConfig", "MllamaForConditionalGeneration"),
 }  # fmt: skip
+
+# Until then the call that drops the cache has only the newest token, and the dense cache's text is wrong, too.
+LONGROPE_LOSES_TOKENS = tuple(map(int, host.VERSION.split(".")[:2])) < (5, 20)
 
 ALL = FAMILIES | UNFUSED | OTHERS | MORE
 
@@ -148,6 +162,8 @@ _SMALLER = {
                     "v_head_dim": 16, "moe_intermediate_size": 16},
     "falcon_h1": _SMALL | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "jamba": {"hidden_size": 64, "intermediate_size": 64},
+    "longrope": {},
+    "mllama": {},
 }  # fmt: skip
 
 
@@ -157,9 +173,35 @@ def small(name: str) -> dict:
 
 
 def config(name: str, **options) -> transformers.PreTrainedConfig:
+    if name == "mllama":
+        return _mllama_config(**options)
     family = ALL[name]
     common = {key: value for key, value in COMMON.items() if key not in family.without}
     return getattr(transformers, family.config)(**common | family.options | options)
+
+
+def _mllama_config(**options) -> transformers.MllamaConfig:
+    text = {key: value for key, value in COMMON.items() if key != "head_dim"} | {
+        "num_hidden_layers": 4, "cross_attention_layers": [1, 3],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_global_layers": 1, "vision_output_dim": 64, "image_size": 16, "patch_size": 8, "max_num_tiles": 4,
+        "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 2]],
+    }  # fmt: skip
+    return transformers.MllamaConfig(vision_config=vision, text_config=text | options, image_token_index=VOCAB - 1)
+
+
+def image(batch: int, length: int) -> dict:
+    """An image of 20 tokens for each row of a text `[batch, length]`, as Mllama takes it."""
+    pixels = torch.randn(1, 1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {
+        "pixel_values": pixels.expand(batch, *pixels.shape[1:]),
+        "aspect_ratio_ids": torch.full((batch, 1), 3),
+        "aspect_ratio_mask": torch.ones(batch, 1, 4, dtype=torch.long),
+        "cross_attention_mask": torch.ones(batch, length, 1, 4, dtype=torch.long),
+    }
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", seed: int = 0, **options):
@@ -170,6 +212,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", see
         settings = config(name, **options)
         settings._attn_implementation = attn
         model = getattr(transformers, family.model)(settings)
+    if name == "mllama":
+        for layer in settings.get_text_config().cross_attention_layers:
+            # Closed until training opens them.
+            decoder_layer = model.model.language_model.layers[layer]
+            decoder_layer.cross_attn_attn_gate.data.fill_(1.0)
+            decoder_layer.cross_attn_mlp_gate.data.fill_(1.0)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval().to(dtype)

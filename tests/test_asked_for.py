@@ -9,9 +9,9 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, Phi3Config, Phi3ForCausalLM
+from transformers import DynamicCache, GenerationConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, host
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
 from hf_kvquant.host import CACHE, cache_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
@@ -125,39 +125,26 @@ class TestLayers:
             generate(model, cache_implementation="kvquant-int8")
 
 
-# Until then the call that drops the cache has only the newest token, and the dense cache's text is wrong, too.
-LONGROPE_LOSES_TOKENS = tuple(map(int, host.VERSION.split(".")[:2])) < (5, 20)
-
-
-def longrope() -> Phi3ForCausalLM:
-    """Positions are scaled anew when a sequence becomes longer than 64 tokens."""
-    rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = Phi3Config(**families.COMMON | {
-        "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": None, "rope_parameters": rope,
-        "original_max_position_embeddings": 64,
-    })  # fmt: skip
-    model = Phi3ForCausalLM(config).eval()
-    model.generation_config.eos_token_id = None
-    return model
+def longrope():
+    """Positions are scaled anew when a sequence becomes longer than 62 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
+    rope["original_max_position_embeddings"] = 62
+    return families.build("longrope", rope_parameters=rope, original_max_position_embeddings=62)
 
 
 @pytest.mark.parametrize("static", ["", "-static"])
-@pytest.mark.parametrize("length", [50, 60, 64, 65, 90])
+@pytest.mark.parametrize("length", [50, 58, 62, 63, 90])
 def test_longrope_models_fill_it_again(length, static):
     model, ids = longrope(), families.prompt(1, length)
-    if LONGROPE_LOSES_TOKENS and length <= 64 < length + 7:
-        with pytest.raises(RuntimeError, match="1 tokens and without the quantized cache, which holds the 64 before"):
+    if families.LONGROPE_LOSES_TOKENS and length <= 62 < length + 7:
+        with pytest.raises(RuntimeError, match="1 tokens and without the quantized cache, which holds the 62 before"):
             generate(model, ids, cache_implementation=f"kvquant-int8-plain{static}")
         return
     out = generate(model, ids, cache_implementation=f"kvquant-int8-plain{static}")
     cache = cache_of(out)
     assert type(cache) is QuantizedCache
     assert cache.get_seq_length() == length + 7
-    prefills = 1 + (length <= 64 < length + 7)
+    prefills = 1 + (length <= 62 < length + 7)
     assert cache.routes["prefill_dense"] == prefills * 2
     assert cache.routes["decode_fused"] == (8 - prefills) * 2
     assert_equal_logits(exactly(model, ids), generate(model, ids))

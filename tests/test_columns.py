@@ -9,8 +9,6 @@ from transformers import (
     DynamicCache,
     GitConfig,
     GitForCausalLM,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
     StaticCache,
 )
 
@@ -59,34 +57,11 @@ class TestImageTokensInFront:
 
 @pytest.fixture(scope="module")
 def mllama():
-    torch.manual_seed(0)
-    text = families.COMMON | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "hidden_size": 128,
-                              "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
-    text.pop("head_dim")
-    vision = {"hidden_size": 32, "attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_global_layers": 1, "vision_output_dim": 64, "image_size": 16, "patch_size": 8,
-              "max_num_tiles": 4, "intermediate_layers_indices": [0],
-              "supported_aspect_ratios": [[1, 1], [1, 2], [2, 2]]}  # fmt: skip
-    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=95)
-    model = MllamaForConditionalGeneration(config).eval()
-    for layer in (1, 3):
-        # They are closed before training.
-        model.model.language_model.layers[layer].cross_attn_attn_gate.data.fill_(1.0)
-        model.model.language_model.layers[layer].cross_attn_mlp_gate.data.fill_(1.0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return families.build("mllama")
 
 
 def image_and_text() -> dict:
-    ids = torch.cat([torch.tensor([[95]]), families.prompt(1, 39)], 1)
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(1, 1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-        "aspect_ratio_ids": torch.tensor([[3]]),
-        "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
-        "cross_attention_mask": torch.ones(1, 40, 1, 4, dtype=torch.long),
-    } | GREEDY
+    return {"input_ids": families.prompt(1, 40)} | families.image(1, 40) | GREEDY
 
 
 class TestCrossAttentionInADecoder:

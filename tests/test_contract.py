@@ -33,9 +33,14 @@ from hf_kvquant import KVQuantConfig, QuantizedCache
 from hf_kvquant.host import CACHE
 
 # One of each kind: grouped queries with biases, a hybrid with sliding layers, softcap, no grouping, learned sinks,
-# experts, linear and full attention in one layer, and layer by layer, an encoder-decoder model, and one whose
-# attention changes the cached states.
-NAMES = ("qwen2", "gemma3", "gemma2", "gpt2", "gpt_oss", "mixtral", "falcon_h1", "jamba", "bart", "deepseek_v3")
+# experts, linear and full attention in one layer, and layer by layer, an encoder-decoder model, one whose attention
+# changes the cached states, one with cross-attention layers in its decoder, and one that drops its cache on the way.
+NAMES = (
+    "qwen2", "gemma3", "gemma2", "gpt2", "gpt_oss", "mixtral", "falcon_h1", "jamba", "bart", "deepseek_v3", "mllama",
+    "longrope",
+)  # fmt: skip
+# The dense cache of Mllama cannot roll back: it takes tokens of the image, too (see test_columns).
+ROLLS_BACK = tuple(name for name in NAMES if name != "mllama")
 PRESETS = KVQuantConfig.preset_names()
 # The prompt ends, and generation crosses, the border of a block of 64.
 PROMPT, STEPS = 60, 6
@@ -47,6 +52,7 @@ ONE_CODE = {"int8": 0.005, "int8-plain": 0.005, "fp8": 0.05, "int4": 0.05, "int4
 OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
 every_family = pytest.mark.parametrize("name", NAMES)
+every_family_that_rolls_back = pytest.mark.parametrize("name", ROLLS_BACK)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
@@ -82,6 +88,7 @@ class Host:
         self.num_full = families.ALL[name].num_full
         self.fused = families.ALL[name].fused
         self.is_encoder_decoder = self.model.config.is_encoder_decoder
+        self.sees_images = name == "mllama"
 
     def inputs(self, batch: int = 1, length: int = PROMPT, seed: int = 1) -> dict:
         return self.of_ids(families.prompt(batch, length, seed))
@@ -97,7 +104,14 @@ class Host:
         given[f"{prefix}input_ids"] = ids
         if mask is not None:
             given[f"{prefix}attention_mask"] = mask
+        if self.sees_images:
+            given |= families.image(*ids.shape)
         return given
+
+    def without_image(self, inputs: dict) -> dict:
+        """The arguments for tokens that follow those of a cache, which has seen the image."""
+        image = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        return {name: value for name, value in inputs.items() if name not in image}
 
     def prompt(self, inputs: dict) -> torch.Tensor:
         return inputs["decoder_input_ids" if self.is_encoder_decoder else "input_ids"]
@@ -119,10 +133,11 @@ class Host:
 
         def before(module, args, kwargs):
             assert not args
-            cache = kwargs[CACHE]
+            # A model that asks for all tokens anew has dropped it.
+            cache = kwargs.get(CACHE)
             given = {k: v for k, v in kwargs.items() if k != CACHE}
             # Until transformers 5.17 a sliding layer's length is a tensor, which later calls change.
-            calls.append(Call(given, int(cache.get_seq_length()), torch.empty(0)))
+            calls.append(Call(given, 0 if cache is None else int(cache.get_seq_length()), torch.empty(0)))
 
         def after(module, args, kwargs, output):
             calls[-1].logits = output.logits
@@ -145,7 +160,7 @@ class Host:
             cache.activate_past_recording()
         with torch.no_grad(), hf_kvquant.attention(self.model):
             for call in calls:
-                if rolls_back and call.past:
+                if rolls_back and cache.get_seq_length():
                     cache.crop(call.past - int(cache.get_seq_length()))
                 assert cache.get_seq_length() == call.past
                 logits = self.model(**call.given, **{CACHE: cache}).logits
@@ -162,12 +177,18 @@ class Host:
             logits = []
             for i in range(ids.shape[1]):
                 new = {name: ids[:, i : i + 1]}
+                if self.sees_images:
+                    new |= families.image(ids.shape[0], 1)
+                    if cache.get_seq_length():
+                        new = self.without_image(new)
                 logits.append(self.model(**given, **new, **{CACHE: cache}, use_cache=True).logits)
         return torch.cat(logits, 1)
 
     def prefill(self, cache, ids: torch.Tensor) -> torch.Tensor:
         """Logits `[batch, vocab]` after a prompt fed at once."""
         inputs = self.of_ids(ids)
+        if cache.get_seq_length():
+            inputs = self.without_image(inputs)
         with torch.no_grad(), hf_kvquant.attention(self.model):
             return self.model(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1]
 
@@ -402,7 +423,7 @@ def assistant_of(name: str, choice: str | None) -> Iterator:
         assistant.generation_config.cache_implementation = None
 
 
-@every_family
+@every_family_that_rolls_back
 @every_preset
 @pytest.mark.parametrize("draft", ["dense", "quantized"])
 def test_assisted_decoding(name, preset, draft):
@@ -421,7 +442,7 @@ def test_assisted_decoding(name, preset, draft):
         assert torch.equal(out.sequences, plain.sequences)
 
 
-@every_family
+@every_family_that_rolls_back
 @every_preset
 def test_prompt_lookup(name, preset):
     subject = host(name)
@@ -486,7 +507,7 @@ def test_three_turns(name, preset):
     for turn in (1, 2):
         new = families.prompt(1, 5, seed=20 + turn)
         before = cache.get_seq_length()
-        inputs = subject.of_ids(torch.cat([out.sequences, new], 1))
+        inputs = subject.without_image(subject.of_ids(torch.cat([out.sequences, new], 1)))
         with subject.recorded() as calls:
             out = subject.generate(inputs, **{CACHE: cache})
         assert out.past_key_values is cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from itertools import chain
 from struct import Struct
 
 import torch
@@ -68,12 +69,12 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int) -> tuple[int, int]:
+def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int, row_length: int) -> tuple[int, int]:
     """Strides of batch and head in bytes; the rows below them must be contiguous."""
     if tensor is None:
         return 0, 0
     batch, head, row, column = tensor.stride()
-    if column != 1 or row != tensor.size(3):
+    if column != 1 or row != row_length:
         where = f"strides {tensor.stride()} of a stored {tensor.dtype} tensor"
         raise ValueError(f"{name}: {where} are not allowed; expected contiguous rows")
     return batch * itemsize, head * itemsize
@@ -89,27 +90,98 @@ def _side_numbers(name: str, spec, head_dim: int) -> tuple[int, ...]:
     return FORMATS[spec.format], channel, group_length, spec.rotate, head_dim
 
 
-def _side(name: str, states, itemsize: int) -> tuple[int, ...]:
-    """The fields of a `Side`."""
+@lru_cache(maxsize=None)
+def _row_sizes(spec, head_dim: int) -> tuple[int, int, int, bool]:
+    """Elements of a row of `data`, scales of a row of `scale` (0: none), tokens that share one, and whether there are
+    zero points."""
+    if spec.is_dense:
+        return head_dim, 0, 1, False
+    return spec.row_bytes(head_dim), spec.num_scales(head_dim), spec.block_length or 1, spec.has_zero_point
+
+
+def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: int) -> str:
+    """Says what a side has and should have; `_side` asks the same questions in less time."""
+    row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
+    rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
+    scales = f"{heads}, {rows} or more, {num_scales} of torch.float16" if num_scales else "None"
+    found = {field: getattr(states, field) for field in ("data", "scale", "zero_point", "recent", "sink")}
+    expected = {
+        "data": f"{heads}, {columns} or more, {row} of {torch.uint8 if num_scales else states.dtype}",
+        "scale": scales,
+        "zero_point": f"{scales}, laid out like scale" if has_zero_point else "None",
+        "recent": f"{heads}, {ring} or None",
+        "sink": f"{heads}, {num_sinks}, {states.head_dim} or None",
+    }
+    told = []
+    for field, t in found.items():
+        has = "None" if t is None else f"{tuple(t.shape)} of {t.dtype} on {t.device}"
+        told.append(f"{field} {has} (expected {expected[field]})")
+    return f"{name}: the stored tensors do not fit: {'; '.join(told)}, all on one device"
+
+
+def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Whether a small tensor is what a kernel takes it for, on the device of `like`."""
+    if tensor is None or (
+        tensor.dtype is dtype and tensor.shape == shape and tensor.get_device() == like.get_device()
+    ):
+        return
+    found = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+    raise ValueError(f"{name}: {found} does not fit; expected {shape} of {dtype} on {like.device}")
+
+
+def _side(
+    name: str, states, itemsize: int, batch: int, num_kv_heads: int, columns: int | None, num_sinks: int
+) -> tuple[int, ...]:
+    """The fields of a `Side`, whose tensors must have the memory that a kernel will touch: it only sees addresses.
+
+    Args:
+        columns: how many are read or written; None: as many as `data` has.
+    """
     data, scale, zero_point, recent, sink = (
         states.data, states.scale, states.zero_point, states.recent, states.sink,
     )  # fmt: skip
+    head_dim, device = states.head_dim, data.get_device()
+    row, num_scales, block, has_zero_point = _row_sizes(states.spec, head_dim)
+    _, _, capacity, _ = shape = data.shape
+    columns = capacity if columns is None else columns
+    fits = shape == (batch, num_kv_heads, capacity, row) and capacity >= columns
+    if num_scales:
+        fits = fits and data.dtype is torch.uint8 and scale is not None and (zero_point is not None) is has_zero_point
+        if fits:
+            _, _, rows, _ = shape = scale.shape
+            fits = shape == (batch, num_kv_heads, rows, num_scales) and rows * block >= columns
+            fits = fits and scale.dtype is torch.float16 and scale.get_device() == device
+            if has_zero_point:
+                # One stride serves both.
+                fits = fits and zero_point.shape == shape and zero_point.stride() == scale.stride()
+                fits = fits and zero_point.dtype is torch.float16 and zero_point.get_device() == device
+    ring_length = 0
+    if recent is not None:
+        _, _, ring_length, _ = shape = recent.shape
+        fits = fits and shape == (batch, num_kv_heads, ring_length, head_dim)
+        fits = fits and ring_length > 0 and recent.get_device() == device
+    if sink is not None and num_sinks:
+        fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and sink.get_device() == device
+    if not fits:
+        raise ValueError(_misfit(name, states, (batch, num_kv_heads), columns, num_sinks))
     return (
         data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
-        *_head_strides(data, name, data.element_size()), *_head_strides(scale, name, 2),
-        *_head_strides(recent, name, itemsize), *_head_strides(sink, name, itemsize),
-        data.size(2), 0 if recent is None else recent.size(2), *_side_numbers(name, states.spec, states.head_dim),
+        *_head_strides(data, name, data.element_size(), row), *_head_strides(scale, name, 2, num_scales),
+        *_head_strides(recent, name, itemsize, head_dim), *_head_strides(sink, name, itemsize, head_dim),
+        capacity, ring_length, *_side_numbers(name, states.spec, head_dim),
     )  # fmt: skip
 
 
-def _sink_positions(keys, values) -> tuple[int, int, int]:
+def _sink_positions(keys, values, batch: int) -> tuple[int, int, int]:
     """Address, stride of batch in bytes, and number of slots."""
     positions = keys.sink_positions
     if positions is None or (keys.sink is None and values.sink is None):
         return 0, 0, 0
-    if positions.dtype != torch.int32 or positions.stride(1) != 1:
-        raise ValueError(f"sink_positions: dtype {positions.dtype} does not fit; expected contiguous int32 rows")
-    return positions.data_ptr(), positions.stride(0) * 4, positions.shape[1]
+    num_sinks = positions.shape[-1]
+    _check_small("sink_positions", positions, keys.data, torch.int32, batch, num_sinks)
+    if positions.stride(1) != 1:
+        raise ValueError(f"sink_positions: strides {positions.stride()} are not allowed; expected contiguous rows")
+    return positions.data_ptr(), positions.stride(0) * 4, num_sinks
 
 
 def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str) -> int:
@@ -132,7 +204,7 @@ def attention(
     """The argument of `decode_attention`, and the output and log-sum-exp that the kernel will write.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
     """
     dtype = query.dtype
     code = _check_dtypes(
@@ -143,7 +215,13 @@ def attention(
         raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
     if query.stride(3) != 1:
         query = query.contiguous()
-    batch, num_heads, q_len, _ = query.shape
+    batch, num_heads, q_len, head_dim = query.shape
+    positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
+    kv_len, num_kv_heads = keys.length, keys.data.size(1)
+    fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim
+    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or query.get_device() != keys.data.get_device():
+        raise ValueError(_misfit_of_query(query, keys, values))
+    _check_small("length", keys.device_length, query, torch.int64)
     batch_stride, head_stride, row_stride, _ = query.stride()
     itemsize = query.element_size()
     output = query.new_empty((batch, num_heads, q_len, values.head_dim))
@@ -151,6 +229,10 @@ def attention(
 
     kind, width, mask_strides = _NO_MASK, 0, (0, 0, 0, 0)
     if mask is not None:
+        whole = (batch, kv_len) if mask.ndim == 2 else (batch, num_heads, q_len, kv_len)
+        if mask.ndim != len(whole) or any(m not in (1, w) for m, w in zip(mask.shape, whole)):
+            raise ValueError(f"mask: shape {tuple(mask.shape)} does not fit; expected {whole}, or 1 instead of a size")
+        _check_small("mask", mask, query, mask.dtype, *mask.shape)
         if mask.ndim == 2:
             if mask.dtype not in _PADDING_WIDTHS:
                 mask = mask != 0
@@ -165,48 +247,71 @@ def attention(
         strides = [s * size if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape)]
         mask_strides = strides if len(strides) == 4 else (strides[0], 0, 0, strides[1])
     if s_aux is not None:
+        _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
-    positions, positions_stride, num_sinks = _sink_positions(keys, values)
+    sides = (
+        _side(name, states, itemsize, batch, num_kv_heads, kv_len, num_sinks)
+        for name, states in (("keys", keys), ("values", values))
+    )
     packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux), positions,
         _address(keys.device_length), batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
-        *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, keys.data.shape[1], q_len,
-        keys.length, keys.recent_length, isa, threads, scaling, softcap, *_side("keys", keys, itemsize),
-        *_side("values", values, itemsize),
+        *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
+        kv_len, keys.recent_length, isa, threads, scaling, softcap, *chain(*sides),
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, mask, s_aux
     return arguments, output, logsumexp
 
 
+def _misfit_of_query(query, keys, values) -> str:
+    states = f"{keys.length} keys and {values.length} values on {keys.data.device}"
+    expected = f"a multiple of {keys.data.shape[1]} heads, 1 to {keys.length} queries and head_dim {keys.head_dim}"
+    return f"query: {tuple(query.shape)} on {query.device} does not fit states of {states}; expected {expected}"
+
+
 def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, threads: int = 0) -> Append:
     """The argument of `quantize_append`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
     """
     code = _check_dtypes(
-        key.dtype, key, value, keys.recent, values.recent, _dense(keys), _dense(values),
-        names="key value keys values keys values",
+        key.dtype, key, value, keys.recent, values.recent, keys.sink, values.sink, _dense(keys), _dense(values),
+        names="key value keys values keys values keys values",
     )  # fmt: skip
+    batch, num_kv_heads = key.shape[:2]
+    positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
+    knows_end = keys.device_length is None
+    if value.shape[:2] != (batch, num_kv_heads) or (knows_end and start < 0):
+        raise ValueError(
+            f"value: shape {tuple(value.shape)} at column {start} does not fit; expected batch and heads "
+            f"{(batch, num_kv_heads)} as of key, at column 0 or later"
+        )
+    _check_small("faults", faults, key, torch.int64, 2)
+    _check_small("length", keys.device_length, key, torch.int64)
+    if padding is not None:
+        _check_small("padding", padding, key, torch.bool, batch, padding.size(-1))
     if padding is not None and padding.stride(1) != 1:
         padding = padding.contiguous()
-    batch, num_kv_heads = key.shape[:2]
+    if faults.stride(0) != 1:
+        raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected two numbers side by side")
     sides, alive = [], [padding]
     for name, x, states in (("key", key, keys), ("value", value, values)):
         itemsize, end = x.element_size(), start + x.shape[2]
-        knows_end = states.device_length is None
         if x.shape[3] != states.head_dim or (knows_end and end > states.data.shape[2]):
             room = (batch, num_kv_heads, states.data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
+        if not x.get_device() == key.get_device() == states.data.get_device():
+            raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {states.data.device}")
         if states.spec.grid == "channel" and states.recent is None and start % states.spec.block_length:
             raise ValueError(f"{name}s recent: None is not allowed when a block is continued at column {start}")
         if x.stride(3) != 1:
             x = x.contiguous()
         alive.append(x)
         strides = [s * itemsize for s in x.stride()[:3]]
-        sides += [x.data_ptr(), *strides, x.shape[2], *_side(f"{name}s", states, itemsize)]
-    positions, positions_stride, num_sinks = _sink_positions(keys, values)
+        side = _side(f"{name}s", states, itemsize, batch, num_kv_heads, end if knows_end else None, num_sinks)
+        sides += [x.data_ptr(), *strides, x.shape[2], *side]
     packed = _APPEND.pack(
         faults.data_ptr(), _address(padding), positions, _address(keys.device_length),
         0 if padding is None else padding.stride(0), 0 if padding is None else padding.shape[1],

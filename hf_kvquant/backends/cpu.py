@@ -111,15 +111,22 @@ def _call(function, struct: ctypes.Structure) -> None:
         raise MemoryError(_STATUS[status]) if status == 2 else RuntimeError(_STATUS[status])
 
 
+def _check_length(length: torch.Tensor | None, least: int) -> None:
+    """Whether a length that stands in memory lies in the storage; the kernels bound it from above only."""
+    if length is not None and int(length) < least:
+        raise ValueError(f"length: {int(length)} is not allowed; expected {least} or more")
+
+
 def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, isa=None):
     """`reference.decode_attention` (which see); `isa` names a level, by default the best.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
     """
     call, output, logsumexp = arguments.attention(
         query, keys, values, mask, s_aux, scaling, softcap, _level(isa or _from_environment), torch.get_num_threads()
     )
+    _check_length(keys.device_length, query.shape[2])
     _call(_library().kvquant_decode_attention, call)
     return output, logsumexp
 
@@ -128,8 +135,9 @@ def quantize_append(key, value, keys, values, faults, padding=None, *, start, is
     """`reference.quantize_append` (which see); `isa` names a level, by default the best.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
     """
     level, threads = _level(isa or _from_environment), torch.get_num_threads()
     call = arguments.append(key, value, keys, values, faults, padding, start, level, threads)
+    _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)

@@ -15,12 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from . import saving
+from . import expected, saving
 from .config import KVQuantConfig
 from .cross_attention import CROSS_ATTENTION, CrossAttentionLayer, StaticCrossAttentionLayer
 from .host import (
@@ -202,94 +204,123 @@ class QuantizedCache(DynamicCache):
         for layer in self.quantized_layers:
             layer.takes_states = False
 
-    def save(self, path: str | Path, model: PreTrainedModel | None = None) -> None:
+    def save(self, path: str | Path, model: torch.nn.Module | PreTrainedConfig | None = None) -> None:
         """Write the cache to a safetensors file, as a whole or not at all: what `path` held before stays until then.
+
+        A file that is replaced gives its permissions and, where the system allows it, its owner to the new one. A
+        symbolic link is followed: the file that it leads to is replaced. What killed processes left of an earlier
+        `save` to this path is removed.
 
         Of an encoder-decoder model's cache this is the self-attention part; the cross-attention part is computed
         anew from the encoder's inputs.
 
         Args:
-            model: what computed the cache. Its weights are sampled, so that `load` can tell it from a fine-tuned twin;
-                without it only the config is recorded.
+            model: what computed the cache, perhaps in a `PeftModel`. Its weights are sampled, so that `load` can tell
+                it from a fine-tuned twin, and its active adapters are noted; without it, or with its config, only the
+                config is recorded.
 
         Raises:
-            ValueError: the cache is empty or was interrupted, `path` is not possible, `model` has another config, or
-                a layer of transformers' own holds something that cannot be stored.
+            ValueError: the cache is empty or was interrupted, `path` is not possible, `model` has another config or
+                weights that cannot be read, or a layer of transformers' own holds something that cannot be stored.
             OSError: the file cannot be written.
         """
         if not any(self._lengths()):
             raise ValueError("the quantized cache is empty; expected at least one token to save")
         with self._change("save"):
             pass
-        who = saving.identity(model or self._config)
+        who = saving.identity(self._config if model is None else model)
         if who["config"] != saving.identity(self._config)["config"]:
             raise ValueError("model: its config is not the cache's; expected the model that computed the cache")
         description = {"kv_config": self.kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
         layers = [layer.state() if isinstance(layer, QuantizedLayer) else vars(layer) for layer in self.layers]
         kinds = [type(layer).__name__ for layer in self.layers]
-        saving.write(path, description, {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())})
+        packed = saving.pack({"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())})
+        # What `load` would refuse shall not be written.
+        fresh = QuantizedCache(self._config, self.kv_config, self._max_length)
+        for i, (layer, state) in enumerate(zip(fresh.layers, layers)):
+            expected.check(state, partial(_expected, layer, state), f"layers.{i}")
+        saving.write(path, description, packed)
 
     @classmethod
     @torch.inference_mode(False)
     def load(
         cls,
         path: str | Path,
-        config: PreTrainedConfig | PreTrainedModel,
+        config: PreTrainedConfig | torch.nn.Module,
         *,
         max_length: int | None = None,
         device: torch.device | str | None = None,
         verify: bool = True,
+        mmap: bool = True,
     ) -> QuantizedCache:
         """The cache that `save` wrote: the same to the byte, and ready to go on.
 
         The file is mapped, not read: on the CPU the quantized body stays in the map until the first append needs room.
+        A mapped file may be replaced (as `save` does) or deleted, but must not be cut short where it lies: reading
+        what is no longer there ends the process (SIGBUS). `mmap=False` reads the file at once, and is safe from that.
 
         Args:
-            config: the model that shall use the cache, or its config; given the model, its weights are compared too.
+            config: the model that shall use the cache, perhaps in a `PeftModel`, or its config; given the model, its
+                weights and active adapters are compared too.
             max_length: tokens to make room for at once; this reads the body into memory. A static cache needs it.
             device: where its layers go; None: the model's device, or the CPU if a config is given.
             verify: compare the checksum of the tensors, which reads the file once; False trusts the disk.
+            mmap: map the file; False reads it into memory.
 
         Raises:
-            ValueError: the file cannot be read, was cut short or damaged, has another format version, or was computed
-                by another model; or a static layer of transformers' own was saved for another `max_length`.
+            ValueError: the file cannot be read, was cut short or damaged, has another format version, holds what no
+                cache of its config holds, or was computed by another model or with other adapters; or a static layer
+                of transformers' own was saved for another `max_length`.
         """
-        file = saving.read(path)
+        file = saving.read(path, mmap)
         file.check_model(config)
         if verify:
             file.verify()
-        is_model = isinstance(config, PreTrainedModel)
+        model = saving.base_model(config)
+        is_model = isinstance(model, PreTrainedModel)
         if device is None:
-            device = config.device if is_model else "cpu"
-        model_config, kv_config = (config.config if is_model else config), file.description["kv_config"]
-        cache = cls(model_config, kv_config, max_length=max_length if kv_config.get("static") else None)
+            device = model.device if is_model else "cpu"
+        try:
+            kv_config = KVQuantConfig.from_dict(file.description["kv_config"])
+        except ValueError as error:
+            raise ValueError(f"{path}: kv_config.{error}") from None
+        cache = cls(model.config if is_model else config, kv_config, max_length if kv_config.static else None)
         state = file.state(device)
         kinds = [type(layer).__name__ for layer in cache.layers]
-        if kinds != state["kinds"]:
-            raise ValueError(f"{path}: has layers {state['kinds']}; this version of transformers makes {kinds}")
+        pattern = {"kinds": list, "layers": [dict] * len(kinds), "routes": dict}
+        if isinstance(state, dict) and state.get("kinds") != kinds:
+            raise ValueError(f"{path}: has layers {state.get('kinds')}; this version of transformers makes {kinds}")
+        expected.check(state, lambda: pattern, f"{path}: the state")
+        expected.check(
+            state["routes"], lambda: {name: expected.COUNT for name in ROUTES if name in state["routes"]},
+            f"{path}: routes",
+        )  # fmt: skip
         for layer_idx, (layer, saved) in enumerate(zip(cache.layers, state["layers"])):
+            if not isinstance(layer, QuantizedLayer):
+                _check_attributes(layer, layer_idx, saved, path, max_length)
+            where = f"{path}: layers.{layer_idx}"
+            expected.check(saved, partial(_expected, layer, saved), where)
             if isinstance(layer, QuantizedLayer):
                 layer.restore(saved, device)
-            elif saved.get("max_cache_len") != getattr(layer, "max_cache_len", None):
-                raise ValueError(
-                    f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has "
-                    f"{saved.get('max_cache_len')} columns in the file and would have {layer.max_cache_len}; expected "
-                    "the number that the cache was made with"
-                )
-            elif vars(layer).keys() <= saved.keys():
-                vars(layer).update(saved)
-                if cache.kv_config.static:
-                    keep_in_place(x for x in saved.values() if isinstance(x, torch.Tensor))
             else:
-                missing = sorted(vars(layer).keys() - saved.keys())
-                raise ValueError(
-                    f"{path}: lacks {missing} of a {type(layer).__name__} of this version of transformers"
-                )
+                vars(layer).update(saved)
+                if kv_config.static:
+                    keep_in_place(x for x in saved.values() if isinstance(x, torch.Tensor))
         cache._routes.update(state["routes"])
         cache.end()
+        cache._check_whole(state, file.description["length"], path)
         if max_length is not None:
             cache.reserve(max_length)
         return cache
+
+    def _check_whole(self, state: dict, length: int, path: str | Path) -> None:
+        """Whether the layers of a file agree about tokens and rows."""
+        lengths = {tokens for tokens in self._lengths() if tokens}
+        if lengths != {length} or self.get_seq_length() != length:
+            raise ValueError(f"{path}: has layers of {sorted(lengths)} tokens; expected {length}, as its length says")
+        rows = {x.shape[0] for x in tree_leaves(state) if isinstance(x, torch.Tensor) and x.ndim > 1}
+        if len(rows) != 1:
+            raise ValueError(f"{path}: has tensors of {sorted(rows)} rows; expected one batch")
 
     def begin(self, what: str) -> None:
         """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or
@@ -480,3 +511,23 @@ class QuantizedCache(DynamicCache):
         if self.unconditional is not None:
             report.update(self.unconditional.memory_report())
         return dict(report)
+
+
+def _expected(layer: CacheLayerMixin, state: dict) -> dict:
+    """The pattern for the state of a layer that is like `layer`, a fresh one."""
+    return layer.expected(state) if isinstance(layer, QuantizedLayer) else expected.native(layer, state)
+
+
+def _check_attributes(
+    layer: CacheLayerMixin, layer_idx: int, saved: dict, path: str | Path, max_length: int | None
+) -> None:
+    """What differs between versions of transformers and static lengths has messages of its own."""
+    missing = sorted(vars(layer).keys() - saved.keys())
+    if missing:
+        raise ValueError(f"{path}: lacks {missing} of a {type(layer).__name__} of this version of transformers")
+    columns, room = saved.get("max_cache_len"), getattr(layer, "max_cache_len", None)
+    if columns != room:
+        raise ValueError(
+            f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has {columns} "
+            f"columns in the file and would have {room}; expected the number that the cache was made with"
+        )

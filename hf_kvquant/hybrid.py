@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 
 from .config import KVQuantConfig
+from .expected import linear
 from .host import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from .layers import QuantizedLayer
 from .route import Routes
@@ -52,6 +53,9 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
     def restore(self, state: dict, device: torch.device | str) -> None:
         self._attention.restore(self, state, device)
         vars(self).update(state["linear"])
+
+    def expected(self, state: dict) -> dict:
+        return QuantizedLayer.expected(self, state) | {"linear": linear(self, state["linear"])}
 
     def _both(self, name: str, *args) -> None:
         for part in (LinearAttentionLayer, self._attention):

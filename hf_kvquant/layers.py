@@ -13,6 +13,7 @@ import torch
 
 from . import ops
 from .config import KVQuantConfig
+from .expected import COUNT, Bounds, meta
 from .host import DynamicLayer
 from .lazy import LazyStates
 from .route import Routes, attention_is_switched, say_once, tagged
@@ -380,6 +381,36 @@ class QuantizedLayer(DynamicLayer):
         # Copies, because these are written in place and small.
         self.sink_positions, self.faults = state["sink_positions"].clone(), state["faults"].clone()
         self.length = state["length"]
+
+    def expected(self, state: dict) -> dict:
+        """The pattern (see `expected.py`) for a `state` that `restore` may take; its tensors tell the sizes."""
+        length, padding = state["length"], state["padding"]
+        fresh = QuantizedLayer(self.kv_config, self.layer_idx, Routes(), max_length=length)
+        batch = None if padding is None else padding.shape[0]
+        if length:
+            like = [
+                meta(*side["data"].shape[:2], 0, side["head_dim"], dtype=state["dtype"])
+                for side in (state["keys"], state["values"])
+            ]
+            self._check_new(*like)
+            if not all(side["data"].numel() for side in (state["keys"], state["values"])):
+                raise ValueError("no layer holds tokens without elements")
+            fresh.lazy_initialization(*like)
+            fresh.length, batch = length, like[0].shape[0]
+        sides = {"keys": fresh._keys, "values": fresh._values} if length else {}
+        for name, side in sides.items():
+            side.recent_start = state[name]["recent_start"]
+        pattern = fresh.state() | {"length": COUNT, "takes_states": frozenset({None, False, True})}
+        pattern["padding"] = None if padding is None else meta(batch, padding.shape[1], dtype=torch.bool)
+        for name, side in sides.items():
+            pattern[name] |= {"head_dim": COUNT, "recent_start": side.recent_starts(fresh._states(side))}
+        if length:
+            positions = torch.full(fresh.sink_positions.shape, length - 1, dtype=torch.int32)
+            pattern |= {
+                "faults": Bounds(torch.zeros(2, dtype=torch.int64), torch.tensor([torch.iinfo(torch.int64).max, 0])),
+                "sink_positions": Bounds(torch.full_like(positions, -1), positions, fills=True),
+            }
+        return pattern
 
     def offload(self) -> None:
         self._move("cpu")

@@ -8,7 +8,8 @@ A file is written beside its final name, flushed to the disk, and renamed: what 
 new file is. It is read through a memory map whose pages are copied when they are written to, so that a cache can be
 used, and even changed, without the file being read as a whole or changed.
 
-Nothing in a file is executed (no pickle).
+Nothing in a file is executed (no pickle), and nothing in it is believed: a checksum can be made anew, so `load`
+compares every name, shape, dtype and number that decides anything with what a fresh layer would hold (`expected.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
+import re
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import expected, tensors_file
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such locks, and temporaries of processes that were killed stay.
+    fcntl = None
 
 FORMAT_VERSION = 1
 # All metadata stands under one key, because safetensors writes several in no fixed order.
@@ -37,35 +52,49 @@ _IRRELEVANT = frozenset({
     "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 _SAMPLES = 64
+_LOCK = "lock"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensors_file.DTYPES.values()}
+# Files of the first versions do not say which adapters were active.
+_MODEL = {"config": dict, "weights": frozenset({None, str})}
+_DESCRIPTION = {"kv_config": dict, "model": dict, "length": expected.COUNT}
+_HEADER = {
+    "format_version": FORMAT_VERSION, "library_version": str, "transformers_version": str,
+    "description": _DESCRIPTION, "state": dict, "tensors_sha256": str,
+}  # fmt: skip
 
 
-def write(path: str | Path, description: dict, state: object) -> None:
-    """Write a file, as a whole or not at all.
+def write(path: str | Path, description: dict, packed: tuple[object, dict[str, torch.Tensor]]) -> None:
+    """Write a file, as a whole or not at all. A symbolic link is followed: the file that it leads to is replaced.
 
     Args:
         description: plain data (what JSON can hold) for the reader to check before anything else.
-        state: dicts, lists, tuples, tensors, dtypes, devices and plain values, nested.
+        packed: a state, from `pack`.
 
     Raises:
-        ValueError: something in `state` is of another type, or `path` is a folder or in none.
+        ValueError: `path` is a folder or in none, or something else than a regular file.
         OSError: the disk is full, or may not be written to.
     """
-    path = Path(path)
+    path, given = Path(os.path.realpath(path)), path
     if path.is_dir() or not path.parent.is_dir():
-        expected = "a file's name" if path.is_dir() else f"a name in an existing folder, not in {str(path.parent)!r}"
-        raise ValueError(f"path: {str(path)!r} is not allowed; expected {expected}")
-    tensors: dict[str, torch.Tensor] = {}
+        wanted = "a file's name" if path.is_dir() else f"a name in an existing folder, not in {str(path.parent)!r}"
+        raise ValueError(f"path: {str(given)!r} is not allowed; expected {wanted}")
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        old = None
+    if old is not None and tensors_file.kind(old):
+        raise ValueError(f"path: {str(given)!r} is {tensors_file.kind(old)}; expected a regular file or a new name")
+    state, tensors = packed
     header = {
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
         "transformers_version": transformers.__version__,
         "description": description,
-        "state": _flatten(state, "", tensors),
+        "state": state,
         "tensors_sha256": _tensors_sum(tensors.items()),
     }
     header["header_sha256"] = _header_sum(header, tensors.items())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with _temporary(path) as temporary:
         # What safetensors makes only its owner can read; this has the permissions of any new file.
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -73,44 +102,96 @@ def write(path: str | Path, description: dict, state: object) -> None:
             save_file(tensors, temporary, {_KEY: json.dumps(header)})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
+        if old is not None:
+            mode = stat.S_IMODE(old.st_mode)
+            _give(temporary, old)
         os.chmod(temporary, mode)
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+
+
+def _give(path: Path, old: os.stat_result) -> None:
+    """Owner and group as before, as far as the system allows: only root gives files away."""
+    if hasattr(os, "chown"):
+        for owner in (old.st_uid, -1):
+            with suppress(OSError):
+                os.chown(path, owner, old.st_gid)
+                return
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name for what shall be renamed to `path`, in a folder of its own beside it; what safetensors makes on the way
+    lies there too. The folder holds a file that is locked (flock) while its process lives: folders whose lock is free
+    are what killed processes left, and are removed."""
+    _sweep(path)
+    folder, lock = _locked_folder(path)
+    try:
+        yield folder / "file"
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def read(path: str | Path) -> File:
-    """Map a file into memory, and check that its metadata is whole.
+def _locked_folder(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        folder = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+        # Another process may sweep the folder before it is locked.
+        with suppress(FileNotFoundError):
+            lock = open(folder / _LOCK, "wb")  # noqa: SIM115 (closed by the caller)
+            if fcntl:
+                # A file system that has no locks cannot be swept either.
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / _LOCK).exists():
+                return folder, lock
+            lock.close()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left beside `path`."""
+    if fcntl is None:
+        return
+    name = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]+\.tmp")
+    # Folders of other users, and locks that are held, refuse.
+    with suppress(OSError):
+        for folder in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
+            with suppress(OSError):
+                try:
+                    with open(folder / _LOCK, "r+b") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(folder, ignore_errors=True)
+                except FileNotFoundError:
+                    # Killed before it made its lock, so it made nothing else.
+                    folder.rmdir()
+
+
+def read(path: str | Path, mapped: bool = True) -> File:
+    """Map a file into memory, or read it, and check that its metadata is whole.
 
     Raises:
         ValueError: the file cannot be read, is no cache, was cut short or damaged, or has another format version.
     """
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: is no whole safetensors file; it was cut short or is something else ({error})"
-        ) from None
-    found = (file.metadata() or {}).get(_KEY)
+    texts, tensors = tensors_file.read(path, mapped)
+    found = texts.get(_KEY)
     if found is None:
         raise ValueError(f"{path}: is a safetensors file, but not one that QuantizedCache.save has written")
     try:
         header = json.loads(found)
         version = header["format_version"]
-    except (ValueError, KeyError) as error:
+        checksum = header.pop("header_sha256", None)
+        is_whole = checksum == _header_sum(header, tensors.items())
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: is damaged: its metadata cannot be read ({error!r})") from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format version {version!r}, written by hf_kvquant {header.get('library_version')}, cannot be "
             f"read by hf_kvquant {_library_version()}; expected {FORMAT_VERSION}"
         )
-    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    if header.pop("header_sha256", None) != _header_sum(header, tensors.items()):
+    if not is_whole:
         raise ValueError(f"{path}: is damaged: the checksum of its metadata is wrong")
+    expected.check(header, lambda: _HEADER, f"{path}: the header")
     return File(path, header, tensors)
 
 
@@ -131,16 +212,28 @@ class File:
             raise ValueError(f"{self.path}: is damaged: the checksum of its tensors is wrong")
 
     def state(self, device: torch.device | str) -> object:
-        """The `state` that was written, with tensors and devices on `device`."""
-        return _unflatten(self._header["state"], self._tensors, torch.device(device))
+        """The state that was written, with tensors and devices on `device`. May be asked for once.
 
-    def check_model(self, model: PreTrainedModel | PreTrainedConfig) -> None:
+        Raises:
+            ValueError: it is not in the form that `pack` makes.
+        """
+        try:
+            state = _unflatten(self._header["state"], self._tensors, torch.device(device))
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: its state cannot be read ({type(error).__name__}: {error})") from None
+        if self._tensors:
+            raise ValueError(f"{self.path}: its state has no place for the tensors {sorted(self._tensors)[:9]}")
+        return state
+
+    def check_model(self, model: torch.nn.Module | PreTrainedConfig) -> None:
         """Whether the file's cache was computed by this model; see `identity`.
 
         Raises:
             ValueError: it was not, or the file does not know.
         """
         saved, given = self.description["model"], identity(model)
+        adapters = {"adapters": frozenset({None, dict})} if "adapters" in saved else {}
+        expected.check(saved, lambda: _MODEL | adapters, f"{self.path}: the model")
         names = saved["config"].keys() | given["config"].keys()
         if self._header["transformers_version"] != transformers.__version__:
             # Another version may know other fields.
@@ -151,6 +244,7 @@ class File:
                 raise ValueError(
                     f"{self.path}: was computed by another model: {name} is {was!r} in the file, {now!r} in the config"
                 )
+        self._check_adapters(saved.get("adapters"), given["adapters"])
         if given["weights"] is None or saved["weights"] == given["weights"]:
             return
         if saved["weights"] is None:
@@ -160,43 +254,141 @@ class File:
             )
         raise ValueError(f"{self.path}: was computed by another model: same config, other weights")
 
+    def _check_adapters(self, saved: dict | None, given: dict | None) -> None:
+        if saved is None or given is None or saved == given:
+            return
+        module = min(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
+        was, now = (_told_adapters(adapters.get(module)) for adapters in (saved, given))
+        raise ValueError(
+            f"{self.path}: was computed with other adapters: {module} has {was} in the file, {now} in the model"
+        )
 
-def identity(model: PreTrainedModel | PreTrainedConfig) -> dict:
+
+def base_model(model: object) -> object:
+    """The model that adapters of peft are wrapped around; anything else as it is."""
+    is_wrapper = isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel)
+    return model.get_base_model() if is_wrapper and hasattr(model, "get_base_model") else model
+
+
+def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     """What tells one model from another: the fields of its text config that cached states may depend on, and, given
-    the model itself, a hash over its weights.
+    the model itself (or a `PeftModel` around it), a hash over its weights, and which adapters act on which module.
 
     The hash is over shape, dtype and 64 numbers, evenly spaced, of every parameter: milliseconds for any model, and
-    different for a fine-tuned twin. It does not see a change of a few single numbers, nor activity of adapters.
+    different for a fine-tuned twin. It does not see a change of a few single numbers.
 
     Raises:
-        ValueError: neither a model nor a config, or weights that are not in memory (offloaded to disk).
+        ValueError: neither a model nor a config, or weights that are not in memory (offloaded to disk) or cannot be
+            read.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else model
+    base = base_model(model)
+    is_model = isinstance(base, PreTrainedModel)
+    config = base.config if is_model else model
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config: a {type(model).__name__} is not allowed; expected a model or its config")
     fields = json.loads(json.dumps(config.get_text_config(decoder=True).to_dict(), default=str))
-    relevant = {name: value for name, value in fields.items() if name not in _IRRELEVANT}
-    weights = _weights_sum(model) if isinstance(model, PreTrainedModel) else None
-    return {"config": relevant, "weights": weights}
+    return {
+        "config": {name: value for name, value in fields.items() if name not in _IRRELEVANT},
+        "weights": _weights_sum(model) if is_model else None,
+        "adapters": _adapters(model, base) if is_model else None,
+    }
 
 
-def _weights_sum(model: PreTrainedModel) -> str:
+def _adapters(model: torch.nn.Module, base: PreTrainedModel) -> dict[str, dict]:
+    """The adapters of peft that act in each module, with their scaling; "merged" if they are in its weights.
+
+    A module with adapters is known by its bool `disable_adapters`, as all of peft's have it, without importing peft.
+    """
+    found = {}
+    for name, module in base.named_modules():
+        if not isinstance(getattr(module, "disable_adapters", None), bool) or module.disable_adapters:
+            continue
+        scaling, merged = getattr(module, "scaling", {}), getattr(module, "merged_adapters", [])
+        acting = {
+            adapter: "merged"
+            if adapter in merged
+            else _plain(scaling.get(adapter) if isinstance(scaling, dict) else None)
+            for adapter in merged or module.active_adapters
+        }
+        if acting:
+            found[name] = acting
+    # Prompts and prefixes stand beside the model, in no module of it.
+    prompts = getattr(model, "prompt_encoder", {}) if model is not base else {}
+    if prompts and not getattr(model, "_adapters_disabled", False):
+        found["prompt"] = dict.fromkeys(model.active_adapters)
+    return found
+
+
+def _plain(number: object) -> object:
+    return number if number is None or isinstance(number, (bool, int, float, str)) else str(number)
+
+
+def _told_adapters(adapters: object) -> str:
+    if not adapters or not isinstance(adapters, dict):
+        return "none"
+    return ", ".join(
+        f"{name!r}" if factor is None else f"{name!r} (merged)" if factor == "merged" else f"{name!r} times {factor}"
+        for name, factor in adapters.items()
+    )
+
+
+def _weights_sum(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"model: the weights of {name} are not in memory; give model.config instead of the model")
-        numbers = parameter.detach().reshape(-1)
-        # Odd, so that it does not walk along one column of a matrix.
-        step = len(numbers) // _SAMPLES | 1
-        sample = numbers[::step].contiguous().cpu().view(torch.uint8)
-        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy())
+        try:
+            _add_weights(digest, parameter)
+        except _NotInMemory:
+            raise ValueError(
+                f"model: the weights of {name} are not in memory; give model.config instead of the model"
+            ) from None
+        # A subclass may refuse anything, with any error.
+        except Exception as error:
+            raise ValueError(
+                f"model: the weights of {name}, a {type(parameter).__name__}, cannot be read "
+                f"({type(error).__name__}: {str(error)[:200]}); give model.config instead of the model: "
+                "save(path, model.config)"
+            ) from error
     return digest.hexdigest()
+
+
+class _NotInMemory(Exception):
+    """A tensor on the device "meta"."""
+
+
+def _add_weights(digest, weights: torch.Tensor) -> None:
+    if weights.is_meta:
+        raise _NotInMemory
+    if is_traceable_wrapper_subclass(weights):
+        # The tensors that it holds, because it may refuse to be read as one.
+        names, _ = weights.__tensor_flatten__()
+        digest.update(f"{type(weights).__name__} {tuple(weights.shape)} {weights.dtype}".encode())
+        for name in names:
+            _add_weights(digest, getattr(weights, name))
+        return
+    numbers = weights.detach().reshape(-1)
+    # Odd, so that it does not walk along one column of a matrix.
+    step = len(numbers) // _SAMPLES | 1
+    sample = numbers[::step].contiguous().cpu().view(torch.uint8)
+    digest.update(f"{tuple(weights.shape)} {weights.dtype}".encode())
+    digest.update(sample.numpy())
+
+
+def pack(state: object) -> tuple[object, dict[str, torch.Tensor]]:
+    """A state as plain data, and its tensors by name, for `write`.
+
+    Args:
+        state: dicts, lists, tuples, tensors, dtypes, devices and plain values, nested.
+
+    Raises:
+        ValueError: something in `state` is of another type.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    return _flatten(state, "", tensors), tensors
 
 
 def _flatten(value: object, name: str, tensors: dict[str, torch.Tensor]) -> object:
     """`value` as plain data; its tensors go to `tensors`."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.dtype in _DTYPES.values():
         tensor = value.detach().cpu().contiguous()
         # safetensors refuses to write the same memory twice.
         is_shared = tensor.data_ptr() in {other.data_ptr() for other in tensors.values()}
@@ -204,7 +396,7 @@ def _flatten(value: object, name: str, tensors: dict[str, torch.Tensor]) -> obje
         return {"tensor": name}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype) and value in _DTYPES.values():
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
@@ -217,19 +409,21 @@ def _flatten(value: object, name: str, tensors: dict[str, torch.Tensor]) -> obje
 
 
 def _unflatten(value: object, tensors: dict[str, torch.Tensor], device: torch.device) -> object:
+    """The inverse of `_flatten`; takes each tensor out of `tensors`, so that none has two places."""
     if not isinstance(value, dict):
         return value
     [(kind, content)] = value.items()
     if kind == "tensor":
-        return tensors[content].to(device)
+        return tensors.pop(content).to(device)
     if kind == "dtype":
-        return getattr(torch, content)
+        return _DTYPES[content]
     if kind == "device":
         return device
     if kind == "dict":
+        if not all(type(key) in (int, str) for key, _ in content):
+            raise ValueError("a key is neither an integer nor a text")
         return {key: _unflatten(x, tensors, device) for key, x in content}
-    items = [_unflatten(x, tensors, device) for x in content]
-    return tuple(items) if kind == "tuple" else items
+    return {"list": list, "tuple": tuple}[kind](_unflatten(x, tensors, device) for x in content)
 
 
 def _tensors_sum(tensors) -> str:

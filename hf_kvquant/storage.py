@@ -90,6 +90,12 @@ class Side:
         self.recent_start = needed
         return True
 
+    def recent_starts(self, states: QuantizedStates) -> range:
+        """Where the ring may begin: it holds what the next query reads, and no more than its length."""
+        if self.recent is None:
+            return range(1)
+        return range(max(0, states.length - self._ring_length), states.dense_from(states.length) + 1)
+
     def transformed(self, function) -> dict[str, torch.Tensor]:
         """`function` of every tensor, by attribute."""
         tensors = {name: getattr(self, name) for name in self._tensors}

@@ -188,8 +188,8 @@ class TestRefusals:
             ValueError, match=r"keys scale: stride \d+ is not allowed; expected a multiple of 16 bytes"
         ):
             cuda.decode_attention(
-                torch.randn(1, 2, 1, 64).bfloat16(), dataclasses.replace(keys, scale=scale, zero_point=scale), values, scaling=1.0,
-                device=device,
+                torch.randn(1, 2, 1, 64).bfloat16(), dataclasses.replace(keys, scale=scale, zero_point=scale), values,
+                scaling=1.0, device=device,
             )  # fmt: skip
 
     def test_float32(self, device):

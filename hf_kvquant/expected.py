@@ -1,0 +1,184 @@
+"""What may stand in a saved cache: values compared with patterns that a fresh layer of the same config makes.
+
+A pattern looks like the value that it stands for: dicts, lists and tuples of patterns, and in them
+
+    a type           any value of it, of no other type
+    a range          an integer in it
+    a frozenset      what fits one of its patterns
+    a meta tensor    a tensor of its shape and dtype, with any numbers
+    `Bounds`         a tensor whose elements lie between two tensors'
+    anything else    an equal value of the same type
+
+A pattern is made for the sizes that a state claims, so all of its tensors have to agree about them.
+"""
+
+from __future__ import annotations
+
+import copy
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .host import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+BOOL = frozenset({False, True})
+# Far more than any cache holds, and no overflow when sizes are multiplied.
+COUNT = range(1 << 40)
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """A tensor like `low` and `high`, with elements from `low` to `high`. `fills`: each row holds increasing numbers,
+    and after them only -1."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    fills: bool = False
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        tensor = tensor.cpu()
+        if (tensor < self.low).any() or (tensor > self.high).any():
+            return False
+        increases = (tensor[..., 1:] > tensor[..., :-1]) | (tensor[..., 1:] == -1)
+        return not self.fills or bool(increases.all())
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A pattern for tensors."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def misfit(found: object, pattern: object, where: str) -> str | None:
+    """The first place where `found` does not fit the pattern, in words; None if it fits."""
+    if isinstance(pattern, dict):
+        if type(found) is not dict or found.keys() != pattern.keys():
+            has = sorted(map(str, found)) if isinstance(found, dict) else found
+            return _differs(where, has, sorted(map(str, pattern)))
+        return _first(misfit(found[key], each, f"{where}.{key}") for key, each in pattern.items())
+    if isinstance(pattern, (list, tuple)):
+        if type(found) is not type(pattern) or len(found) != len(pattern):
+            return _differs(where, found, pattern)
+        return _first(misfit(x, each, f"{where}.{i}") for i, (x, each) in enumerate(zip(found, pattern)))
+    if isinstance(pattern, frozenset):
+        fits = any(misfit(found, each, where) is None for each in pattern)
+    elif isinstance(pattern, (torch.Tensor, Bounds)):
+        like = pattern.low if isinstance(pattern, Bounds) else pattern
+        fits = isinstance(found, torch.Tensor) and found.shape == like.shape and found.dtype == like.dtype
+        if fits and isinstance(pattern, Bounds):
+            fits = pattern.holds(found)
+        elif fits and not like.is_meta:
+            fits = torch.equal(found.cpu(), like.cpu())
+    elif isinstance(pattern, type):
+        fits = type(found) is pattern
+    elif isinstance(pattern, range):
+        fits = type(found) is int and found in pattern
+    else:
+        fits = type(found) is type(pattern) and found == pattern
+    return None if fits else _differs(where, found, pattern)
+
+
+def _first(misfits) -> str | None:
+    return next((each for each in misfits if each is not None), None)
+
+
+def _differs(where: str, found: object, pattern: object) -> str:
+    return f"{where} is {_told(found)}; expected {_told(pattern)}"
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Bounds):
+        return f"{_told(value.low)} with elements from {value.low.tolist()} to {value.high.tolist()}"[:300]
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} of {value.dtype}" + ("" if value.ndim or value.is_meta else f" ({value.item()})")
+    if isinstance(value, (frozenset, type)):
+        names = [
+            getattr(each, "__name__", repr(each)) for each in (value if isinstance(value, frozenset) else [value])
+        ]
+        return " or ".join(sorted(names))
+    if isinstance(value, range):
+        return f"an integer from {value.start} to {value.stop - 1}"
+    return reprlib.repr(value)
+
+
+def check(found: object, pattern: Callable[[], object], where: str) -> None:
+    """Compare a value with the pattern that is made for its sizes.
+
+    Raises:
+        ValueError: the value does not fit, or there is no pattern, because no layer has such sizes.
+    """
+    try:
+        told = misfit(found, pattern(), where)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{where} is no state of such a layer ({type(error).__name__}: {str(error)[:200]})"
+    if told is not None:
+        raise ValueError(told)
+
+
+def native(layer: object, state: Mapping) -> dict:
+    """The pattern for the attributes of one of transformers' own layers.
+
+    Args:
+        layer: a fresh one of the same config.
+        state: the attributes to be compared, whose tensors tell the sizes.
+    """
+    fresh = copy.deepcopy(layer)
+    if isinstance(fresh, LinearAttentionLayer):
+        _initialise_linear(fresh, state)
+    states = {}
+    if isinstance(fresh, CacheLayerMixin) and state["is_initialized"] is True:
+        (batch, heads, columns, k_dim), v_dim = state["keys"].shape, state["values"].shape[-1]
+        columns = getattr(layer, "max_cache_len", columns)
+        dtypes = {name: state[name].dtype for name in ("keys", "values")}
+        fresh.lazy_initialization(
+            *(meta(batch, heads, 0, dim, dtype=dtype) for dim, dtype in zip((k_dim, v_dim), dtypes.values()))
+        )
+        states = {
+            name: meta(batch, heads, columns, dim, dtype=dtype)
+            for (name, dtype), dim in zip(dtypes.items(), (k_dim, v_dim))
+        }
+    expected = vars(fresh) | {name: x for name, x in vars(layer).items() if isinstance(x, torch.Tensor)} | states
+    return expected | {name: rule(fresh, state) for name, rule in _CHANGES.items() if name in expected}
+
+
+def linear(layer: LinearAttentionLayer, state: Mapping) -> dict:
+    """The pattern for the linear attributes of a layer that has others too."""
+    return native(LinearAttentionLayer(layer.number_of_states), state)
+
+
+def _initialise_linear(fresh: LinearAttentionLayer, state: Mapping) -> None:
+    for name in ("conv_states", "recurrent_states"):
+        for i, saved in state[name].items():
+            if saved is not None:
+                like = {name: meta(*saved.shape, dtype=saved.dtype)}
+                LinearAttentionLayer.lazy_initialization(fresh, **like, state_idx=i)
+
+
+def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
+    """How many tokens there may have been, given what is kept of them."""
+    if isinstance(fresh, DynamicSlidingWindowLayer):
+        kept, most = (state["keys"].shape[2] if fresh.is_initialized else 0), fresh.sliding_window - 1
+        if kept < most or not most:
+            return kept
+        return range(kept if state["record_past"] is True or kept == most else COUNT.stop, COUNT.stop)
+    tokens = state.get("cumulative_length_int")
+    if tokens is not None and tokens <= fresh.max_cache_len:
+        return torch.tensor(tokens)
+    return Bounds(torch.tensor(0), torch.tensor(fresh.max_cache_len if fresh.is_initialized else 0))
+
+
+# What changes with use, and is no state itself.
+_CHANGES = {
+    "conv_kernel_size": lambda fresh, state: {
+        i: range(1, COUNT.stop) if size is not None and state["record_past"] is True else size
+        for i, size in fresh.conv_kernel_size.items()
+    },
+    "cumulative_length": _cumulative_length,
+    "cumulative_length_int": lambda fresh, state: COUNT if fresh.is_initialized else 0,
+    "device": lambda fresh, state: None if fresh.device is None else torch.device,
+    "dtype": lambda fresh, state: None if fresh.dtype is None else FLOATS,
+    "has_previous_state": lambda fresh, state: dict.fromkeys(fresh.has_previous_state, BOOL),
+    "record_past": lambda fresh, state: BOOL,
+}

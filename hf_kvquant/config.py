@@ -10,6 +10,7 @@ transformers saves a generation config through it.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -24,6 +25,13 @@ from .quantization import QuantSpec
 BACKENDS = (AUTO, *NAMES)
 MAX_SINK_LENGTH = 1024
 MAX_RECENT_LENGTH = 4096
+# Limits of a YAML file, which PyYAML then reads in less than a second; other specs for each of a hundred layers take
+# a quarter of that. Nodes behind aliases count as often as they are used.
+MAX_FILE_BYTES = 32 << 10
+MAX_NODES = 10_000
+MAX_DEPTH = 16
+# Digits of a layer's index.
+_MAX_DIGITS = 9
 # Ending of a preset's name.
 STATIC = "-static"
 
@@ -142,7 +150,9 @@ class KVQuantConfig:
         if isinstance(layers, tuple):
             layers = dict(layers)
         if not isinstance(layers, Mapping):
-            raise ValueError(f"layers: {layers!r} is not allowed; expected a mapping from layer index to overrides")
+            raise ValueError(
+                f"layers: {_told(layers)} is not allowed; expected a mapping from layer index to overrides"
+            )
         # Pairs, not a dict: 1 and "1" would silently become one.
         data["layers"] = tuple((_layer_idx(index), _override(index, override)) for index, override in layers.items())
         return cls(**data)
@@ -201,11 +211,22 @@ def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
 def _known_fields(where: str, data: object, cls: type) -> dict:
     names = [f.name for f in fields(cls)]
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or 'config'}: {data!r} is not allowed; expected a mapping of {names}")
+        raise ValueError(f"{where or 'config'}: {_told(data)} is not allowed; expected a mapping of {names}")
     for name in data:
         if name not in names:
+            name = name if isinstance(name, str) and len(name) < 80 else _told(name)
             raise ValueError(f"{where}{'.' if where else ''}{name}: unknown field; expected one of {names}")
     return dict(data)
+
+
+def _told(value: object) -> str:
+    """A value in a message, of any size and depth."""
+    return _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+_short.maxlist = _short.maxtuple = _short.maxdict = 8
 
 
 def _spec(where: str, data: object) -> QuantSpec:
@@ -222,7 +243,8 @@ def _spec(where: str, data: object) -> QuantSpec:
 
 def _layer_idx(index: object) -> object:
     """JSON, through which transformers saves a generation config, makes every key a string."""
-    return int(index) if isinstance(index, str) and index.isdecimal() else index
+    is_number = isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_DIGITS
+    return int(index) if is_number else index
 
 
 def _override(index: object, data: object) -> LayerOverride:
@@ -248,28 +270,69 @@ def _read_preset(name: str) -> KVQuantConfig:
     return _read_yaml(_presets() / f"{name}.yaml")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing, and an alias may multiply without end."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_DEPTH} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_data(self) -> object:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) > MAX_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MAX_NODES} nodes, or an alias of what it stands in", node.start_mark
+            )
+        return self.construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            # The tag tells 1 from "1".
-            name = (key.tag, str(key.value))
-            if name in seen:
+            # As a dict compares them, for which 1, 0x1 and true are one.
+            name = None if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key, deep=True)
+            if name.__hash__ and name in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is given twice; expected each key once", key.start_mark
                 )
-            seen.add(name)
+            if name.__hash__:
+                seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes below a node, with what aliases repeat; too many for a node that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [child for pair in below for child in pair] if isinstance(node, yaml.MappingNode) else below
+        known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    return known[id(node)]
 
 
 def _read_yaml(file) -> KVQuantConfig:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{file}: is longer than {MAX_FILE_BYTES} bytes; expected a config")
+    try:
+        data = yaml.load(content.decode(), _Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    # Some texts that look like dates and numbers are none.
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{file}: is not valid YAML ({error})") from error
     try:
         return KVQuantConfig.from_dict(data)

@@ -42,8 +42,10 @@ class Bounds:
         tensor = tensor.cpu()
         if (tensor < self.low).any() or (tensor > self.high).any():
             return False
-        increases = (tensor[..., 1:] > tensor[..., :-1]) | (tensor[..., 1:] == -1)
-        return not self.fills or bool(increases.all())
+        if not self.fills:
+            return True
+        left, right = tensor[..., :-1], tensor[..., 1:]
+        return bool(((right == -1) | (left >= 0) & (right > left)).all())
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -25,7 +25,13 @@ DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
 }
 
-_library = torch.library.Library("kvquant", "DEF")
+try:
+    _library = torch.library.Library("kvquant", "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        "hf_kvquant was imported before in this process and has left sys.modules since; torch cannot register its "
+        "operators twice, so keep the module, or start a new process"
+    ) from error
 
 
 def _side(name: str, written: str = "") -> str:

@@ -80,7 +80,7 @@ class QuantSpec:
         def refuse(field: str, expected: str):
             raise ValueError(f"{field}: {getattr(self, field)!r} is not allowed; expected {expected}")
 
-        if self.format != DENSE and self.format not in FORMATS:
+        if not isinstance(self.format, str) or (self.format != DENSE and self.format not in FORMATS):
             refuse("format", f"one of {[*FORMATS, DENSE]}")
         if self.grid not in GRIDS:
             refuse("grid", f"one of {list(GRIDS)}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,11 @@ BAD = {
     "side is a word": (changed(keys="int8"), ["keys: 'int8' is not allowed", "mapping", "format"]),
     "unknown format": (changed(keys={"format": "int5"}), ["keys.format: 'int5'", "int8", "fp8", "int4", "dense"]),
     "format is a number": (changed(keys={"format": 8}), ["keys.format: 8 is not allowed"]),
+    "format is a list": (changed(keys={"format": ["int8"]}), ["keys.format: ['int8'] is not allowed", "int8", "fp8"]),
+    "format is a mapping": (changed(values={"format": {"int8": 1}}), ["values.format: {'int8': 1} is not allowed"]),
+    "grid is a list": (changed(keys={"format": "int8", "grid": ["token"]}), ["keys.grid: ['token'] is not allowed"]),
+    "backend is a list": (changed(backend=["cpu"]), ["backend: ['cpu'] is not allowed", "auto"]),
+    "layer with thousands of digits": (layer("9" * 5000, {}), ["is not a layer index", "integer from 0"]),
     "unknown grid": (changed(keys={"format": "int8", "grid": "tensor"}), ["keys.grid: 'tensor'", "token", "channel"]),
     "values on the channel grid": (
         changed(values={"format": "int8", "grid": "channel"}),
@@ -267,7 +273,51 @@ BAD = {
 }
 
 
+SIDES = "keys: {format: int8}\nvalues: {format: int8}\n"
+# Nine aliases of nine aliases .. of nine words.
+ALIASES = "".join(f"  {i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+HOSTILE = {
+    "deep": ("[" * 3000, "is not valid YAML .*more than 16 levels"),
+    "deep mappings": (f"{SIDES}layers: {'{1: ' * 3000}", "is not valid YAML .*more than 16 levels"),
+    "a deep block": ("".join(f"{' ' * i}- \n" for i in range(150)), "is not valid YAML .*more than 16 levels"),
+    "aliases that multiply": (f"{SIDES}layers:\n  0: &a0 [x, x, x, x]\n{ALIASES}", "more than 10000 nodes"),
+    "an alias of itself": (f"{SIDES}layers: &a {{0: *a}}", "more than 10000 nodes, or an alias of what it stands in"),
+    "20,000 layers": (
+        f"{SIDES}layers: {{{', '.join(f'{i}: {{keys: {{format: int4}}}}' for i in range(20_000))}}}",
+        "is longer than 32768 bytes; expected a config",
+    ),
+    "as many nodes as fit": (f"[{'a,' * 16_000}]", "more than 10000 nodes"),
+    "1 and 0x1": (f"{SIDES}layers: {{1: {{}}, 0x1: {{}}}}", "'0x1' is given twice; expected each key once"),
+    "1 and true": (f"{SIDES}layers: {{1: {{}}, true: {{}}}}", "'true' is given twice"),
+    "1 and '1'": (f"{SIDES}layers: {{1: {{}}, '1': {{}}}}", "layers: 1 is given twice; expected each layer once"),
+    "a date that is none": (f"{SIDES}sink_length: 2001-99-99", "is not valid YAML .*month"),
+}
+
+
 class TestClearErrors:
+    @pytest.mark.parametrize(("text", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+    def test_files_that_are_meant_to_break_it(self, text, message, tmp_path):
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        start = time.process_time()
+        with pytest.raises(ValueError, match=f"(?s){file}: .*{message}") as raised:
+            KVQuantConfig.from_yaml(file)
+        assert len(str(raised.value)) < 1000
+        assert time.process_time() - start < 1
+
+    def test_aliases_are_allowed(self, tmp_path):
+        file = tmp_path / "good.yaml"
+        file.write_text(f"{SIDES}layers: {{0: &first {{keys: {{format: int4}}}}, 1: *first}}")
+        override = LayerOverride(keys=QuantSpec("int4"))
+        assert KVQuantConfig.from_yaml(file).layers == ((0, override), (1, override))
+
+    def test_a_config_with_other_specs_for_every_layer(self, tmp_path):
+        """Of the largest models."""
+        override = LayerOverride(CHANNEL, INT4)
+        config = KVQuantConfig(INT8, INT8, layers=dict.fromkeys(range(160), override))
+        config.to_yaml(tmp_path / "large.yaml")
+        assert KVQuantConfig.from_yaml(tmp_path / "large.yaml") == config
+
     @pytest.mark.parametrize(("data", "words"), BAD.values(), ids=BAD.keys())
     def test_from_dict(self, data, words):
         with pytest.raises(ValueError) as error:
@@ -319,7 +369,7 @@ class TestClearErrors:
             raise PermissionError(13, "Permission denied")
 
         CONFIGS["plain"].to_yaml(tmp_path / "secret.yaml")
-        monkeypatch.setattr(Path, "read_text", refuse)
+        monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(ValueError, match=r"secret\.yaml: cannot be read .*Permission denied"):
             KVQuantConfig.from_yaml(tmp_path / "secret.yaml")
 

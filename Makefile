@@ -26,13 +26,15 @@ soak: .venv/installed
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
 
-# The kernels' tests on a library that watches addresses and undefined behaviour (the CUDA kernels in the emulator), then
-# on one that watches for races: only on threads of its own, because torch's are not instrumented, and in one process,
-# whose exit code tells of races.
+# The kernels' tests, and files that are made to corrupt memory, on a library that watches addresses and undefined
+# behaviour (the CUDA kernels in the emulator), then on one that watches for races: only on threads of its own, because
+# torch's are not instrumented, and in one process, whose exit code tells of races. The first library looks for libstdc++
+# when it starts, before torch brings it.
 sanitize: .venv/installed
 	$(call build_sanitized,asan,address;undefined)
-	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-		$(call test_sanitized,asan) -n $(JOBS) --dist worksteal $(EMULATED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+		$(call test_sanitized,asan) -n $(JOBS) --dist worksteal $(EMULATED) tests/test_crafted_files.py
 	$(call build_sanitized,tsan,thread)
 	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66 $(call test_sanitized,tsan) -k own_threads
 

@@ -132,14 +132,12 @@ def native(layer: object, state: Mapping) -> dict:
     states = {}
     if isinstance(fresh, CacheLayerMixin) and state["is_initialized"] is True:
         (batch, heads, columns, k_dim), v_dim = state["keys"].shape, state["values"].shape[-1]
+        dtype = _float(state["keys"])
+        fresh.lazy_initialization(*(meta(batch, heads, 0, dim, dtype=dtype) for dim in (k_dim, v_dim)))
         columns = getattr(layer, "max_cache_len", columns)
-        dtypes = {name: state[name].dtype for name in ("keys", "values")}
-        fresh.lazy_initialization(
-            *(meta(batch, heads, 0, dim, dtype=dtype) for dim, dtype in zip((k_dim, v_dim), dtypes.values()))
-        )
         states = {
-            name: meta(batch, heads, columns, dim, dtype=dtype)
-            for (name, dtype), dim in zip(dtypes.items(), (k_dim, v_dim))
+            "keys": meta(batch, heads, columns, k_dim, dtype=dtype),
+            "values": meta(batch, heads, columns, v_dim, dtype=dtype),
         }
     expected = vars(fresh) | {name: x for name, x in vars(layer).items() if isinstance(x, torch.Tensor)} | states
     return expected | {name: rule(fresh, state) for name, rule in _CHANGES.items() if name in expected}
@@ -154,8 +152,20 @@ def _initialise_linear(fresh: LinearAttentionLayer, state: Mapping) -> None:
     for name in ("conv_states", "recurrent_states"):
         for i, saved in state[name].items():
             if saved is not None:
-                like = {name: meta(*saved.shape, dtype=saved.dtype)}
+                like = {name: meta(*saved.shape, dtype=_float(saved))}
                 LinearAttentionLayer.lazy_initialization(fresh, **like, state_idx=i)
+
+
+def _float(states: torch.Tensor) -> torch.dtype:
+    if states.dtype not in FLOATS or states.ndim < 2:
+        raise ValueError(f"states of {states.dtype} with shape {tuple(states.shape)}")
+    return states.dtype
+
+
+def _dtypes(fresh: object, state: Mapping) -> object:
+    """Of a layer of two kinds, the dtype of the one that was used last."""
+    linear = state["conv_states"].values() if isinstance(fresh, LinearAttentionLayer) else ()
+    return frozenset(x.dtype for x in (state.get("keys"), *linear) if x is not None) or None
 
 
 def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
@@ -180,7 +190,7 @@ _CHANGES = {
     "cumulative_length": _cumulative_length,
     "cumulative_length_int": lambda fresh, state: COUNT if fresh.is_initialized else 0,
     "device": lambda fresh, state: None if fresh.device is None else torch.device,
-    "dtype": lambda fresh, state: None if fresh.dtype is None else FLOATS,
+    "dtype": _dtypes,
     "has_previous_state": lambda fresh, state: dict.fromkeys(fresh.has_previous_state, BOOL),
     "record_past": lambda fresh, state: BOOL,
 }

@@ -87,7 +87,8 @@ def use(cache: QuantizedCache) -> None:
             QuantizedLayer.crop(layer, -70)
             layer._select(lambda x: x.flip(0))
         elif hasattr(layer, "sliding_window") or hasattr(layer, "max_cache_len"):
-            cache.update(*torch.randn(2, ROWS, 2, 1, 16), layer_idx)
+            keys, values = (torch.randn(ROWS, 2, 1, x.shape[-1]) for x in (layer.keys, layer.values))
+            cache.update(keys, values, layer_idx)
 
 
 # --- what a file holds, changed at random
@@ -192,7 +193,8 @@ class Crafted:
 # Numbers that a cache may hold in any number: codes, scales, exact copies and states are what the model computed, and
 # counters are only told. Which columns are padding or sinks is for whoever filled the cache, as far as it is possible.
 FREE_NUMBERS = ("faults", "routes", "takes_states", "padding", "sink_positions", "has_previous_state", "record_past")
-# The shape of linear states, batch apart, only the model's code knows, and it refuses another.
+# Only the model's code knows the shape of linear states, rows apart, and the head_dim of layers that are transformers'
+# own; it refuses another.
 # Past the window a sliding layer keeps the same states after any number of tokens; but the layers have to agree.
 FREE_LENGTHS = ("cumulative_length",)
 
@@ -200,7 +202,7 @@ FREE_LENGTHS = ("cumulative_length",)
 def assert_possible(got: object, whole: object, where: str = "") -> None:
     """`got` decides nothing otherwise than `whole`, except by what is free."""
     name = where.rpartition(".")[2]
-    if name == "padding" and None in (got, whole):
+    if (name == "padding" and None in (got, whole)) or (name == "takes_states" and got in (None, False, True)):
         return
     assert type(got) is type(whole), where
     if isinstance(got, torch.Tensor):
@@ -210,6 +212,8 @@ def assert_possible(got: object, whole: object, where: str = "") -> None:
             assert got.shape[0] == ROWS and (got.dtype.is_floating_point or name == "padding"), where
         elif "conv_states" in where:
             assert got.shape[0] == ROWS and got.shape[-1] == whole.shape[-1], where
+        elif where.count(".") == 2 and name in ("keys", "values"):
+            assert got.shape[:-1] == whole.shape[:-1], where
         else:
             assert got.shape == whole.shape, where
         if name == "sink_positions":
@@ -409,11 +413,10 @@ def crafted_states(states, chance: random.Random):
     if tensor is None:
         return states
     dim = chance.randrange(tensor.ndim)
-    changed = chance.choice([
-        tensor if name == "data" else None, tensor.narrow(dim, 0, 1), tensor.narrow(dim, 0, 0), tensor.narrow(dim, 0, -(-tensor.shape[dim] // 2)),
-        tensor[:1].expand_as(tensor), tensor.double(), tensor.to(torch.uint8), tensor.flatten(),
-        tensor.transpose(0, -1),
-    ])  # fmt: skip
+    parts = [tensor.narrow(dim, 0, n) for n in (0, 1, -(-tensor.shape[dim] // 2))]
+    others = [tensor.double(), tensor.to(torch.uint8), tensor.flatten(), tensor.transpose(0, -1)]
+    missing = tensor if name == "data" else None
+    changed = chance.choice([*parts, *others, tensor[:1].expand_as(tensor), missing])
     return dataclasses.replace(states, **{name: changed})
 
 

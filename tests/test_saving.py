@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -457,6 +458,282 @@ class TestRefusals:
             QuantizedCache.load(file, {})
 
 
+# --- what the weights are made of, and what adapters add to them
+
+
+class Holder(torch.Tensor):
+    """Weights that can be taken apart and detached, and nothing else."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Holder(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return type(args[0])(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{function} of a Holder")
+
+
+class Closed(Holder):
+    """Weights that cannot even be taken apart."""
+
+    def __tensor_flatten__(self):
+        raise NotImplementedError("closed")
+
+
+def with_weights(kind: type, scale: float):
+    model = copy.deepcopy(build())
+    weights = kind(torch.arange(128 * 128, dtype=torch.int8).reshape(128, 128), torch.tensor([scale]))
+    model.model.layers[1].self_attn.v_proj._parameters["weight"] = torch.nn.Parameter(weights, requires_grad=False)
+    return model
+
+
+class TestWeights:
+    def test_what_a_tensor_subclass_holds(self, path):
+        cache = filled(build(), "int4")[0]
+        cache.save(path, with_weights(Holder, 1.0))
+        assert QuantizedCache.load(path, with_weights(Holder, 1.0)).get_seq_length() == 161
+        for other in (with_weights(Holder, 1.5), build()):
+            with pytest.raises(ValueError, match="same config, other weights"):
+                QuantizedCache.load(path, other)
+
+    def test_weights_that_cannot_be_read(self, path):
+        model, cache = with_weights(Closed, 1.0), filled(build(), "int4")[0]
+        with pytest.raises(
+            ValueError,
+            match=r"weights of model\.layers\.1\.self_attn\.v_proj\.weight, a Closed, cannot be read .*closed.*"
+            r"save\(path, model\.config\)",
+        ):
+            cache.save(path, model)
+        cache.save(path, model.config)
+        assert QuantizedCache.load(path, model.config).get_seq_length() == 161
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_torchao(self, path):
+        torchao = pytest.importorskip("torchao.quantization")
+        models = [copy.deepcopy(build()) for _ in range(2)]
+        with torch.no_grad():
+            models[1].model.layers[1].self_attn.v_proj.weight.mul_(1.5)
+        for model in models:
+            torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        filled(build(), "int4")[0].save(path, models[0])
+        assert QuantizedCache.load(path, models[0]).get_seq_length() == 161
+        with pytest.raises(ValueError, match="same config, other weights"):
+            QuantizedCache.load(path, models[1])
+
+
+class TestAdapters:
+    @pytest.fixture
+    def model(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(copy.deepcopy(build()), config, adapter_name="first").eval()
+        model.add_adapter("second", config)
+        return model
+
+    @pytest.fixture
+    def file(self, model, path):
+        filled(model.get_base_model(), "int4")[0].save(path, model)
+        return path
+
+    def test_the_same_ones(self, model, file):
+        for each in (model, model.get_base_model(), model.get_base_model().config):
+            assert QuantizedCache.load(file, each).get_seq_length() == 161
+        assert QuantizedCache.load(file, model).layers[0].device == model.device
+
+    def test_another_one(self, model, file):
+        model.set_adapter("second")
+        with pytest.raises(
+            ValueError,
+            match=r"other adapters: model\.\S+ has 'first' times 2.0 in the file, 'second' times 2.0 in the",
+        ):
+            QuantizedCache.load(file, model)
+        model.base_model.set_adapter(["first", "second"])
+        with pytest.raises(
+            ValueError, match="has 'first' times 2.0 in the file, 'first' times 2.0, 'second' times 2.0"
+        ):
+            QuantizedCache.load(file, model)
+
+    def test_none(self, model, file):
+        with (
+            model.disable_adapter(),
+            pytest.raises(ValueError, match="has 'first' times 2.0 in the file, none in the"),
+        ):
+            QuantizedCache.load(file, model)
+        with pytest.raises(ValueError, match="has 'first' times 2.0 in the file, none in the model"):
+            QuantizedCache.load(file, build())
+        assert QuantizedCache.load(file, model).get_seq_length() == 161
+
+    def test_saved_without(self, model, path):
+        with model.disable_adapter():
+            filled(model.get_base_model(), "int4")[0].save(path, model)
+        with pytest.raises(ValueError, match="has none in the file, 'first' times 2.0 in the model"):
+            QuantizedCache.load(path, model)
+
+    def test_another_scaling(self, model, file):
+        model.get_base_model().model.layers[1].self_attn.v_proj.scale_layer(0.5)
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.self_attn\.v_proj has 'first' times 2.0 in the file, 'first' times 1.0 in"
+        ):
+            QuantizedCache.load(file, model)
+
+    def test_merged(self, model, file):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"has 'first' times 2.0 in the file, 'first' \(merged\) in the model"):
+            QuantizedCache.load(file, model)
+
+    def test_other_weights_of_the_same_adapter(self, model, file):
+        with torch.no_grad():
+            model.get_base_model().model.layers[1].self_attn.v_proj.lora_A["first"].weight.mul_(1.5)
+        with pytest.raises(ValueError, match="same config, other weights"):
+            QuantizedCache.load(file, model)
+
+    def test_modules_that_an_adapter_replaces(self, path):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(copy.deepcopy(build()), config, adapter_name="first").eval()
+        assert saving.identity(model)["adapters"]["lm_head"] == {"first": None}
+
+    def test_prompts_beside_the_model(self, path):
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(copy.deepcopy(build()), config).eval()
+        filled(model.get_base_model(), "int4")[0].save(path, model)
+        assert QuantizedCache.load(path, model).get_seq_length() == 161
+        with model.disable_adapter(), pytest.raises(ValueError, match="prompt has 'default' in the file, none in the"):
+            QuantizedCache.load(path, model)
+
+    def test_a_file_that_does_not_know_of_adapters(self, model, file):
+        """From before adapters were noted."""
+        edit(lambda header, _: header["description"]["model"].pop("adapters"), file, repair=True)
+        with model.disable_adapter():
+            assert QuantizedCache.load(file, model).get_seq_length() == 161
+
+
+# --- paths, and files that change while they are read
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs the paths of a Unix")
+class TestPaths:
+    @pytest.fixture
+    def cache(self):
+        return filled(build(), "int8")[0]
+
+    def make(self, kind: str, path: Path) -> None:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(str(path))
+        else:
+            try:
+                # What /dev/null is.
+                os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            except PermissionError:
+                pytest.skip("only root makes devices")
+
+    @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+    def test_what_is_no_file(self, kind, cache, monkeypatch, tmp_path):
+        # The name of a socket is short.
+        monkeypatch.chdir(tmp_path)
+        path = Path(kind)
+        self.make(kind, path)
+        before = path.stat()
+        with pytest.raises(ValueError, match=f"path: '{kind}' is a {kind}; expected a regular file or a new name"):
+            cache.save(path)
+        with pytest.raises(ValueError, match=rf"{kind}: cannot be read \(it is a {kind}; expected a regular file\)"):
+            QuantizedCache.load(path, build())
+        assert path.stat() == before
+        assert [p.name for p in tmp_path.iterdir()] == [kind]
+
+    def test_a_symbolic_link_is_followed(self, cache, path):
+        link = path.with_name("link")
+        link.symlink_to(path.name)
+        for _ in ("new", "replaced"):
+            cache.save(link)
+            assert link.is_symlink() and path.is_file() and not path.is_symlink()
+            assert QuantizedCache.load(link, build().config).get_seq_length() == 161
+        assert sorted(p.name for p in path.parent.iterdir()) == ["link", path.name]
+
+    def test_permissions_and_owner_are_kept(self, cache, path):
+        path.write_bytes(b"")
+        path.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(path, 1234, 5678)
+        before = path.stat()
+        cache.save(path)
+        after = path.stat()
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+    def test_an_owner_that_cannot_be_given(self, cache, path, monkeypatch):
+        def refuse(*args):
+            raise PermissionError(1, "Operation not permitted")
+
+        path.write_bytes(b"")
+        path.chmod(0o604)
+        monkeypatch.setattr(os, "chown", refuse)
+        cache.save(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
+def test_a_file_that_is_cut_short_after_it_was_read(file):
+    cache = QuantizedCache.load(file, build(), mmap=False)
+    before = copy.deepcopy([tensors_of(layer) for layer in cache.layers])
+    os.truncate(file, 100)
+    assert_equal([tensors_of(layer) for layer in cache.layers], before)
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        QuantizedCache.load(file, build(), mmap=False)
+
+
+_REPLACES = """
+import os, shutil, sys
+one, other, path = sys.argv[1:]
+print(flush=True)
+while os.getppid() != 1:
+    for each in (one, other):
+        shutil.copyfile(each, path + ".new")
+        os.replace(path + ".new", path)
+"""
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(file):
+    """Each load finds one file, whole."""
+    one, other = file.with_name("one"), file.with_name("other")
+    one.write_bytes(file.read_bytes())
+    cache = QuantizedCache.load(file, build().config)
+    for layer in cache.layers:
+        # The same table of tensors, other bytes.
+        layer._keys.data ^= 1
+    cache.save(other, build())
+    caches = [[tensors_of(layer) for layer in QuantizedCache.load(each, build()).layers] for each in (one, other)]
+    writer = subprocess.Popen([sys.executable, "-c", _REPLACES, str(one), str(other), str(file)], stdout=-1)
+    try:
+        writer.stdout.readline()
+        found = set()
+        for _ in range(300):
+            layers = QuantizedCache.load(file, build().config, verify=False).layers
+            states = [tensors_of(layer) for layer in layers]
+            which = int(not torch.equal(states[0]["keys"]["data"], caches[0][0]["keys"]["data"]))
+            assert_equal(states, caches[which])
+            QuantizedCache.load(file, build().config)
+            found.add(which)
+    finally:
+        writer.kill()
+        writer.wait()
+    assert found == {0, 1}
+
+
 # --- written as a whole or not at all
 
 
@@ -519,6 +796,13 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(file):
     assert done.returncode == 0, done.stderr
     for path in (half, replace):
         assert path.read_bytes() == before
+        [left] = file.parent.glob(f".{path.name}.*")
+        with saving._temporary(path) as live:
+            # Of another process: locked while it is written.
+            live.write_bytes(b"half")
+            filled(build(), "int8")[0].save(path)
+            assert not left.exists() and live.exists()
+        assert list(file.parent.glob(f".{path.name}.*")) == []
     assert QuantizedCache.load(after, build().config).get_seq_length() == 500
 
 

@@ -40,6 +40,7 @@ from .host import (
 )
 from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
+from .message import told
 from .route import ROUTES, Routes, say_once
 from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, is_traced, keep_in_place
@@ -289,7 +290,8 @@ class QuantizedCache(DynamicCache):
         kinds = [type(layer).__name__ for layer in cache.layers]
         pattern = {"kinds": list, "layers": [dict] * len(kinds), "routes": dict}
         if isinstance(state, dict) and state.get("kinds") != kinds:
-            raise ValueError(f"{path}: has layers {state.get('kinds')}; this version of transformers makes {kinds}")
+            has = told(state.get("kinds"))
+            raise ValueError(f"{path}: has layers {has}; this version of transformers makes {kinds}")
         expected.check(state, lambda: pattern, f"{path}: the state")
         expected.check(
             state["routes"], lambda: {name: expected.COUNT for name in ROUTES if name in state["routes"]},
@@ -528,6 +530,7 @@ def _check_attributes(
     columns, room = saved.get("max_cache_len"), getattr(layer, "max_cache_len", None)
     if columns != room:
         raise ValueError(
-            f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has {columns} "
-            f"columns in the file and would have {room}; expected the number that the cache was made with"
+            f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has "
+            f"{told(columns)} columns in the file and would have {room}; expected the number that the cache was made "
+            "with"
         )

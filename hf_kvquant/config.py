@@ -10,7 +10,6 @@ transformers saves a generation config through it.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from .backends import AUTO, NAMES
+from .message import told
 from .quantization import QuantSpec
 
 BACKENDS = (AUTO, *NAMES)
@@ -73,21 +73,21 @@ class KVQuantConfig:
         for field, limit in (("sink_length", MAX_SINK_LENGTH), ("recent_length", MAX_RECENT_LENGTH)):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-                raise ValueError(f"{field}: {value!r} is not allowed; expected an integer from 0 to {limit}")
+                raise ValueError(f"{field}: {told(value)} is not allowed; expected an integer from 0 to {limit}")
         if self.backend not in BACKENDS:
-            raise ValueError(f"backend: {self.backend!r} is not allowed; expected one of {list(BACKENDS)}")
+            raise ValueError(f"backend: {told(self.backend)} is not allowed; expected one of {list(BACKENDS)}")
         if not isinstance(self.static, bool):
-            raise ValueError(f"static: {self.static!r} is not allowed; expected true or false")
+            raise ValueError(f"static: {told(self.static)} is not allowed; expected true or false")
         _check_specs("", self.keys, self.values)
         layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         seen = set()
         for layer_idx, override in layers:
             if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
-                raise ValueError(f"layers: {layer_idx!r} is not a layer index; expected an integer from 0 on")
+                raise ValueError(f"layers: {told(layer_idx)} is not a layer index; expected an integer from 0 on")
             if layer_idx in seen:
                 raise ValueError(f"layers: {layer_idx} is given twice; expected each layer once")
             if not isinstance(override, LayerOverride):
-                raise ValueError(f"layers.{layer_idx}: {override!r} is not allowed; expected a LayerOverride")
+                raise ValueError(f"layers.{layer_idx}: {told(override)} is not allowed; expected a LayerOverride")
             seen.add(layer_idx)
             _check_specs(f"layers.{layer_idx}.", override.keys or self.keys, override.values or self.values)
         object.__setattr__(self, "layers", tuple(sorted(layers, key=lambda layer: layer[0])))
@@ -151,7 +151,7 @@ class KVQuantConfig:
             layers = dict(layers)
         if not isinstance(layers, Mapping):
             raise ValueError(
-                f"layers: {_told(layers)} is not allowed; expected a mapping from layer index to overrides"
+                f"layers: {told(layers)} is not allowed; expected a mapping from layer index to overrides"
             )
         # Pairs, not a dict: 1 and "1" would silently become one.
         data["layers"] = tuple((_layer_idx(index), _override(index, override)) for index, override in layers.items())
@@ -203,7 +203,7 @@ class KVQuantConfig:
 def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
     for side, spec in (("keys", keys), ("values", values)):
         if not isinstance(spec, QuantSpec):
-            raise ValueError(f"{prefix}{side}: {spec!r} is not allowed; expected a QuantSpec")
+            raise ValueError(f"{prefix}{side}: {told(spec)} is not allowed; expected a QuantSpec")
     if values.is_channel:
         raise ValueError(f"{prefix}values.grid: 'channel' is not allowed; expected 'token' (values live on that grid)")
 
@@ -211,22 +211,12 @@ def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
 def _known_fields(where: str, data: object, cls: type) -> dict:
     names = [f.name for f in fields(cls)]
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or 'config'}: {_told(data)} is not allowed; expected a mapping of {names}")
+        raise ValueError(f"{where or 'config'}: {told(data)} is not allowed; expected a mapping of {names}")
     for name in data:
         if name not in names:
-            name = name if isinstance(name, str) and len(name) < 80 else _told(name)
+            name = name if isinstance(name, str) and len(name) < 80 else told(name)
             raise ValueError(f"{where}{'.' if where else ''}{name}: unknown field; expected one of {names}")
     return dict(data)
-
-
-def _told(value: object) -> str:
-    """A value in a message, of any size and depth."""
-    return _short.repr(value)
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 100
-_short.maxlist = _short.maxtuple = _short.maxdict = 8
 
 
 def _spec(where: str, data: object) -> QuantSpec:
@@ -250,7 +240,8 @@ def _layer_idx(index: object) -> object:
 def _override(index: object, data: object) -> LayerOverride:
     if isinstance(data, LayerOverride):
         return data
-    where = f"layers.{index}"
+    index = _layer_idx(index)
+    where = f"layers.{index if isinstance(index, int) else told(index)}"
     sides = _known_fields(where, data, LayerOverride)
     return LayerOverride(**{side: _spec(f"{where}.{side}", spec) for side, spec in sides.items()})
 

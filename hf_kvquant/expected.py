@@ -15,13 +15,14 @@ A pattern is made for the sizes that a state claims, so all of its tensors have 
 from __future__ import annotations
 
 import copy
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .host import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from . import message
 
 BOOL = frozenset({False, True})
 # Far more than any cache holds, and no overflow when sizes are multiplied.
@@ -91,6 +92,7 @@ def _differs(where: str, found: object, pattern: object) -> str:
 
 
 def _told(value: object) -> str:
+    """A value or a pattern in a message."""
     if isinstance(value, Bounds):
         return f"{_told(value.low)} with elements from {value.low.tolist()} to {value.high.tolist()}"[:300]
     if isinstance(value, torch.Tensor):
@@ -102,7 +104,7 @@ def _told(value: object) -> str:
         return " or ".join(sorted(names))
     if isinstance(value, range):
         return f"an integer from {value.start} to {value.stop - 1}"
-    return reprlib.repr(value)
+    return message.told(value)
 
 
 def check(found: object, pattern: Callable[[], object], where: str) -> None:

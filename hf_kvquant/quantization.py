@@ -27,6 +27,8 @@ from functools import lru_cache
 
 import torch
 
+from .message import told
+
 FP16_MAX = 65504.0
 HEAD_DIM_MULTIPLE = 16
 INT4_CHUNK = 32
@@ -78,7 +80,7 @@ class QuantSpec:
 
     def __post_init__(self):
         def refuse(field: str, expected: str):
-            raise ValueError(f"{field}: {getattr(self, field)!r} is not allowed; expected {expected}")
+            raise ValueError(f"{field}: {told(getattr(self, field))} is not allowed; expected {expected}")
 
         if not isinstance(self.format, str) or (self.format != DENSE and self.format not in FORMATS):
             refuse("format", f"one of {[*FORMATS, DENSE]}")

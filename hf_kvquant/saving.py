@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import expected, tensors_file
+from .message import told
 
 try:
     import fcntl
@@ -185,9 +186,10 @@ def read(path: str | Path, mapped: bool = True) -> File:
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: is damaged: its metadata cannot be read ({error!r})") from None
     if version != FORMAT_VERSION:
+        writer = told(header.get("library_version")).strip("'")
         raise ValueError(
-            f"{path}: format version {version!r}, written by hf_kvquant {header.get('library_version')}, cannot be "
-            f"read by hf_kvquant {_library_version()}; expected {FORMAT_VERSION}"
+            f"{path}: format version {told(version)}, written by hf_kvquant {writer}, cannot be read by hf_kvquant "
+            f"{_library_version()}; expected {FORMAT_VERSION}"
         )
     if not is_whole:
         raise ValueError(f"{path}: is damaged: the checksum of its metadata is wrong")
@@ -222,7 +224,7 @@ class File:
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: its state cannot be read ({type(error).__name__}: {error})") from None
         if self._tensors:
-            raise ValueError(f"{self.path}: its state has no place for the tensors {sorted(self._tensors)[:9]}")
+            raise ValueError(f"{self.path}: its state has no place for the tensors {told(sorted(self._tensors))}")
         return state
 
     def check_model(self, model: torch.nn.Module | PreTrainedConfig) -> None:
@@ -242,7 +244,8 @@ class File:
             was, now = (fields["config"].get(name) for fields in (saved, given))
             if was != now:
                 raise ValueError(
-                    f"{self.path}: was computed by another model: {name} is {was!r} in the file, {now!r} in the config"
+                    f"{self.path}: was computed by another model: {name} is {told(was)} in the file, "
+                    f"{told(now)} in the config"
                 )
         self._check_adapters(saved.get("adapters"), given["adapters"])
         if given["weights"] is None or saved["weights"] == given["weights"]:
@@ -327,7 +330,11 @@ def _told_adapters(adapters: object) -> str:
     if not adapters or not isinstance(adapters, dict):
         return "none"
     return ", ".join(
-        f"{name!r}" if factor is None else f"{name!r} (merged)" if factor == "merged" else f"{name!r} times {factor}"
+        f"{name!r}"
+        if factor is None
+        else f"{name!r} (merged)"
+        if factor == "merged"
+        else f"{name!r} times {told(factor)}"
         for name, factor in adapters.items()
     )
 

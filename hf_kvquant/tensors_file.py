@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from .message import told
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -90,7 +92,7 @@ def _parse(content: mmap.mmap | bytearray) -> tuple[dict[str, str], dict[str, to
         ((name, _checked(name, entry)) for name, entry in header.items()), key=lambda entry: entry[1][:2]
     ):
         if start + begin != end or start + stop > len(content):
-            raise ValueError(f"tensor {name!r} has the bytes {begin} to {stop} of {len(content) - start}")
+            raise ValueError(f"tensor {told(name)} has the bytes {begin} to {stop} of {len(content) - start}")
         tensors[name] = _tensor(content, end, dtype, shape)
         end = start + stop
     if end != len(content):
@@ -107,7 +109,7 @@ def _checked(name: str, entry: object) -> tuple[int, int, torch.dtype, list[int]
             begin, end = offsets
             if end - begin == math.prod(shape) * dtype.itemsize:
                 return begin, end, dtype, shape
-    raise ValueError(f"the entry of tensor {name!r} is not allowed")
+    raise ValueError(f"the entry of tensor {told(name)} is not allowed")
 
 
 def _tensor(content: mmap.mmap | bytearray, offset: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:

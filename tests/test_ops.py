@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,6 +364,18 @@ class TestBackends:
         monkeypatch.setattr(ops, "backend_status", lambda name: "no compiler was found")
         with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: no compiler was found"):
             ops.choose_backend.__wrapped__("cuda", "cuda", torch.float32)
+
+    def test_a_second_import_says_why_it_cannot_be(self):
+        """torch registers operators once in a process; its own message names a line of ours only."""
+        again = (
+            "import sys, hf_kvquant\n"
+            "for name in [name for name in sys.modules if name.startswith('hf_kvquant')]: del sys.modules[name]\n"
+            "import hf_kvquant\n"
+        )
+        # Not in the repository's folder, where the source would be imported instead of what is installed.
+        command, folder = [sys.executable, "-c", again], Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert "ImportError: hf_kvquant was imported before in this process and has left sys.modules" in done.stderr
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
     def test_no_silent_fallback(self, setting):

@@ -1,0 +1,17 @@
+"""Values in messages: whatever a stranger wrote, of any size and depth, in a line or two."""
+
+from __future__ import annotations
+
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxlist = _short.maxtuple = _short.maxdict = 8
+
+
+def told(value: object) -> str:
+    """`repr`, shortened where it is long."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"

@@ -159,7 +159,7 @@ def _initialise_linear(fresh: LinearAttentionLayer, state: Mapping) -> None:
 
 
 def _float(states: torch.Tensor) -> torch.dtype:
-    if states.dtype not in FLOATS or states.ndim < 2:
+    if states.dtype not in FLOATS or states.ndim < 2 or not states.numel():
         raise ValueError(f"states of {states.dtype} with shape {tuple(states.shape)}")
     return states.dtype
 
@@ -180,17 +180,19 @@ def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
     tokens = state.get("cumulative_length_int")
     if tokens is not None and tokens <= fresh.max_cache_len:
         return torch.tensor(tokens)
-    return Bounds(torch.tensor(0), torch.tensor(fresh.max_cache_len if fresh.is_initialized else 0))
+    least, most = (1, fresh.max_cache_len) if fresh.is_initialized else (0, 0)
+    # A window that overflowed is counted by the integer alone.
+    return Bounds(torch.tensor(least if tokens is None else 0), torch.tensor(most))
 
 
 # What changes with use, and is no state itself.
 _CHANGES = {
     "conv_kernel_size": lambda fresh, state: {
-        i: range(1, COUNT.stop) if size is not None and state["record_past"] is True else size
+        i: COUNT[1:] if size is not None and state["record_past"] is True else size
         for i, size in fresh.conv_kernel_size.items()
     },
     "cumulative_length": _cumulative_length,
-    "cumulative_length_int": lambda fresh, state: COUNT if fresh.is_initialized else 0,
+    "cumulative_length_int": lambda fresh, state: COUNT[1:] if fresh.is_initialized else 0,
     "device": lambda fresh, state: None if fresh.device is None else torch.device,
     "dtype": _dtypes,
     "has_previous_state": lambda fresh, state: dict.fromkeys(fresh.has_previous_state, BOOL),

@@ -385,32 +385,29 @@ class QuantizedLayer(DynamicLayer):
     def expected(self, state: dict) -> dict:
         """The pattern (see `expected.py`) for a `state` that `restore` may take; its tensors tell the sizes."""
         length, padding = state["length"], state["padding"]
+        pattern = {"length": COUNT, "takes_states": frozenset({None, False, True}), "padding": None}
+        if padding is not None:
+            batch = state["keys"]["data"].shape[0] if length else padding.shape[0]
+            pattern["padding"] = meta(batch, padding.shape[1], dtype=torch.bool)
+        if not length:
+            return pattern
+        saved = {name: state[name] for name in ("keys", "values")}
+        if not all(side["data"].numel() for side in saved.values()):
+            raise ValueError("no layer holds tokens without elements")
+        like = [meta(*side["data"].shape[:2], 0, side["head_dim"], dtype=state["dtype"]) for side in saved.values()]
+        self._check_new(*like)
         fresh = QuantizedLayer(self.kv_config, self.layer_idx, Routes(), max_length=length)
-        batch = None if padding is None else padding.shape[0]
-        if length:
-            like = [
-                meta(*side["data"].shape[:2], 0, side["head_dim"], dtype=state["dtype"])
-                for side in (state["keys"], state["values"])
-            ]
-            self._check_new(*like)
-            if not all(side["data"].numel() for side in (state["keys"], state["values"])):
-                raise ValueError("no layer holds tokens without elements")
-            fresh.lazy_initialization(*like)
-            fresh.length, batch = length, like[0].shape[0]
-        sides = {"keys": fresh._keys, "values": fresh._values} if length else {}
-        for name, side in sides.items():
-            side.recent_start = state[name]["recent_start"]
-        pattern = fresh.state() | {"length": COUNT, "takes_states": frozenset({None, False, True})}
-        pattern["padding"] = None if padding is None else meta(batch, padding.shape[1], dtype=torch.bool)
-        for name, side in sides.items():
-            pattern[name] |= {"head_dim": COUNT, "recent_start": side.recent_starts(fresh._states(side))}
-        if length:
-            positions = torch.full(fresh.sink_positions.shape, length - 1, dtype=torch.int32)
-            pattern |= {
-                "faults": Bounds(torch.zeros(2, dtype=torch.int64), torch.tensor([torch.iinfo(torch.int64).max, 0])),
-                "sink_positions": Bounds(torch.full_like(positions, -1), positions, fills=True),
-            }
-        return pattern
+        fresh.lazy_initialization(*like)
+        fresh.length = length
+        last = torch.full(fresh.sink_positions.shape, length - 1, dtype=torch.int32)
+        most = torch.tensor([torch.iinfo(torch.int64).max, 0])
+        return pattern | {
+            "dtype": state["dtype"],
+            "faults": Bounds(torch.zeros_like(most), most),
+            "sink_positions": Bounds(torch.full_like(last, -1), last, fills=True),
+            "keys": fresh._keys.expected(fresh._states(fresh._keys), saved["keys"]["recent_start"]),
+            "values": fresh._values.expected(fresh._states(fresh._values), saved["values"]["recent_start"]),
+        }
 
     def offload(self) -> None:
         self._move("cpu")

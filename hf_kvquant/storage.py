@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from .expected import COUNT
 from .pages import with_huge_pages
 from .quantization import QuantSpec
 from .states import QuantizedStates
@@ -90,12 +91,6 @@ class Side:
         self.recent_start = needed
         return True
 
-    def recent_starts(self, states: QuantizedStates) -> range:
-        """Where the ring may begin: it holds what the next query reads, and no more than its length."""
-        if self.recent is None:
-            return range(1)
-        return range(max(0, states.length - self._ring_length), states.dense_from(states.length) + 1)
-
     def transformed(self, function) -> dict[str, torch.Tensor]:
         """`function` of every tensor, by attribute."""
         tensors = {name: getattr(self, name) for name in self._tensors}
@@ -124,6 +119,16 @@ class Side:
         if self.sink is not None:
             state["sink"] = torch.where(is_sink.to(self.sink.device), self.sink, 0)
         return state
+
+    def expected(self, states: QuantizedStates, recent_start: int) -> dict:
+        """The pattern (see `expected.py`) for a `state`, from a side on meta whose capacity is its length."""
+        starts = range(1)
+        pattern = self.transformed(lambda tensor: tensor)
+        if self.recent is not None:
+            # The ring holds what the next query reads, and no more than its length.
+            starts = range(max(0, states.length - self._ring_length), states.dense_from(states.length) + 1)
+            pattern["recent"] = self._empty(*self.data.shape[:2], states.length - recent_start)
+        return pattern | {"head_dim": COUNT, "recent_start": starts}
 
     def restore(self, state: dict, length: int) -> None:
         """Take over a `state` as it is; only the ring is laid out anew, since its slots depend on the capacity."""

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "expected": {"host", "message"},
     "saving": {"expected", "message", "tensors_file"},
     "pages": set(),
-    "storage": {"quantization", "states", "pages"},
+    "storage": {"expected", "quantization", "states", "pages"},
     "route": set(),
     "layers": {"config", "expected", "host", "lazy", "states", "ops", "storage", "route"},
     "static": {"config", "layers", "states", "ops", "storage", "route"},

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .host import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
-
 from . import message
+from .host import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 BOOL = frozenset({False, True})
 # Far more than any cache holds, and no overflow when sizes are multiplied.

@@ -528,7 +528,8 @@ def _check_attributes(
     if missing:
         raise ValueError(f"{path}: lacks {missing} of a {type(layer).__name__} of this version of transformers")
     columns, room = saved.get("max_cache_len"), getattr(layer, "max_cache_len", None)
-    if columns != room:
+    # A static layer of an image is as long as its image, and has no room before.
+    if room != 0 and columns != room:
         raise ValueError(
             f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has "
             f"{told(columns)} columns in the file and would have {room}; expected the number that the cache was made "

@@ -134,8 +134,8 @@ def native(layer: object, state: Mapping) -> dict:
     if isinstance(fresh, CacheLayerMixin) and state["is_initialized"] is True:
         (batch, heads, columns, k_dim), v_dim = state["keys"].shape, state["values"].shape[-1]
         dtype = _float(state["keys"])
-        fresh.lazy_initialization(*(meta(batch, heads, 0, dim, dtype=dtype) for dim in (k_dim, v_dim)))
-        columns = getattr(layer, "max_cache_len", columns)
+        fresh.lazy_initialization(*(meta(batch, heads, columns, dim, dtype=dtype) for dim in (k_dim, v_dim)))
+        columns = getattr(fresh, "max_cache_len", columns)
         states = {
             "keys": meta(batch, heads, columns, k_dim, dtype=dtype),
             "values": meta(batch, heads, columns, v_dim, dtype=dtype),

@@ -97,10 +97,11 @@ class TestCrossAttentionInADecoder:
         exact = mllama.generate(**given, cache_implementation="kvquant", cache_config=EXACT)
         assert torch.equal(exact.sequences, mllama.generate(**given).sequences)
 
-    def test_it_is_saved_and_loaded(self, mllama, tmp_path):
-        cache = cache_of(mllama.generate(**image_and_text(), cache_implementation="kvquant-int8"))
+    @pytest.mark.parametrize("static", ["", "-static"])
+    def test_it_is_saved_and_loaded(self, mllama, static, tmp_path):
+        cache = cache_of(mllama.generate(**image_and_text(), cache_implementation=f"kvquant-int8{static}"))
         cache.save(tmp_path / "cache.safetensors")
-        again = QuantizedCache.load(tmp_path / "cache.safetensors", mllama.config)
+        again = QuantizedCache.load(tmp_path / "cache.safetensors", mllama.config, max_length=100)
         for a, b in zip(cache.layers[1::2], again.layers[1::2]):
             assert torch.equal(a.keys, b.keys)
             assert torch.equal(a.values, b.values)

@@ -12,7 +12,7 @@ import torch
 
 from . import ops
 from .route import learn_route, say_once
-from .states import QuantizedStates, autocast, hides_columns
+from .states import QuantizedStates, autocast, hides_columns, is_autocast
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
@@ -45,13 +45,13 @@ def attend(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
+    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
+    # What else does not fit is an error of the operator, or of dense attention.
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == getattr(key, "capacity", None):
+        attention_mask = attention_mask[..., : key.shape[2]]
     if not isinstance(key, states_type):
         key, value = learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
-    # What else does not fit is an error of the operator, or of dense attention.
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == key.capacity:
-        attention_mask = attention_mask[..., : key.shape[2]]
     obstacle = _obstacle(module, query, type(value) is type(key), key.shape[2], attention_mask, kwargs)
     if obstacle is not None:
         if not torch.compiler.is_compiling():
@@ -67,7 +67,7 @@ def attend(
     if kwargs.get("position_bias") is not None:
         attention_mask = _join(kwargs["position_bias"], attention_mask, key, query.shape[2])
     softcap = float(kwargs.get("softcap") or 0.0)
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast(query):
         query = query.to(key.dtype)
     arguments = (query, key, value, attention_mask, kwargs.get("s_aux"))
     output = (operator or _decode)(*arguments, scaling=float(scaling), softcap=softcap)

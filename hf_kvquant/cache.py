@@ -11,7 +11,6 @@ are whole, and the cache can be saved. Layers without full attention stay transf
 from __future__ import annotations
 
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ from .host import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
-    StaticSlidingWindowLayer,
     context_length,
     cross_attention_layers,
 )
@@ -58,8 +56,7 @@ class QuantizedCache(DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
-    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token of `max_length`,
-    or of the model's context, is none.
+    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token is none.
 
     Args:
         config: the model's config.
@@ -67,6 +64,8 @@ class QuantizedCache(DynamicCache):
         max_length: tokens to allocate storage for at once; None grows it geometrically. A static cache needs it, and
             holds no more.
         attention_mask: `[batch, kv_len]`, 0 where the first tokens are padding; see `set_padding`.
+        reach: a sliding window as wide as this many tokens is none, and its layer has full attention; None:
+            `max_length`, or as many tokens as the model was made for.
 
     Raises:
         ValueError: the model has no full-attention layer or cannot have a static cache, or the config overrides a
@@ -79,6 +78,8 @@ class QuantizedCache(DynamicCache):
         kv_config: KVQuantConfig | str | Path | dict,
         max_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
+        reach: int | None = None,
     ):
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config: a {type(config).__name__} is not allowed; expected a model's config")
@@ -101,8 +102,7 @@ class QuantizedCache(DynamicCache):
         self._routes = Routes()
         self._unfinished: str | None = None
         self._max_length = max_length
-        # A sliding window that is as wide hides no token.
-        self._reach = min(n for n in (max_length, context_length(config), sys.maxsize) if n)
+        self._reach = reach or min((n for n in (max_length, context_length(config)) if n), default=None)
         layers = self._native_layers()
         kinds = {DynamicLayer: QuantizedLayer, LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer}
         if self.kv_config.static:
@@ -144,13 +144,11 @@ class QuantizedCache(DynamicCache):
             layers = StaticCache(self._config.get_text_config(decoder=True), max_cache_len=self._max_length).layers
         else:
             layers = DynamicCache(config=self._config).layers
-        for i, layer in enumerate(layers):
+        for i, growing in enumerate(DynamicCache(config=self._config).layers):
             if i in crossing:
                 layers[i] = StaticCrossAttentionLayer() if static else CrossAttentionLayer()
-            elif type(layer) is DynamicSlidingWindowLayer and not hides_columns(layer.sliding_window, self._reach):
-                layers[i] = DynamicLayer()
-            elif type(layer) is StaticSlidingWindowLayer and layer.max_cache_len == self._max_length:
-                layers[i] = StaticLayer(self._max_length)
+            elif type(growing) is DynamicSlidingWindowLayer and not hides_columns(growing.sliding_window, self._reach):
+                layers[i] = StaticLayer(self._max_length) if static else DynamicLayer()
         return layers
 
     @property
@@ -235,9 +233,10 @@ class QuantizedCache(DynamicCache):
         description = {"kv_config": self.kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
         layers = [layer.state() if isinstance(layer, QuantizedLayer) else vars(layer) for layer in self.layers]
         kinds = [type(layer).__name__ for layer in self.layers]
-        packed = saving.pack({"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())})
+        state = {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())}
+        packed = saving.pack(state | {"reach": self._reach, "model_state": self.model_state})
         # What `load` would refuse shall not be written.
-        fresh = QuantizedCache(self._config, self.kv_config, self._max_length)
+        fresh = QuantizedCache(self._config, self.kv_config, self._max_length, reach=self._reach)
         for i, (layer, state) in enumerate(zip(fresh.layers, layers)):
             expected.check(state, partial(_expected, layer, state), f"layers.{i}")
         saving.write(path, description, packed)
@@ -285,10 +284,18 @@ class QuantizedCache(DynamicCache):
             kv_config = KVQuantConfig.from_dict(file.description["kv_config"])
         except ValueError as error:
             raise ValueError(f"{path}: kv_config.{error}") from None
-        cache = cls(model.config if is_model else config, kv_config, max_length if kv_config.static else None)
         state = file.state(device)
+        # Files of the first version have neither.
+        added = {"reach": frozenset({None, expected.COUNT}), "model_state": dict}
+        added = {name: pattern for name, pattern in added.items() if isinstance(state, dict) and name in state}
+        if "reach" in added:
+            expected.check(state["reach"], lambda: added["reach"], f"{path}: reach")
+        cache = cls(
+            model.config if is_model else config, kv_config, max_length if kv_config.static else None,
+            reach=state["reach"] if "reach" in added else None,
+        )  # fmt: skip
         kinds = [type(layer).__name__ for layer in cache.layers]
-        pattern = {"kinds": list, "layers": [dict] * len(kinds), "routes": dict}
+        pattern = {"kinds": list, "layers": [dict] * len(kinds), "routes": dict} | added
         if isinstance(state, dict) and state.get("kinds") != kinds:
             has = told(state.get("kinds"))
             raise ValueError(f"{path}: has layers {has}; this version of transformers makes {kinds}")
@@ -308,6 +315,8 @@ class QuantizedCache(DynamicCache):
                 vars(layer).update(saved)
                 if kv_config.static:
                     keep_in_place(x for x in saved.values() if isinstance(x, torch.Tensor))
+        cache.model_state = state.get("model_state", {})
+        expected.check(cache.model_state, lambda: expected.model_state(cache.model_state), f"{path}: model_state")
         cache._routes.update(state["routes"])
         cache.end()
         cache._check_whole(state, file.description["length"], path)
@@ -320,7 +329,7 @@ class QuantizedCache(DynamicCache):
         lengths = {tokens for tokens in self._lengths() if tokens}
         if lengths != {length} or self.get_seq_length() != length:
             raise ValueError(f"{path}: has layers of {sorted(lengths)} tokens; expected {length}, as its length says")
-        rows = {x.shape[0] for x in tree_leaves(state) if isinstance(x, torch.Tensor) and x.ndim > 1}
+        rows = {x.shape[0] for x in tree_leaves(state["layers"]) if isinstance(x, torch.Tensor) and x.ndim > 1}
         if len(rows) != 1:
             raise ValueError(f"{path}: has tensors of {sorted(rows)} rows; expected one batch")
 

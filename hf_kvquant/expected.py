@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from . import message
-from .host import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
+from .host import GENERATION_STATE, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 BOOL = frozenset({False, True})
 # Far more than any cache holds, and no overflow when sizes are multiplied.
@@ -118,6 +118,15 @@ def check(found: object, pattern: Callable[[], object], where: str) -> None:
         told = f"{where} is no state of such a layer ({type(error).__name__}: {str(error)[:200]})"
     if told is not None:
         raise ValueError(told)
+
+
+def model_state(state: Mapping) -> dict:
+    """The pattern for what models keep of a generation outside of its cache."""
+    return {
+        name: frozenset({None, COUNT, meta(*getattr(value, "shape", ()), dtype=torch.int64)})
+        for name, value in state.items()
+        if name.rpartition(".")[2] in GENERATION_STATE
+    }
 
 
 def native(layer: object, state: Mapping) -> dict:

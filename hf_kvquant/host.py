@@ -88,7 +88,6 @@ NEEDS = (
     Need("cache_utils:DynamicLayer.crop"),
     Need("cache_utils:DynamicSlidingWindowLayer", ("sliding_window",)),
     Need("cache_utils:StaticLayer", ("max_cache_len",)),
-    Need("cache_utils:StaticSlidingWindowLayer", ("max_cache_len", "sliding_window")),
     Need("cache_utils:LinearAttentionLayer", ("number_of_states",)),
     Need("cache_utils:LinearAttentionCacheLayerMixin"),
     Need("cache_utils:LinearAttentionAndFullAttentionLayer", ("number_of_states",)),
@@ -108,7 +107,6 @@ from transformers.cache_utils import (  # noqa: E402
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
-    StaticSlidingWindowLayer,
 )
 from transformers.generation import GenerationMixin, GenerationMode, configuration_utils  # noqa: E402
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor  # noqa: E402
@@ -137,7 +135,6 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "StaticLayer",
-    "StaticSlidingWindowLayer",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "attn_implementation",
     "cache_argument",

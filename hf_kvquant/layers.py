@@ -17,7 +17,7 @@ from .expected import COUNT, Bounds, meta
 from .host import DynamicLayer
 from .lazy import LazyStates
 from .route import Routes, attention_is_switched, say_once, tagged
-from .states import QuantizedStates, autocast
+from .states import QuantizedStates, autocast, is_autocast
 from .storage import ROLLBACK, Side
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -123,7 +123,7 @@ class QuantizedLayer(DynamicLayer):
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, checked and in the dtype of attention; the first ones allocate the storage."""
-        if torch.is_autocast_enabled(key_states.device.type):
+        if is_autocast(key_states):
             key_states, value_states = autocast(key_states), autocast(value_states)
             if self.is_initialized:
                 # It may have been filled without autocast.

@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import expected, tensors_file
+from . import expected, host, tensors_file
 from .message import told
 
 try:
@@ -89,7 +88,7 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
     header = {
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
-        "transformers_version": transformers.__version__,
+        "transformers_version": host.VERSION,
         "description": description,
         "state": state,
         "tensors_sha256": _tensors_sum(tensors.items()),
@@ -237,7 +236,7 @@ class File:
         adapters = {"adapters": frozenset({None, dict})} if "adapters" in saved else {}
         expected.check(saved, lambda: _MODEL | adapters, f"{self.path}: the model")
         names = saved["config"].keys() | given["config"].keys()
-        if self._header["transformers_version"] != transformers.__version__:
+        if self._header["transformers_version"] != host.VERSION:
             # Another version may know other fields.
             names = saved["config"].keys() & given["config"].keys()
         for name in sorted(names):

@@ -32,15 +32,20 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
     return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
 
 
-def hides_columns(sliding_window: int | None, length: int) -> bool:
-    """Whether a sliding window hides a column from some query of a sequence; a wide one is no window at all."""
-    return sliding_window is not None and sliding_window < length
+def hides_columns(sliding_window: int | None, length: int | None) -> bool:
+    """Whether a sliding window hides a column from some query of a sequence of this length (None: of any length); a
+    wide one is no window at all."""
+    return sliding_window is not None and (length is None or sliding_window < length)
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype in which attention computes: autocast's, where that is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def is_captured() -> bool:

@@ -129,7 +129,13 @@ class StaticQuantizedLayer(QuantizedLayer):
         self._check_room(length)
         is_first = not self.is_filled
         if not self.is_beside_dense and (is_first or self.takes_states):
-            return super().update(key_states, value_states)
+            states = super().update(key_states, value_states)
+            if not is_first:
+                for x in states:
+                    if isinstance(x, torch.Tensor):
+                        # A past and a long turn, under a mask for all of the storage; `QuantizedStates` know theirs.
+                        x.capacity = self.max_length
+            return states
         # Who attends has a mask for all of the storage.
         states = self._update_whole(key_states, value_states)
         self._length = length

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "ops": {"reference", "quantization", "backends", "states"},
     "tensors_file": {"message"},
     "expected": {"host", "message"},
-    "saving": {"expected", "message", "tensors_file"},
+    "saving": {"expected", "host", "message", "tensors_file"},
     "pages": set(),
     "storage": {"expected", "quantization", "states", "pages"},
     "route": set(),

@@ -509,16 +509,22 @@ def test_a_file_can_be_loaded_in_inference_mode(tmp_path):
     assert cache.get_seq_length() == 74
 
 
-def test_a_file_with_a_short_sliding_window_cannot_become_longer(tmp_path):
-    """The window is as long as the storage where that is shorter, and transformers' layer cannot grow."""
+def test_a_file_whose_window_hid_nothing_becomes_longer(tmp_path):
+    """The window of 24 tokens was none in a cache for 20; in a longer one the masks keep it."""
     model, path = build("gemma3"), tmp_path / "cache.safetensors"
-    cache = QuantizedCache(model.config, "int4-static", max_length=20)
+    ids, logits = families.prompt(2, 34), []
+    cache = QuantizedCache(model.config, "int8-static", max_length=20)
     with torch.no_grad(), hf_kvquant.attention(model):
-        model(families.prompt(2, 15), past_key_values=cache)
-    cache.save(path, model)
-    with pytest.raises(ValueError, match="max_length: 30 is not allowed; layer 0, a StaticSliding.* has 20 columns"):
-        QuantizedCache.load(path, model, max_length=30)
-    assert QuantizedCache.load(path, model, max_length=20).get_seq_length() == 15
+        model(ids[:, :15], **{CACHE: cache})
+        cache.save(path, model)
+        loaded = QuantizedCache.load(path, model, max_length=40)
+        assert [type(layer) for layer in loaded.layers] == [StaticQuantizedLayer] * 3
+        short = QuantizedCache(model.config, "int8", max_length=20)
+        model(ids[:, :15], **{CACHE: short})
+        for c in (loaded, short):
+            steps = [model(ids[:, i : i + 1], **{CACHE: c}).logits for i in range(15, 34)]
+            logits.append(torch.cat(steps, 1))
+    assert (logits[0] - logits[1]).abs().max() < ROUNDING[torch.float32]
 
 
 def test_new_tensors_are_marked_as_staying_in_place(tmp_path):

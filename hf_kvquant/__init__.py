@@ -6,6 +6,7 @@ model.generate(**inputs, cache_implementation="kvquant-int4")
 
 from .cache import QuantizedCache
 from .config import KVQuantConfig, LayerOverride
+from .export import register_for_export
 from .integration import attention, cache_implementations, install, uninstall
 from .quantization import FORMATS, QuantizedTensor, QuantSpec, quantize
 from .scoring import cache_read_share, score, score_by_decoding, score_chunks, score_tokens
@@ -24,6 +25,7 @@ __all__ = [
     "cache_read_share",
     "install",
     "quantize",
+    "register_for_export",
     "score",
     "score_by_decoding",
     "score_chunks",

@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "route",
         "saving",
     },
+    "export": {"cache", "host", "static"},
     "attention": {"ops", "route", "states"},
     "integration": {"cache", "attention", "config", "host", "route"},
     "scoring": ANYTHING,

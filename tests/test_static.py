@@ -371,6 +371,46 @@ def test_export():
         torch.testing.assert_close(program.module()(ids), expected, rtol=0, atol=ROUNDING[torch.float32])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_the_cache_as_an_argument(strict):
+    """The program writes to the cache that it is called with: one token more at every call."""
+    hf_kvquant.register_for_export()
+    hf_kvquant.register_for_export()
+    model, ids = build(), families.prompt(2, 76)
+    caches = [QuantizedCache(model.config, "int4-static", max_length=90) for _ in range(2)]
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, cache):
+            return self.model(ids, **{CACHE: cache}).logits
+
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for cache in caches:
+            model(ids[:, :70], **{CACHE: cache})
+        program = torch.export.export(Step(), (ids[:, 70:71], caches[0]), strict=strict)
+        assert caches[0].get_seq_length() == 70
+        for i in range(70, 76):
+            logits = program.module()(ids[:, i : i + 1], caches[0])
+            expected = model(ids[:, i : i + 1], **{CACHE: caches[1]}).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=ROUNDING[torch.float32])
+    assert [layer.length for layer in caches[0].layers] == [76, 76]
+    assert caches[0].routes == caches[1].routes
+
+
+@pytest.mark.parametrize(("name", "preset"), [("gemma3", "int8-static"), ("llama", "int8")])
+def test_caches_that_cannot_be_exported(name, preset):
+    hf_kvquant.register_for_export()
+    model = build(name)
+    cache = QuantizedCache(model.config, preset, max_length=90)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        model(families.prompt(2, 70), **{CACHE: cache})
+    with pytest.raises(ValueError, match="layer 0: a .* cannot be exported; expected a static cache"):
+        torch.utils._pytree.tree_flatten(cache)
+
+
 def test_lengths_and_counters_are_no_python_numbers():
     """What a step reads is on the device, and stays where it is."""
     model = build()

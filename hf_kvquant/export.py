@@ -1,0 +1,89 @@
+"""A static cache as an argument of `torch.export`: its tensors are inputs that the program writes to.
+
+    hf_kvquant.register_for_export()
+    program = torch.export.export(Step(model), (ids, cache))
+    logits = program.module()(ids, cache)  # and the cache has one token more
+
+transformers registers its own caches in the same way, when an exporter asks for it: as a pytree node a cache would
+also be taken apart by other users of pytrees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .cache import QuantizedCache
+from .host import StaticLayer
+from .static import StaticQuantizedLayer
+
+
+def register_for_export() -> None:
+    """Let `torch.export` take a static `QuantizedCache` as an argument; harmless when repeated.
+
+    The cache has been filled by a prompt before. Its layers must keep nothing but tensors: a model with sliding or
+    linear layers beside full attention is refused when it is exported.
+    """
+    if QuantizedCache not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            QuantizedCache, _flatten, _unflatten, serialized_type_name="hf_kvquant.QuantizedCache",
+            flatten_with_keys_fn=_flatten_with_keys,
+        )  # fmt: skip
+
+
+class _Empty:
+    """A cache without its tensors, in whose places stand other objects; equal to those of caches of its form."""
+
+    def __init__(self, cache: QuantizedCache, tensors: list[torch.Tensor]):
+        self.places = [object() for _ in tensors]
+        self.cache = copy.deepcopy(cache, _replacing(tensors, self.places, cache))
+        forms = tuple((tuple(x.shape), x.dtype, x.device) for x in tensors)
+        self.form = (cache.kv_config, tuple(type(layer) for layer in cache.layers), forms)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Empty) and self.form == other.form
+
+    def __hash__(self) -> int:
+        return hash(self.form)
+
+
+def _replacing(old: list, new: list, cache: QuantizedCache) -> dict:
+    """What `copy.deepcopy` shall take instead of copying."""
+    return {id(cache._config): cache._config} | {id(a): b for a, b in zip(old, new)}
+
+
+def _flatten(cache: QuantizedCache) -> tuple[list[torch.Tensor], _Empty]:
+    for layer_idx, layer in enumerate(cache.layers):
+        is_static = isinstance(layer, (StaticQuantizedLayer, StaticLayer)) and not layer.is_sliding
+        if not is_static or not layer.is_initialized:
+            raise ValueError(
+                f"layer {layer_idx}: a {type(layer).__name__} cannot be exported; expected a static cache that a "
+                "prompt has filled, of full-attention layers only"
+            )
+        if isinstance(layer, StaticQuantizedLayer):
+            # The program will change it on the device.
+            layer._length = None
+    tensors = list({id(x): x for layer in cache.layers for x in _tensors(vars(layer))}.values())
+    return tensors, _Empty(cache, tensors)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+    elif type(value).__module__.partition(".")[0] == __package__ and hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def _flatten_with_keys(cache: QuantizedCache) -> tuple[list, _Empty]:
+    tensors, empty = _flatten(cache)
+    return [(pytree.SequenceKey(i), x) for i, x in enumerate(tensors)], empty
+
+
+def _unflatten(tensors, empty: _Empty) -> QuantizedCache:
+    return copy.deepcopy(empty.cache, _replacing(empty.places, list(tensors), empty.cache))

@@ -1,15 +1,15 @@
 // Attention of a few new queries over one quantized cache.
 //
-//   work item    (batch row, kv head, split of kSplit columns): any thread, results depend on the
-//   item alone
-//     chunk      up to kMaxRows query rows; rows = q_per_kv heads x q_len share every load of the
-//     cache (GQA packing)
+//   work item    (batch row, kv head, split of kSplit columns), on any thread
+//     chunk      up to kMaxRows query rows; all q_per_kv * q_len rows of a kv head share each load
+//                of the cache (GQA packing)
 //       tile     64 columns at multiples of 64
-//                  columns    who sees what, and from where
-//                  scores     body keys . rotated queries; exact copies . queries where they
-//                  override softmax    scores -> weights, relative to the largest so far values
-//                  body and exact copies accumulate apart (the body may be rotated)
-//   the last item of a head merges its splits, in their order, and writes the output
+//         visible    which row sees which column, and where its key and value are read
+//         scores     rotated queries x stored keys; queries x exact copies where there are any
+//         softmax    scores -> weights, relative to the largest score so far
+//         values     weights x stored values, and weights x exact copies, in two accumulators:
+//                    the stored values may be rotated
+//   the last work item of a head merges its splits, in their order, and writes the output
 //
 // So the result is the same for any number of threads, and for a row alone and in a batch.
 #pragma once

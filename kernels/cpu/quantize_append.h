@@ -1,11 +1,13 @@
 // Writes new tokens into the storage of keys and values: hf_kvquant/quantization.py's steps, bit
 // for bit.
 //
-//   tasks   per side and head: chunks of kChunk tokens (token grid: quantize; dense: copy; all:
-//   count the non-finite),
-//           and on the channel grid every block that the new tokens complete, its earlier columns
-//           taken from the ring
-//   then    per side and head: the ring, which the blocks have read by now, and the sinks
+//   first   for each side and head, in parallel:
+//             chunks of kChunk tokens    count those that are not finite; token grid: quantize;
+//                                        dense: copy
+//             channel grid               quantize each block that the new tokens complete; its
+//                                        earlier columns come from the ring
+//   then    for each side and head, in parallel: the ring, which the blocks have read by now, and
+//           the sinks
 #pragma once
 
 #include <atomic>

@@ -45,8 +45,8 @@ class Pool {
   // Held by one caller at a time.
   std::mutex in_use;
 
-  //   caller    publish job, tickets = helpers | run items .. | tickets = 0 | wait for those who
-  //   joined worker    spin, sleep                 | take a ticket, run items .. , done + 1
+  //   caller   publish the job, tickets = helpers | run items .. | tickets = 0 | until done = joined
+  //   worker   spin, then sleep                   | take a ticket, run items .., done + 1
   // A worker that comes too late finds no ticket, so a short job never waits for a wake-up.
   void run(int64_t threads, Job& job) {
     int wanted = int(threads - 1 < kMaxWorkers ? threads - 1 : kMaxWorkers);

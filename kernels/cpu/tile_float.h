@@ -3,13 +3,12 @@
 // Query rows are taken four (or two, or one) at a time, so that each number of the cache is decoded
 // once for four rows:
 //
-//   score        for 16 / rows columns x rows        accumulators, one vector each; 16 is the
-//   vector's width
-//                  along head_dim                    decode a vector of each column, multiply into
-//                  its rows
-//                sum_each: 16 accumulators -> 16 scores
-//   accumulate   for 4 vectors of head_dim x rows    accumulators in registers
-//                  along the columns                 decode, multiply with each row's weight
+//   score        W / rows columns x rows       W accumulators of one vector (W: its width)
+//                  along head_dim              decode a vector of each column, multiply it with
+//                                              every row's query
+//                sum_each                      W accumulators -> W scores
+//   accumulate   2 or 4 vectors of channels x rows, an accumulator each
+//                  along the columns           decode, multiply with every row's weight
 #pragma once
 
 #include "cpu/codecs.h"

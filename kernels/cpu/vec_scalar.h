@@ -2,12 +2,13 @@
 // for its machine.
 //
 // Every level has a `Vec` with the same members, and kernels are written once against them:
-//   load / store                float, Half, BFloat16 in memory; arithmetic is always float
-//   numbers(Format, row, c, d)  the numbers that kWidth stored codes from channel c on stand for,
-//   before scaling store_codes(Format, ..)     the inverse, for numbers already rounded (E4M3:
-//   rounds) where(bits, a, b)           a in lanes whose bit is set, else b butterfly(x, stride)
-//   one step of a Hadamard transform inside the vector sum_each(x)                 lane i is the
-//   sum of all lanes of x[i]
+//   load, store                float, Half or BFloat16 in memory; arithmetic is always float
+//   numbers(Format, row, c, d) the kWidth codes from channel c on of a row of head_dim d, as floats,
+//                              before scaling
+//   store_codes(Format, p)     the inverse, for numbers that are already rounded (E4M3: it rounds)
+//   where(bits, a, b)          a in the lanes whose bit is set, b in the others
+//   butterfly(x, stride)       one step of a Hadamard transform within the vector
+//   sum_each(x)                lane i is the sum of all lanes of x[i], i < kWidth
 #pragma once
 
 #include <cmath>

@@ -1,9 +1,11 @@
 // Attention of up to 32 new queries over one quantized cache: `reference.decode_attention`.
 //
 //   decode_attention_kernel(a, partial)
-//     grid      (3 if a has exact copies + ceil(a.kv_len / KVQUANT_SPLIT), num_kv_heads * row
-//     tiles, batch) block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory row tile 16
-//     of the q_per_kv * q_len query rows of a kv head
+//     grid      (3 if a has exact copies, + ceil(a.kv_len / KVQUANT_SPLIT),
+//                num_kv_heads * row tiles,
+//                batch)
+//     block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory
+//     row tile  16 of the q_per_kv * q_len query rows of a kv head
 //   merge_splits_kernel(a, partial)
 //     grid      (q_len, num_heads, batch)
 //     block     KVQUANT_THREADS, kMergeBytes of dynamic shared memory

@@ -243,8 +243,7 @@ KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 KVQUANT_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
-// -- FP16 and BF16 pairs, one rounding each, subnormals kept
-// ----------------------------------------
+// -- FP16 and BF16 pairs, one rounding each, subnormals kept --------------------------------------
 
 KVQUANT_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
@@ -314,8 +313,7 @@ KVQUANT_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
 }
 #endif
 
-// -- float: one IEEE rounding each, never contracted; approximations say so
-// -------------------------
+// -- float: one IEEE rounding each, never contracted; approximations say so -----------------------
 
 KVQUANT_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 KVQUANT_DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }

@@ -67,8 +67,7 @@ struct Append {
     if (block_index_x() == 0 && warp_index() == KVQUANT_THREADS / 32 - 1) write_sinks();
   }
 
-  // -- where rows are
-  // ------------------------------------------------------------------------------
+  // -- where rows are -----------------------------------------------------------------------------
 
   KVQUANT_DEVICE uint8_t* at(uint8_t* base, const int64_t (&stride)[2]) const {
     return base + batch * stride[0] + head * stride[1];
@@ -96,8 +95,7 @@ struct Append {
            global_load(a.padding + batch * a.padding_stride + t);
   }
 
-  // -- tokens
-  // --------------------------------------------------------------------------------------
+  // -- tokens -------------------------------------------------------------------------------------
 
   // Counts the rows that this warp holds and that are not finite; all lanes come here.
   KVQUANT_DEVICE void count_bad(bool finite) {
@@ -158,8 +156,7 @@ struct Append {
     }
   }
 
-  // -- blocks of the channel grid
-  // ------------------------------------------------------------------
+  // -- blocks of the channel grid -----------------------------------------------------------------
 
   // The block of columns from `base` on: its new columns go to the ring, and if it is complete, it
   // is quantized. Two passes over its rows, the second from the cache: statistics, then codes.
@@ -298,8 +295,7 @@ struct Append {
     }
   }
 
-  // -- sinks
-  // ---------------------------------------------------------------------------------------
+  // -- sinks --------------------------------------------------------------------------------------
 
   // By one warp: the first tokens of the row that are no padding, while there are free slots. Slots
   // of columns before `start` are taken; the others may be written meanwhile by another block, with

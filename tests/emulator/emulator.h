@@ -188,8 +188,7 @@ inline void store_16(void* p, Words4 x, KVQUANT_SITE) {
   global_store(static_cast<Words4*>(p), x, site);
 }
 
-// -- asynchronous copies
-// ---------------------------------------------------------------------------
+// -- asynchronous copies --------------------------------------------------------------------------
 
 template <class T>
 void cp_async_16(SharedPtr<T> to, const void* from, KVQUANT_SITE) {
@@ -213,8 +212,7 @@ void cp_async_wait() {
   emulator::copy_wait(N);
 }
 
-// -- matrices
-// --------------------------------------------------------------------------------------
+// -- matrices -------------------------------------------------------------------------------------
 
 template <class T>
 void ldmatrix_x4(uint32_t (&r)[4], SharedPtr<T> row, KVQUANT_SITE) {
@@ -249,8 +247,7 @@ inline void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], const ui
   emulator::mma_m16n8k32(c, a, b, emulator::Number::kUnsigned8, site);
 }
 
-// -- words
-// -----------------------------------------------------------------------------------------
+// -- words ----------------------------------------------------------------------------------------
 
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
@@ -275,8 +272,7 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
-// -- FP16 and BF16 pairs
-// ---------------------------------------------------------------------------
+// -- FP16 and BF16 pairs --------------------------------------------------------------------------
 
 inline uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   return emulator::on_pairs(emulator::half_fma, a, b, c);
@@ -310,8 +306,7 @@ inline uint32_t convert_e4m3x2(uint32_t x) {
 }
 #endif
 
-// -- float
-// -----------------------------------------------------------------------------------------
+// -- float ----------------------------------------------------------------------------------------
 
 inline float add_rn(float a, float b) { return a + b; }
 inline float sub_rn(float a, float b) { return a - b; }

@@ -3,16 +3,20 @@
 // hf_kvquant/quantization.py is the definition; this file says the same in C++ for every device. A
 // row is one token of one head, head_dim numbers:
 //
-//   Signed8    head_dim bytes, two's complement -127..127                              int8, token
-//   grid Unsigned8  head_dim bytes, 0..255                                                  int8,
-//   channel grid E4M3       head_dim bytes: sign, 4 bits of exponent (bias 7), 3 of mantissa fp8
-//   Nibble     head_dim / 2 bytes, packed along head_dim in chunks of 32 channels      int4
-//              (the last chunk may be 16): byte j of a chunk of 2h channels holds
-//              channel j in its low and channel h + j in its high nibble
+//   Signed8    int8, token grid     head_dim bytes, two's complement -127 .. 127
+//   Unsigned8  int8, channel grid   head_dim bytes, 0 .. 255
+//   E4M3       fp8                  head_dim bytes: sign, 4 bits of exponent (bias 7), 3 of mantissa
+//   Nibble     int4                 head_dim / 2 bytes, packed along head_dim in chunks of 32
+//                                   channels (the last chunk may be 16): byte j of a chunk of 2h
+//                                   channels holds channel j in its low nibble and channel h + j
+//                                   in its high nibble
 //
-// Example, head_dim 32, int4, code of channel c = c % 16:  00 11 22 33 44 55 66 77 88 99 aa bb cc
-// dd ee ff Example, head_dim 48, code of channel c = c / 4: 40 40 40 40 51 51 51 51 62 62 62 62 73
-// 73 73 73 | a8 a8 a8 a8 b9 b9 b9 b9
+// Two int4 rows in hex:
+//
+//   head_dim 32, code of channel c = c % 16
+//     00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff
+//   head_dim 48, code of channel c = c / 4; the second chunk is short
+//     40 40 40 40 51 51 51 51 62 62 62 62 73 73 73 73 | a8 a8 a8 a8 b9 b9 b9 b9
 #pragma once
 
 #include "kvquant/params.h"

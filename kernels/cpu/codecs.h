@@ -1,17 +1,19 @@
 // Codecs: where column i of a tile is stored, and which numbers are in it.
 //
 // A codec is made for one tile of one head. `row(i)` finds column i, `load(row, c)` gives the
-// numbers of Vec::kWidth channels from c on. The loops of tile_float.h are written once against
+// numbers of Vec::kWidth channels from c on. The loops of float_tile.h are written once against
 // this.
 #pragma once
 
-#include "cpu/vec.h"
 #include "kvquant/formats.h"
+#include "vec.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kTile = 64;  // columns
+constexpr int kTile = 64;     // columns
+constexpr int kMaxRows = 64;  // query rows of a chunk
+constexpr int kMaxPaddedRows = kMaxRows + 3;
 constexpr int kMaxHeadDim = 512;
 
 // The stored rows of one head, keys or values.

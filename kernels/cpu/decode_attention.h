@@ -19,7 +19,7 @@
 #include <new>
 
 #include "cpu/columns.h"
-#include "cpu/methods.h"
+#include "cpu/float_methods.h"
 #include "cpu/rotation.h"
 #include "cpu/thread_pool.h"
 #include "kvquant/softmax_state.h"
@@ -28,7 +28,6 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 constexpr int kSplit = 1024;  // columns of a work item
-constexpr int kMaxRows = 64;  // query rows of a chunk
 constexpr int kInlineBytes =
     1 << 18;  // a cache smaller than this is read faster than a thread wakes
 
@@ -197,8 +196,8 @@ struct DecodeAttention {
     keys.prepare(k_body, q_body, padded, prepared);
 
     // Who sees what, of each row; the rows that pad a block repeat the last one.
-    MaskRow mask[kMaxRows + 3];
-    int64_t k_dense_from[kMaxRows + 3], v_dense_from[kMaxRows + 3];
+    MaskRow mask[kMaxPaddedRows];
+    int64_t k_dense_from[kMaxPaddedRows], v_dense_from[kMaxPaddedRows];
     for (int r = 0; r < padded; ++r) {
       const int row = row0 + (r < m ? r : m - 1);
       mask[r] = MaskRow(a, b, h * q_per_kv + row / a.q_len, row % a.q_len);
@@ -212,8 +211,8 @@ struct DecodeAttention {
       int16_t sink_slot[kTile];
       const uint64_t sinks = find_sinks(b, first, n, sink_slot);
       // visible = k_body + k_copy = v_body + v_copy, per row.
-      uint64_t visible[kMaxRows + 3], v_from_body[kMaxRows + 3], v_from_copy[kMaxRows + 3],
-          k_from_copy[kMaxRows + 3];
+      uint64_t visible[kMaxPaddedRows], v_from_body[kMaxPaddedRows], v_from_copy[kMaxPaddedRows],
+          k_from_copy[kMaxPaddedRows];
       uint64_t any_k_body = 0, any_k_copy = 0, any_v_body = 0, any_v_copy = 0;
       for (int r = 0; r < padded; ++r) {
         visible[r] = mask[r].visible(first, n, bias + r * kTile);
@@ -326,6 +325,13 @@ inline bool decode_attention(const KvquantAttention& a, KeyMethod keys, ValueMet
   if (a.dtype == kFloat32) return DecodeAttention<float>(a, keys, values).run();
   if (a.dtype == kFloat16) return DecodeAttention<Half>(a, keys, values).run();
   return DecodeAttention<BFloat16>(a, keys, values).run();
+}
+
+// The operator of an instruction set, which chooses the methods.
+template <KeyMethod (*key_method)(const KvquantSide&, int64_t dtype),
+          ValueMethod (*value_method)(const KvquantSide&, int64_t dtype)>
+bool attend(const KvquantAttention& a) {
+  return decode_attention(a, key_method(a.keys, a.dtype), value_method(a.values, a.dtype));
 }
 
 }  // namespace KVQUANT_ISA

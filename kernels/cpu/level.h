@@ -1,4 +1,5 @@
-// A level is one way to run the operators, compiled for one set of machine instructions.
+// A level: the operators compiled for one instruction set. Each has a level.cc in the folder of its
+// instruction set, compiled with that folder on the include path: "vec.h" is the instruction set's.
 #pragma once
 
 #include "kvquant/params.h"
@@ -6,7 +7,6 @@
 namespace kvquant {
 
 struct Level {
-  const char* name;
   bool (*decode_attention)(const KvquantAttention&);  // false: out of memory
   bool (*quantize_append)(const KvquantAppend&);
 };

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/vec.h"
+#include "vec.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {

@@ -1,13 +1,63 @@
 // Weighted sums over a tile of columns in dot products.
 #pragma once
 
-#include "cpu/dot_tile.h"
+#include "cpu/whole_tile.h"
+#include "dot.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
+// Values are taken in steps of kColumns columns, of which step s takes those from first(s)
+// on, and in kHalves parts: `take` reads one of the four vectors of a step, `expand` makes kOut of
+// each after bytes were interleaved. The numbers are dot * kUnit + kHalf * sum of weights.
+//
+// Bytes are signed, their weights are not.
+template <class Dot_>
+struct FourColumns {
+  using Dot = Dot_;
+  static constexpr int kColumns = 4, kHalves = 1, kOut = 1;
+  static constexpr float kUnit = 1.0f, kHalf = 0.0f;
+  static int first(int step) { return 4 * step; }
+  template <int>
+  static Quads take(const uint8_t* column, int64_t, int bytes) {
+    return Quads::load_first(column, bytes);
+  }
+};
+template <class Format, int kBytes>
+struct ValueOperand : FourColumns<IntDot<kBytes, false>> {
+  template <int>
+  void expand(Quads x, Quads* out) const {
+    out[0] = x;
+  }
+};
+template <int kBytes>
+struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
+  static constexpr int kHalves = 2;
+  static constexpr float kUnit = 0.0625f, kHalf = 0.5f;
+  template <int kPart>
+  void expand(Quads x, Quads* out) const {
+    out[0] = kPart ? x.high_centered() : x.low_centered();
+  }
+};
+struct PairedValues {
+  using Dot = PairDot;
+  static constexpr int kColumns = 8, kHalves = 2, kOut = 1;
+  static constexpr float kUnit = 1.0f, kHalf = -7.5f;
+  static int first(int step) { return step / 4 * 32 + step % 4 * 4; }
+  template <int kPart>
+  static Quads take(const uint8_t* column, int64_t row_bytes, int bytes) {
+    const Quads a = Quads::load_first(column, bytes);
+    const Quads b = Quads::load_first(column + 16 * row_bytes, bytes);
+    return kPart ? Quads::pair_high(a, b) : Quads::pair_low(a, b);
+  }
+  template <int>
+  void expand(Quads x, PairDot::Codes* out) const {
+    out[0] = x;
+  }
+};
+
 template <class Operand>
-struct DotValues {
+struct QuadValues {
   using Dot = typename Operand::Dot;
   static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are taken at once
   // Vectors of sums of a chunk: bytes 0..3, 4..7, 8..11, 12..15 of every lane. Nibbles have as
@@ -17,7 +67,7 @@ struct DotValues {
   // A chunk is gone through so often, each time for so many vectors of sums and rows as fit the
   // registers.
   static constexpr int kParts = Dot::kSums == 1 ? 1 : 2, kPasses = kHalves * kParts;
-  static constexpr int kVecs = 4 / kParts, kMaxRows = 4;
+  static constexpr int kVecs = 4 / kParts, kRowsAtOnce = 4;
 
   // Weights of one row: probabilities with the scales of a group folded in.
   struct alignas(64) Row {
@@ -47,7 +97,7 @@ struct DotValues {
                          const float* p, int rows, float* acc) {
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(values, first, n, rest);
-    Row row[kMaxDotRows];
+    Row row[kMaxPaddedRows];
     const size_t acc_dim = acc_floats(values), weights = weights_at(values);
     int weighted = -1;
     for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
@@ -60,7 +110,7 @@ struct DotValues {
         });
       }
       weighted = g;
-      for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
+      for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
         float* sums = acc + r * acc_dim + first_sum;
         accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
       });

@@ -17,71 +17,61 @@
 // Of values it is the weights, which are never negative; of pairs the codes again.
 #pragma once
 
-#include "cpu/dot_keys.h"
-#include "cpu/dot_operands.h"
-#include "cpu/dot_values.h"
-#include "cpu/methods.h"
+#include "cpu/float_methods.h"
+#include "keys.h"
+#include "values.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 template <class Operand>
-KeyMethod dot_keys() {
-  return {DotKeys<Operand>::prepared_bytes, DotKeys<Operand>::prepare, DotKeys<Operand>::score};
+KeyMethod quad_keys() {
+  return {QuadKeys<Operand>::prepared_bytes, QuadKeys<Operand>::prepare, QuadKeys<Operand>::score};
 }
 template <class Operand>
-ValueMethod dot_values() {
-  return {DotValues<Operand>::accumulate, DotValues<Operand>::acc_floats,
-          DotValues<Operand>::finish};
+ValueMethod quad_values() {
+  return {QuadValues<Operand>::accumulate, QuadValues<Operand>::acc_floats,
+          QuadValues<Operand>::finish};
 }
 
 // n: the precision of weights, bytes of whole numbers and BF16 numbers. BF16 queries: 12 bits do
 // for pairs, and a query to which nothing was done is one BF16 number.
 template <int n, bool kBf16Query = false>
-KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
+KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
   const bool channel = side.grid == kChannelGrid;
   if (takes_tiles(side)) {
     if (side.format == kInt8) {
-      return channel ? dot_keys<KeyOperand<Unsigned8, false, n>>()
-                     : dot_keys<KeyOperand<Signed8, true, n>>();
+      return channel ? quad_keys<KeyOperand<Unsigned8, false, n>>()
+                     : quad_keys<KeyOperand<Signed8, true, n>>();
     }
     // On the channel grid weights have the blocks' scales, which may differ by more than 12 bits.
-    if (side.format == kInt4 && kBf16Query && !channel) return dot_keys<PairedKeys>();
+    if (side.format == kInt4 && kBf16Query && !channel) return quad_keys<PairedKeys>();
     if (side.format == kInt4) {
-      return channel ? dot_keys<KeyOperand<Nibble, false, n>>()
-                     : dot_keys<KeyOperand<Nibble, true, n>>();
+      return channel ? quad_keys<KeyOperand<Nibble, false, n>>()
+                     : quad_keys<KeyOperand<Nibble, true, n>>();
     }
-#ifdef __AVX512BF16__
-    if (side.format == kFp8) {
-      return kBf16Query && !channel && !side.rotate ? dot_keys<E4M3Operand<1>>()
-                                                    : dot_keys<E4M3Operand<n>>();
-    }
-#endif
   }
   return float_key_method(side, dtype);
 }
-inline KeyMethod dot_key_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_key_method<3>(side, dtype)
-         : dtype == kFloat16 ? dot_key_method<2>(side, dtype)
-                             : dot_key_method<2, true>(side, dtype);
+inline KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
+  return dtype == kFloat32   ? quad_key_method<3>(side, dtype)
+         : dtype == kFloat16 ? quad_key_method<2>(side, dtype)
+                             : quad_key_method<2, true>(side, dtype);
 }
 
 template <int n, bool kBf16Query = false>
-ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
+ValueMethod quad_value_method(const KvquantSide& side, int64_t dtype) {
   if (takes_tiles(side)) {
-    if (side.format == kInt8) return dot_values<ValueOperand<Signed8, n>>();
-    if (side.format == kInt4 && kBf16Query) return dot_values<PairedValues>();
-    if (side.format == kInt4) return dot_values<ValueOperand<Nibble, n>>();
-#ifdef __AVX512BF16__
-    if (side.format == kFp8) return dot_values<E4M3Operand<n>>();
-#endif
+    if (side.format == kInt8) return quad_values<ValueOperand<Signed8, n>>();
+    if (side.format == kInt4 && kBf16Query) return quad_values<PairedValues>();
+    if (side.format == kInt4) return quad_values<ValueOperand<Nibble, n>>();
   }
   return float_value_method(side, dtype);
 }
-inline ValueMethod dot_value_method(const KvquantSide& side, int64_t dtype) {
-  return dtype == kFloat32   ? dot_value_method<3>(side, dtype)
-         : dtype == kFloat16 ? dot_value_method<2>(side, dtype)
-                             : dot_value_method<2, true>(side, dtype);
+inline ValueMethod quad_value_method(const KvquantSide& side, int64_t dtype) {
+  return dtype == kFloat32   ? quad_value_method<3>(side, dtype)
+         : dtype == kFloat16 ? quad_value_method<2>(side, dtype)
+                             : quad_value_method<2, true>(side, dtype);
 }
 
 }  // namespace KVQUANT_ISA

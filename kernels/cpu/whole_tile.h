@@ -14,7 +14,6 @@ inline namespace KVQUANT_ISA {
 
 constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
-constexpr int kMaxDotRows = 64 + 3;  // query rows of a call, padded
 
 // Whether the loops take one side of the cache: a group of nibbles must be whole chunks of 32
 // channels, a tile must lie in one block of keys.
@@ -23,7 +22,7 @@ inline bool takes_tiles(const KvquantSide& side) {
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
 }
-// Whether it is for 16-bit dot products (dot_avx2.h), whose weights are not exact enough for float
+// Whether it is for 16-bit dot products (avx2/dot.h), whose weights are not exact enough for float
 // queries.
 inline bool takes_words(const KvquantSide& side, int64_t dtype) {
   return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
@@ -48,10 +47,24 @@ inline void load_scales(const Body& body, int g, int64_t first, int n, float* sc
   halves_to_floats(column, n, scale);
 }
 
+// The largest magnitude of some numbers.
+struct Largest {
+  Vec most = Vec(0.0f);
+
+  void take(Vec x) { most = Vec::max_bits(most, Vec::abs(x)); }
+  // The factor that makes the largest `weight`: NaN if a number is not finite, 0 if all are so small
+  // that its inverse would not be.
+  float factor(float weight) const {
+    const uint32_t largest = Vec::largest_bits(most);
+    if (largest >= 0x7f800000u) return __builtin_nanf("");
+    return float_of(largest) < 1e-30f ? 0.0f : float_of(largest) * (1.0f / weight);
+  }
+};
+
 // kRows queries times the scales of the block of keys whose scales begin at `at`, their largest
 // magnitudes, and by lane their products with its zero points. Step by step for all rows, because
 // each step waits for the one before it.
-template <int kRows, class Largest>
+template <int kRows>
 inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
                           Largest* largest, Vec* zero) {
   const int n = keys.head_dim;

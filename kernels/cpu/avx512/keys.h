@@ -1,10 +1,59 @@
 // Scores of a tile of columns in dot products.
 #pragma once
 
-#include "cpu/dot_tile.h"
+#include "cpu/whole_tile.h"
+#include "dot.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
+
+// Keys: `expand` makes kOut vectors of one. They are codes from 0 on, their numbers (kTimes * dot -
+// kOffset * sum of weights) / kTimes.
+template <class Format, bool kCentered, int kBytes>
+struct KeyOperand {
+  using Dot = IntDot<kBytes, true>;
+  static constexpr bool kNibbles = false;
+  static constexpr int kOut = 1, kTimes = 1, kOffset = kCentered ? 128 : 0;
+  void expand(Quads x, Quads* out) const { out[0] = kCentered ? x ^ Quads(128) : x; }
+};
+template <bool kCentered, int kBytes>
+struct KeyOperand<Nibble, kCentered, kBytes> {
+  using Dot = IntDot<kBytes, true>;
+  static constexpr bool kNibbles = true;
+  static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1, kOffset = kCentered ? 15 : 0;
+  void expand(Quads x, Quads* out) const {
+    out[0] = x.low_nibbles();
+    out[1] = x.high_nibbles();
+  }
+};
+struct PairedKeys {
+  using Dot = PairDot;
+  static constexpr bool kNibbles = true;
+  static constexpr int kOut = 1, kTimes = 2, kOffset = 15;
+  void expand(Quads x, PairDot::Codes* out) const { out[0] = x; }
+};
+
+// Weights that share a factor: number = factor * weight.
+struct Share {
+  float factor;
+  int32_t sum;  // of the weights
+};
+
+// Splits n numbers (a multiple of 16) into `Dot::kPasses` rows of quads, which have room for a
+// multiple of 64 numbers.
+template <class Dot, bool kSum>
+inline Share make_weights(const float* x, int n, float factor, int32_t* quads, int stride) {
+  const Vec inverse(Dot::inverse(factor));
+  __m512i sum = _mm512_setzero_si512();
+  for (int c = 0; c < n; c += 64) {
+    Vec v[4];
+    for (int i = 0; i < 4; ++i) {
+      v[i] = c + 16 * i < n ? Vec::load(x + c + 16 * i) * inverse : Vec(0.0f);
+    }
+    sum = _mm512_add_epi32(sum, Dot::split(v, n - c, quads + Dot::quads(c), stride));
+  }
+  return {factor, kSum ? Dot::total(sum) : 0};
+}
 
 // A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16
 // pointers, for which there are no registers.
@@ -29,11 +78,11 @@ struct Columns16 {
 };
 
 template <class Operand>
-struct DotKeys {
+struct QuadKeys {
   using Dot = typename Operand::Dot;
   static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
   // Columns and query rows whose sums, with the codes, fit the registers.
-  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kMaxRows = 4;
+  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kRowsAtOnce = 4;
 
   // A query row, split; on the channel grid of the present block, with its scales folded in.
   struct alignas(64) Row {
@@ -78,7 +127,7 @@ struct DotKeys {
     for (int g = 0; g < groups; ++g, data += group_bytes) {
       if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
       for (int i = 0; i < kTile; i += kVecs * Quads::kCount) {
-        for_row_blocks<kMaxRows>(rows, [&](int r, auto block) {
+        for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
           score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, group_bytes, row + r, g,
                                g * group_quads, keys.channel_grid ? nullptr : scale + i,
                                scores + r * kTile + i);

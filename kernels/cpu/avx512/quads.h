@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/vec.h"
+#include "vec.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -77,23 +77,6 @@ struct Quads {
     const __m512i a = unpack(x[0], x[1]), b = unpack(x[2], x[3]);
     out[0] = _mm512_unpacklo_epi16(a, b);
     out[1] = _mm512_unpackhi_epi16(a, b);
-  }
-};
-
-// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the
-// numbers, then infinity, then NaN.
-struct Largest {
-  __m512i bits = _mm512_setzero_si512();
-
-  void take(Vec x) {
-    const __m512i magnitude = _mm512_castps_si512(Vec::abs(x).v);
-    bits = _mm512_max_epu32(bits, magnitude);
-  }
-  // The factor that makes the largest `weight`: NaN if a number is not finite.
-  float factor(float weight) const {
-    const uint32_t most = _mm512_reduce_max_epu32(bits);
-    if (most >= 0x7f800000u) return __builtin_nanf("");
-    return float_of(most) < 1e-30f ? 0.0f : float_of(most) * (1.0f / weight);
   }
 };
 

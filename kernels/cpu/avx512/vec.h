@@ -1,4 +1,4 @@
-// `Vec` for AVX-512 (F, BW, VL, DQ): sixteen floats. The members are described in vec_scalar.h.
+// `Vec` for AVX-512 (F, BW, VL, DQ): sixteen floats. The members are described in scalar/vec.h.
 #pragma once
 
 #include <immintrin.h>
@@ -84,6 +84,11 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+  // The larger by the bits, without signs: so are floats in order, then infinity, then NaN.
+  static Vec max_bits(Vec a, Vec b) {
+    return _mm512_castsi512_ps(
+        _mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+  }
   static Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -126,6 +131,7 @@ struct Vec {
   }
   static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
   static float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+  static uint32_t largest_bits(Vec a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a.v)); }
   static Vec sum_each(const Vec* x) {
     __m512 four[4];
     for (int i = 0; i < 4; ++i, x += 4) {

@@ -11,7 +11,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/vec.h"
+#include "vec.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -36,6 +36,12 @@ struct Words {
 inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
+
+// Bytes of 16 channels.
+template <class Format>
+constexpr int kBytesOf16 = 16;
+template <>
+constexpr int kBytesOf16<Nibble> = 8;
 
 // kWords words of the channels that begin at byte p of a row: 32 or 16.
 template <int kWords, class Format>
@@ -116,25 +122,9 @@ struct PairSums {
   }
 };
 
-// The largest magnitude of some numbers. Without signs the bits of floats are in the order of the
-// numbers, then infinity, then NaN.
-struct Largest {
-  __m256i bits = _mm256_setzero_si256();
-
-  void take(Vec x) { bits = _mm256_max_epu32(bits, _mm256_castps_si256(Vec::abs(x).v)); }
-  // The factor of weights, number = factor * weight: NaN if a number is not finite.
-  float factor() const {
-    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
-    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
-    const uint32_t largest = uint32_t(_mm_cvtsi128_si32(most));
-    if (largest >= 0x7f800000u) return __builtin_nanf("");
-    return float_of(largest) < 1e-30f ? 0.0f : float_of(largest) * (1.0f / 32767.0f);
-  }
-};
-
 // The weights of numbers, in their order, and the sum of the weights.
 struct WeightMaker {
+  static constexpr float kLargest = 32767.0f;
   const Vec inverse;
   __m256i sums = _mm256_setzero_si256();
 

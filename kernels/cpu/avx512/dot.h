@@ -11,7 +11,8 @@
 // intrinsics through other registers and the stack.
 #pragma once
 
-#include "cpu/quads.h"
+#include "cpu/whole_tile.h"
+#include "quads.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -183,92 +184,6 @@ struct PairDot {
     return _mm512_cvtepi32_ps(x);
   }
 };
-
-#ifdef __AVX512BF16__
-// Numbers 0 and 2 of four are in the first of their quads, 1 and 3 in the second.
-template <int n>
-struct Bf16Dot {
-  using Codes = Quads;
-  static constexpr int kPasses = n, kSums = 1;
-  static constexpr int quads(int numbers) { return numbers / 2; }
-
-  static float factor(const Largest&) { return 1.0f; }
-  static float inverse(float) { return 1.0f; }
-  static __m512i split(const Vec* x, int, int32_t* quads, int stride) {
-    for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
-      __m512 a = x[0].v, b = x[1].v;
-      for (int k = 0; k < n; ++k) {
-        const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        store(numbers, quads + k * stride);
-        a = _mm512_sub_ps(a, float_of(_mm512_castsi512_si256(numbers)));
-        b = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
-      }
-    }
-    return _mm512_setzero_si512();
-  }
-  static int32_t total(__m512i) { return 0; }
-
-  __m512 sum;
-  void clear() { sum = _mm512_setzero_ps(); }
-  struct Weights {
-    __m512i v[n];
-    Weights(const int32_t* quad, int stride) {
-#pragma GCC unroll 3
-      for (int k = 0; k < n; ++k) v[k] = _mm512_set1_epi32(quad[k * stride]);
-    }
-  };
-  void add(Quads numbers, const Weights& weights) {
-#pragma GCC unroll 3
-    for (int k = 0; k < n; ++k) {
-      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(numbers.v), "v"(weights.v[k]));
-    }
-  }
-  Vec result(int = 1, int32_t = 0, int32_t = 0) const { return sum; }
-
- private:
-  static __m512 float_of(__m256i numbers) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
-  }
-  static void store(__m512i numbers, int32_t* quads) {
-    numbers = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(numbers, 0xd8), 0xd8);
-    _mm512_storeu_si512(quads, numbers);
-  }
-};
-
-// E4M3 codes as BF16, exactly. Both bytes of a number come from a table of the 128 magnitudes.
-struct E4M3ToBf16 {
-  __m512i high[2], low[2];
-
-  E4M3ToBf16() {
-    static const Table table;
-    for (int i = 0; i < 2; ++i) {
-      high[i] = _mm512_load_si512(table.high + 64 * i);
-      low[i] = _mm512_load_si512(table.low + 64 * i);
-    }
-  }
-  // Numbers 0 and 2 of each quad to out[0], 1 and 3 to out[1].
-  void expand(Quads codes, Quads* out) const {
-    const __m512i sign = _mm512_and_si512(codes.v, _mm512_set1_epi8(char(0x80)));
-    const __m512i h = _mm512_or_si512(_mm512_permutex2var_epi8(high[0], codes.v, high[1]), sign);
-    const __m512i l = _mm512_permutex2var_epi8(low[0], codes.v, low[1]);
-    const __m512i even = _mm512_set1_epi16(0x00ff);
-    out[0] = _mm512_or_si512(_mm512_and_si512(even, l), _mm512_slli_epi16(h, 8));
-    out[1] = _mm512_or_si512(_mm512_srli_epi16(l, 8), _mm512_andnot_si512(even, h));
-  }
-
- private:
-  struct Table {
-    alignas(64) uint8_t high[128], low[128];
-    Table() {
-      for (int i = 0; i < 128; ++i) {
-        const uint32_t bits = bits_of(e4m3_to_float(uint8_t(i))) >> 16;
-        high[i] = uint8_t(bits >> 8);
-        low[i] = uint8_t(bits);
-      }
-    }
-  };
-};
-#endif
 
 }  // namespace KVQUANT_ISA
 }  // namespace kvquant

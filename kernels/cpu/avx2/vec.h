@@ -1,9 +1,8 @@
-// `Vec` for AVX2 with FMA and F16C: eight floats. The members are described in vec_scalar.h.
+// `Vec` for AVX2 with FMA and F16C: eight floats. The members are described in scalar/vec.h.
 #pragma once
 
 #include <immintrin.h>
 
-#include "cpu/vec_math.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -87,11 +86,31 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
+  // The larger by the bits, without signs: so are floats in order, then infinity, then NaN.
+  static Vec max_bits(Vec a, Vec b) {
+    return _mm256_castsi256_ps(
+        _mm256_max_epu32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
+  }
   static Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
   static Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static Vec exp(Vec a) { return exp_of(a); }
+  // exp(x) = 2^n e^r for x < 88, to 1e-7 by the polynomial of Cephes' expf; 0 below exp(-87); NaN
+  // stays NaN.
+  static Vec exp(Vec x) {
+    const Vec a = max(Vec(-87.0f), x), n = round(a * Vec(1.44269504088896341f));
+    Vec r = fma(n, Vec(-0.693359375f), a);
+    r = fma(n, Vec(2.12194440e-4f), r);
+    Vec y = Vec(1.9875691500e-4f);
+    y = fma(y, r, Vec(1.3981999507e-3f));
+    y = fma(y, r, Vec(8.3334519073e-3f));
+    y = fma(y, r, Vec(4.1665795894e-2f));
+    y = fma(y, r, Vec(1.6666665459e-1f));
+    y = fma(y, r, Vec(5.0000001201e-1f));
+    y = fma(y, r * r, r) + Vec(1.0f);
+    return where(less(x, Vec(-87.0f)), Vec(0.0f), scale(y, n));
+  }
+  // a * 2^n for integral n >= -126.
   static Vec scale(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
@@ -127,6 +146,13 @@ struct Vec {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  static uint32_t largest_bits(Vec a) {
+    const __m256i x = _mm256_castps_si256(a.v);
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(most));
   }
   static Vec sum_each(const Vec* x) {
     __m256 four[2];

@@ -2,7 +2,7 @@
 // so that the product of key forms and value forms is never instantiated.
 #pragma once
 
-#include "cpu/tile_float.h"
+#include "cpu/float_tile.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {

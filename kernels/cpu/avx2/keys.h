@@ -1,0 +1,147 @@
+// Scores of a tile of columns in 16-bit dot products; methods.h draws the loops.
+#pragma once
+
+#include "cpu/whole_tile.h"
+#include "dot.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+// Of the channel grid codes count from 0 on, of the token grid from the midpoint.
+template <class Format, bool kChannel>
+struct WordKeys {
+  static constexpr float kOffset = kChannel ? 0.0f : Format::kMidpoint;
+
+  // A query row; on the channel grid of the present block, with its scales folded in.
+  struct alignas(32) Row {
+    int16_t weights[kMaxDotDim];
+    float factor;
+    float offset[kMaxGroups];  // comes off the dot product of each group
+    float zero;                // the zero points' part of every score
+  };
+
+  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+
+  static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
+    if (kChannel) return;
+    Row* row = static_cast<Row*>(prepared);
+    const int length = int(keys.group_length);
+    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
+      Largest largest;
+      for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
+      row->factor = largest.factor(WeightMaker::kLargest);
+      for (int g = 0; g < keys.num_scales; ++g) {
+        row->offset[g] = kOffset * set_weights(q, g * length, length, row);
+      }
+    }
+  }
+
+  static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
+                    void* prepared, int rows, float* scores) {
+    Row* row = static_cast<Row*>(prepared);
+    if (kChannel) {
+      const int64_t at = first / keys.group_length * keys.head_dim;
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
+      });
+    }
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(keys, first, n, rest);
+
+    const int groups = kChannel ? 1 : int(keys.num_scales), channels = keys.head_dim / groups;
+    alignas(32) float scale[kTile];
+    for (int g = 0; g < groups; ++g, data += channels / 16 * kBytesOf16<Format>) {
+      if (!kChannel) load_scales(keys, g, first, n, scale);
+      for (int i = 0; i < kTile; i += Vec::kWidth) {
+        for_row_blocks<4>(rows, [&](int r, auto block) {
+          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, channels, row + r, g,
+                               scale + i, scores + r * kTile + i);
+        });
+      }
+    }
+  }
+
+ private:
+  static float set_weights(const float* x, int begin, int n, Row* row) {
+    WeightMaker maker(row->factor);
+    for (int c = begin; c < begin + n; c += 16)
+      maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
+    return maker.sum();
+  }
+
+  // The weights of kRows query rows for the block whose scales begin at `at`; its zero points' part
+  // of a score is the same for all columns.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
+    const int n = keys.head_dim;
+    alignas(32) float scaled[kRows][kMaxDotDim];
+    Vec zero[kRows];
+    Largest largest[kRows];
+    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
+    for (int r = 0; r < kRows; ++r) {
+      row[r].zero = Vec::sum(zero[r]);
+      row[r].factor = largest[r].factor(WeightMaker::kLargest);
+    }
+    for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
+  }
+
+  // Scores of 8 columns over the channels of group g, which begin at `columns`: with the weights of
+  // kRows query rows, and on the token grid the columns' scales.
+  template <int kRows>
+  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
+                                             int channels, const Row* row, int g,
+                                             const float* scale, float* scores) {
+    // A pass takes kOfLane columns from kOfLane * pass on, and as many from 4 columns later on:
+    // then a lane of its totals has the same columns of every row.
+    constexpr int kOfLane = 4 / kRows;
+    Vec totals[kRows];
+#pragma GCC unroll 1
+    for (int pass = 0; pass < kRows; ++pass, columns += kOfLane * row_bytes) {
+      PairSums sums[8];
+#pragma GCC unroll 8
+      for (PairSums& s : sums) s.clear();
+      int c = 0, byte = 0;
+      for (; c + 32 <= channels; c += 32, byte += 2 * kBytesOf16<Format>)
+        score_piece<kRows, 2>(columns + byte, row_bytes, row, g * channels + c, sums);
+      if (c < channels)
+        score_piece<kRows, 1>(columns + byte, row_bytes, row, g * channels + c, sums);
+      totals[pass] = PairSums::totals(sums);
+    }
+    PairSums::transpose<kRows>(totals);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r, scores += kTile) {
+      const Vec factor(row[r].factor);
+      const Vec s = kChannel ? Vec::fma(totals[r], factor, Vec(row[r].zero))
+                             : (totals[r] - Vec(row[r].offset[g])) * factor * Vec::load(scale);
+      (g == 0 ? s : s + Vec::load(scores)).store(scores);
+    }
+  }
+  template <int kRows, int kWords>
+  static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row, int c,
+                                 PairSums* sums) {
+    constexpr int kOfLane = 4 / kRows;
+    const auto column = [&](int j) {
+      return columns + (j % kOfLane + j / kOfLane * 4) * row_bytes;
+    };
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * kOfLane; j += 2) {
+      Words a[kWords], b[kWords];
+      prefetch_tile(column(j), row_bytes);
+      prefetch_tile(column(j + 1), row_bytes);
+      load_channels<kWords>(Format{}, column(j), a);
+      load_channels<kWords>(Format{}, column(j + 1), b);
+#pragma GCC unroll 2
+      for (int i = 0; i < kWords; ++i) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const Words weights = Words::load(row[r].weights + c + 16 * i);
+          sums[j * kRows + r].add(a[i], weights);
+          sums[(j + 1) * kRows + r].add(b[i], weights);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

@@ -1,0 +1,11 @@
+// AVX2 with AVX-VNNI, which has an instruction for the 16-bit dot product.
+#include "cpu/decode_attention.h"
+#include "cpu/level.h"
+#include "cpu/quantize_append.h"
+#include "methods.h"
+
+namespace kvquant {
+
+const Level kAvx2VnniLevel = {attend<word_key_method, word_value_method>, quantize_append};
+
+}  // namespace kvquant

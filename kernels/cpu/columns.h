@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/codecs.h"
+#include "kvquant/visibility.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -47,11 +48,11 @@ struct MaskRow {
       case kBoolMask:
         return bits_where(n, [&](int i) { return p[i * step] != 0; });
       case kAddFloat32:
-        return additive<float>(p, step, n, -3.4028234663852886e38f, bias);
+        return additive<float>(p, step, n, bias);
       case kAddFloat16:
-        return additive<Half>(p, step, n, -kFp16Max, bias);
+        return additive<Half>(p, step, n, bias);
       default:
-        return additive<BFloat16>(p, step, n, -3.3895313892515355e38f, bias);
+        return additive<BFloat16>(p, step, n, bias);
     }
   }
 
@@ -62,11 +63,11 @@ struct MaskRow {
       return bits_where(n, [&](int i) { return *(const int32_t*)(p + i * step) != 0; });
     return bits_where(n, [&](int i) { return *(const int64_t*)(p + i * step) != 0; });
   }
-  // NaN is not "at or below the smallest": it stays visible.
   template <class T>
-  static uint64_t additive(const uint8_t* p, int64_t step, int n, float smallest, float* bias) {
+  uint64_t additive(const uint8_t* p, int64_t step, int n, float* bias) const {
+    const float limit = mask_limit(a->mask_kind);
     for (int i = 0; i < n; ++i) bias[i] = to_float(*(const T*)(p + i * step));
-    return bits_where(n, [&](int i) { return !(bias[i] <= smallest); });
+    return bits_where(n, [&](int i) { return !(bias[i] <= limit); });
   }
 };
 
@@ -88,11 +89,7 @@ struct DenseCopies {
 
   // The first column that the query at `position` reads from the ring.
   int64_t dense_from(int64_t position, int64_t kv_len) const {
-    if (ring == nullptr) return kv_len;
-    int64_t recent = position - recent_length + 1;
-    int64_t block = block_length > 1 ? position - position % block_length : position + 1;
-    int64_t start = recent < block ? recent : block;
-    return start > 0 ? start : 0;
+    return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }
 
   // The copies of the columns in `bits`; sinks (slot of each column, -1: none) go before the ring.

@@ -23,7 +23,6 @@ inline namespace KVQUANT_ISA {
 constexpr int kChunk = 64;
 constexpr int kMaxBlock = 256;
 constexpr int64_t kInlineNumbers = 1 << 17;  // fewer are written faster than a thread wakes
-constexpr uint16_t kHalfNan = 0x7e00;
 
 inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
 
@@ -48,7 +47,7 @@ uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
     finite &= Vec::finite(v);
     absmax = Vec::max(absmax, Vec::abs(v));
   }
-  uint16_t scale = kHalfNan;
+  uint16_t scale = kFp16Nan;
   if (finite == lowest_lanes()) {
     float s = Vec::largest(absmax) * kToScale;
     scale = to_half(s < kFp16Max ? s : kFp16Max).bits;

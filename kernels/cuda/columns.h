@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/specialisation.h"
+#include "kvquant/visibility.h"
 
 namespace kvquant {
 
@@ -96,11 +97,7 @@ struct Copies {
   }
   // The first column that the query at `position` reads from the ring.
   KVQUANT_DEVICE int dense_from(int position, int kv_len) const {
-    if (ring == nullptr) return kv_len;
-    const int recent = position - recent_length + 1;
-    const int block = block_length > 1 ? position - position % block_length : position + 1;
-    const int start = recent < block ? recent : block;
-    return start > 0 ? start : 0;
+    return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }
   // Null where there is no copy.
   KVQUANT_DEVICE const uint8_t* row(int column, int slot) const {

@@ -30,7 +30,7 @@
 #include "cuda/scales.h"
 #include "cuda/softmax.h"
 #include "cuda/tiles.h"
-#include "cuda/visibility.h"
+#include "cuda/masks.h"
 
 namespace kvquant {
 

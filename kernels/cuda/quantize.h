@@ -77,7 +77,7 @@ KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
 template <class Format>
 KVQUANT_DEVICE uint16_t token_scale(float magnitude) {
   constexpr float kToScale = float(1.0 / double(Format::kReach));
-  if (!is_finite(magnitude)) return 0x7e00;
+  if (!is_finite(magnitude)) return kFp16Nan;
   return to_half_bits(fminf(mul_rn(magnitude, kToScale), kFp16Max));
 }
 template <class Format>

@@ -14,10 +14,9 @@
 
 #include "cuda/columns.h"
 #include "cuda/warp_row.h"
+#include "kvquant/constants.h"
 
 namespace kvquant {
-
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
 template <class Keys>
 struct Queries {

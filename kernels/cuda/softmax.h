@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/warp_row.h"
+#include "kvquant/constants.h"
 #include "kvquant/softmax_state.h"
 
 namespace kvquant {
@@ -51,7 +52,7 @@ struct ScoreRule {
   float softcap, rate;  // of log2 units; 0: none
 
   KVQUANT_DEVICE explicit ScoreRule(const KvquantAttention& a)
-      : softcap(float(a.softcap) * 1.44269504088896340736f),
+      : softcap(float(a.softcap) * kLog2e),
         rate(a.softcap != 0.0 ? float(2.0 / a.softcap) : 0.0f) {}
   // softcap * tanh(x / softcap)
   KVQUANT_DEVICE float operator()(float x) const {

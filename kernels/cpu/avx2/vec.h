@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "kvquant/constants.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -98,7 +99,7 @@ struct Vec {
   // exp(x) = 2^n e^r for x < 88, to 1e-7 by the polynomial of Cephes' expf; 0 below exp(-87); NaN
   // stays NaN.
   static Vec exp(Vec x) {
-    const Vec a = max(Vec(-87.0f), x), n = round(a * Vec(1.44269504088896341f));
+    const Vec a = max(Vec(-87.0f), x), n = round(a * Vec(kLog2e));
     Vec r = fma(n, Vec(-0.693359375f), a);
     r = fma(n, Vec(2.12194440e-4f), r);
     Vec y = Vec(1.9875691500e-4f);

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "kvquant/constants.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -96,7 +97,7 @@ struct Vec {
   // 2^t of whole and fractional part, the latter as a polynomial, to 1.5e-7. `reduce` gives 0 for
   // infinity, `scalef` rounds down and underflows to 0.
   static Vec exp(Vec x) {
-    const Vec t = x * Vec(1.44269504088896341f);
+    const Vec t = x * Vec(kLog2e);
     const Vec r = _mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF);
     Vec y = Vec(1.8671301659196615e-3f);
     y = fma(y, r, Vec(9.017029777169228e-3f));

@@ -60,6 +60,7 @@ KVQUANT_FN float float_of(uint32_t bits) {
 // NVRTC has no __builtin_inff().
 KVQUANT_FN float infinity() { return float_of(0x7f800000u); }
 constexpr float kFp16Max = 65504.0f;
+constexpr uint16_t kFp16Nan = 0x7e00;
 
 KVQUANT_FN float to_float(float x) { return x; }
 KVQUANT_FN float to_float(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }

@@ -13,12 +13,6 @@ KVQUANT_DEVICE float mask_number(const uint8_t* p, int64_t kind) {
   const uint16_t bits = global_load(reinterpret_cast<const uint16_t*>(p));
   return kind == kAddFloat16 ? half_low(bits) : bfloat16_low(bits);
 }
-// Additive numbers at or below this hide; NaN does not.
-KVQUANT_DEVICE float lowest_number(int64_t kind) {
-  return kind == kAddFloat32   ? -3.4028234663852886e38f
-         : kind == kAddFloat16 ? -kFp16Max
-                               : -3.3895313892515355e38f;
-}
 
 struct Seen {
   bool seen;
@@ -31,7 +25,7 @@ KVQUANT_DEVICE Seen mask_at(const KvquantAttention& a, const uint8_t* row, int c
   const uint8_t* p = row + column * a.mask_stride[3];
   if (a.mask_kind >= kAddFloat32) {
     const float bias = mask_number(p, a.mask_kind);
-    return {!(bias <= lowest_number(a.mask_kind)), bias};
+    return {!(bias <= mask_limit(a.mask_kind)), bias};
   }
   if (a.mask_kind == kBoolMask || a.mask_width == 1) return {global_load(p) != 0, 0.0f};
   if (a.mask_width == 4) {

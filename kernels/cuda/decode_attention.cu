@@ -15,7 +15,7 @@
 //     x = 4          stored columns    split .. 2 split                |
 //     ..             (beyond the length: returns at once)              |
 //
-// A result depends on its row alone: blocks know nothing of each other, and parts are merged in a
+// A result depends on its row alone: blocks know nothing of each other, and slices are merged in a
 // fixed order.
 //
 // Roofline on paper, head_dim 128, counted in the SASS of sm_90; nothing of it is measured. A load
@@ -45,7 +45,7 @@ constexpr int kTilesLimit = 46 * 1024;
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere>
 struct Plan {
   template <int kTile, int kStages>
-  using Of = Part<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages>;
+  using Of = Pass<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages>;
   static constexpr bool kList = kCopiedKeysHere || kCopiedValuesHere;
   // A tile lies in one block of the channel grid.
   static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32);
@@ -55,22 +55,22 @@ struct Plan {
   using Type = Of<kTile, kStages>;
 };
 
-using StoredPart = Plan<StoredKeys, StoredValues, false, false>::Type;
-using CopiedPart = Plan<CopiedKeys, CopiedValues, true, true>::Type;
-using CopiedKeysPart = Plan<CopiedKeys, StoredValues, true, false>::Type;
-using CopiedValuesPart = Plan<StoredKeys, CopiedValues, false, true>::Type;
+using StoredPass = Plan<StoredKeys, StoredValues, false, false>::Type;
+using CopiedPass = Plan<CopiedKeys, CopiedValues, true, true>::Type;
+using CopiedKeysPass = Plan<CopiedKeys, StoredValues, true, false>::Type;
+using CopiedValuesPass = Plan<StoredKeys, CopiedValues, false, true>::Type;
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int kAttentionBytes = larger(
-    StoredPart::kBytes, larger(StoredKeys::kScaled&& StoredValues::kScaled ? CopiedPart::kBytes : 0,
-                               larger(StoredKeys::kScaled ? CopiedKeysPart::kBytes : 0,
-                                      kHasCopiedValues ? CopiedValuesPart::kBytes : 0)));
+    StoredPass::kBytes, larger(StoredKeys::kScaled&& StoredValues::kScaled ? CopiedPass::kBytes : 0,
+                               larger(StoredKeys::kScaled ? CopiedKeysPass::kBytes : 0,
+                                      kHasCopiedValues ? CopiedValuesPass::kBytes : 0)));
 constexpr int kMergeBytes = RowMerge::kBytes;
 #ifdef KVQUANT_ATTENTION_BYTES
 static_assert(kAttentionBytes == KVQUANT_ATTENTION_BYTES, "the host allocates another size");
 #endif
-static_assert(kSplit % StoredPart::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
-static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPart::kTile == 0, "tiles lie in blocks");
+static_assert(kSplit % StoredPass::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
+static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPass::kTile == 0, "tiles lie in blocks");
 
 // Registers decide how many blocks an SM holds: of 65536 three blocks of 128 threads get 168 each,
 // two 255. Sums of values take kValueDim / 2.
@@ -80,9 +80,9 @@ template <class P, bool kIsList, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,
                            SharedPtr<uint8_t> memory, const Partials& partials, const KeyRows& keys,
                            const ValueRows& values, int index) {
-  P part(p, columns, mask, memory);
-  part.run(keys, values);
-  BlockMerge<P>::write(part, partials, index);
+  P pass(p, columns, mask, memory);
+  pass.run(keys, values);
+  BlockMerge<P>::write(pass, partials, index);
 }
 
 // A list that is empty leaves its mark: no column.
@@ -91,8 +91,8 @@ KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int 
   const int row = thread_index();
   if (!rows.exists(row)) return;
   global_store(
-      reinterpret_cast<Pair*>(partials.states) + partials.at(rows.output_row(p, row), index),
-      Pair{-infinity(), 0.0f});
+      reinterpret_cast<Floats2*>(partials.states) + partials.at(rows.output_row(p, row), index),
+      Floats2{-infinity(), 0.0f});
 }
 
 }  // namespace kvquant
@@ -122,7 +122,7 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
     const int begin = split * kSplit, end = begin + kSplit,
               limit = k_last < v_last ? k_last : v_last;
     const Columns<false> columns(sinks, false, begin, end < limit ? end : limit);
-    attend<StoredPart>(p, columns, mask, memory, partials, keys, values, index);
+    attend<StoredPass>(p, columns, mask, memory, partials, keys, values, index);
     return;
   }
   const bool copied_keys = index == kCopiedBoth || index == kCopiedKeys;
@@ -137,18 +137,18 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   if (columns.count == 0) return write_nothing(p, partials, index);
   if constexpr (StoredKeys::kScaled && StoredValues::kScaled) {
     if (index == kCopiedBoth) {
-      return attend<CopiedPart>(p, columns, mask, memory, partials, key_copies, value_copies,
+      return attend<CopiedPass>(p, columns, mask, memory, partials, key_copies, value_copies,
                                 index);
     }
   }
   if constexpr (StoredKeys::kScaled) {
     if (index == kCopiedKeys) {
-      return attend<CopiedKeysPart>(p, columns, mask, memory, partials, key_copies, values, index);
+      return attend<CopiedKeysPass>(p, columns, mask, memory, partials, key_copies, values, index);
     }
   }
   if constexpr (kHasCopiedValues) {
     if (index == kCopiedValues) {
-      return attend<CopiedValuesPart>(p, columns, mask, memory, partials, keys, value_copies,
+      return attend<CopiedValuesPass>(p, columns, mask, memory, partials, keys, value_copies,
                                       index);
     }
   }

@@ -1,23 +1,24 @@
-// How results are put together: warps of a block (through shared memory), then parts of a row.
+// How results are put together: warps of a block (through shared memory), then slices of a row.
 #pragma once
 
-#include "cuda/part.h"
+#include "cuda/pass.h"
 
 namespace kvquant {
 
 // The warps' sums are added in a tree: half of the warps hand theirs to the other half, and so on.
-// What they hand over lies as it lies in registers, [part][lane][4].
+// What they hand over lies as it lies in registers, [pair][lane][4].
 template <class P>
 struct BlockMerge {
   using V = typename P::V;
 
-  static KVQUANT_DEVICE void write(P& part, const Partials& partials, int index) {
-    const Place& p = part.p;
-    const auto states = shared_cast<Pair>(part.memory + P::kStatesAt);
-    if (part.t == 0) {
+  static KVQUANT_DEVICE void write(P& pass, const Partials& partials, int index) {
+    const Place& p = pass.p;
+    const auto states = shared_cast<Floats2>(pass.memory + P::kStatesAt);
+    if (pass.t == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        states[part.warp * kRows + part.g + 8 * r] = Pair{part.softmax.max[r], part.softmax.sum[r]};
+        states[pass.warp * kRows + pass.g + 8 * r] =
+            Floats2{pass.softmax.max[r], pass.softmax.sum[r]};
       }
     }
     block_barrier();
@@ -27,86 +28,87 @@ struct BlockMerge {
       max[r] = -infinity();
       sum[r] = 0.0f;
       for (int w = 0; w < kWarps; ++w) {
-        const Pair state = states[w * kRows + part.g + 8 * r];
+        const Floats2 state = states[w * kRows + pass.g + 8 * r];
         max[r] = fmaxf(max[r], state.x);
       }
       for (int w = 0; w < kWarps; ++w) {
-        const Pair state = states[w * kRows + part.g + 8 * r];
+        const Floats2 state = states[w * kRows + pass.g + 8 * r];
         sum[r] += state.y * (state.x == -infinity() ? 0.0f : exp2_approx(state.x - max[r]));
       }
       factor[r] =
-          part.softmax.max[r] == -infinity() ? 0.0f : exp2_approx(part.softmax.max[r] - max[r]);
+          pass.softmax.max[r] == -infinity() ? 0.0f : exp2_approx(pass.softmax.max[r] - max[r]);
     }
-    finish_sums(part, factor);
-    add_warps(part);
-    if (part.warp != 0) return;
+    finish_sums(pass, factor);
+    add_warps(pass);
+    if (pass.warp != 0) return;
     const QueryRows rows(p);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = part.g + 8 * r;
+      const int row = pass.g + 8 * r;
       if (!rows.exists(row)) continue;
       const int64_t at = partials.at(rows.output_row(p, row), index);
-      if (part.t == 0) {
-        global_store(reinterpret_cast<Pair*>(partials.states) + at, Pair{max[r] * kLn2, sum[r]});
+      if (pass.t == 0) {
+        global_store(reinterpret_cast<Floats2*>(partials.states) + at,
+                     Floats2{max[r] * kLn2, sum[r]});
       }
-      store_row(part, r, partials.sums + at * kValueDim);
+      store_row(pass, r, partials.sums + at * kValueDim);
     }
   }
 
  private:
   // Units, offset and reference are undone, and the warp's base becomes the block's.
-  static KVQUANT_DEVICE void finish_sums(P& part, const float (&factor)[2]) {
-    const float unit = (P::ValueScales::kGroups > 0 ? part.reference : 1.0f) / kWeightUnit;
+  static KVQUANT_DEVICE void finish_sums(P& pass, const float (&factor)[2]) {
+    const float unit = (P::ValueScales::kGroups > 0 ? pass.reference : 1.0f) / kWeightUnit;
 #pragma unroll
-    for (int i = 0; i < V::kParts; ++i) {
+    for (int i = 0; i < V::kPairs; ++i) {
       float up = V::unit(i);
       if constexpr (P::kCentred) up = V::unit_centred(i);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float x = part.acc[i][e] * up;
-        if constexpr (P::kHasOffset && !P::kCentred) x -= V::kOffset * part.weight_sum[e];
-        part.acc[i][e] = x * (unit * factor[e / 2]);
+        float x = pass.acc[i][e] * up;
+        if constexpr (P::kHasOffset && !P::kCentred) x -= V::kOffset * pass.weight_sum[e];
+        pass.acc[i][e] = x * (unit * factor[e / 2]);
       }
     }
   }
-  static KVQUANT_DEVICE void add_warps(P& part) {
-    const auto memory = shared_cast<Words4>(part.memory);
+  static KVQUANT_DEVICE void add_warps(P& pass) {
+    const auto memory = shared_cast<Words4>(pass.memory);
 #pragma unroll
     for (int half = kWarps / 2; half > 0; half /= 2) {
       // Before the first step all warps have read their last tile: they met at a barrier.
-      if (part.warp >= half && part.warp < 2 * half) {
+      if (pass.warp >= half && pass.warp < 2 * half) {
 #pragma unroll
-        for (int i = 0; i < V::kParts; ++i) {
-          const float (&x)[4] = part.acc[i];
-          memory[((part.warp - half) * V::kParts + i) * 32 + part.lane] =
+        for (int i = 0; i < V::kPairs; ++i) {
+          const float (&x)[4] = pass.acc[i];
+          memory[((pass.warp - half) * V::kPairs + i) * 32 + pass.lane] =
               Words4{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
         }
       }
       block_barrier();
-      if (part.warp < half) {
+      if (pass.warp < half) {
 #pragma unroll
-        for (int i = 0; i < V::kParts; ++i) {
-          const Words4 other = memory[(part.warp * V::kParts + i) * 32 + part.lane];
-          part.acc[i][0] += bits_float(other.x);
-          part.acc[i][1] += bits_float(other.y);
-          part.acc[i][2] += bits_float(other.z);
-          part.acc[i][3] += bits_float(other.w);
+        for (int i = 0; i < V::kPairs; ++i) {
+          const Words4 other = memory[(pass.warp * V::kPairs + i) * 32 + pass.lane];
+          pass.acc[i][0] += bits_float(other.x);
+          pass.acc[i][1] += bits_float(other.y);
+          pass.acc[i][2] += bits_float(other.z);
+          pass.acc[i][3] += bits_float(other.w);
         }
       }
       if (half > 1) block_barrier();
     }
   }
 
-  // A lane's numbers of two neighbouring parts are four neighbouring channels (dense: two each).
-  static KVQUANT_DEVICE void store_row(const P& part, int r, float* to) {
+  // A lane's numbers of two neighbouring pairs are four neighbouring channels (dense: two each).
+  static KVQUANT_DEVICE void store_row(const P& pass, int r, float* to) {
 #pragma unroll
-    for (int i = 0; i < V::kParts; i += 2) {
-      const int channel = V::channel(i, 2 * part.t);
-      const float (&x)[4] = part.acc[i];
-      const float (&y)[4] = part.acc[i + 1];
+    for (int i = 0; i < V::kPairs; i += 2) {
+      const int channel = V::channel(i, 2 * pass.t);
+      const float (&x)[4] = pass.acc[i];
+      const float (&y)[4] = pass.acc[i + 1];
       if constexpr (V::kIsDense) {
-        global_store(reinterpret_cast<Pair*>(to + channel), Pair{x[2 * r], x[2 * r + 1]});
-        global_store(reinterpret_cast<Pair*>(to + channel + 8), Pair{y[2 * r], y[2 * r + 1]});
+        global_store(reinterpret_cast<Floats2*>(to + channel), Floats2{x[2 * r], x[2 * r + 1]});
+        global_store(reinterpret_cast<Floats2*>(to + channel + 8), Floats2{y[2 * r], y[2 * r + 1]});
       } else if (channel >= 0) {
         store_16(to + channel, Words4{float_bits(x[2 * r]), float_bits(y[2 * r]),
                                       float_bits(x[2 * r + 1]), float_bits(y[2 * r + 1])});
@@ -115,9 +117,9 @@ struct BlockMerge {
   }
 };
 
-// One (batch row, head, query): its parts, in their order but dealt out to the warps.
-//   warp w, lane l   weights of the parts w + kWarps * l, w + kWarps * (l + 32), ..
-//   warp w           sums of these parts, a WarpRow each; stored and copied values apart, because
+// One (batch row, head, query): its slices, in their order but dealt out to the warps.
+//   warp w, lane l   weights of the slices w + kWarps * l, w + kWarps * (l + 32), ..
+//   warp w           sums of these slices, a WarpRow each; stored and copied values apart, because
 //                    only the stored ones may be rotated
 //   warp 0           adds the warps, rotates, adds the learned sink, writes
 struct RowMerge {
@@ -132,29 +134,29 @@ struct RowMerge {
   KVQUANT_DEVICE void run(int batch, int head, int query) const {
     const int warp = warp_index(), lane = lane_index();
     const int64_t row = (int64_t(batch) * a.num_heads + head) * a.q_len + query;
-    const int parts = partials.extra + (Place::length(a) + kSplit - 1) / kSplit;
-    const auto* states = reinterpret_cast<const Pair*>(partials.states) + partials.at(row, 0);
+    const int slices = partials.extra + (Place::length(a) + kSplit - 1) / kSplit;
+    const auto* states = reinterpret_cast<const Floats2*>(partials.states) + partials.at(row, 0);
 
     SoftmaxState total;
-    for (int i = lane; i < parts; i += 32) {
-      const Pair state = global_load(states + i);
+    for (int i = lane; i < slices; i += 32) {
+      const Floats2 state = global_load(states + i);
       total.max = fmaxf(total.max, state.x);
     }
     total.max = warp_max(total.max);
     Row stored{}, copied{};
     float sum = 0.0f;
-    for (int first = warp; first < parts; first += 32 * kWarps) {
+    for (int first = warp; first < slices; first += 32 * kWarps) {
       const int mine = first + lane * kWarps;
-      const Pair state = mine < parts ? global_load(states + mine) : Pair{-infinity(), 0.0f};
+      const Floats2 state = mine < slices ? global_load(states + mine) : Floats2{-infinity(), 0.0f};
       const float weight = state.x == -infinity() ? 0.0f : expf(state.x - total.max);
       sum += weight * state.y;
       const int used = state.y != 0.0f;  // else nothing was written; NaN is used
-      const int here = (parts - first + kWarps - 1) / kWarps;
+      const int here = (slices - first + kWarps - 1) / kWarps;
 #pragma unroll 4
       for (int j = 0; j < (here < 32 ? here : 32); ++j) {
-        const int part = first + j * kWarps;
-        add(shuffle(used, j) ? partials.sums + partials.at(row, part) * kValueDim : nullptr,
-            shuffle(weight, j), part == kCopiedBoth || part == kCopiedValues, stored, copied);
+        const int slice = first + j * kWarps;
+        add(shuffle(used, j) ? partials.sums + partials.at(row, slice) * kValueDim : nullptr,
+            shuffle(weight, j), slice == kCopiedBoth || slice == kCopiedValues, stored, copied);
       }
     }
     sum = warp_sum(sum);

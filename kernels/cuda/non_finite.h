@@ -12,7 +12,7 @@ struct NonFinite {
   KVQUANT_DEVICE void take_out(uint32_t&) const {}
   template <int kTile, int kSteps>
   KVQUANT_DEVICE void add(SharedPtr<uint8_t>, const uint32_t (&)[kSteps][4],
-                          float (&)[V::kParts][4]) const {}
+                          float (&)[V::kPairs][4]) const {}
 };
 
 template <int kDim, bool kBFloat16>
@@ -35,7 +35,7 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
   // a: the weights; minus zero where a row does not see a column.
   template <int kTile, int kSteps>
   KVQUANT_DEVICE void add(SharedPtr<uint8_t> tile, const uint32_t (&a)[kSteps][4],
-                          float (&acc)[V::kParts][4]) const {
+                          float (&acc)[V::kPairs][4]) const {
     if (!warp_any(found)) return;
     const int lane = lane_index();
     for (int column = 0; column < kTile; ++column) {
@@ -53,13 +53,13 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
       }
       const auto row = shared_cast<uint32_t>(tile + column * kRowStride<V>);
 #pragma unroll
-      for (int part = 0; part < V::kParts; ++part) {
-        const uint32_t two = row[4 * part + lane % 4];
+      for (int pair = 0; pair < V::kPairs; ++pair) {
+        const uint32_t two = row[4 * pair + lane % 4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const uint32_t bits = two >> 16 * (e % 2) & 0xffffu;
           if ((bits & kExponent) == kExponent && seen[e / 2]) {
-            acc[part][e] += weight[e / 2] * to_number(bits);
+            acc[pair][e] += weight[e / 2] * to_number(bits);
           }
         }
       }

@@ -1,11 +1,11 @@
-// What blocks leave for merging, per (batch row, head, query, part), in this order of sizes:
+// What blocks leave for merging, per (batch row, head, query, slice), in this order of sizes:
 //
-//   float sums[rows][parts][v_head_dim]   weighted values, relative to exp(max); of stored values
+//   float sums[rows][slices][v_head_dim]   weighted values, relative to exp(max); of stored values
 //                                         that are rotated, still rotated
-//   float states[rows][parts][2]          largest score (natural logarithm), sum of exponentials
+//   float states[rows][slices][2]          largest score (natural logarithm), sum of exponentials
 //
-// parts = the kinds of columns that have copies, in the order below, then the splits of the length
-// that the host knows. Parts beyond the length on the device are neither written nor read.
+// slices = the kinds of columns that have copies, in the order below, then the splits of the length
+// that the host knows. Slices beyond the length on the device are neither written nor read.
 #pragma once
 
 #include "cuda/columns.h"
@@ -20,16 +20,16 @@ constexpr bool kHasCopiedValues = StoredValues::kScaled && !StoredKeys::kChannel
 
 struct Partials {
   float *sums, *states;
-  int extra, parts;
+  int extra, slices;
 
   KVQUANT_DEVICE Partials(const KvquantAttention& a, float* memory) {
     const bool copies = a.keys.recent || a.keys.sink || a.values.recent || a.values.sink;
     extra = copies ? 3 : 0;
-    parts = extra + int((a.kv_len + kSplit - 1) / kSplit);
+    slices = extra + int((a.kv_len + kSplit - 1) / kSplit);
     sums = memory;
-    states = memory + a.batch * a.num_heads * a.q_len * parts * kValueDim;
+    states = memory + a.batch * a.num_heads * a.q_len * slices * kValueDim;
   }
-  KVQUANT_DEVICE int64_t at(int64_t row, int part) const { return row * parts + part; }
+  KVQUANT_DEVICE int64_t at(int64_t row, int slice) const { return row * slices + slice; }
 };
 
 }  // namespace kvquant

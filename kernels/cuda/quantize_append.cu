@@ -1,9 +1,9 @@
 // Writes new tokens into the storage of keys and values: rotates, scales, packs; completes blocks
 // of keys; fills the ring and the sinks. One launch for a decode step as for a prompt.
 //
-//   grid    (parts, 2 * num_kv_heads, batch), any number of parts: a block goes on with every
+//   grid    (spans, 2 * num_kv_heads, batch), any number of spans: a block goes on with every
 //           grid_size_x-th. y: first the heads of the keys, then those of the values.
-//   part    token grid and dense: kRows tokens; channel grid: one block of keys, whole or begun
+//   span    token grid and dense: kRows tokens; channel grid: one block of keys, whole or begun
 //   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
 //
 // The bytes are those of hf_kvquant/quantization.py. To be compiled without contraction of products
@@ -17,7 +17,7 @@
 namespace kvquant {
 
 template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_>
-struct Side {
+struct AppendSpec {
   static constexpr int kHeadDim = kHeadDim_, kFormat = kFormat_, kGrid = kGrid_, kGroup = kGroup_;
   static constexpr bool kRotate = kRotate_;
 };
@@ -59,8 +59,8 @@ struct Append {
         write_block(block * S::kGroup);
       }
     } else {
-      for (int part = block_index_x(); part * kRows < end - start; part += grid_size_x()) {
-        write_tokens(start + part * kRows);
+      for (int span = block_index_x(); span * kRows < end - start; span += grid_size_x()) {
+        write_tokens(start + span * kRows);
       }
     }
     if (bad && lane_index() == 0) atomic_add(a.faults, int64_t(bad));
@@ -333,10 +333,10 @@ struct Append {
 
 KVQUANT_KERNEL(quantize_append_kernel, 5, KVQUANT_ARGUMENT KvquantAppend a) {
   using namespace kvquant;
-  using Keys = kvquant::Side<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
-                             KVQUANT_K_ROTATE != 0>;
-  using Values = kvquant::Side<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, kTokenGrid, KVQUANT_V_GROUP,
-                               KVQUANT_V_ROTATE != 0>;
+  using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
+                          KVQUANT_K_ROTATE != 0>;
+  using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, kTokenGrid, KVQUANT_V_GROUP,
+                            KVQUANT_V_ROTATE != 0>;
   const int64_t start = a.length ? global_load(a.length) : a.start;
   if (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity) {
     const bool first = block_index_x() + block_index_y() + block_index_z() + thread_index() == 0;

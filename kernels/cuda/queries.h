@@ -1,9 +1,9 @@
 // The queries of a block as A operands in shared memory: rotated where keys are, brought to FP16.
 //
-//   fragments   [step][lane][4 words]: what lane 4g + t multiplies with parts 2 step and 2 step + 1
+//   fragments   [step][lane][4 words]: what lane 4g + t multiplies with pairs 2 step and 2 step + 1
 //               of the keys: rows g and g + 8 at channel(2 step, 2t ..), then channel(2 step + 1,
 //               ..)
-//   factors     [16]: products of a row's fragments and parts -> scores in units of log2
+//   factors     [16]: products of a row's fragments and pairs -> scores in units of log2
 //   sums        [groups][16]: what the keys' offset adds to a row's products, negated
 //
 // FP16 whatever the model's dtype: each row is first multiplied by a power of two that brings its
@@ -21,7 +21,7 @@ namespace kvquant {
 template <class Keys>
 struct Queries {
   using K = typename Keys::Codec;
-  static constexpr int kSteps = K::kParts / 2, kDim = K::kChannels;
+  static constexpr int kSteps = K::kPairs / 2, kDim = K::kChannels;
   static constexpr int kGroups = Keys::kTokenScaled ? kDim / Keys::kGroup : 1;
   static constexpr bool kHasOffset = Keys::kTokenScaled && K::kOffset != 0.0f;
   static constexpr int kBytes = 512 * kSteps + 4 * kRows * (1 + kGroups);
@@ -104,10 +104,10 @@ struct Queries {
       if (c >= kDim) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int part = K::part_of(c + i), n = K::n_of(c + i);
-        const float relative = K::unit(part) / K::unit(0);
+        const int pair = K::pair_of(c + i), n = K::n_of(c + i);
+        const float relative = K::unit(pair) / K::unit(0);
         const uint32_t number = pack<K>(x.x[r][i] * (up * relative), 0.0f);
-        const int word = (32 * (part / 2) + 4 * (row % 8) + n / 2) * 4 + row / 8 + 2 * (part % 2);
+        const int word = (32 * (pair / 2) + 4 * (row % 8) + n / 2) * 4 + row / 8 + 2 * (pair % 2);
         halves[2 * word + n % 2] = uint16_t(number);
         sum[r] += half_low(number) / relative;
       }

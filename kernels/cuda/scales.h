@@ -12,7 +12,7 @@
 
 namespace kvquant {
 
-struct alignas(8) Pair {
+struct alignas(8) Floats2 {
   float x, y;
 };
 
@@ -71,8 +71,8 @@ struct TokenScales {
     const uint32_t quotient = 2 * 0x3f800000u + 0x03800000u - float_bits(reference);
     store_times(bits, reference > 0.0f ? bits_float(quotient) : 0.0f);
   }
-  KVQUANT_DEVICE Pair pair(int group, int column) const {
-    return shared_cast<Pair>(to)[(group * kTile + column) / 2];
+  KVQUANT_DEVICE Floats2 two_columns(int group, int column) const {
+    return shared_cast<Floats2>(to)[(group * kTile + column) / 2];
   }
 
  private:

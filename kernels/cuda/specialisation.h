@@ -50,19 +50,20 @@ struct CodecOf<kInt4, kGrid, kDim> {
 // One side of one kind of column: the codec of its rows, and how scales belong to them.
 //   kGroup   channels of a scale (token grid) or tokens of a scale (channel grid); 0: no scales
 template <class C, bool kOnChannelGrid, int kGroupLength, bool kIsRotated>
-struct Side {
+struct RowForm {
   using Codec = C;
   static constexpr bool kChannelGrid = kOnChannelGrid, kRotated = kIsRotated;
   static constexpr bool kScaled = kGroupLength != 0, kTokenScaled = kScaled && !kChannelGrid;
   static constexpr int kGroup = kGroupLength;
 };
 
-using StoredKeys = Side<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,
-                        KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
-                        KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
-using StoredValues = Side<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
-                          KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
-using CopiedKeys = Side<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
-using CopiedValues = Side<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;
+using StoredKeys = RowForm<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,
+                           KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
+                           KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
+using StoredValues =
+    RowForm<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
+            KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
+using CopiedKeys = RowForm<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
+using CopiedValues = RowForm<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;
 
 }  // namespace kvquant

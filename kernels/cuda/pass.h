@@ -24,20 +24,20 @@
 // out of the product and added one by one (NonFinite).
 #pragma once
 
+#include "cuda/masks.h"
 #include "cuda/non_finite.h"
 #include "cuda/partials.h"
 #include "cuda/queries.h"
 #include "cuda/scales.h"
 #include "cuda/softmax.h"
 #include "cuda/tiles.h"
-#include "cuda/masks.h"
 
 namespace kvquant {
 
 // kCopied..: rows come from exact copies; such kinds have lists of columns, the other has a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
           int kNumStages>
-struct Part {
+struct Pass {
   using K = typename Keys::Codec;
   using V = typename Values::Codec;
   using KeyTile = Tile<K, kTileRows>;
@@ -53,7 +53,7 @@ struct Part {
 
   // Shared memory of the block, in bytes from its beginning.
   static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
-  static constexpr int kTreeBytes = kWarps / 2 * V::kParts * 512;
+  static constexpr int kTreeBytes = kWarps / 2 * V::kPairs * 512;
   static constexpr int kTilesBytes =
       kStages * kWarps * kSlot > kTreeBytes ? kStages * kWarps * kSlot : kTreeBytes;
   static constexpr int kHeader = Keys::kChannelGrid ? 4 * kHeadDim : 0;
@@ -74,11 +74,11 @@ struct Part {
       reinterpret_cast<const uint8_t*>(p.of_head(p.a.keys.scale, p.a.keys.scale_stride));
 
   RowsSoftmax softmax;
-  float acc[V::kParts][4] = {};  // [part][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
+  float acc[V::kPairs][4] = {};  // [pair][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
   float weight_sum[4] = {};      // of rows g, g, g + 8, g + 8, as rounded
   float reference = 0.0f;
 
-  KVQUANT_DEVICE Part(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
+  KVQUANT_DEVICE Pass(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
                       SharedPtr<uint8_t> memory)
       : p(p), columns(columns), mask(mask), memory(memory), queries(memory + kQueriesAt) {}
 
@@ -214,10 +214,10 @@ struct Part {
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kEights][4]) const {
     // Chunks that make whole steps, and whole loads.
-    constexpr int kChunksOfStep = K::kPartsOfWord == 1 ? 2 : 1;
+    constexpr int kChunksOfStep = K::kPairsOfWord == 1 ? 2 : 1;
     constexpr int kAtOnce = kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
     constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
-    constexpr int kSteps = K::kParts / 2;
+    constexpr int kSteps = K::kPairs / 2;
     // Queries x zero points: of the steps whose unit is unit(0), and of the others.
     float zero[4] = {}, other_zero[4] = {};
     float sum[kEights][4];
@@ -225,25 +225,25 @@ struct Part {
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
-      uint32_t parts[kAtOnce * K::kPartsOfWord][kEights];
+      uint32_t pairs[kAtOnce * K::kPairsOfWord][kEights];
 #pragma unroll
       for (int l = 0; l < kLoads; ++l) {
         uint32_t words[4];
         KeyTile::template load<false>(tile, chunk + l * KeyTile::kAtOnce, words);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          uint32_t split[K::kPartsOfWord];
+          uint32_t split[K::kPairsOfWord];
           K::split(words[w], split);
           const int c = l * KeyTile::kAtOnce + w / kEights;
 #pragma unroll
-          for (int i = 0; i < K::kPartsOfWord; ++i) {
-            parts[c * K::kPartsOfWord + i][w % kEights] = split[i];
+          for (int i = 0; i < K::kPairsOfWord; ++i) {
+            pairs[c * K::kPairsOfWord + i][w % kEights] = split[i];
           }
         }
       }
 #pragma unroll
-      for (int s = 0; s < kAtOnce * K::kPartsOfWord / 2; ++s) {
-        const int step = chunk * K::kPartsOfWord / 2 + s;
+      for (int s = 0; s < kAtOnce * K::kPairsOfWord / 2; ++s) {
+        const int step = chunk * K::kPairsOfWord / 2 + s;
         if (step >= kSteps) continue;
         uint32_t a[4];
         queries.fragment(step, a);
@@ -252,7 +252,7 @@ struct Part {
         }
 #pragma unroll
         for (int m = 0; m < kEights; ++m) {
-          const uint32_t b[2] = {parts[2 * s][m], parts[2 * s + 1][m]};
+          const uint32_t b[2] = {pairs[2 * s][m], pairs[2 * s + 1][m]};
           multiply<K>(sum[m], a, b);
         }
         if constexpr (Keys::kTokenScaled) {
@@ -262,7 +262,7 @@ struct Part {
           if (last) {
 #pragma unroll
             for (int m = 0; m < kEights; ++m) {
-              const Pair scale = scales.pair(group, 8 * m + 2 * t);
+              const Floats2 scale = scales.two_columns(group, 8 * m + 2 * t);
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
                 const float one = sum[m][e] * (e % 2 ? scale.y : scale.x);
@@ -276,7 +276,7 @@ struct Part {
     }
     if constexpr (!Keys::kTokenScaled) {
       constexpr float kUnit = 1.0f / K::unit(0);
-      constexpr float kOther = K::kParts > 2 ? K::unit(0) / K::unit(2) : 1.0f;
+      constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
 #pragma unroll
       for (int m = 0; m < kEights; ++m) {
 #pragma unroll
@@ -350,30 +350,30 @@ struct Part {
     for (int chunk = 0; chunk < kChunks<V>; chunk += ValueTile::kAtOnce) {
       uint32_t words[4];
       ValueTile::template load<true>(tile, chunk, words);
-      uint32_t parts[4][V::kPartsOfWord];
+      uint32_t pairs[4][V::kPairsOfWord];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         found.take_out(words[w]);
         if constexpr (kCentred) {
-          V::split_centred(words[w], parts[w]);
+          V::split_centred(words[w], pairs[w]);
         } else {
-          V::split(words[w], parts[w]);
+          V::split(words[w], pairs[w]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < ValueTile::kAtOnce * V::kPartsOfWord; ++i) {
-        const int part = chunk * V::kPartsOfWord + i;
-        if (part >= V::kParts) continue;
-        const int part_group = Values::kScaled ? V::channel(part, 0) / Values::kGroup : 0;
-        if (part_group != group) {
-          group = part_group;
+      for (int i = 0; i < ValueTile::kAtOnce * V::kPairsOfWord; ++i) {
+        const int pair = chunk * V::kPairsOfWord + i;
+        if (pair >= V::kPairs) continue;
+        const int pair_group = Values::kScaled ? V::channel(pair, 0) / Values::kGroup : 0;
+        if (pair_group != group) {
+          group = pair_group;
           weights(scales, group, plain, x, a);
         }
 #pragma unroll
         for (int k = 0; k < kEights / 2; ++k) {
-          const int w = i / V::kPartsOfWord * kEights + 2 * k;
-          const uint32_t b[2] = {parts[w][i % V::kPartsOfWord], parts[w + 1][i % V::kPartsOfWord]};
-          multiply<V>(acc[part], a[k], b);
+          const int w = i / V::kPairsOfWord * kEights + 2 * k;
+          const uint32_t b[2] = {pairs[w][i % V::kPairsOfWord], pairs[w + 1][i % V::kPairsOfWord]};
+          multiply<V>(acc[pair], a[k], b);
         }
       }
     }
@@ -392,8 +392,8 @@ struct Part {
                               const float (&x)[kEights][4], uint32_t (&a)[kEights / 2][4]) const {
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
-      Pair scale = {kWeightUnit, kWeightUnit};
-      if constexpr (Values::kScaled) scale = scales.pair(group, 8 * m + 2 * t);
+      Floats2 scale = {kWeightUnit, kWeightUnit};
+      if constexpr (Values::kScaled) scale = scales.two_columns(group, 8 * m + 2 * t);
       float w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -407,9 +407,9 @@ struct Part {
 
   KVQUANT_DEVICE void rescale_all(float row0, float row1) {
 #pragma unroll
-    for (int part = 0; part < V::kParts; ++part) {
+    for (int pair = 0; pair < V::kPairs; ++pair) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[part][e] *= e / 2 ? row1 : row0;
+      for (int e = 0; e < 4; ++e) acc[pair][e] *= e / 2 ? row1 : row0;
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) weight_sum[e] *= e / 2 ? row1 : row0;

@@ -68,7 +68,6 @@ KVQUANT_DEVICE int block_index_y() { return blockIdx.y; }
 KVQUANT_DEVICE int block_index_z() { return blockIdx.z; }
 KVQUANT_DEVICE int grid_size_x() { return gridDim.x; }
 KVQUANT_DEVICE int grid_size_y() { return gridDim.y; }
-KVQUANT_DEVICE int grid_size_z() { return gridDim.z; }
 KVQUANT_DEVICE void block_barrier() { __syncthreads(); }
 KVQUANT_DEVICE void warp_barrier() { __syncwarp(); }  // orders shared memory within the warp
 
@@ -76,7 +75,6 @@ KVQUANT_DEVICE void warp_barrier() { __syncwarp(); }  // orders shared memory wi
 
 KVQUANT_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 KVQUANT_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
-KVQUANT_DEVICE bool warp_all(bool x) { return __all_sync(0xffffffffu, x); }
 // T: float, int32_t or uint32_t.
 template <class T>
 KVQUANT_DEVICE T shuffle(T x, int lane) {
@@ -142,11 +140,6 @@ KVQUANT_DEVICE void cp_async_8(void* to, const void* from, bool valid) {
                "r"(valid ? 8 : 0)
                : "memory");
 }
-KVQUANT_DEVICE void cp_async_4(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 4 : 0)
-               : "memory");
-}
 KVQUANT_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of this thread's groups are in flight.
 template <int N>
@@ -167,19 +160,6 @@ KVQUANT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 KVQUANT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-// Two tiles; the addresses of lanes 16 .. 31 are not used.
-KVQUANT_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-KVQUANT_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
                : "memory");
 }
@@ -204,25 +184,6 @@ KVQUANT_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// c += a b in integers, a `[16, 32]`, b `[32, 8]`, four bytes to a word:
-//   a[i]  row g + 8 (i % 2), columns 4t + 16 (i / 2) + {0, 1, 2, 3}
-//   b[i]  rows 4t + 16 i + {0, 1, 2, 3}, column g;  c as above
-KVQUANT_DEVICE void mma_m16n8k32_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4],
-                                       const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-KVQUANT_DEVICE void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4],
-                                       const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // -- words ---------------------------------------------------------------------------------------
 
@@ -243,7 +204,7 @@ KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 KVQUANT_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
-// -- FP16 and BF16 pairs, one rounding each, subnormals kept --------------------------------------
+// -- pairs of FP16 and BF16 numbers, one rounding each, subnormals kept ---------------------------
 
 KVQUANT_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
@@ -255,25 +216,11 @@ KVQUANT_DEVICE uint32_t hmul2(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
-KVQUANT_DEVICE uint32_t hadd2(uint32_t a, uint32_t b) {
-  uint32_t r;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
 KVQUANT_DEVICE uint32_t hsub2(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
-KVQUANT_DEVICE uint32_t bfma2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-// sm_80 has the fused form only: products and sums are made of it.
-KVQUANT_DEVICE uint32_t bmul2(uint32_t a, uint32_t b) { return bfma2(a, b, 0x80008000u); }
-KVQUANT_DEVICE uint32_t badd2(uint32_t a, uint32_t b) { return bfma2(a, 0x3f803f80u, b); }
-KVQUANT_DEVICE uint32_t bsub2(uint32_t a, uint32_t b) { return bfma2(b, 0xbf80bf80u, a); }
 
 KVQUANT_DEVICE uint32_t pack_half2(float low, float high) {
   uint32_t r;
@@ -298,17 +245,11 @@ KVQUANT_DEVICE float half_high(uint32_t x) {
 KVQUANT_DEVICE float bfloat16_low(uint32_t x) { return __uint_as_float(x << 16); }
 KVQUANT_DEVICE float bfloat16_high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-// Two e4m3 bytes (in the low half) to a pair of FP16 numbers, and two numbers of at most 448 to
-// bytes: instructions from sm_89 on.
 #if KVQUANT_ARCH >= 890
+// Two numbers of at most 448 to e4m3 bytes, in the low half.
 KVQUANT_DEVICE uint32_t pack_e4m3x2(float low, float high) {
   uint16_t r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
-KVQUANT_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
-  uint32_t r;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(x));
   return r;
 }
 #endif
@@ -320,7 +261,6 @@ KVQUANT_DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 KVQUANT_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 KVQUANT_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KVQUANT_DEVICE float rcp_rn(float x) { return __frcp_rn(x); }
-KVQUANT_DEVICE float round_even(float x) { return rintf(x); }
 KVQUANT_DEVICE float max_nan(float a, float b) {  // NaN if one of them is; fmaxf takes the other
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -333,11 +273,6 @@ KVQUANT_DEVICE float exp2_approx(float x) {  // 2 ulp; subnormal results are 0
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-KVQUANT_DEVICE float log2_approx(float x) {
-  float r;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
 KVQUANT_DEVICE float rcp_approx(float x) {  // 1 ulp
   float r;
   asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -346,21 +281,3 @@ KVQUANT_DEVICE float rcp_approx(float x) {  // 1 ulp
 
 }  // namespace kvquant
 #endif  // KVQUANT_EMULATOR
-
-namespace kvquant {
-
-// On the bytes (x & 0x7f) << 7 is the magnitude as FP16 with a bias of 15 instead of 7: 2^8 too
-// small. Bytes 0x7f and 0xff (NaN), which no cache stores, give 480 here.
-KVQUANT_DEVICE uint32_t shift_e4m3x2(uint32_t x) {
-  const uint32_t spread = prmt(x, 0, 0x1404);  // 00 b0 .. to the upper byte of each half
-  return hmul2((spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1, 0x5c005c00u);
-}
-KVQUANT_DEVICE uint32_t e4m3x2_to_half2(uint32_t x) {
-#if KVQUANT_ARCH >= 890
-  return convert_e4m3x2(x);
-#else
-  return shift_e4m3x2(x);
-#endif
-}
-
-}  // namespace kvquant

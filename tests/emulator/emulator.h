@@ -132,7 +132,6 @@ inline int block_index_y() { return emulator::place.block[1]; }
 inline int block_index_z() { return emulator::place.block[2]; }
 inline int grid_size_x() { return emulator::launch().grid[0]; }
 inline int grid_size_y() { return emulator::launch().grid[1]; }
-inline int grid_size_z() { return emulator::launch().grid[2]; }
 inline void block_barrier(KVQUANT_SITE) { emulator::block_barrier(site); }
 inline void warp_barrier(KVQUANT_SITE) { emulator::warp_barrier(site); }
 
@@ -142,7 +141,6 @@ inline uint32_t warp_ballot(bool x, KVQUANT_SITE) {
   return emulator::ballot("warp_ballot", x, site);
 }
 inline bool warp_any(bool x, KVQUANT_SITE) { return emulator::ballot("warp_any", x, site) != 0; }
-inline bool warp_all(bool x, KVQUANT_SITE) { return emulator::ballot("warp_all", x, site) == ~0u; }
 template <class T>
 T shuffle(T x, int lane, KVQUANT_SITE) {
   const auto bits = emulator::bit_cast<uint32_t>(x);
@@ -202,10 +200,6 @@ template <class T>
 void cp_async_8(SharedPtr<T> to, const void* from, bool valid, KVQUANT_SITE) {
   emulator::copy_async(to.address(), from, 8, valid, site);
 }
-template <class T>
-void cp_async_4(SharedPtr<T> to, const void* from, bool valid, KVQUANT_SITE) {
-  emulator::copy_async(to.address(), from, 4, valid, site);
-}
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int N>
 void cp_async_wait() {
@@ -216,35 +210,19 @@ void cp_async_wait() {
 
 template <class T>
 void ldmatrix_x4(uint32_t (&r)[4], SharedPtr<T> row, KVQUANT_SITE) {
-  emulator::ldmatrix(r, 4, false, row.address(), site);
+  emulator::ldmatrix(r, false, row.address(), site);
 }
 template <class T>
 void ldmatrix_x4_trans(uint32_t (&r)[4], SharedPtr<T> row, KVQUANT_SITE) {
-  emulator::ldmatrix(r, 4, true, row.address(), site);
-}
-template <class T>
-void ldmatrix_x2(uint32_t (&r)[2], SharedPtr<T> row, KVQUANT_SITE) {
-  emulator::ldmatrix(r, 2, false, row.address(), site);
-}
-template <class T>
-void ldmatrix_x2_trans(uint32_t (&r)[2], SharedPtr<T> row, KVQUANT_SITE) {
-  emulator::ldmatrix(r, 2, true, row.address(), site);
+  emulator::ldmatrix(r, true, row.address(), site);
 }
 inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              KVQUANT_SITE) {
-  emulator::mma_m16n8k16(c, a, b, emulator::Number::kHalf, site);
+  emulator::mma_m16n8k16(c, a, b, false, site);
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               KVQUANT_SITE) {
-  emulator::mma_m16n8k16(c, a, b, emulator::Number::kBFloat16, site);
-}
-inline void mma_m16n8k32_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                               KVQUANT_SITE) {
-  emulator::mma_m16n8k32(c, a, b, emulator::Number::kSigned8, site);
-}
-inline void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                               KVQUANT_SITE) {
-  emulator::mma_m16n8k32(c, a, b, emulator::Number::kUnsigned8, site);
+  emulator::mma_m16n8k16(c, a, b, true, site);
 }
 
 // -- words ----------------------------------------------------------------------------------------
@@ -278,14 +256,7 @@ inline uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   return emulator::on_pairs(emulator::half_fma, a, b, c);
 }
 inline uint32_t hmul2(uint32_t a, uint32_t b) { return hfma2(a, b, 0x80008000u); }
-inline uint32_t hadd2(uint32_t a, uint32_t b) { return hfma2(a, 0x3c003c00u, b); }
 inline uint32_t hsub2(uint32_t a, uint32_t b) { return hfma2(b, 0xbc00bc00u, a); }
-inline uint32_t bfma2(uint32_t a, uint32_t b, uint32_t c) {
-  return emulator::on_pairs(emulator::bfloat16_fma, a, b, c);
-}
-inline uint32_t bmul2(uint32_t a, uint32_t b) { return bfma2(a, b, 0x80008000u); }
-inline uint32_t badd2(uint32_t a, uint32_t b) { return bfma2(a, 0x3f803f80u, b); }
-inline uint32_t bsub2(uint32_t a, uint32_t b) { return bfma2(b, 0xbf80bf80u, a); }
 inline uint32_t pack_half2(float low, float high) {
   return emulator::to_half(low) | uint32_t(emulator::to_half(high)) << 16;
 }
@@ -300,10 +271,6 @@ inline float bfloat16_high(uint32_t x) { return emulator::bfloat16_to_float(uint
 inline uint32_t pack_e4m3x2(float low, float high) {
   return emulator::to_e4m3(low) | uint32_t(emulator::to_e4m3(high)) << 8;
 }
-inline uint32_t convert_e4m3x2(uint32_t x) {
-  return emulator::e4m3_to_half(uint8_t(x)) | uint32_t(emulator::e4m3_to_half(uint8_t(x >> 8)))
-                                                  << 16;
-}
 #endif
 
 // -- float ----------------------------------------------------------------------------------------
@@ -313,7 +280,6 @@ inline float sub_rn(float a, float b) { return a - b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rcp_rn(float x) { return 1.0f / x; }
-inline float round_even(float x) { return nearbyintf(x); }
 inline float max_nan(float a, float b) { return isnan(a) || isnan(b) ? a + b : fmaxf(a, b); }
 inline uint32_t float_bits(float x) { return emulator::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return emulator::bit_cast<float>(x); }
@@ -321,7 +287,6 @@ inline float exp2_approx(float x) {
   const float r = exp2f(x);
   return r < 1.1754943508222875e-38f ? 0.0f : r;
 }
-inline float log2_approx(float x) { return log2f(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
 
 }  // namespace kvquant

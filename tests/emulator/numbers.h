@@ -44,17 +44,6 @@ inline uint16_t to_bfloat16(double x) {
 inline uint16_t half_fma(uint16_t a, uint16_t b, uint16_t c) {
   return to_half(sum_to_odd(double(half_to_float(a)) * half_to_float(b), half_to_float(c)));
 }
-inline uint16_t bfloat16_fma(uint16_t a, uint16_t b, uint16_t c) {
-  return to_bfloat16(
-      sum_to_odd(double(bfloat16_to_float(a)) * bfloat16_to_float(b), bfloat16_to_float(c)));
-}
-
-inline uint16_t e4m3_to_half(uint8_t code) {
-  const int exponent = code >> 3 & 15, mantissa = code & 7;
-  if (exponent == 15 && mantissa == 7) return 0x7fff;
-  const double size = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
-  return to_half(code & 0x80 ? -size : size);
-}
 
 // Saturating, half to even.
 inline uint8_t to_e4m3(double x) {

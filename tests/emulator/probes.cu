@@ -37,11 +37,13 @@ KVQUANT_KERNEL(mma_kernel, 1, KVQUANT_ARGUMENT Probe p) {
     }
   } else {
     ldmatrix_x4(a, tile_a + 16 * (lane % 16) + lane / 16 * 8);
+    uint32_t twice[4];  // b has two tiles
     if (b_transposed) {
-      ldmatrix_x2(b, tile_b + 16 * (lane % 8) + lane / 8 % 2 * 8);
+      ldmatrix_x4(twice, tile_b + 16 * (lane % 8) + lane / 8 % 2 * 8);
     } else {
-      ldmatrix_x2_trans(b, tile_b + 8 * (lane % 16));
+      ldmatrix_x4_trans(twice, tile_b + 8 * (lane % 16));
     }
+    b[0] = twice[0], b[1] = twice[1];
   }
   if (p.variant & 1) {
     mma_m16n8k16_bf16(c, a, b);
@@ -52,31 +54,6 @@ KVQUANT_KERNEL(mma_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   for (int i = 0; i < 4; ++i) {
     const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
     global_store(output + 8 * row + column, c[i]);
-  }
-}
-
-// c `[16, 8]` int32 = a `[16, 32]` b `[32, 8]`; variant 1: b is unsigned.
-KVQUANT_KERNEL(integer_mma_kernel, 1, KVQUANT_ARGUMENT Probe p) {
-  const int lane = lane_index(), group = lane >> 2, in_group = lane % 4;
-  uint32_t a[4] = {}, b[2] = {};
-  int32_t c[4] = {};
-  for (int i = 0; i < 16; ++i) {
-    const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8;
-    const int column = in_group * 4 + (i & 3) + (i < 8 ? 0 : 16);
-    a[i / 4] |= uint32_t(global_load(p.input + 32 * row + column)) << 8 * (i & 3);
-  }
-  for (int i = 0; i < 8; ++i) {
-    const int row = in_group * 4 + (i & 3) + (i < 4 ? 0 : 16);
-    b[i / 4] |= uint32_t(global_load(p.input + 512 + 8 * row + group)) << 8 * (i & 3);
-  }
-  if (p.variant) {
-    mma_m16n8k32_s8_u8(c, a, b);
-  } else {
-    mma_m16n8k32_s8_s8(c, a, b);
-  }
-  int32_t* output = reinterpret_cast<int32_t*>(p.output);
-  for (int i = 0; i < 4; ++i) {
-    global_store(output + 8 * (group + (i < 2 ? 0 : 8)) + in_group * 2 + (i & 1), c[i]);
   }
 }
 
@@ -97,7 +74,7 @@ KVQUANT_KERNEL(ldmatrix_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   store_16(p.output + 16 * lane, {r[0], r[1], r[2], r[3]});
 }
 
-// Three words in, the functions of them out, 25 words per thread.
+// Three words in, the functions of them out, 16 words per thread.
 KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   const int i = block_index_x() * KVQUANT_THREADS + thread_index();
   const uint32_t* input = reinterpret_cast<const uint32_t*>(p.input) + 3 * i;
@@ -109,12 +86,7 @@ KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
       prmt(a, b, c),
       hfma2(a, b, c),
       hmul2(a, b),
-      hadd2(a, b),
       hsub2(a, b),
-      bfma2(a, b, c),
-      bmul2(a, b),
-      badd2(a, b),
-      bsub2(a, b),
       float_bits(half_low(a)),
       float_bits(half_high(a)),
       float_bits(bfloat16_low(a)),
@@ -122,31 +94,25 @@ KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
       pack_half2(bits_float(b), bits_float(c)),
       pack_bfloat162(bits_float(b), bits_float(c)),
 #if KVQUANT_ARCH >= 890
-      convert_e4m3x2(a),
       pack_e4m3x2(bits_float(b), bits_float(c)),
 #else
       0,
-      0,
 #endif
-      shift_e4m3x2(a),
-      e4m3x2_to_half2(a),
-      float_bits(round_even(bits_float(a))),
       float_bits(rcp_rn(bits_float(a))),
       float_bits(exp2_approx(bits_float(a))),
   };
-  uint32_t* output = reinterpret_cast<uint32_t*>(p.output) + 25 * i;
-  for (int j = 0; j < 25; ++j) global_store(output + j, results[j]);
+  uint32_t* output = reinterpret_cast<uint32_t*>(p.output) + 16 * i;
+  for (int j = 0; j < 16; ++j) global_store(output + j, results[j]);
 }
 
 // Per lane: from lane (7 i) % 32, xor 5, and the votes about i % 3 == 0.
 KVQUANT_KERNEL(shuffle_kernel, 1, KVQUANT_ARGUMENT Probe p) {
   const int i = thread_index(), lane = lane_index();
-  int32_t* output = reinterpret_cast<int32_t*>(p.output) + 5 * i;
+  int32_t* output = reinterpret_cast<int32_t*>(p.output) + 4 * i;
   global_store(output, shuffle(i, 7 * lane % 32));
   global_store(output + 1, int32_t(shuffle_xor(float(i), 5)));
   global_store(output + 2, int32_t(warp_ballot(lane % 3 == 0)));
   global_store(output + 3, int32_t(warp_any(i == 40)));
-  global_store(output + 4, int32_t(warp_all(i < 40)));
 }
 
 // Sums tiles of 16 bytes per thread through three stages; each thread adds what its neighbour (in

@@ -37,14 +37,13 @@ void perform_ballot(void* const operands[32], Site) {
 struct LoadMatrix {
   uint32_t row[4];  // the 16 bytes that this lane's address names
   uint32_t* tiles;
-  int num_tiles;
   bool transposed;
 };
 void perform_ldmatrix(void* const operands[32], Site) {
   for (int lane = 0; lane < 32; ++lane) {
     auto* to = static_cast<LoadMatrix*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int tile = 0; tile < to->num_tiles; ++tile) {
+    for (int tile = 0; tile < 4; ++tile) {
       auto number = [&](int row, int column) {
         const uint32_t* words = static_cast<LoadMatrix*>(operands[8 * tile + row])->row;
         return words[column / 2] >> column % 2 * 16 & 0xffffu;
@@ -55,55 +54,38 @@ void perform_ldmatrix(void* const operands[32], Site) {
   }
 }
 
-template <class Sum>
 struct Multiply {
-  Sum* c;
+  float* c;
   const uint32_t* a;
   const uint32_t* b;
-  Number number;
+  bool bfloat16;
 };
 
-// Element k of the row or column that a lane's words hold; `count` numbers to a 32-bit word.
-double element(uint32_t word, int i, Number number) {
-  switch (number) {
-    case Number::kHalf:
-      return half_to_float(uint16_t(word >> 16 * i));
-    case Number::kBFloat16:
-      return bfloat16_to_float(uint16_t(word >> 16 * i));
-    case Number::kSigned8:
-      return int8_t(word >> 8 * i);
-    case Number::kUnsigned8:
-      return uint8_t(word >> 8 * i);
-  }
-  __builtin_unreachable();
-}
-
-// kPacked numbers to a word, so k runs over 8 * kPacked: words i of a hold rows g + 8 (i % 2),
-// columns kPacked t + 4 kPacked (i / 2) ..; words i of b rows kPacked t + 4 kPacked i .., column g.
-// Products are exact and the sum is rounded once; hardware rounds in an order of its own.
-template <class Sum, int kPacked>
+// Words i of a hold rows g + 8 (i % 2), columns 2t + 8 (i / 2) ..; words i of b rows 2t + 8 i ..,
+// column g. Products are exact and the sum is rounded once; hardware rounds in an order of its own.
 void perform_mma(void* const operands[32], Site) {
-  double a[16][8 * kPacked], b[8 * kPacked][8];
+  double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
-    const auto* from = static_cast<Multiply<Sum>*>(operands[lane]);
+    const auto* from = static_cast<Multiply*>(operands[lane]);
+    const auto element = [&](uint32_t word, int j) {
+      const auto bits = uint16_t(word >> 16 * j);
+      return from->bfloat16 ? bfloat16_to_float(bits) : half_to_float(bits);
+    };
     const int g = lane / 4, t = lane % 4;
-    const Number left = kPacked == 4 ? Number::kSigned8 : from->number;
-    for (int j = 0; j < kPacked; ++j) {
+    for (int j = 0; j < 2; ++j) {
       for (int i = 0; i < 4; ++i) {
-        a[g + 8 * (i % 2)][kPacked * t + 4 * kPacked * (i / 2) + j] = element(from->a[i], j, left);
+        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + j] = element(from->a[i], j);
       }
-      for (int i = 0; i < 2; ++i) {
-        b[kPacked * t + 4 * kPacked * i + j][g] = element(from->b[i], j, from->number);
-      }
+      for (int i = 0; i < 2; ++i) b[2 * t + 8 * i + j][g] = element(from->b[i], j);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
-    const auto* to = static_cast<Multiply<Sum>*>(operands[lane]);
+    const auto* to = static_cast<Multiply*>(operands[lane]);
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
       double sum = to->c[i];
-      for (int k = 0; k < 8 * kPacked; ++k) sum += a[row][k] * b[k][column];
-      to->c[i] = Sum(sum);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      to->c[i] = float(sum);
     }
   }
 }
@@ -122,20 +104,15 @@ uint32_t ballot(const char* name, bool x, Site site) {
   return operand.result;
 }
 
-void ldmatrix(uint32_t* tiles, int num_tiles, bool transposed, uint32_t row_address, Site site) {
-  LoadMatrix operand = {{}, tiles, num_tiles, transposed};
-  if (place.thread % 32 < 8 * num_tiles) shared_read(row_address, operand.row, 16, site);
+void ldmatrix(uint32_t* tiles, bool transposed, uint32_t row_address, Site site) {
+  LoadMatrix operand = {{}, tiles, transposed};
+  shared_read(row_address, operand.row, 16, site);
   collective(transposed ? "ldmatrix_trans" : "ldmatrix", &operand, perform_ldmatrix, site);
 }
 
-void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, Number number, Site site) {
-  Multiply<float> operand = {c, a, b, number};
-  collective("mma_m16n8k16", &operand, perform_mma<float, 2>, site);
-}
-
-void mma_m16n8k32(int32_t* c, const uint32_t* a, const uint32_t* b, Number number, Site site) {
-  Multiply<int32_t> operand = {c, a, b, number};
-  collective("mma_m16n8k32", &operand, perform_mma<int32_t, 4>, site);
+void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site) {
+  Multiply operand = {c, a, b, bfloat16};
+  collective("mma_m16n8k16", &operand, perform_mma, site);
 }
 
 }  // namespace kvquant::emulator

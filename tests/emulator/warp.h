@@ -1,18 +1,17 @@
 // The warp collectives, on the operands of all 32 lanes. Lane = 4 * g + t; the layouts of the
-// fragments are those of the PTX ISA, "Matrix fragments for mma.m16n8k16 / m16n8k32" and
-// "ldmatrix" (https://docs.nvidia.com/cuda/parallel-thread-execution).
+// fragments are those of the PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix"
+// (https://docs.nvidia.com/cuda/parallel-thread-execution).
 #pragma once
 
 #include "machine.h"
 
 namespace kvquant::emulator {
 
-enum class Number { kHalf, kBFloat16, kSigned8, kUnsigned8 };
-
 uint32_t shuffle(const char* name, uint32_t x, int from_lane, Site site);
 uint32_t ballot(const char* name, bool x, Site site);
-void ldmatrix(uint32_t* tiles, int num_tiles, bool transposed, uint32_t row_address, Site site);
-void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, Number number, Site site);
-void mma_m16n8k32(int32_t* c, const uint32_t* a, const uint32_t* b, Number number_of_b, Site site);
+// Four tiles.
+void ldmatrix(uint32_t* tiles, bool transposed, uint32_t row_address, Site site);
+// Of FP16 or BF16 numbers.
+void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site);
 
 }  // namespace kvquant::emulator

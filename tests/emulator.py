@@ -58,16 +58,14 @@ class Device:
         kernel: str,
         specialisation: Mapping[str, int],
         grid: Sequence[int],
-        threads: int,
-        shared_bytes: int,
         *arguments: ctypes.Structure | torch.Tensor | None,
         reads: Sequence[torch.Tensor | None] = (),
         writes: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Runs a kernel to its end.
+        """Runs a kernel to its end, with the threads and the shared memory that its source asks for.
 
         Args:
-            specialisation: macros and their values; KVQUANT_THREADS is `threads`.
+            specialisation: macros and their values.
             arguments: the kernel's parameters: structs are passed by value, tensors by their address.
             reads, writes: the tensors whose addresses the structs hold; tensors in `arguments` count as written.
 
@@ -75,7 +73,7 @@ class Device:
             Fault: the kernel did what it must not.
             ValueError: no source has this kernel, or several do.
         """
-        macros = {"KVQUANT_ARCH": self._arch, **specialisation, "KVQUANT_THREADS": threads}
+        macros = {"KVQUANT_ARCH": self._arch, **specialisation}
         library = _library(self._source_of(kernel), tuple(sorted(macros.items())))
         library.kvquant_emulate_forget()
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
@@ -88,7 +86,7 @@ class Device:
                 library.kvquant_emulate_allow(*_extent(tensor), ctypes.c_int(writable))
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        launch = _Launch((*grid, 1, 1)[:3], threads, shared_bytes)
+        launch = _Launch((*grid, 1, 1)[:3], *(ctypes.c_int32 * 2).in_dll(library, f"{kernel}_launch"))
         message = ctypes.create_string_buffer(1000)
         run = getattr(library, f"kvquant_emulate_{kernel}")
         if run(ctypes.byref(launch), pointers, message, ctypes.c_int(len(message))):

@@ -25,8 +25,7 @@ MAY_IMPORT = {
     "backends.arguments": set(),
     "backends.cpu": {"backends", "backends.arguments"},
     "backends.disk_cache": set(),
-    "backends.shared_memory": {"backends.arguments"},
-    "backends.specialisation": {"backends.arguments", "backends.shared_memory"},
+    "backends.specialisation": {"backends.arguments"},
     "backends.nvrtc": {"backends", "backends.disk_cache", "backends.specialisation"},
     "backends.gpu": {"backends", "backends.nvrtc", "backends.specialisation"},
     "backends.cuda": {"backends"}

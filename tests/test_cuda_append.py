@@ -82,9 +82,8 @@ def append(key, value, keys, values, faults, padding=None, *, start, parts=3, ar
     for states in (keys, values):
         writes += [states.data, states.scale, states.zero_point, states.recent, states.sink]
     grid = (parts, 2 * call.num_kv_heads, call.batch)
-    emulator.Device(arch).launch(
-        "quantize_append_kernel", macros(call), grid, threads, 0, call, reads=reads, writes=writes
-    )
+    compiled_for = {**macros(call), "KVQUANT_THREADS": threads}
+    emulator.Device(arch).launch("quantize_append_kernel", compiled_for, grid, call, reads=reads, writes=writes)
 
 
 def extreme(dtype, batch, heads, kv_len, head_dim):
@@ -246,6 +245,4 @@ def test_nothing_outside_of_the_storage_is_written(store):
     call = arguments.append(new, new, keys, values, count, None, 100)
     reads, writes = [new], [keys.data, keys.recent, short.data[1], short.scale[1], count]
     with pytest.raises(emulator.Fault, match=r"quantize_append_kernel, .* writes .* bytes at byte"):
-        emulator.Device().launch(
-            "quantize_append_kernel", macros(call), (1, 2, 2), 128, 0, call, reads=reads, writes=writes
-        )
+        emulator.Device().launch("quantize_append_kernel", macros(call), (1, 2, 2), call, reads=reads, writes=writes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cpu_backend import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states
 
-from hf_kvquant import QuantSpec, reference
+from hf_kvquant import reference
 from hf_kvquant.backends import cuda, specialisation
 
 # Largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
@@ -257,10 +257,3 @@ def test_query_with_gaps():
 def test_a_copy_of_values_only():
     """Dense keys have no ring and no sinks; quantized values beside them have."""
     check(*of(CASES[5], kv_len=150, q_len=5, recent_length=20, sink_length=3))
-
-
-def test_the_host_knows_the_size_of_shared_memory():
-    kind = dict(specialisation.specialisation(1, QuantSpec("int8"), QuantSpec("int8"), 64, 64))
-    kind["KVQUANT_ATTENTION_BYTES"] += 16
-    with pytest.raises(RuntimeError, match="the host allocates another size"):
-        emulator.Device().launch("decode_attention_kernel", kind, (1,), 128, 0)

@@ -35,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(KVQUANT_THREADS) decode_attention_k
   x[threadIdx.x] = twice(kFactor * s[0]);
 }
 extern "C" __global__ void merge_splits_kernel(float* x) { x[0] = KVQUANT_K_FORMAT; }
+extern "C" { __constant__ int decode_attention_kernel_launch[2] = {KVQUANT_THREADS, KVQUANT_HEAD_DIM}; }
 """
 SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024, 2) decode_attention_kernel(float* x) {
@@ -89,6 +90,7 @@ class TestCompiling:
         assert usage["decode_attention_kernel"].shared == 64 * 4
         assert usage["merge_splits_kernel"].shared == 0
         assert all(0 < u.registers <= 255 and u.spills == u.stack == 0 for u in usage.values())
+        assert found.launches == {"decode_attention_kernel": nvrtc.Launch(threads=128, shared_bytes=64)}
 
     def test_spills_are_counted(self, kernels):
         (kernels / "cuda" / "decode_attention.cu").write_text(SPILLING)
@@ -127,7 +129,7 @@ class TestKept:
     def test_the_second_time_it_is_read(self, kernels):
         first, second = compiled(), compiled()
         assert (first.cached, second.cached) == (False, True)
-        assert (first.cubin, first.usage) == (second.cubin, second.usage)
+        assert (first.cubin, first.usage, first.launches) == (second.cubin, second.usage, second.launches)
         assert len(kept()) == 1
 
     def test_whatever_it_depends_on_makes_another_file(self, kernels, monkeypatch):
@@ -339,7 +341,7 @@ class TestSpecialisation:
             "KVQUANT_DTYPE": 1, "KVQUANT_HEAD_DIM": 192, "KVQUANT_V_HEAD_DIM": 128,
             "KVQUANT_K_FORMAT": 2, "KVQUANT_K_GRID": 1, "KVQUANT_K_GROUP": 128, "KVQUANT_K_ROTATE": 0,
             "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
-            "KVQUANT_SPLIT": 512, "KVQUANT_THREADS": 128, "KVQUANT_ATTENTION_BYTES": kind.attention_bytes,
+            "KVQUANT_SPLIT": 512, "KVQUANT_THREADS": 128,
         }  # fmt: skip
         assert str(kind) == "float16, head_dim 192/128, keys int4 channel 128, values int8 token 32 rotated"
         dense = specialisation(1, QuantSpec("dense"), QuantSpec("dense"), 64, 64)

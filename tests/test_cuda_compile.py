@@ -71,17 +71,17 @@ def kinds() -> list[Specialisation]:
 def test_no_spills_and_within_the_budget(source, kind):
     head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
     largest = next(limit for limit in (128, 192, 256) if head_dim <= limit)
-    dynamic = {"decode_attention_kernel": kind.attention_bytes, "merge_splits_kernel": kind.merge_bytes}
     for archs in SAME_PTX[source]:
         text = ptxas.ptx(source, kind, archs[0])
         for arch in archs:
-            _, usage = ptxas.assemble(text, arch)
-            assert set(usage) == {kernel for kernel, of in nvrtc.KERNELS.items() if of == source}
+            cubin, usage = ptxas.assemble(text, arch)
+            needed = nvrtc.read_launches(cubin)
+            assert set(usage) == set(needed) == {kernel for kernel, of in nvrtc.KERNELS.items() if of == source}
             for kernel, used in usage.items():
                 assert used.spills == 0, (arch, kernel, used)
                 assert used.stack <= STACK_BYTES, (arch, kernel, used)
                 assert used.registers <= BUDGET[kernel][largest], (arch, kernel, used)
-                assert used.shared + dynamic.get(kernel, 0) <= SHARED_BYTES, (arch, kernel, used)
+                assert used.shared + needed[kernel].shared_bytes <= SHARED_BYTES, (arch, kernel, used)
 
 
 class TestTheShortWay:
@@ -117,14 +117,26 @@ class TestTheShortWay:
         assert ours == theirs
 
 
-def test_another_size_of_shared_memory_does_not_compile(tmp_path, monkeypatch):
-    """The host's count of bytes is compiled into the kernel, which has its own."""
-    monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path))
-    kind = preset("fp8", 64)
-    wrong = type(kind)(kind)
-    wrong["KVQUANT_ATTENTION_BYTES"] += 16
-    with pytest.raises(nvrtc.CompileError, match="the host allocates another size"):
-        nvrtc.compiled("decode_attention.cu", wrong, "sm_90")
+def launches(kind: Specialisation) -> dict[str, nvrtc.Launch]:
+    cubin, _ = ptxas.assemble(ptxas.ptx("decode_attention.cu", kind, "sm_80"), "sm_80")
+    return nvrtc.read_launches(cubin)
+
+
+def test_how_attention_is_launched():
+    """The bytes are the layout's in pass.h, counted by hand: tiles, headers, queries, scales, states."""
+    tiles = 2 * 4 * (32 * 80 + 32 * 80)  # stages, warps, rows of 64 bytes and a chunk
+    queries, scales, states = 256 * 8 + 4 * 16 * 2, 4 * 4 * 32 * 2, 4 * 16 * 8
+    found = launches(preset("int8-plain", 64))
+    assert found["decode_attention_kernel"] == nvrtc.Launch(128, tiles + queries + scales + states)
+    assert found["merge_splits_kernel"] == nvrtc.Launch(128, 4 * (2 * 128 + 1) * 4)
+
+
+def test_a_large_tile_gets_fewer_threads():
+    """Shared memory of the smaller GPUs is 99 KB per block."""
+    dense = QuantSpec("dense")
+    found = launches(kind_of(dense, dense, 256, 256))
+    assert found["decode_attention_kernel"].threads == found["merge_splits_kernel"].threads == 64
+    assert found["decode_attention_kernel"].shared_bytes <= SHARED_BYTES
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

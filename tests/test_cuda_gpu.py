@@ -38,6 +38,10 @@ KERNEL = """
 struct Two { unsigned long long a, b; };
 extern "C" __global__ void decode_attention_kernel(Two s, float* p) { p[0] = s.a; }
 extern "C" __global__ void merge_splits_kernel(Two s, const float* p) {}
+extern "C" {
+__constant__ int decode_attention_kernel_launch[2] = {128, 0};
+__constant__ int merge_splits_kernel_launch[2] = {64, 60000};
+}
 """
 
 SCRIPT = """
@@ -82,8 +86,8 @@ memory = torch.zeros(4)
 print(hex(memory.data_ptr()))
 zero, one = gpu.Gpu(0), gpu.Gpu(1)
 
-def launch(device, kernel="decode_attention_kernel", shared=0):
-    device.launch(kernel, kind, (3, 2, 1), 128, shared, Two(0xaaa, 0xbbb), memory)
+def launch(device, kernel="decode_attention_kernel"):
+    device.launch(kernel, kind, (3, 2, 1), Two(0xaaa, 0xbbb), memory)
 
 state["capturing"] = True
 said(lambda: launch(zero))
@@ -91,7 +95,7 @@ state["capturing"] = False
 launch(zero)
 launch(zero)
 launch(one)
-launch(zero, "merge_splits_kernel", 60000)
+launch(zero, "merge_splits_kernel")
 state["capturing"] = True
 launch(zero)
 driver.cuCtxSetCurrent(0)
@@ -99,7 +103,7 @@ launch(zero)
 state["stream"] = 0xbad
 said(lambda: launch(zero))
 state["capturing"] = False
-nvrtc.compiled = lambda *_: nvrtc.Compiled(b"too new for this driver", {}, True, 0.0)
+nvrtc.compiled = lambda *_: nvrtc.Compiled(b"too new for this driver", {}, {}, True, 0.0)
 said(lambda: launch(gpu.Gpu(0)))
 """
 
@@ -144,7 +148,7 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
         f"launch 4001 {first.replace('stream 77', 'stream 78')}", "context 1000",
         # More than 48 KB of shared memory must be asked for.
         "context 1000", "kernel merge_splits_kernel", f"set 4000, attribute {SHARED_LIMIT} to 60000",
-        "load 4000, attribute 4", f"launch 4000 {first.replace('shared 0', 'shared 60000')}",
+        "load 4000, attribute 4", f"launch 4000 {first.replace('threads 128 shared 0', 'threads 64 shared 60000')}",
         # What is loaded may be captured.
         f"launch 4000 {first}",
         # A thread without a context gets one.

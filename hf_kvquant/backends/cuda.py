@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import SPLIT, specialisation
+from .specialisation import SPLIT, THREADS, specialisation
 
 # Rows (queries of the heads that share a KV head) in one tile of the tensor cores.
 TILE_ROWS = 16
@@ -70,8 +70,8 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
     grid, rows = (parts, num_kv_heads * row_tiles, batch), (q_len, num_heads, batch)
     launch = device.launch
-    launch("decode_attention_kernel", kind, grid, kind.threads, kind.attention_bytes, call, partial, **touched)
-    launch("merge_splits_kernel", kind, rows, kind.threads, kind.merge_bytes, call, partial, **touched)
+    launch("decode_attention_kernel", kind, grid, call, partial, **touched)
+    launch("merge_splits_kernel", kind, rows, call, partial, **touched)
     return output, logsumexp
 
 
@@ -87,8 +87,8 @@ def quantize_append(key, value, keys, values, faults, padding=None, *, start, de
     kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
     _check_alignment("keys", call, _NEW_KEYS, keys)
     _check_alignment("values", call, _NEW_VALUES, values)
-    n, threads = key.shape[2], kind.threads
-    parts = max(_append_parts(n, keys, threads), _append_parts(n, values, threads))
+    n = key.shape[2]
+    parts = max(_append_parts(n, keys), _append_parts(n, values))
     touched = {}
     if device is None:
         device = gpu.of(key, value, padding, faults)
@@ -96,10 +96,10 @@ def quantize_append(key, value, keys, values, faults, padding=None, *, start, de
         written = (faults, *_tensors(keys), *_tensors(values))
         touched = {"reads": (*call.alive, keys.device_length), "writes": written}
     grid = (parts, 2 * call.num_kv_heads, call.batch)
-    device.launch("quantize_append_kernel", kind, grid, threads, 0, call, **touched)
+    device.launch("quantize_append_kernel", kind, grid, call, **touched)
 
 
-def _append_parts(n: int, states, threads: int) -> int:
+def _append_parts(n: int, states) -> int:
     """Blocks of threads that share the new tokens of a head, so that each does its work once."""
     if n == 1:
         return 1
@@ -107,7 +107,7 @@ def _append_parts(n: int, states, threads: int) -> int:
         return min(-(-(n - 1) // states.spec.block_length) + 1, MAX_GRID)
     # A row is spread over lanes of 8 channels each; four rows are in flight.
     lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32
-    return min(-(-n // (4 * threads // lanes)), MAX_GRID)
+    return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
 
 
 def _has_copies(keys, values) -> int:

@@ -62,18 +62,20 @@ class Gpu:
             raise RuntimeError(f"cuda:{index}: {too_old(capability)}")
         self._index = index
         self._arch = nvrtc.architecture(*capability)
-        self._functions: dict[tuple[str, Specialisation], object] = {}
+        # The driver's handles, and what they are launched with.
+        self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
-    def launch(self, kernel: str, kind: Specialisation, grid, threads: int, shared_bytes: int, *values) -> None:
+    def launch(self, kernel: str, kind: Specialisation, grid, *values) -> None:
         """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address."""
         index = self._index
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
-            function = self._functions.get((kernel, kind)) or self._load(kernel, kind, shared_bytes)
+            function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
             # Read before the launch returns: the driver copies the arguments.
             held = [v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v.data_ptr()) for v in values]
             addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
             stream = torch._C._cuda_getCurrentRawStream(index)
-            launch = (function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0)
+            block = (needs.threads, 1, 1, needs.shared_bytes)
+            launch = (function, *grid, *block, stream, ctypes.addressof(addresses), 0)
             (status,) = _driver().cuLaunchKernel(*launch)
             if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 # A thread that has not yet called the runtime.
@@ -85,8 +87,8 @@ class Gpu:
     def _enter(self) -> None:
         nvrtc.cuda_core().Device(self._index).set_current()
 
-    def _load(self, kernel: str, kind: Specialisation, shared_bytes: int):
-        """The driver's handle of a kernel on this GPU, compiled if need be."""
+    def _load(self, kernel: str, kind: Specialisation) -> tuple[object, nvrtc.Launch]:
+        """The driver's handle of a kernel on this GPU, compiled if need be, and what it is launched with."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{kernel} ({kind}) is used for the first time while a CUDA graph is captured; call it once before, "
@@ -95,20 +97,21 @@ class Gpu:
         with _lock:
             if (kernel, kind) not in self._functions:
                 self._enter()
-                cubin = nvrtc.compiled(nvrtc.KERNELS[kernel], kind, self._arch).cubin
+                compiled = nvrtc.compiled(nvrtc.KERNELS[kernel], kind, self._arch)
                 # Never unloaded: launches may be in flight, or captured, until the process ends.
-                status, library = _driver().cuLibraryLoadData(cubin, [], [], 0, [], [], 0)
+                status, library = _driver().cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
                 if status:
                     raise RuntimeError(self._cannot_load(kernel, kind, status))
                 loaded = _checked(kernel, *_driver().cuLibraryGetKernel(library, kernel.encode()))
                 function = _checked(kernel, *_driver().cuKernelGetFunction(loaded))
                 attributes = _driver().CUfunction_attribute
-                if shared_bytes > _SHARED_BYTES:
+                needs = compiled.launches[kernel]
+                if needs.shared_bytes > _SHARED_BYTES:
                     limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, shared_bytes))
+                    _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, needs.shared_bytes))
                 # Asking for an attribute loads the code; else that waits for the first launch, in a capture perhaps.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-                self._functions[kernel, kind] = function
+                self._functions[kernel, kind] = function, needs
         return self._functions[kernel, kind]
 
     def _cannot_load(self, kernel: str, kind: Specialisation, status) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -57,11 +58,21 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """What a kernel is launched with, as its source says: threads of a block, and bytes of dynamic shared memory."""
+
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class Compiled:
-    """Machine code of one source file. `usage`: by kernel; `cached`: found on disk; `seconds`: that it took."""
+    """Machine code of one source file. `usage`, `launches`: by kernel; `cached`: found on disk; `seconds`: that it
+    took."""
 
     cubin: bytes
     usage: dict[str, Usage]
+    launches: dict[str, Launch]
     cached: bool
     seconds: float
 
@@ -148,12 +159,12 @@ def compiled(source: str, specialisation: Specialisation, arch: str) -> Compiled
     if found is not None:
         facts, cubin = found
         usage = {name: Usage(**numbers) for name, numbers in facts["usage"].items()}
-        return Compiled(cubin, usage, True, time.perf_counter() - start)
+        return Compiled(cubin, usage, read_launches(cubin), True, time.perf_counter() - start)
     cubin, log = _compile(source, specialisation, arch)
     usage = read_usage(log)
     facts = {"source": source, "arch": arch, "specialisation": str(specialisation)}
     disk_cache.write(key, {**facts, "usage": {name: asdict(numbers) for name, numbers in usage.items()}}, cubin)
-    return Compiled(cubin, usage, False, time.perf_counter() - start)
+    return Compiled(cubin, usage, read_launches(cubin), False, time.perf_counter() - start)
 
 
 def _key(source: str, specialisation: Specialisation, arch: str) -> str:
@@ -205,6 +216,23 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         log = str(error).replace("\0", "")
         raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log}") from error
     return bytes(cubin), log.getvalue()
+
+
+def read_launches(cubin: bytes) -> dict[str, Launch]:
+    """The constants `{kernel}_launch` that the macro KVQUANT_KERNEL leaves in machine code, an ELF file (elf(5))."""
+    at, size, count = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HH", cubin, 58)
+    # Of each section: type, place in the file, length, the section of its symbols' names.
+    sections = [struct.unpack_from("<4xI16xQQI", cubin, at + i * size) for i in range(count)]
+    found = {}
+    for kind, begin, length, names in sections:
+        if kind != 2:  # SHT_SYMTAB
+            continue
+        for name, section, place in struct.iter_unpack("<IxxHQ8x", cubin[begin : begin + length]):
+            start = sections[names][1] + name
+            kernel, is_launch, _ = cubin[start : cubin.index(0, start)].decode().partition("_launch")
+            if is_launch:
+                found[kernel] = Launch(*struct.unpack_from("<ii", cubin, sections[section][1] + place))
+    return found
 
 
 def read_usage(log: str) -> dict[str, Usage]:

@@ -7,29 +7,20 @@ needs one or two specialisations, not one per shape.
 from __future__ import annotations
 
 from .arguments import FORMATS
-from .shared_memory import attention_bytes, merge_bytes
 
 # Columns of the cache that one block of threads attends to. Fixed, so that a result does not depend on the GPU's size.
 SPLIT = 512
+# Of a block, at most: attention takes fewer where their shared memory is more than a GPU has.
 THREADS = 128
-# Of a block, on the GPUs that have least (sm_86, sm_89, sm_120). One choice for all: results are the same on each.
-_SHARED_BYTES = 99 << 10
 MAX_HEAD_DIM = 256
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
 class Specialisation(dict):
-    """Macros by name, hashable: not changed after it was made. `threads` of a block; `attention_bytes`, `merge_bytes`:
-    dynamic shared memory of the two launches of attention."""
+    """Macros by name, hashable: not changed after it was made."""
 
     def __init__(self, macros: dict[str, int]):
         super().__init__(macros)
-        self.threads = THREADS
-        while attention_bytes({**macros, "KVQUANT_THREADS": self.threads}) > _SHARED_BYTES and self.threads > 32:
-            self.threads //= 2
-        self["KVQUANT_THREADS"] = self.threads
-        self.attention_bytes = self["KVQUANT_ATTENTION_BYTES"] = attention_bytes(self)
-        self.merge_bytes = merge_bytes(self)
         self._hash = hash(tuple(self.items()))
 
     def __hash__(self) -> int:
@@ -89,5 +80,6 @@ def _make(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Speci
             "KVQUANT_V_GROUP": v_spec.group_size or v_head_dim,
             "KVQUANT_V_ROTATE": int(v_spec.rotate),
             "KVQUANT_SPLIT": SPLIT,
+            "KVQUANT_THREADS": THREADS,
         }
     )

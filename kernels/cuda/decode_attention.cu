@@ -4,11 +4,11 @@
 //     grid      (3 if a has exact copies, + ceil(a.kv_len / KVQUANT_SPLIT),
 //                num_kv_heads * row tiles,
 //                batch)
-//     block     KVQUANT_THREADS, kAttentionBytes of dynamic shared memory
+//     block     KVQUANT_THREADS, or fewer where shared memory does not suffice
 //     row tile  16 of the q_per_kv * q_len query rows of a kv head
 //   merge_splits_kernel(a, partial)
 //     grid      (q_len, num_heads, batch)
-//     block     KVQUANT_THREADS, kMergeBytes of dynamic shared memory
+//     block     as many threads
 //
 //     x = 0 .. 2     columns with copies: a list each (columns.h)      |
 //     x = 3          stored columns    0 .. split                      |  partials.h -> merge.h
@@ -39,13 +39,16 @@
 
 namespace kvquant {
 
-// Tiles and stages that leave three blocks of the usual formats room on an SM with 164 KB.
+// What the tiles may take, so that three blocks of the usual formats fit an SM with 164 KB.
 constexpr int kTilesLimit = 46 * 1024;
+// Shared memory of a block, on the GPUs that have least (sm_86, sm_89, sm_120). One limit for all:
+// results are then the same on each.
+constexpr int kSharedLimit = 99 * 1024;
 
-template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere>
+template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kWarps>
 struct Plan {
   template <int kTile, int kStages>
-  using Of = Pass<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages>;
+  using Of = Pass<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages, kWarps>;
   static constexpr bool kList = kCopiedKeysHere || kCopiedValuesHere;
   // A tile lies in one block of the channel grid.
   static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32);
@@ -55,20 +58,36 @@ struct Plan {
   using Type = Of<kTile, kStages>;
 };
 
-using StoredPass = Plan<StoredKeys, StoredValues, false, false>::Type;
-using CopiedPass = Plan<CopiedKeys, CopiedValues, true, true>::Type;
-using CopiedKeysPass = Plan<CopiedKeys, StoredValues, true, false>::Type;
-using CopiedValuesPass = Plan<StoredKeys, CopiedValues, false, true>::Type;
-
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int kAttentionBytes = larger(
-    StoredPass::kBytes, larger(StoredKeys::kScaled&& StoredValues::kScaled ? CopiedPass::kBytes : 0,
-                               larger(StoredKeys::kScaled ? CopiedKeysPass::kBytes : 0,
-                                      kHasCopiedValues ? CopiedValuesPass::kBytes : 0)));
-constexpr int kMergeBytes = RowMerge::kBytes;
-#ifdef KVQUANT_ATTENTION_BYTES
-static_assert(kAttentionBytes == KVQUANT_ATTENTION_BYTES, "the host allocates another size");
-#endif
+
+// The passes of a block of kWarps warps, one for each kind of column.
+template <int kWarps>
+struct Passes {
+  using Stored = typename Plan<StoredKeys, StoredValues, false, false, kWarps>::Type;
+  using Copied = typename Plan<CopiedKeys, CopiedValues, true, true, kWarps>::Type;
+  using WithCopiedKeys = typename Plan<CopiedKeys, StoredValues, true, false, kWarps>::Type;
+  using WithCopiedValues = typename Plan<StoredKeys, CopiedValues, false, true, kWarps>::Type;
+  static constexpr int kBytes = larger(
+      larger(Stored::kBytes, StoredKeys::kScaled&& StoredValues::kScaled ? Copied::kBytes : 0),
+      larger(StoredKeys::kScaled ? WithCopiedKeys::kBytes : 0,
+             kHasCopiedValues ? WithCopiedValues::kBytes : 0));
+};
+
+// Half as many warps, and again, until the block's shared memory is within the limit.
+template <int kWarps, bool kFits = kWarps == 1 || Passes<kWarps>::kBytes <= kSharedLimit>
+constexpr int kFittingWarps = kWarps;
+template <int kWarps>
+constexpr int kFittingWarps<kWarps, false> = kFittingWarps<kWarps / 2>;
+
+constexpr int kMostWarps = KVQUANT_THREADS / 32;
+static_assert(kMostWarps > 0 && (kMostWarps & (kMostWarps - 1)) == 0,
+              "KVQUANT_THREADS: 32, 64, 128 or 256");
+constexpr int kWarps = kFittingWarps<kMostWarps>;
+using ThePasses = Passes<kWarps>;
+using StoredPass = ThePasses::Stored;
+using CopiedPass = ThePasses::Copied;
+using CopiedKeysPass = ThePasses::WithCopiedKeys;
+using CopiedValuesPass = ThePasses::WithCopiedValues;
 static_assert(kSplit % StoredPass::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
 static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPass::kTile == 0, "tiles lie in blocks");
 
@@ -97,8 +116,8 @@ KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int 
 
 }  // namespace kvquant
 
-KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT KvquantAttention a,
-               float* partial) {
+KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
+               kvquant::ThePasses::kBytes, KVQUANT_ARGUMENT KvquantAttention a, float* partial) {
   using namespace kvquant;
   KVQUANT_DYNAMIC_SHARED(uint8_t, memory);
   const Place p(a);
@@ -155,9 +174,11 @@ KVQUANT_KERNEL(decode_attention_kernel, kvquant::kBlocks, KVQUANT_ARGUMENT Kvqua
   write_nothing(p, partials, index);
 }
 
-KVQUANT_KERNEL(merge_splits_kernel, 1, KVQUANT_ARGUMENT KvquantAttention a, const float* partial) {
+KVQUANT_KERNEL(merge_splits_kernel, 32 * kvquant::kWarps, 1,
+               kvquant::RowMerge<kvquant::kWarps>::kBytes, KVQUANT_ARGUMENT KvquantAttention a,
+               const float* partial) {
   using namespace kvquant;
   KVQUANT_DYNAMIC_SHARED(float, memory);
-  const RowMerge merge{a, Partials(a, const_cast<float*>(partial)), memory};
+  const RowMerge<kWarps> merge{a, Partials(a, const_cast<float*>(partial)), memory};
   merge.run(block_index_z(), block_index_y(), block_index_x());
 }

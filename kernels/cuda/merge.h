@@ -10,6 +10,7 @@ namespace kvquant {
 template <class P>
 struct BlockMerge {
   using V = typename P::V;
+  static constexpr int kWarps = P::kWarps;
 
   static KVQUANT_DEVICE void write(P& pass, const Partials& partials, int index) {
     const Place& p = pass.p;
@@ -122,6 +123,7 @@ struct BlockMerge {
 //   warp w           sums of these slices, a WarpRow each; stored and copied values apart, because
 //                    only the stored ones may be rotated
 //   warp 0           adds the warps, rotates, adds the learned sink, writes
+template <int kWarps>
 struct RowMerge {
   using Row = WarpRow<kValueDim>;
   static constexpr int kFloats = Row::kRounds * 128;

@@ -36,14 +36,15 @@ namespace kvquant {
 
 // kCopied..: rows come from exact copies; such kinds have lists of columns, the other has a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
-          int kNumStages>
+          int kNumStages, int kNumWarps>
 struct Pass {
   using K = typename Keys::Codec;
   using V = typename Values::Codec;
   using KeyTile = Tile<K, kTileRows>;
   using ValueTile = Tile<V, kTileRows>;
   static constexpr bool kInOrder = !kCopiedKeysHere && !kCopiedValuesHere;
-  static constexpr int kTile = kTileRows, kStages = kNumStages, kEights = kTile / 8;
+  static constexpr int kTile = kTileRows, kStages = kNumStages, kWarps = kNumWarps;
+  static constexpr int kEights = kTile / 8;
   // The offset of values: once per row from the sum of weights, or (groups) taken off every code.
   static constexpr bool kHasOffset = V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
@@ -106,7 +107,7 @@ struct Pass {
       key_scales.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
     }
-    queries.prepare(p);
+    queries.template prepare<kWarps>(p);
     block_barrier();
 
     float factor[2];

@@ -4,7 +4,9 @@
 // -DKVQUANT_EMULATOR for the host, where tests/emulator/emulator.h gives every name below a second
 // body that also checks what hardware would not. What a kernel must keep to for that:
 //
-//   entry     KVQUANT_KERNEL(name, blocks_per_sm, KVQUANT_ARGUMENT Struct a, ..) { .. }
+//   entry     KVQUANT_KERNEL(name, threads, blocks_per_sm, dynamic shared bytes,
+//                            KVQUANT_ARGUMENT Struct a, ..) { .. }
+//             The compiled code says how to launch it: int name_launch[2] = {threads, bytes}.
 //   shared    KVQUANT_SHARED(type, name, n) or KVQUANT_DYNAMIC_SHARED(type, name), passed on as
 //             SharedPtr<type>; read into a variable with its type written (`float x = p[i];`),
 //             assigned as a whole (`p[i] = x;`), seen as another type by shared_cast<U>(p)
@@ -32,8 +34,11 @@
 
 #define KVQUANT_DEVICE __device__ __forceinline__
 #define KVQUANT_ARGUMENT const __grid_constant__
-#define KVQUANT_KERNEL(name, blocks_per_sm, ...) \
-  extern "C" __global__ void __launch_bounds__(KVQUANT_THREADS, blocks_per_sm) name(__VA_ARGS__)
+#define KVQUANT_KERNEL(name, threads, blocks_per_sm, shared_bytes, ...) \
+  extern "C" {                                                          \
+  __constant__ int name##_launch[2] = {threads, shared_bytes};          \
+  }                                                                     \
+  extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm) name(__VA_ARGS__)
 #define KVQUANT_SHARED(type, name, n) __shared__ __align__(16) type name[n]
 #define KVQUANT_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char kvquant_dynamic_shared[]; \

@@ -331,7 +331,7 @@ struct Append {
 
 }  // namespace kvquant
 
-KVQUANT_KERNEL(quantize_append_kernel, 5, KVQUANT_ARGUMENT KvquantAppend a) {
+KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT KvquantAppend a) {
   using namespace kvquant;
   using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
                           KVQUANT_K_ROTATE != 0>;

@@ -40,6 +40,7 @@ struct Queries {
   }
 
   // By all threads of the block; complete after a block_barrier().
+  template <int kWarps>
   KVQUANT_DEVICE void prepare(const Place& p) const {
     constexpr int kEach = (kRows + kWarps - 1) / kWarps;
     const QueryRows block_rows(p);

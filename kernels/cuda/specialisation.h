@@ -7,7 +7,6 @@
 //   KVQUANT_K_ROTATE                   keys are rotated: so are the queries
 //   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
 //   KVQUANT_SPLIT                      columns of a block
-//   KVQUANT_THREADS                    of a block
 #pragma once
 
 #include "cuda/codecs.h"
@@ -16,7 +15,6 @@ namespace kvquant {
 
 constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
 constexpr int kSplit = KVQUANT_SPLIT;
-constexpr int kWarps = KVQUANT_THREADS / 32;
 constexpr int kRows = 16;  // query rows of a block, the M of an MMA
 constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
 
@@ -24,7 +22,6 @@ static_assert(KVQUANT_DTYPE == kFloat16 || KVQUANT_DTYPE == kBFloat16,
               "KVQUANT_DTYPE: FP16 or BF16; there is no MMA for float32");
 static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kValueDim % 16 == 0 && kValueDim <= 256,
               "head_dim: a multiple of 16 up to 256");
-static_assert(kWarps > 0 && (kWarps & (kWarps - 1)) == 0, "KVQUANT_THREADS: 32, 64, 128 or 256");
 
 template <int kFormat, int kGrid, int kDim>
 struct CodecOf {

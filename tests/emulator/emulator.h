@@ -14,8 +14,11 @@
 
 #define KVQUANT_DEVICE inline
 #define KVQUANT_ARGUMENT const
-#define KVQUANT_KERNEL(name, blocks_per_sm, ...)                                                  \
+#define KVQUANT_KERNEL(name, threads, blocks_per_sm, shared_bytes, ...)                           \
   static void name(__VA_ARGS__);                                                                  \
+  extern "C" {                                                                                    \
+  __attribute__((visibility("default"))) int name##_launch[2] = {threads, shared_bytes};          \
+  }                                                                                               \
   extern "C" __attribute__((visibility("default"))) int kvquant_emulate_##name(                   \
       const kvquant::emulator::Launch* launch, void* const* arguments, char* message, int size) { \
     const auto body = [](void* const* arguments) { kvquant::emulator::call(name, arguments); };   \

@@ -12,7 +12,7 @@ struct Probe {
 
 // c `[16, 8]` = a `[16, 16]` b `[16, 8]`, row-major; variant: bit 0 BF16, bit 1 without ldmatrix,
 // element by element as the PTX ISA gives rows and columns, bit 2 b is stored transposed.
-KVQUANT_KERNEL(mma_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(mma_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   KVQUANT_SHARED(uint16_t, tile_a, 16 * 16);
   KVQUANT_SHARED(uint16_t, tile_b, 16 * 8);
   const int lane = lane_index(), group = lane >> 2, in_group = lane % 4;
@@ -58,7 +58,8 @@ KVQUANT_KERNEL(mma_kernel, 1, KVQUANT_ARGUMENT Probe p) {
 }
 
 // The x4 forms on four 8x8 tiles stored one after the other; r[j] of every lane; variant 1: .trans.
-KVQUANT_KERNEL(ldmatrix_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(ldmatrix_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
+               KVQUANT_ARGUMENT Probe p) {
   KVQUANT_DYNAMIC_SHARED(uint16_t, tiles);
   const int lane = lane_index();
   cp_async_16(tiles + 8 * lane, p.input + 16 * lane);
@@ -75,7 +76,7 @@ KVQUANT_KERNEL(ldmatrix_kernel, 1, KVQUANT_ARGUMENT Probe p) {
 }
 
 // Three words in, the functions of them out, 16 words per thread.
-KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(words_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   const int i = block_index_x() * KVQUANT_THREADS + thread_index();
   const uint32_t* input = reinterpret_cast<const uint32_t*>(p.input) + 3 * i;
   const uint32_t a = global_load(input), b = global_load(input + 1), c = global_load(input + 2);
@@ -106,7 +107,7 @@ KVQUANT_KERNEL(words_kernel, 1, KVQUANT_ARGUMENT Probe p) {
 }
 
 // Per lane: from lane (7 i) % 32, xor 5, and the votes about i % 3 == 0.
-KVQUANT_KERNEL(shuffle_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(shuffle_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   const int i = thread_index(), lane = lane_index();
   int32_t* output = reinterpret_cast<int32_t*>(p.output) + 4 * i;
   global_store(output, shuffle(i, 7 * lane % 32));
@@ -117,7 +118,8 @@ KVQUANT_KERNEL(shuffle_kernel, 1, KVQUANT_ARGUMENT Probe p) {
 
 // Sums tiles of 16 bytes per thread through three stages; each thread adds what its neighbour (in
 // the next warp) copied. The planted faults are those of a pipeline.
-KVQUANT_KERNEL(pipeline_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(pipeline_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
+               KVQUANT_ARGUMENT Probe p) {
   enum { kNoWait = 1, kNoCommit, kOneTooMany, kNoBarrierAfterWait, kNoBarrierBeforeRefill, kLeft };
   constexpr int kStages = 3, kTiles = 7;
   KVQUANT_DYNAMIC_SHARED(uint8_t, stages);
@@ -154,7 +156,8 @@ KVQUANT_KERNEL(pipeline_kernel, 1, KVQUANT_ARGUMENT Probe p) {
 
 // Every thread gives a number to thread i ^ 33, of another warp, and one to its neighbour in the
 // warp; two blocks. The planted faults are everything else.
-KVQUANT_KERNEL(exchange_kernel, 1, KVQUANT_ARGUMENT Probe p) {
+KVQUANT_KERNEL(exchange_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
+               KVQUANT_ARGUMENT Probe p) {
   enum {
     kNoBarrier = 1,
     kWarpBarrierOnly,

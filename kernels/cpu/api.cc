@@ -1,4 +1,4 @@
-// The C interface of the library, and the choice of the level.
+// The C interface of the library, and which levels this processor can run.
 #include <initializer_list>
 #ifdef KVQUANT_X86
 #include <cpuid.h>
@@ -13,24 +13,25 @@ namespace {
 
 using kvquant::Level;
 
-// In ascending order; a level that this processor lacks is null.
+// From the oldest instruction set to the newest.
 constexpr int kNumLevels = 6;
 const char* const kLevelNames[kNumLevels] = {"scalar", "avx2",        "avx2_vnni",
                                              "avx512", "avx512_vnni", "avx512_bf16"};
 
 #ifdef KVQUANT_X86
-// Older compilers do not know the name of this feature.
+// Older compilers do not know this feature by name.
 bool has_avx_vnni() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
 #endif
 
+// Null if this processor lacks an instruction of level i, or there is no such level.
 const Level* level(int64_t i) {
 #ifdef KVQUANT_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  static const bool avx_vnni = has_avx_vnni();  // a virtual machine takes long to answer
+  static const bool avx_vnni = has_avx_vnni();  // cpuid is slow on a virtual machine
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
@@ -58,11 +59,12 @@ KVQUANT_API const char* kvquant_level_name(int64_t i) {
 // Whether this processor has level i.
 KVQUANT_API int kvquant_level_runs(int64_t i) { return level(i) != nullptr; }
 
-// Sizes of the structs, so that the two sides of the border can be compared.
+// Sizes of the structs, for the host to compare with its own.
 KVQUANT_API int64_t kvquant_attention_size() { return sizeof(KvquantAttention); }
 KVQUANT_API int64_t kvquant_append_size() { return sizeof(KvquantAppend); }
 
-// Runs work on the threads of an OpenMP runtime, given its `GOMP_parallel`; null: on our own.
+// From now on the operators run on the threads of the OpenMP runtime whose `GOMP_parallel` is
+// given; null: on threads of our own.
 KVQUANT_API void kvquant_use_openmp(void* parallel) {
   kvquant::use_openmp(reinterpret_cast<kvquant::OpenMpParallel>(parallel));
 }

@@ -1,8 +1,8 @@
-// Codecs: where column i of a tile is stored, and which numbers are in it.
+// Codecs: how the elements of a tile are read as floats, whatever their format.
 //
-// A codec is made for one tile of one head. `row(i)` finds column i, `load(row, c)` gives the
-// numbers of Vec::kWidth channels from c on. The loops of float_tile.h are written once against
-// this.
+// A codec is made for one tile of one head. `row(i)` finds column i, `load(row, c)` decodes
+// Vec::kWidth channels of it from c on. The loops of float_tile.h are written once, for every
+// codec.
 #pragma once
 
 #include "kvquant/formats.h"
@@ -70,13 +70,13 @@ struct TokenRows {
   };
   Row row(int i) const { return {data + i * row_bytes, scale + i * groups}; }
   Vec load(const Row& row, int c) const {
-    Vec x = Vec::numbers(Format{}, row.bytes, c, head_dim);
+    Vec x = Vec::decode(Format{}, row.bytes, c, head_dim);
     if (Format::kMidpoint != 0.0f) x = x - Vec(Format::kMidpoint);
     return x * Vec(row.scale[group_of[c / 16]]);
   }
 };
 
-// Channel grid: zero + code * scale, one scale (and zero point) per channel of a block of columns.
+// Channel grid: zero point + code * scale, one of each per channel and block of columns.
 template <class Format>
 struct ChannelRows {
   const uint8_t* data;
@@ -100,17 +100,17 @@ struct ChannelRows {
     const float *scale, *zero;
   };
   Row row(int i) const {
-    // A tile begins at a block, or lies inside one.
+    // A tile begins where a block does, or lies inside one.
     int64_t offset = int64_t(i >> shift) * head_dim;
     return {data + i * row_bytes, scale + offset, zero + offset};
   }
   Vec load(const Row& row, int c) const {
-    Vec x = Vec::numbers(Format{}, row.bytes, c, head_dim), s = Vec::load(row.scale + c);
+    Vec x = Vec::decode(Format{}, row.bytes, c, head_dim), s = Vec::load(row.scale + c);
     return has_zero ? Vec::fma(x, s, Vec::load(row.zero + c)) : x * s;
   }
 };
 
-// Numbers as they are, one row after the other.
+// Elements that are not quantized, one row after the other.
 template <class T>
 struct DenseRows {
   const uint8_t* data;
@@ -126,7 +126,7 @@ struct DenseRows {
   Vec load(Row row, int c) const { return Vec::load(row + c); }
 };
 
-// Exact copies that lie anywhere (ring slots, sinks).
+// Exact copies (ring slots and sinks), each row at an address of its own.
 template <class T>
 struct ScatteredRows {
   const uint8_t* const* place;

@@ -1,7 +1,9 @@
-// Which columns of a tile a query row sees, and from where: bit i stands for column first + i.
+// Which columns of a tile a query row sees, and where their keys and values are read. A set of
+// columns is a word of 64 bits; bit i is column first + i.
 //
-//   visible   causal order, padding mask or complete mask
-//   dense     read from an exact copy instead of the body: ring (the newest columns) or sink
+//   visible   by causal order, a padding mask or a complete mask
+//   dense     read from an exact copy instead of the body (the stored codes): from the ring, which
+//             holds the newest columns, or from a sink
 #pragma once
 
 #include "cpu/codecs.h"
@@ -14,7 +16,7 @@ inline uint64_t lowest_bits(int64_t n) {
   return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
 }
 
-// The bits of columns from `start` on.
+// The columns from `start` on.
 inline uint64_t bits_from(int64_t start, int64_t first) { return ~lowest_bits(start - first); }
 
 template <class Load>
@@ -35,7 +37,7 @@ struct MaskRow {
     if (row) row += b * a.mask_stride[0] + head * a.mask_stride[1] + j * a.mask_stride[2];
   }
 
-  // Bits of the columns first .. first + n that the query sees; an additive mask's numbers go to
+  // The columns that the query sees, of the n from `first` on; an additive mask is copied to
   // `bias`.
   uint64_t visible(int64_t first, int n, float* bias) const {
     const int64_t step = a->mask_stride[3];
@@ -87,12 +89,13 @@ struct DenseCopies {
         recent_length(a.recent_length),
         block_length(side.format != kDense && side.grid == kChannelGrid ? side.group_length : 1) {}
 
-  // The first column that the query at `position` reads from the ring.
+  // The first column whose copy in the ring the query at `position` reads; kv_len: none.
   int64_t dense_from(int64_t position, int64_t kv_len) const {
     return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }
 
-  // The copies of the columns in `bits`; sinks (slot of each column, -1: none) go before the ring.
+  // Sets place[i] to the copy of each column in `bits`: the sink's if it has one (sink_slot, -1:
+  // none), else the ring's.
   void find(uint64_t bits, int64_t first, const int16_t* sink_slot, const uint8_t** place) const {
     for (; bits; bits &= bits - 1) {
       int i = __builtin_ctzll(bits);

@@ -11,7 +11,8 @@
 //                    the stored values may be rotated
 //   the last work item of a head merges its splits, in their order, and writes the output
 //
-// So the result is the same for any number of threads, and for a row alone and in a batch.
+// A work item's result depends on nothing but the item, so the output is the same for any number of
+// threads, and for a row alone and in a batch.
 #pragma once
 
 #include <atomic>
@@ -27,9 +28,8 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kSplit = 1024;  // columns of a work item
-constexpr int kInlineBytes =
-    1 << 18;  // a cache smaller than this is read faster than a thread wakes
+constexpr int kSplit = 1024;           // columns of a work item
+constexpr int kInlineBytes = 1 << 18;  // a smaller cache is read before another thread wakes up
 
 inline Vec tanh_of(Vec x) {
   Vec t = Vec::exp(Vec(-2.0f) * Vec::abs(x));
@@ -37,9 +37,9 @@ inline Vec tanh_of(Vec x) {
   return Vec::where(Vec::less(x, Vec(0.0f)), Vec(0.0f) - y, y);
 }
 
-// A softmax state while its scores arrive: the sum in as many parts as a vector has lanes, so that
-// it is added up only once, and `max` up to kLag below the largest score, so that what is
-// accumulated is seldom scaled.
+// A softmax state while its scores arrive. Each lane of a vector has a sum of its own; they are
+// added up once, at the end. `max` may be up to kLag below the largest score, so that the
+// accumulated values are seldom rescaled.
 struct RunningSoftmax {
   static constexpr float kLag = 8.0f;
   SoftmaxState state;
@@ -51,8 +51,8 @@ struct RunningSoftmax {
     return whole;
   }
 
-  // Scores of a tile become weights; hidden columns weigh 0. Returns the factor of what is
-  // accumulated.
+  // Turns the scores of a tile into weights, 0 for hidden columns. Returns the factor for what was
+  // accumulated before.
   float update(float* x, uint64_t visible, const float* bias, float scaling, float softcap) {
     constexpr int W = Vec::kWidth, kVecs = kTile / W;
     const Vec hidden(-__builtin_inff());
@@ -97,11 +97,9 @@ struct DecodeAttention {
   const ValueMethod values;
   const int64_t q_per_kv, rows, splits;
   const int k_dim, v_dim;
-  // Per (batch row, kv head, split): states and sums of every row; per (batch row, kv head): items
-  // not yet done.
-  SoftmaxState* states;
-  float* sums;
-  std::atomic<int32_t>* remaining;
+  SoftmaxState* states;             // `[batch, num_kv_heads, splits, rows]`
+  float* sums;                      // `[batch, num_kv_heads, splits, rows, v_dim]`
+  std::atomic<int32_t>* remaining;  // `[batch, num_kv_heads]`: splits that are not yet done
   std::atomic<bool> no_memory{false};
 
   DecodeAttention(const KvquantAttention& a, KeyMethod keys, ValueMethod values)
@@ -126,8 +124,8 @@ struct DecodeAttention {
     for (int64_t i = 0; i < heads; ++i) new (&remaining[i]) std::atomic<int32_t>(int32_t(splits));
     const int64_t bytes =
         heads * a.kv_len * (row_bytes(a.keys, a.dtype) + row_bytes(a.values, a.dtype));
-    // Neighbouring items read neighbouring memory: a thread's next item is most likely the next
-    // split.
+    // Consecutive items read consecutive memory, because a thread's next item is most likely the
+    // next split.
     auto item = [this](int64_t i) {
       const int64_t head = i / splits;
       attend(head, i % splits);
@@ -145,7 +143,7 @@ struct DecodeAttention {
     }
   }
 
-  // Asks for the first tile of a split; later ones are fetched by those before them.
+  // Prefetches the first tile of a split; each tile prefetches the next one.
   static void prefetch(const Body& body, int64_t first) {
     const uint8_t* p = body.data + first * body.row_bytes;
     for (int64_t i = 0; i < kTile * body.row_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -171,10 +169,10 @@ struct DecodeAttention {
       no_memory = true;
       return;
     }
-    float* q = memory;                          // [padded, k_dim], as it came
-    float* q_body = q + padded * k_dim;         // rotated, where keys are
-    float* acc = q_body + padded * k_dim;       // [padded, acc_dim], body
-    float* acc_dense = acc + padded * acc_dim;  // [padded, v_dim]
+    float* q = memory;                          // [padded, k_dim]
+    float* q_body = q + padded * k_dim;         // [padded, k_dim], rotated if the keys are
+    float* acc = q_body + padded * k_dim;       // [padded, acc_dim], sums of stored values
+    float* acc_dense = acc + padded * acc_dim;  // [padded, v_dim], sums of exact copies
     float* p = acc_dense + padded * v_dim;      // [padded, kTile], scores, then weights
     float* p_dense = p + padded * kTile;
     float* bias = p_dense + padded * kTile;
@@ -195,7 +193,7 @@ struct DecodeAttention {
     }
     keys.prepare(k_body, q_body, padded, prepared);
 
-    // Who sees what, of each row; the rows that pad a block repeat the last one.
+    // What each row sees; the rows of padding repeat the last one.
     MaskRow mask[kMaxPaddedRows];
     int64_t k_dense_from[kMaxPaddedRows], v_dense_from[kMaxPaddedRows];
     for (int r = 0; r < padded; ++r) {
@@ -274,7 +272,7 @@ struct DecodeAttention {
     }
   }
 
-  // Bits of the tile's columns that have a sink copy, and their slots (-1: none).
+  // The columns of the tile that are sinks; slot[i]: the sink slot of column i, or -1.
   uint64_t find_sinks(int64_t b, int64_t first, int n, int16_t* slot) const {
     uint64_t bits = 0;
     if (a.sink_positions == nullptr) return bits;
@@ -307,7 +305,7 @@ struct DecodeAttention {
           Vec::fma(Vec::load(sum + c), ours, x).store(sum + c);
         }
       }
-      if (a.s_aux) {  // one more column, without a value
+      if (a.s_aux) {  // a learned sink: one more score, without a value
         SoftmaxState sink;
         sink.max = a.s_aux[head];
         sink.sum = 1.0f;

@@ -1,5 +1,6 @@
-// How one side of the cache takes part in attention: a pair of function pointers per stored form,
-// so that the product of key forms and value forms is never instantiated.
+// A method: how keys, or values, of one format take part in attention. Methods are function
+// pointers, so that no code is compiled for pairs of a key format and a value format. Here are the
+// methods in float arithmetic, for every format.
 #pragma once
 
 #include "cpu/float_tile.h"
@@ -8,22 +9,22 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 struct KeyMethod {
-  // Bytes of what `prepare` makes of the query rows q `[rows, head_dim]`; 0: nothing.
+  // Bytes that `prepare` writes for the query rows q `[rows, head_dim]`.
   size_t (*prepared_bytes)(const Body& keys, int rows);
   void (*prepare)(const Body& keys, const float* q, int rows, void* prepared);
-  // scores[r][i] = q[r] . keys[first + i] for the bits i of `columns`; other scores are arbitrary
-  // afterwards.
+  // scores[r][i] = q[r] . keys[first + i] for the bits i of `columns`, which are among the first n.
+  // Other scores are undefined afterwards.
   void (*score)(const Body& keys, int64_t first, int n, uint64_t columns, const float* q,
                 void* prepared, int rows, float* scores);
 };
 
 struct ValueMethod {
-  // acc[r] += sum of p[r][i] * values[first + i] over the bits i of columns[r], in an order of
-  // channels of its own.
+  // acc[r] += the sum of p[r][i] * values[first + i] over the bits i of columns[r]. The method
+  // chooses the order of the channels in `acc`, and how many floats a row of it has.
   void (*accumulate)(const Body& values, int64_t first, int n, const uint64_t* columns,
                      const float* p, int rows, float* acc);
   size_t (*acc_floats)(const Body& values);
-  // The sums in the order of channels.
+  // Brings the rows of `acc` to the order of the channels.
   void (*finish)(const Body& values, int rows, float* acc);
 };
 

@@ -1,7 +1,7 @@
-// Scores of, and weighted sums over, a tile of columns in float arithmetic, for every codec.
+// Scores and weighted sums of a tile of columns in float arithmetic, for every codec.
 //
-// Query rows are taken four (or two, or one) at a time, so that each number of the cache is decoded
-// once for four rows:
+// Query rows are taken four (or two, or one) at a time, so that each element of the cache is
+// decoded once for four rows:
 //
 //   score        W / rows columns x rows       W accumulators of one vector (W: its width)
 //                  along head_dim              decode a vector of each column, multiply it with
@@ -16,7 +16,7 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// The columns whose bits are set, in order; returns their number.
+// Lists the columns whose bits are set, in order; returns how many.
 inline int list_columns(uint64_t bits, uint8_t* list) {
   int n = 0;
   for (; bits; bits &= bits - 1) list[n++] = uint8_t(__builtin_ctzll(bits));
@@ -85,10 +85,10 @@ void accumulate_rows(const Codec& values, const uint8_t* columns, int n, const f
   for (; c < values.head_dim; c += W) accumulate_channels<kRows, 1>(values, columns, n, p, c, acc);
 }
 
-// Rows of a chunk are padded to a whole number of these blocks.
+// How many query rows are taken at a time; the rows of a chunk are padded to a multiple of it.
 inline int row_block(int rows) { return rows >= 3 ? 4 : rows; }
 
-// scores[r][i] = q[r] . keys[i] for the columns i in `columns`.
+// scores[r][i] = q[r] . keys[i], for the columns i whose bits are set in `columns`.
 template <class Codec>
 void score_tile(const Codec& keys, uint64_t columns, const float* q, int rows, float* scores) {
   uint8_t list[kTile];
@@ -100,8 +100,9 @@ void score_tile(const Codec& keys, uint64_t columns, const float* q, int rows, f
   }
 }
 
-// acc[r] += sum of p[r][i] * values[i] over the columns i in columns[r], and over no others: what a
-// row must not see may hold NaN. Columns that all rows see are taken for all rows at once.
+// acc[r] += the sum of p[r][i] * values[i], over the columns i whose bits are set in columns[r].
+// Other columns are not read, because what a row must not see may be NaN. Columns that every row
+// sees are decoded once for all rows; the others row by row.
 template <class Codec>
 void accumulate_tile(const Codec& values, const uint64_t* columns, const float* p, int rows,
                      float* acc) {

@@ -1,5 +1,6 @@
-// A level: the operators compiled for one instruction set. Each has a level.cc in the folder of its
-// instruction set, compiled with that folder on the include path: "vec.h" is the instruction set's.
+// A level is the operators, compiled for one instruction set: the file level*.cc in the folder of
+// the instruction set. That folder is on the file's include path, so "vec.h" is the one of the
+// instruction set wherever it is included.
 #pragma once
 
 #include "kvquant/params.h"

@@ -1,5 +1,5 @@
-// Writes new tokens into the storage of keys and values: hf_kvquant/quantization.py's steps, bit
-// for bit.
+// Writes new tokens into the storage of keys and values, in the steps of
+// hf_kvquant/quantization.py, bit for bit.
 //
 //   first   for each side and head, in parallel:
 //             chunks of kChunk tokens    count those that are not finite; token grid: quantize;
@@ -22,11 +22,11 @@ inline namespace KVQUANT_ISA {
 
 constexpr int kChunk = 64;
 constexpr int kMaxBlock = 256;
-constexpr int64_t kInlineNumbers = 1 << 17;  // fewer are written faster than a thread wakes
+constexpr int64_t kInlineElements = 1 << 17;  // fewer are written before another thread wakes up
 
 inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
 
-// Codes 0..15, one per byte, to nibbles.
+// Packs codes 0 .. 15, one per byte, to nibbles.
 inline void pack_nibbles(const uint8_t* codes, int head_dim, uint8_t* row) {
   for (int c = 0; c < head_dim; c += 32) {
     const int half = head_dim - c < 32 ? 8 : 16;
@@ -35,7 +35,7 @@ inline void pack_nibbles(const uint8_t* codes, int head_dim, uint8_t* row) {
   }
 }
 
-// One group of the token grid; `codes` has one byte per number.
+// Quantizes one group of the token grid; returns its scale. `codes`: one byte per element.
 template <class Format>
 uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   constexpr int W = Vec::kWidth;
@@ -70,8 +70,8 @@ uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   return scale;
 }
 
-// One channel block: `count` rows of T at `rows`, kWidth channels from c on; `codes` `[count,
-// head_dim]`.
+// Quantizes kWidth channels, from c on, of one block of the channel grid: `count` rows of T. Rows
+// that are not `counted` have no part in the scales. `codes`: `[count, head_dim]`.
 template <class Format, class T>
 void quantize_channels(const uint8_t* const* rows, const bool* counted, int count, int c,
                        int head_dim, uint16_t* scale, uint16_t* zero_point, uint8_t* codes) {
@@ -97,7 +97,8 @@ void quantize_channels(const uint8_t* const* rows, const bool* counted, int coun
       high = Vec::where(finite, Vec::max(high, x), high);
     }
     const uint32_t any = Vec::finite(low);
-    // The sum turns -0 into +0: which of the two zeros is smaller is nobody's business.
+    // The sum turns -0 into +0: a minimum of both zeros may be either, and the bytes must not
+    // differ.
     low = Vec::where(any, low, nothing) + nothing;
     high = Vec::where(any, high, nothing) + nothing;
     alignas(64) Half halves[Vec::kWidth];
@@ -143,22 +144,22 @@ struct QuantizeAppend {
     const int64_t heads = a.batch * a.num_kv_heads;
     const int64_t chunks[2] = {num_chunks(a.keys), num_chunks(a.values)};
     const int64_t per_head[2] = {chunks[0] + num_blocks(a.keys), chunks[1] + num_blocks(a.values)};
-    int64_t numbers = 0;
+    int64_t elements = 0;
     for (const KvquantNewTokens* x : sides) {
-      numbers += heads * x->side.head_dim * (x->n + num_blocks(*x) * x->side.group_length);
+      elements += heads * x->side.head_dim * (x->n + num_blocks(*x) * x->side.group_length);
     }
-    const int64_t threads = numbers < kInlineNumbers ? 1 : a.threads;
+    const int64_t threads = elements < kInlineElements ? 1 : a.threads;
 
     auto write = [&](int64_t i) {
       const int side = i >= heads * per_head[0];
       if (side) i -= heads * per_head[0];
-      const int64_t head = i / per_head[side], part = i % per_head[side];
+      const int64_t head = i / per_head[side], task = i % per_head[side];
       const int64_t b = head / a.num_kv_heads, h = head % a.num_kv_heads;
-      if (part < chunks[side]) {
-        write_chunk(*sides[side], b, h, part);
+      if (task < chunks[side]) {
+        write_chunk(*sides[side], b, h, task);
       } else {
         write_block(*sides[side], b, h,
-                    a.start / sides[side]->side.group_length + part - chunks[side]);
+                    a.start / sides[side]->side.group_length + task - chunks[side]);
       }
     };
     parallel_for(heads * (per_head[0] + per_head[1]), threads, write);
@@ -189,7 +190,7 @@ struct QuantizeAppend {
   int32_t* sink_positions(int64_t b) const {
     return (int32_t*)((uint8_t*)a.sink_positions + b * a.sink_positions_stride);
   }
-  // Calls take(slot, column) for those of n new tokens of row b that become sinks.
+  // Calls take(slot, column) for each of the n new tokens of batch row b that becomes a sink.
   template <class Take>
   void for_each_new_sink(int64_t b, int64_t n, Take take) const {
     int64_t slot = 0;

@@ -1,6 +1,6 @@
-// The normalised Hadamard transform along head_dim, its own inverse: butterflies of stride 1, 2, 4,
-// .. and one product at the end, in this order, because the bytes depend on the rounding.
-// Block-diagonal over the largest power of two that divides head_dim.
+// The normalised Hadamard transform along head_dim, which is its own inverse: block-diagonal, with
+// blocks of the largest power of two that divides head_dim. Stored bytes depend on its rounding, so
+// the order is fixed: butterflies of stride 1, 2, 4, .., then one product.
 #pragma once
 
 #include <cmath>

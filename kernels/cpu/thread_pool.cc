@@ -1,8 +1,8 @@
-// Work runs on the host's OpenMP threads where it has some: they spin between two operators of the
-// host, so a second set of threads would find every core taken. Without them, and in a forked
-// process, where they are lost, there is a pool of our own. Its workers sleep on a condition
-// variable, but first spin for a moment: the layers of a decode step call in quick succession, and
-// a wake-up costs as much as a short layer.
+// Work runs on the host's OpenMP threads if there are any: they spin between two operators of the
+// host, so a second set of threads would find every core busy. Without them, and in a forked
+// process, which has lost them, work runs on a pool of our own. Its workers sleep on a condition
+// variable, but spin for a moment first: the layers of a decode step call in quick succession, and
+// waking up takes as long as a short layer.
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kMaxWorkers = 255;
 constexpr std::chrono::microseconds kSpin(30);
+constexpr int kPausesPerClock = 32;       // the clock is read only this often
+constexpr int kPausesBeforeYield = 4096;  // while the last items run on other threads
 
 struct Job {
   void (*task)(void*, int64_t) = nullptr;
@@ -45,9 +47,9 @@ class Pool {
   // Held by one caller at a time.
   std::mutex in_use;
 
-  //   caller   publish the job, tickets = helpers | run items .. | tickets = 0 | until done = joined
-  //   worker   spin, then sleep                   | take a ticket, run items .., done + 1
-  // A worker that comes too late finds no ticket, so a short job never waits for a wake-up.
+  //   caller   publish job, tickets = helpers | run items .. | tickets = 0 | until done = joined
+  //   worker   spin, then sleep               | take a ticket, run items .., done + 1
+  // A worker that wakes up too late finds no ticket, so a short job never waits for it.
   void run(int64_t threads, Job& job) {
     int wanted = int(threads - 1 < kMaxWorkers ? threads - 1 : kMaxWorkers);
     while (num_workers_ < wanted && start_worker()) {
@@ -65,7 +67,7 @@ class Pool {
     int left = tickets_.exchange(0, std::memory_order_acq_rel);
     int joined = helpers - (left > 0 ? left : 0);
     for (int spins = 0; done_.load(std::memory_order_acquire) < joined; ++spins) {
-      if (spins < 4096) {
+      if (spins < kPausesBeforeYield) {
         pause_briefly();
       } else {
         sched_yield();
@@ -97,7 +99,7 @@ class Pool {
     uint64_t now;
     auto until = std::chrono::steady_clock::now() + kSpin;
     do {
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < kPausesPerClock; ++i) {
         if ((now = epoch_.load(std::memory_order_acquire)) != seen) return now;
         pause_briefly();
       }
@@ -110,7 +112,7 @@ class Pool {
   }
 
   int num_workers_ = 0;
-  std::mutex mutex_;  // of sleeping and waking
+  std::mutex mutex_;  // guards going to sleep and waking up
   std::condition_variable wake_;
   std::atomic<int> asleep_{0}, tickets_{0}, done_{0};
   std::atomic<uint64_t> epoch_{0};
@@ -121,7 +123,7 @@ std::atomic<Pool*> the_pool{nullptr};
 
 std::atomic<OpenMpParallel> openmp_parallel{nullptr};
 
-// Threads do not survive a fork: the child leaves the old ones behind and makes a pool of its own.
+// Threads do not survive a fork: the child forgets them and makes a pool of its own.
 void forget_threads() {
   the_pool.store(nullptr);
   openmp_parallel.store(nullptr);

@@ -12,9 +12,9 @@ using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned thread
 void use_openmp(OpenMpParallel parallel);
 
 // Calls task(context, i) once for every i < count, on at most `threads` threads (the caller is
-// one), and returns when all are done. Which thread takes which i is not defined: a task's result
-// must depend on i alone. If another call holds the pool
-// of our own, this one runs on the caller's thread.
+// one), and returns when all are done. Which thread takes which i is not defined, so the result of
+// a task must depend on i alone. If another call holds our own pool, this one runs on the caller's
+// thread.
 void parallel_for(int64_t count, int64_t threads, void (*task)(void* context, int64_t i),
                   void* context);
 
@@ -24,9 +24,9 @@ void parallel_for(int64_t count, int64_t threads, F& f) {
       count, threads, [](void* context, int64_t i) { (*static_cast<F*>(context))(i); }, &f);
 }
 
-// At least `bytes` bytes, 64-byte aligned, the calling thread's own until its next call with the
-// same slot; null without memory. Slots: one for what a task needs, one for what the caller of
-// parallel_for shares with its tasks.
+// At least `bytes` bytes, aligned to 64, which belong to the calling thread until its next call
+// with the same slot; null if there is no memory. One slot is for what a task needs, the other for
+// what the caller of parallel_for shares with its tasks.
 enum ScratchSlot { kTaskScratch = 0, kCallScratch = 1 };
 void* scratch(ScratchSlot slot, size_t bytes);
 

@@ -1,4 +1,4 @@
-// What all loops over the columns of a whole tile have in common.
+// What the loops of dot products share: they compute all 64 columns of a tile at once.
 #pragma once
 
 #include <cstring>
@@ -6,29 +6,30 @@
 
 #include "cpu/codecs.h"
 
-// Inlined into one function, GCC runs out of registers for the loops.
+// For loops that use nearly all registers: inlined into one function, GCC would spill them.
 #define KVQUANT_NOINLINE __attribute__((noinline))
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kMaxDotDim = 256;  // so that sums of a group fit 32 bits
+constexpr int kMaxDotDim = 256;  // the sums over as many channels fit 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 
-// Whether the loops take one side of the cache: a group of nibbles must be whole chunks of 32
-// channels, a tile must lie in one block of keys.
+// Whether the loops can read these keys or values: on the channel grid a tile must lie in one
+// block, and a group of nibbles must be whole chunks.
 inline bool takes_tiles(const KvquantSide& side) {
   if (side.head_dim > kMaxDotDim) return false;
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
 }
-// Whether it is for 16-bit dot products (avx2/dot.h), whose weights are not exact enough for float
-// queries.
+// Whether 16-bit dot products (avx2/dot.h) can take them; their weights are not exact enough for
+// float queries.
 inline bool takes_words(const KvquantSide& side, int64_t dtype) {
   return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
 }
 
-// The rows of 64 columns: where they are stored, or, if fewer are left, a copy in `rest`.
+// The rows of 64 columns: where they are stored or, if fewer are left, copied to `rest` and padded
+// with zeros.
 inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t* rest) {
   const uint8_t* rows = body.data + first * body.row_bytes;
   if (n == kTile) return rows;
@@ -37,7 +38,7 @@ inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t
   return rest;
 }
 
-// The token grid's scales of group g, of n columns from `first` on.
+// Token grid: the scales of group g in n columns from `first` on.
 inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
   const int64_t groups = body.num_scales;
   const uint16_t* from = body.scale + first * groups + g;
@@ -47,13 +48,13 @@ inline void load_scales(const Body& body, int g, int64_t first, int n, float* sc
   halves_to_floats(column, n, scale);
 }
 
-// The largest magnitude of some numbers.
+// The largest magnitude of the floats that it takes.
 struct Largest {
   Vec most = Vec(0.0f);
 
   void take(Vec x) { most = Vec::max_bits(most, Vec::abs(x)); }
-  // The factor that makes the largest `weight`: NaN if a number is not finite, 0 if all are so small
-  // that its inverse would not be.
+  // The factor f for which the largest float is f * weight. NaN if a float is not finite; 0 if all
+  // are so small that 1 / f would be infinite.
   float factor(float weight) const {
     const uint32_t largest = Vec::largest_bits(most);
     if (largest >= 0x7f800000u) return __builtin_nanf("");
@@ -61,9 +62,9 @@ struct Largest {
   }
 };
 
-// kRows queries times the scales of the block of keys whose scales begin at `at`, their largest
-// magnitudes, and by lane their products with its zero points. Step by step for all rows, because
-// each step waits for the one before it.
+// Channel grid: kRows queries times the scales that begin at `at`, those of one block of keys; the
+// largest magnitude of each product, and by lane the sum of each query times the zero points. The
+// rows advance together, because the steps of one row wait for each other.
 template <int kRows>
 inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
                           Largest* largest, Vec* zero) {
@@ -93,7 +94,8 @@ inline void for_row_blocks(int rows, F f) {
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// The next tile is fetched while this one is computed, spread evenly: more at once would queue.
+// Prefetches the row at p of the next tile. The loops spread these calls evenly over a tile: many
+// at once would wait in a queue.
 inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
   __builtin_prefetch(p + kTile * row_bytes, 0, 2);
 }

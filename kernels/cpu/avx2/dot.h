@@ -1,12 +1,13 @@
-// Dot products of 16-bit numbers, sixteen at a time, for AVX2 and AVX-VNNI.
+// Dot products of 16-bit integers, sixteen at a time, for AVX2 and AVX-VNNI.
 //
-// Codes are widened to 16 bits, weights are whole numbers of 16 bits. AVX2 multiplies and adds
-// pairs (vpmaddwd), and adds the sums in a second instruction; AVX-VNNI has both in one (vpdpwssd),
-// bit for bit the same.
+// Codes are widened to 16 bits. Weights are what codes are multiplied by, queries or probabilities,
+// as 16-bit integers with a common float factor. AVX2 multiplies and adds pairs (vpmaddwd), and
+// adds that to a sum in a second instruction; AVX-VNNI does both in one (vpdpwssd), with the same
+// result.
 //
 // No sum overflows: a row has at most 256 codes of 0 .. 255, and 256 * 255 * 32767 < 2^31; a tile
-// of values has 64 codes of -127 .. 127. Weights of 15 bits and a sign are exact enough for BF16
-// and FP16 queries, not for float ones.
+// of values has 64 codes of -127 .. 127. Weights of 15 bits and a sign are as exact as BF16 and
+// FP16 queries, but not as float ones.
 #pragma once
 
 #include <immintrin.h>
@@ -24,26 +25,27 @@ struct Words {
   Words(__m256i x) : v(x) {}
 
   static Words load(const int16_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-  // The same two numbers eight times.
+  // The two integers at p, eight times.
   static Words pair(const int16_t* p) {
     return _mm256_castps_si256(_mm256_broadcast_ss((const float*)p));
   }
   Words low_nibbles() const { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
-  Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }  // of one byte each
+  // Of words below 256.
+  Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }
 };
 
-// Sixteen bytes as words, by format: of nibbles bytes without a sign.
+// Widens sixteen bytes to words; two nibbles are a byte without a sign.
 inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 
-// Bytes of 16 channels.
+// How many bytes 16 channels take.
 template <class Format>
 constexpr int kBytesOf16 = 16;
 template <>
 constexpr int kBytesOf16<Nibble> = 8;
 
-// kWords words of the channels that begin at byte p of a row: 32 or 16.
+// 16 or 32 channels (kWords 1 or 2), which begin at byte p of a row.
 template <int kWords, class Format>
 inline void load_channels(Format format, const uint8_t* p, Words* out) {
 #pragma GCC unroll 2
@@ -58,13 +60,14 @@ inline void load_channels(Nibble format, const uint8_t* p, Words* out) {
   if (kWords == 2) {
     out[0] = low;
     out[1] = high;
-  } else {  // eight of each are a chunk
+  } else {  // a chunk of 16 channels: eight low nibbles, then eight high ones
     out[0] = _mm256_inserti128_si256(low.v, _mm256_castsi256_si128(high.v), 1);
   }
 }
 
-// Pairs of two columns a and b, of eight channels each: 0 .. 7 and 8 .. 15, of nibbles the low and
-// the high ones of eight bytes.
+// Pairs of the same channel of two columns a and b, for eight channels in each of out[0] and
+// out[1]: those of 16 bytes in their order, or the low nibbles and then the high nibbles of 8
+// bytes.
 template <class Format>
 inline void load_pairs(Format format, const uint8_t* a, const uint8_t* b, Words* out) {
   const __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);
@@ -78,7 +81,7 @@ inline void load_pairs(Nibble format, const uint8_t* a, const uint8_t* b, Words*
   out[1] = bytes.high_nibbles();
 }
 
-// Eight sums of products of pairs.
+// Eight 32-bit sums; `add` adds a product of pairs to each.
 struct PairSums {
   __m256i v;
 
@@ -91,8 +94,8 @@ struct PairSums {
     asm("vpaddd %1, %0, %0" : "+x"(v) : "x"(products));
 #endif
   }
-  Vec numbers() const { return _mm256_cvtepi32_ps(v); }
-  // The total of each of eight.
+  Vec to_floats() const { return _mm256_cvtepi32_ps(v); }
+  // Lane i: the total of the eight sums x[i], i < 8.
   static Vec totals(const PairSums* x) {
     __m256i four[2];
 #pragma GCC unroll 2
@@ -103,7 +106,8 @@ struct PairSums {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
                                                _mm256_permute2x128_si256(four[0], four[1], 0x31)));
   }
-  // Within each lane of n vectors: 4 / n times n numbers -> 4 numbers of each vector.
+  // Turns n vectors whose 128-bit lanes hold 4 / n floats of each of n query rows, column by
+  // column, into one vector for each row, with 4 columns in a lane.
   template <int n>
   static void transpose(Vec* x) {
     if (n == 2) {
@@ -122,7 +126,7 @@ struct PairSums {
   }
 };
 
-// The weights of numbers, in their order, and the sum of the weights.
+// Rounds floats to weights, in their order, and adds the weights up.
 struct WeightMaker {
   static constexpr float kLargest = 32767.0f;
   const Vec inverse;

@@ -7,17 +7,18 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Of the channel grid codes count from 0 on, of the token grid from the midpoint.
+// An element is a code on the channel grid, and a code less the midpoint on the token grid, before
+// scaling.
 template <class Format, bool kChannel>
 struct WordKeys {
   static constexpr float kOffset = kChannel ? 0.0f : Format::kMidpoint;
 
-  // A query row; on the channel grid of the present block, with its scales folded in.
+  // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(32) Row {
     int16_t weights[kMaxDotDim];
     float factor;
-    float offset[kMaxGroups];  // comes off the dot product of each group
-    float zero;                // the zero points' part of every score
+    float offset[kMaxGroups];  // is subtracted from the dot product of each group
+    float zero;                // query x zero points, which is added to every score of a block
   };
 
   static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
@@ -69,8 +70,7 @@ struct WordKeys {
     return maker.sum();
   }
 
-  // The weights of kRows query rows for the block whose scales begin at `at`; its zero points' part
-  // of a score is the same for all columns.
+  // Makes the weights of kRows query rows for the block whose scales begin at `at`.
   template <int kRows>
   KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
     const int n = keys.head_dim;
@@ -85,14 +85,14 @@ struct WordKeys {
     for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
   }
 
-  // Scores of 8 columns over the channels of group g, which begin at `columns`: with the weights of
-  // kRows query rows, and on the token grid the columns' scales.
+  // Scores of 8 columns and kRows query rows over the channels of group g. `columns` points at the
+  // group in the first column; `scale`: the columns' scales, on the token grid.
   template <int kRows>
   KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
                                              int channels, const Row* row, int g,
                                              const float* scale, float* scores) {
-    // A pass takes kOfLane columns from kOfLane * pass on, and as many from 4 columns later on:
-    // then a lane of its totals has the same columns of every row.
+    // A pass computes the kOfLane columns from kOfLane * pass on for the lower lane of its totals,
+    // and those 4 columns further on for the upper lane.
     constexpr int kOfLane = 4 / kRows;
     Vec totals[kRows];
 #pragma GCC unroll 1

@@ -1,17 +1,16 @@
-// Scores of, and weighted sums over, a tile of columns in 16-bit dot products of stored codes, for
-// machines with vectors of 256 bits (dot.h).
+// Scores and weighted sums of a tile of columns in 16-bit dot products of stored codes (dot.h).
 //
 //   score        2 columns x 4 query rows (or 4 x 2, 8 x 1)    eight sums, one vector each
 //                  along head_dim        widen 32 channels of each column, multiply with each row's
-//                                        weights: the query, scales folded in
-//                totals                  eight vectors -> eight scores; four times -> 8 columns of
-//                                        each row
+//                                        weights: the query (channel grid: times the scales)
+//                totals                  eight vectors -> eight scores; with 4 rows, four times,
+//                                        for 8 columns of each row
 //   accumulate   16 channels x 4 query rows                    eight sums, one vector each
 //                  along the columns     interleave bytes of two columns, widen, multiply with each
-//                                        row's pair of weights: probabilities x values' scales
+//                                        row's pair of weights: probabilities x scales of values
 //
-// Channels stay in their order, so that neither weights nor sums are ever rearranged. Float queries
-// and fp8 codes go through float_tile.h; so does what `takes_words` refuses.
+// Channels stay in their order, so neither weights nor sums have to be rearranged. What
+// `takes_words` refuses, float queries and fp8 for instance, goes through float_tile.h.
 #pragma once
 
 #include "cpu/float_methods.h"

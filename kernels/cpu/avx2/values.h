@@ -11,11 +11,11 @@ template <class Format>
 struct WordValues {
   static constexpr int kPiece = kBytesOf16<Format>;
 
-  // Weights of one row: probabilities with the scales of a group folded in.
+  // The weights of one query row: probabilities times the scales of a group.
   struct Row {
     alignas(32) int16_t weights[kTile];
     float factor;
-    float offset;  // comes off every sum
+    float offset;  // is subtracted from every sum
   };
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
@@ -45,7 +45,7 @@ struct WordValues {
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
       w[i] = Vec::load(p + i * Vec::kWidth) * Vec::load(scale + i * Vec::kWidth);
-      // What is hidden may have no scale yet.
+      // A hidden column may have no scale yet.
       if (columns != ~uint64_t(0))
         w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
       largest.take(w[i]);
@@ -57,8 +57,8 @@ struct WordValues {
     row->offset = Format::kMidpoint == 0.0f ? 0.0f : Format::kMidpoint * maker.sum();
   }
 
-  // Adds to the sums of the 16 channels in kPiece bytes from `byte` of a row on; `columns` is there
-  // in the first one.
+  // Adds the weighted sums of 16 channels, those of the kPiece bytes from `byte` on in a row, to
+  // `acc`. `columns` points at these bytes of the first column.
   template <int kRows>
   KVQUANT_NOINLINE static void accumulate_piece(const Body& values, const uint8_t* columns,
                                                 int byte, const Row* row, float* acc) {
@@ -88,7 +88,7 @@ struct WordValues {
       for (int half = 0; half < 2; ++half) {
         float* out =
             acc + (kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half);
-        Vec::fma(sums[r][half].numbers() - offset, factor, Vec::load(out)).store(out);
+        Vec::fma(sums[r][half].to_floats() - offset, factor, Vec::load(out)).store(out);
       }
     }
   }

@@ -41,20 +41,21 @@ struct Vec {
   }
 
   static __m128i bytes(const uint8_t* p) { return _mm_loadl_epi64((const __m128i*)p); }
-  static Vec numbers(Signed8, const uint8_t* row, int c, int) {
+  static Vec decode(Signed8, const uint8_t* row, int c, int) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes(row + c)));
   }
-  static Vec numbers(Unsigned8, const uint8_t* row, int c, int) {
+  static Vec decode(Unsigned8, const uint8_t* row, int c, int) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes(row + c)));
   }
-  // As FP16 the same bits, four places up, are 2^-8 of the number.
-  static Vec numbers(E4M3, const uint8_t* row, int c, int) {
+  // With the exponent and the mantissa moved to where FP16 has them, the bits are FP16 for 2^-8 of
+  // the element.
+  static Vec decode(E4M3, const uint8_t* row, int c, int) {
     __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(bytes(row + c)), 8);
     __m128i magnitude = _mm_srli_epi16(_mm_and_si128(word, _mm_set1_epi16(0x7f00)), 1);
     __m128i sign = _mm_and_si128(word, _mm_set1_epi16(int16_t(0x8000)));
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(magnitude, sign)), _mm256_set1_ps(256.0f));
   }
-  static Vec numbers(Nibble, const uint8_t* row, int c, int head_dim) {
+  static Vec decode(Nibble, const uint8_t* row, int c, int head_dim) {
     NibblePlace place = nibble_place(c, head_dim);
     __m128i nibbles = _mm_srl_epi16(bytes(row + place.byte), _mm_cvtsi32_si128(place.shift));
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(nibbles, _mm_set1_epi8(15))));
@@ -87,7 +88,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
-  // The larger by the bits, without signs: so are floats in order, then infinity, then NaN.
+  // The larger of the bits as integers. Of magnitudes this is the larger float; infinity is larger
+  // than every float, and NaN larger than infinity.
   static Vec max_bits(Vec a, Vec b) {
     return _mm256_castsi256_ps(
         _mm256_max_epu32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));
@@ -96,8 +98,8 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // exp(x) = 2^n e^r for x < 88, to 1e-7 by the polynomial of Cephes' expf; 0 below exp(-87); NaN
-  // stays NaN.
+  // exp(x) = 2^n e^r for x < 88 with a relative error of 1e-7, by the polynomial of Cephes' expf; 0
+  // for x < -87; NaN stays NaN.
   static Vec exp(Vec x) {
     const Vec a = max(Vec(-87.0f), x), n = round(a * Vec(kLog2e));
     Vec r = fma(n, Vec(-0.693359375f), a);

@@ -1,4 +1,4 @@
-// fp8 as BF16 numbers: dot products of pairs of them (AVX-512 BF16, and VBMI for the table).
+// fp8 codes are expanded to BF16, whose dot products AVX-512 BF16 has; VBMI looks the bytes up.
 #pragma once
 
 #include "methods.h"
@@ -6,12 +6,13 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Numbers 0 and 2 of four are in the first of their quads, 1 and 3 in the second.
+// Four elements take two quads: elements 0 and 2 are in the first, 1 and 3 in the second. A weight
+// is the sum of n BF16 floats, each the rest of those before it, rounded.
 template <int n>
 struct Bf16Dot {
   using Codes = Quads;
-  static constexpr int kPasses = n, kSums = 1;
-  static constexpr int quads(int numbers) { return numbers / 2; }
+  static constexpr int kPlanes = n, kSums = 1;
+  static constexpr int quads(int elements) { return elements / 2; }
 
   static float factor(const Largest&) { return 1.0f; }
   static float inverse(float) { return 1.0f; }
@@ -56,7 +57,7 @@ struct Bf16Dot {
   }
 };
 
-// E4M3 codes as BF16, exactly. Both bytes of a number come from a table of the 128 magnitudes.
+// E4M3 codes as BF16, exactly. Both bytes come from tables of the 128 magnitudes.
 struct E4M3ToBf16 {
   __m512i high[2], low[2];
 
@@ -67,7 +68,7 @@ struct E4M3ToBf16 {
       low[i] = _mm512_load_si512(table.low + 64 * i);
     }
   }
-  // Numbers 0 and 2 of each quad to out[0], 1 and 3 to out[1].
+  // Elements 0 and 2 of each quad go to out[0], 1 and 3 to out[1].
   void expand(Quads codes, Quads* out) const {
     const __m512i sign = _mm512_and_si512(codes.v, _mm512_set1_epi8(char(0x80)));
     const __m512i h = _mm512_or_si512(_mm512_permutex2var_epi8(high[0], codes.v, high[1]), sign);
@@ -90,8 +91,8 @@ struct E4M3ToBf16 {
   };
 };
 
-template <int kPasses>
-struct E4M3Operand : FourColumns<Bf16Dot<kPasses>> {
+template <int kPlanes>
+struct E4M3Operand : FourColumns<Bf16Dot<kPlanes>> {
   static constexpr bool kNibbles = false;
   static constexpr int kOut = 2, kTimes = 1, kOffset = 0;
   const E4M3ToBf16 table;
@@ -101,7 +102,7 @@ struct E4M3Operand : FourColumns<Bf16Dot<kPasses>> {
   }
 };
 
-// BF16 queries to which nothing was done are one BF16 number each.
+// One plane suffices for BF16 queries that are neither rotated nor multiplied by scales.
 inline KeyMethod bf16_key_method(const KvquantSide& side, int64_t dtype) {
   if (side.format != kFp8 || !takes_tiles(side)) return quad_key_method(side, dtype);
   const bool as_they_are = side.grid != kChannelGrid && !side.rotate;

@@ -1,14 +1,18 @@
-// Dot products of four bytes (or two BF16 numbers) at a time, for AVX-512 VNNI and BF16.
+// Dot products of quads, four bytes or two BF16 elements at a time, for AVX-512 VNNI and BF16.
 //
-// Each quad is multiplied with the same four weights:
+// All sixteen quads of a vector are multiplied with the same quad of weights. Weights are what
+// codes are multiplied by, queries or probabilities:
 //
-//   IntDot<n>   codes of a byte, four a quad; weights are whole numbers of n bytes
-//   PairDot     codes of four bits, four pairs a quad; weights are whole numbers of 12 bits
-//   Bf16Dot<n>  BF16 numbers, two a quad; weights are sums of n BF16 numbers
+//              elements of a quad              weights
+//   IntDot<n>  4 codes of 8 bits               integers of n bytes with a common float factor
+//   PairDot    4 pairs of codes of 4 bits      integers of 12 bits with a common float factor
+//   Bf16Dot<n> 2 in BF16 (bf16.h)              sums of n BF16 floats
 //
-// BF16 and FP16 queries need n = 2 (or BF16 ones pairs), float ones 3: then weights are as exact as
-// the queries. The products are written as assembly, because GCC 12 moves the sums of the
-// intrinsics through other registers and the stack.
+// Weights are kept in planes: plane k has byte k, or BF16 summand k, of every weight. They are as
+// exact as the queries with n = 2 for BF16 and FP16, and n = 3 for float; 12 bits suffice for BF16.
+//
+// The products are written as assembly, because GCC 12 moves the sums of the intrinsics through
+// other registers and the stack.
 #pragma once
 
 #include "cpu/whole_tile.h"
@@ -17,32 +21,33 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Adds the dot products of four bytes without signs and four with.
+// Adds to each sum the dot product of four unsigned and four signed bytes.
 inline void add_product(__m512i& sum, __m512i without, __m512i with) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(without), "v"(with));
 }
 
-// Packing numbers to words and words to bytes leaves quad l of vector d in place d of lane l.
+// Undoes the order that packing 32-bit integers to words, and words to bytes, leaves: quad l of
+// vector d is then in place d of lane l.
 inline __m512i in_order(__m512i packed_twice) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, packed_twice);
 }
 
-// Weights are whole numbers of n bytes, lowest first; their common factor is float.
+// Plane 0 has the lowest bytes of the weights. Either the weights or the codes are signed.
 template <int n, bool kSignedWeights>
 struct IntDot {
   using Codes = Quads;
-  static constexpr int kPasses = n;  // vectors of weights
-  static constexpr int kSums = n;    // vectors of sums
-  static constexpr int quads(int numbers) { return numbers / 4; }
-  // Rounded up still n bytes.
+  static constexpr int kPlanes = n;
+  static constexpr int kSums = n;  // vectors of sums
+  static constexpr int quads(int elements) { return elements / 4; }
+  // A weight that is rounded up to this still has n bytes.
   static constexpr float kLargest = (kSignedWeights ? 127 : 255) << 8 * (n - 1);
 
   static float factor(const Largest& x) { return x.factor(kLargest); }
   static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
 
-  // The quads of 64 numbers of magnitude up to kLargest (and a rounding error), byte k from
-  // quads + k * stride on; returns sums of the weights. What is beyond the first n counts as 0.
+  // Rounds 64 floats of magnitude up to kLargest to weights, and stores plane k at quads + k *
+  // stride; returns sums of the weights.
   static __m512i split(const Vec* x, int, int32_t* quads, int stride) {
     __m512i w[4];
     for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(x[i].v);
@@ -60,7 +65,7 @@ struct IntDot {
     __m512i ab = pack(w[0], w[1]), cd = pack(w[2], w[3]);
     const __m512i low = _mm512_set1_epi16(255);
     store_bytes(_mm512_and_si512(ab, low), _mm512_and_si512(cd, low), quads);
-    if (kSignedWeights) {  // The low byte counts as signed, so the high one is rounded.
+    if (kSignedWeights) {  // The low byte is signed too, so the high one is rounded, not cut.
       ab = _mm512_add_epi16(ab, _mm512_set1_epi16(128));
       cd = _mm512_add_epi16(cd, _mm512_set1_epi16(128));
     }
@@ -74,7 +79,7 @@ struct IntDot {
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) sum[k] = _mm512_setzero_si512();
   }
-  // Each weight for one vector of codes: out of memory.
+  // For one vector of codes: the weights are operands in memory.
   void add(Quads codes, const int32_t* quad, int stride) {
     static_assert(kSignedWeights, "the instruction takes its signed bytes from memory");
 #pragma GCC unroll 3
@@ -82,7 +87,8 @@ struct IntDot {
       asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[k]) : "v"(codes.v), "m"(quad[k * stride]));
     }
   }
-  // For several vectors: out of registers, for a 512-bit broadcast takes the place of a load.
+  // For several vectors of codes: the weights are kept in registers, because a 512-bit broadcast
+  // costs as much as a load.
   struct Weights {
     __m512i v[n];
     Weights(const int32_t* quad, int stride) {
@@ -97,8 +103,8 @@ struct IntDot {
       add_product(sum[k], weights.v[k], codes.v);
     }
   }
-  // times * dot product - offset * sum of the weights; times is 1 or 2. With two bytes a whole
-  // number, which wraps around on the way.
+  // times * dot product - offset * sum of the weights; `times` is 1 or 2. With n = 2 the result is
+  // an integer, so the steps before it may wrap around.
   Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
     __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
     if (times == 2) low = _mm512_add_epi32(low, low);
@@ -119,26 +125,27 @@ struct IntDot {
   }
 };
 
-// Two codes of four bits are one byte of a quad. Their weights w0 and w1 are made of three signed
-// bytes, where two weights of two bytes would take four products:
+// Two codes c0 and c1 of four bits are one byte c0 + 16 c1 of a quad. Their weights w0 and w1 are
+// made of three signed bytes, so that three products do; two weights of two bytes would take four:
 //
 //   w0 = x + 16 y,  w1 = 16 x + z:   w0 c0 + w1 c1 = x (c0 + 16 c1) + y (16 c0) + z c1
 //
-// x differs from w0 by a multiple of 16 and from w1 / 16 by at most 8.
+// x is chosen so that it differs from w0 by a multiple of 16, and from w1 / 16 by at most 8.
 struct PairDot {
   struct Codes {
     Quads both, low_up, high;
     Codes() = default;
     Codes(Quads pairs) : both(pairs), low_up(pairs.low_nibbles_up()), high(pairs.high_nibbles()) {}
   };
-  static constexpr int kPasses = 3, kSums = 1;
-  static constexpr int quads(int numbers) { return numbers / 8; }
+  static constexpr int kPlanes = 3, kSums = 1;
+  static constexpr int quads(int elements) { return elements / 8; }
   static constexpr float kLargest = 16 * (127 - 8);
 
   static float factor(const Largest& x) { return x.factor(kLargest); }
   static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
 
-  // Numbers 0..15 of 32 are paired with the other 16, the last 16 of n in halves.
+  // Of 32 floats the first 16 are paired with the others; if n ends with 16, the first 8 of these
+  // with the others.
   static __m512i split(const Vec* numbers, int n, int32_t* quads, int stride) {
     __m512i w[4];
     for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(numbers[i].v);
@@ -177,7 +184,7 @@ struct PairDot {
     add_product(sum, codes.low_up.v, weights.y);
     add_product(sum, codes.high.v, weights.z);
   }
-  // As that of IntDot.
+  // As IntDot::result.
   Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
     __m512i x = times == 2 ? _mm512_add_epi32(sum, sum) : sum;
     if (offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(offset * weights));

@@ -1,4 +1,4 @@
-// Scores of a tile of columns in dot products.
+// Scores of a tile of columns in dot products; methods.h draws the loops.
 #pragma once
 
 #include "cpu/whole_tile.h"
@@ -7,8 +7,9 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Keys: `expand` makes kOut vectors of one. They are codes from 0 on, their numbers (kTimes * dot -
-// kOffset * sum of weights) / kTimes.
+// How stored keys become operands: `expand` turns one vector of bytes into kOut vectors of unsigned
+// codes. The elements' dot product follows from that of the codes:
+//   (kTimes * dot product of codes - kOffset * sum of weights) / kTimes
 template <class Format, bool kCentered, int kBytes>
 struct KeyOperand {
   using Dot = IntDot<kBytes, true>;
@@ -33,14 +34,14 @@ struct PairedKeys {
   void expand(Quads x, PairDot::Codes* out) const { out[0] = x; }
 };
 
-// Weights that share a factor: number = factor * weight.
+// What the weights of one group have in common: float = factor * weight.
 struct Share {
   float factor;
   int32_t sum;  // of the weights
 };
 
-// Splits n numbers (a multiple of 16) into `Dot::kPasses` rows of quads, which have room for a
-// multiple of 64 numbers.
+// Makes the weights of n floats (a multiple of 16), in `Dot::kPlanes` planes of quads with room for
+// a multiple of 64 weights.
 template <class Dot, bool kSum>
 inline Share make_weights(const float* x, int n, float factor, int32_t* quads, int stride) {
   const Vec inverse(Dot::inverse(factor));
@@ -55,8 +56,8 @@ inline Share make_weights(const float* x, int n, float factor, int32_t* quads, i
   return {factor, kSum ? Dot::total(sum) : 0};
 }
 
-// A place in each of 16 columns: that of column 4 l + i is group[l] + column[i]. GCC would keep 16
-// pointers, for which there are no registers.
+// An address in each of 16 columns: in column 4 l + i it is group[l] + column[i]. Eight registers
+// hold what would be 16 pointers, for which there are not enough.
 struct Columns16 {
   const uint8_t* group[4];
   int64_t column[4];
@@ -81,14 +82,14 @@ template <class Operand>
 struct QuadKeys {
   using Dot = typename Operand::Dot;
   static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
-  // Columns and query rows whose sums, with the codes, fit the registers.
+  // Vectors of columns, and query rows, whose sums fit the registers beside the codes.
   static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kRowsAtOnce = 4;
 
-  // A query row, split; on the channel grid of the present block, with its scales folded in.
+  // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(64) Row {
-    int32_t quads[Dot::kPasses][kQuads];
+    int32_t quads[Dot::kPlanes][kQuads];
     Share share[kMaxGroups];
-    float zero;  // the zero points' part of every score
+    float zero;  // query x zero points, which is added to every score of a block
   };
 
   static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
@@ -137,9 +138,8 @@ struct QuadKeys {
   }
 
  private:
-  // The weights of kRows query rows for the block whose scales begin at `at`; its zero points' part
-  // of a score is the same for all columns. Step by step for all rows, because each step waits for
-  // the one before it.
+  // Makes the weights of kRows query rows for the block whose scales begin at `at`. The rows
+  // advance together, because the steps of one row wait for each other.
   template <int kRows>
   KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
     const int n = keys.head_dim;
@@ -160,8 +160,9 @@ struct QuadKeys {
     }
   }
 
-  // Scores of kVecs times 16 columns over the `bytes` bytes of each from `columns` on, which are
-  // group g: with the weights of kRows query rows from `quad` on, and the columns' scales, if any.
+  // Scores of kVecs * 16 columns and kRows query rows over the channels of group g: `bytes` bytes
+  // of each column, from `columns` on in the first one. `quad`: the group's first quad of weights;
+  // `scale`: the columns' scales, or null on the channel grid.
   template <int kRows>
   KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes,
                                              const Row* row, int g, int quad, const float* scale,
@@ -214,7 +215,8 @@ struct QuadKeys {
       for (int v = 0; v < kVecs; ++v) operand.expand(in[v][d], codes[v]);
 #pragma GCC unroll 2
       for (int o = 0; o < Operand::kOut; ++o) {
-        // Nibbles: the high ones are the next channels; BF16: the other two of four numbers.
+        // The second of two vectors: of nibbles, the channels after those of the first; of BF16,
+        // the other two elements of four.
         const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {

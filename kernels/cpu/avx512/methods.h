@@ -1,20 +1,23 @@
-// Scores of, and weighted sums over, a tile of columns in dot products of stored codes.
+// Scores and weighted sums of a tile of columns in dot products of stored codes (dot.h).
 //
-// Four inputs of sixteen outputs are one vector; it is made in registers from the stored rows and
-// multiplied with four weights of each query row, while the loads, shuffles and shifts of the next
-// one go on beside the multiplications:
+// A vector holds four inputs for each of sixteen outputs. It is made in registers from the stored
+// rows, and multiplied with a quad of weights of each query row. The loads and shuffles of the next
+// vector run beside the multiplications:
 //
-//   score        outputs: 16 columns    inputs: channels   weights: the query, scales folded in
-//                  16 bytes of each of 16 columns -> transpose quads -> 4 vectors of 4 channels
-//   accumulate   outputs: channels      inputs: columns    weights: probabilities x values' scales
-//                  64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
+//   score        16 outputs: columns    4 inputs: channels
+//                weights: the query (channel grid: times the scales)
+//                16 bytes of each of 16 columns -> transpose quads -> 4 vectors of 4 channels
+//   accumulate   16 outputs: channels   4 inputs: columns
+//                weights: probabilities x scales of values
+//                64 bytes of each of 4 columns -> interleave bytes -> 4 vectors of 16 channels
 //
-// Nibbles that are multiplied in pairs (`PairDot`): score has 4 pairs of channels in a vector, as
-// they are stored; accumulate pairs columns i and i + 16.
+// Nibbles may be multiplied in pairs (`PairDot`): score pairs the channels that share a byte;
+// accumulate pairs columns i and i + 16.
 //
-// The instruction takes one operand without signs. Of keys that is the codes: symmetric ones have
-// an offset (xor 128, or the nibble as it is), which comes off as offset x the sum of the weights.
-// Of values it is the weights, which are never negative; of pairs the codes again.
+// The instruction multiplies unsigned by signed bytes. Of keys the codes are unsigned: signed ones
+// are shifted (xor 128), and kOffset x the sum of weights is subtracted in the end. Of values the
+// weights are unsigned, because probabilities are never negative; where nibbles are paired, the
+// codes are.
 #pragma once
 
 #include "cpu/float_methods.h"
@@ -34,8 +37,7 @@ ValueMethod quad_values() {
           QuadValues<Operand>::finish};
 }
 
-// n: the precision of weights, bytes of whole numbers and BF16 numbers. BF16 queries: 12 bits do
-// for pairs, and a query to which nothing was done is one BF16 number.
+// n: the bytes of a weight. For BF16 queries the 12 bits of paired nibbles suffice.
 template <int n, bool kBf16Query = false>
 KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
   const bool channel = side.grid == kChannelGrid;
@@ -44,7 +46,7 @@ KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
       return channel ? quad_keys<KeyOperand<Unsigned8, false, n>>()
                      : quad_keys<KeyOperand<Signed8, true, n>>();
     }
-    // On the channel grid weights have the blocks' scales, which may differ by more than 12 bits.
+    // On the channel grid the weights contain the scales, which may differ by more than 12 bits.
     if (side.format == kInt4 && kBf16Query && !channel) return quad_keys<PairedKeys>();
     if (side.format == kInt4) {
       return channel ? quad_keys<KeyOperand<Nibble, false, n>>()

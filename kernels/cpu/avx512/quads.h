@@ -1,4 +1,4 @@
-// `Quads`, a vector of sixteen groups of four bytes, and how tiles are turned in it (AVX-512).
+// `Quads`: a vector of sixteen quads, which are four bytes each, and the shuffles that turn tiles.
 #pragma once
 
 #include <immintrin.h>
@@ -25,21 +25,21 @@ struct Quads {
   Quads low_nibbles() const { return *this & Quads(15); }
   Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)).low_nibbles(); }
   Quads low_nibbles_up() const { return Quads(_mm512_slli_epi16(v, 4)) & Quads(0xf0); }
-  // Pairs of a nibble of a and the same nibble of b: a + 16 b.
+  // Bytes of two nibbles, a low (or high) one of a and the same one of b: a + 16 b.
   static Quads pair_low(Quads a, Quads b) {
     return _mm512_ternarylogic_epi32(Quads(15).v, a.v, _mm512_slli_epi16(b.v, 4), 0xca);
   }
   static Quads pair_high(Quads a, Quads b) {
     return _mm512_ternarylogic_epi32(Quads(15).v, _mm512_srli_epi16(a.v, 4), b.v, 0xca);
   }
-  // 16 (nibble - 8) as signed bytes, of the low and of the high nibbles.
+  // 16 (nibble - 8) as signed bytes, for the low and for the high nibbles.
   Quads low_centered() const { return Quads(_mm512_slli_epi16(v, 4)).high_centered(); }
   Quads high_centered() const {
     const Quads high(0xf0), sign(0x80);
     return _mm512_ternarylogic_epi32(v, high.v, sign.v, 0x6a);  // (v & high) ^ sign
   }
 
-  // Lane l is the 16 bytes (8 if `half`, then zeros) at p[l] + offset.
+  // Lane l: the 16 bytes at p[l] + offset, or 8 bytes and then zeros if `half`.
   static Quads lanes(const uint8_t* const* p, int64_t offset, bool half) {
     const auto at = [&](int l) {
       const auto* from = (const __m128i*)(p[l] + offset);
@@ -69,7 +69,7 @@ struct Quads {
     x[2] = _mm512_shuffle_f32x4(b, d, 0x88);
     x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
-  // Within each lane: byte 8 part + 4i + j of x[k] becomes byte 4j + k of out[i].
+  // Within each lane: byte 8 part + 4i + j of x[k] becomes byte 4j + k of out[i], i < 2.
   static void interleave_bytes(const Quads* x, int part, Quads* out) {
     const auto unpack = [&](Quads a, Quads b) {
       return part ? _mm512_unpackhi_epi8(a.v, b.v) : _mm512_unpacklo_epi8(a.v, b.v);

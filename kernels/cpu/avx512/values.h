@@ -1,4 +1,4 @@
-// Weighted sums over a tile of columns in dot products.
+// Weighted sums over a tile of columns in dot products; methods.h draws the loops.
 #pragma once
 
 #include "cpu/whole_tile.h"
@@ -7,16 +7,18 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Values are taken in steps of kColumns columns, of which step s takes those from first(s)
-// on, and in kHalves parts: `take` reads one of the four vectors of a step, `expand` makes kOut of
-// each after bytes were interleaved. The numbers are dot * kUnit + kHalf * sum of weights.
+// How stored values become operands. A step takes kColumns columns; those of step s begin at column
+// first(s). `take` reads one of the four vectors of a step; their bytes are interleaved; `expand`
+// turns each result into kOut vectors of codes. Nibbles take kHalves = 2 rounds, low ones and high
+// ones. The elements' weighted sum follows from the dot product of weights and codes:
+//   kUnit * dot product + kShift * sum of weights
 //
-// Bytes are signed, their weights are not.
+// Codes of a byte are signed, their weights are not.
 template <class Dot_>
 struct FourColumns {
   using Dot = Dot_;
   static constexpr int kColumns = 4, kHalves = 1, kOut = 1;
-  static constexpr float kUnit = 1.0f, kHalf = 0.0f;
+  static constexpr float kUnit = 1.0f, kShift = 0.0f;
   static int first(int step) { return 4 * step; }
   template <int>
   static Quads take(const uint8_t* column, int64_t, int bytes) {
@@ -33,7 +35,7 @@ struct ValueOperand : FourColumns<IntDot<kBytes, false>> {
 template <int kBytes>
 struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
   static constexpr int kHalves = 2;
-  static constexpr float kUnit = 0.0625f, kHalf = 0.5f;
+  static constexpr float kUnit = 0.0625f, kShift = 0.5f;
   template <int kPart>
   void expand(Quads x, Quads* out) const {
     out[0] = kPart ? x.high_centered() : x.low_centered();
@@ -42,7 +44,7 @@ struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
 struct PairedValues {
   using Dot = PairDot;
   static constexpr int kColumns = 8, kHalves = 2, kOut = 1;
-  static constexpr float kUnit = 1.0f, kHalf = -7.5f;
+  static constexpr float kUnit = 1.0f, kShift = -7.5f;
   static int first(int step) { return step / 4 * 32 + step % 4 * 4; }
   template <int kPart>
   static Quads take(const uint8_t* column, int64_t row_bytes, int bytes) {
@@ -59,23 +61,23 @@ struct PairedValues {
 template <class Operand>
 struct QuadValues {
   using Dot = typename Operand::Dot;
-  static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are taken at once
-  // Vectors of sums of a chunk: bytes 0..3, 4..7, 8..11, 12..15 of every lane. Nibbles have as
-  // many again, of their high halves.
+  static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are read at once
+  // A chunk has four vectors of sums: of bytes 0 .. 3, 4 .. 7, 8 .. 11 and 12 .. 15 of every lane.
+  // Nibbles have four more, for the high ones.
   static constexpr int kHalves = Operand::kHalves, kSums = 4 * kHalves * Vec::kWidth;
   static constexpr int kQuads = Dot::quads(kTile);
-  // A chunk is gone through so often, each time for so many vectors of sums and rows as fit the
-  // registers.
+  // The registers hold the sums of kVecs vectors and kRowsAtOnce rows, so each chunk is read
+  // kPasses times.
   static constexpr int kParts = Dot::kSums == 1 ? 1 : 2, kPasses = kHalves * kParts;
   static constexpr int kVecs = 4 / kParts, kRowsAtOnce = 4;
 
-  // Weights of one row: probabilities with the scales of a group folded in.
+  // The weights of one query row: probabilities times the scales of a group.
   struct alignas(64) Row {
-    int32_t quads[Dot::kPasses][kQuads];
+    int32_t quads[Dot::kPlanes][kQuads];
     float factor;
   };
 
-  // Calls f(group, first byte, number of bytes, first of the 64 sums) for each chunk of a row.
+  // Calls f(group, first byte, number of bytes, index of the first sum) for each chunk of a row.
   template <class F>
   static void for_chunks(const Body& values, F f) {
     const int group_bytes = int(values.row_bytes / values.num_scales);
@@ -87,10 +89,10 @@ struct QuadValues {
     }
   }
 
-  // A row of sums: those of the chunks, and if numbers are half a code off, the weights of each
-  // group.
+  // A row of `acc` has the sums of its chunks and, if codes are shifted, the sums of the weights of
+  // each group.
   static size_t acc_floats(const Body& values) {
-    return weights_at(values) + (Operand::kHalf != 0.0f ? values.num_scales * Vec::kWidth : 0);
+    return weights_at(values) + (Operand::kShift != 0.0f ? values.num_scales * Vec::kWidth : 0);
   }
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
@@ -117,21 +119,23 @@ struct QuadValues {
     });
   }
 
-  // Sums of a chunk: vector 4 * half + i has, in lane l, those of the bytes 16 l + 4 i .. + 4.
+  // Lane l of vector 4 * half + i has the sums of the bytes 16 l + 4 i .. 16 l + 4 i + 3 of a
+  // chunk.
   static void finish(const Body& values, int rows, float* acc) {
     const size_t acc_dim = acc_floats(values), weights = weights_at(values);
     alignas(64) float sums[kMaxDotDim + 16];
     for (int r = 0; r < rows; ++r, acc += acc_dim) {
       for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
         Vec rest(0.0f);
-        if (Operand::kHalf != 0.0f)
-          rest = Vec(Operand::kHalf * Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
+        if (Operand::kShift != 0.0f)
+          rest = Vec(Operand::kShift * Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
         for (int half = 0; half < kHalves; ++half) {
           Vec sum[4];
           for (int i = 0; i < 4; ++i)
             sum[i] = Vec::load(acc + first_sum + (4 * half + i) * Vec::kWidth);
           Quads::transpose_lanes(sum);
-          // Of the last 16 nibbles half a vector counts: the next ones overwrite the rest.
+          // In a chunk of 16 nibbles only half of the vector is valid; the high nibbles, which are
+          // stored next, overwrite the other half.
           for (int b = 0; b < bytes; b += 16) {
             const int channel =
                 kHalves == 2 ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
@@ -144,15 +148,15 @@ struct QuadValues {
   }
 
  private:
-  // The first of the weights' sums in a row of sums.
+  // Where the sums of weights begin in a row of `acc`.
   static size_t weights_at(const Body& values) {
     size_t n = 0;
     for_chunks(values, [&](int, int, int, int sum) { n = sum + kSums; });
     return n;
   }
 
-  // The weights of kRows rows for group g, and their sums. Step by step for all rows, because each
-  // step waits for the one before it.
+  // Makes the weights of kRows rows for one group, and adds them to their sums. The rows advance
+  // together, because the steps of one row wait for each other.
   template <int kRows>
   KVQUANT_NOINLINE static void make_rows(const float* scale, const uint64_t* columns,
                                          const float* p, Row* row, float* weights, size_t acc_dim) {
@@ -165,7 +169,7 @@ struct QuadValues {
       for (int i = 0; i < kVecs; ++i) {
         w[r][i] = Vec::load(p + r * kTile + i * Vec::kWidth) * Vec::load(scale + i * Vec::kWidth);
       }
-      // What is hidden may have no scale yet.
+      // A hidden column may have no scale yet.
       if (columns[r] != ~uint64_t(0)) {
 #pragma GCC unroll 4
         for (int i = 0; i < kVecs; ++i)
@@ -184,16 +188,16 @@ struct QuadValues {
 #pragma GCC unroll 4
       for (Vec& x : w[r]) x = x * inverse;
       const Vec sum(_mm512_cvtepi32_ps(Dot::split(w[r], kTile, row[r].quads[0], kQuads)));
-      if (Operand::kHalf != 0.0f) {
+      if (Operand::kShift != 0.0f) {
         float* sums = weights + r * acc_dim;
         Vec::fma(sum, Vec(factor[r]), Vec::load(sums)).store(sums);
       }
     }
   }
 
-  // Adds to the sums of a chunk those over 64 columns of the `bytes` bytes of each from `columns`
-  // on, in passes: of the lower or upper eight bytes of every lane, or of all; of low nibbles, then
-  // of high ones.
+  // Adds the weighted sums of one chunk over 64 columns to `sums`: of the `bytes` bytes from
+  // `columns` on in the first column. Pass kPass takes the low or the high nibbles, and (kParts =
+  // 2) the lower or the upper eight bytes of every lane; it calls the next pass.
   template <int kRows, int kPass>
   KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,
                                                 int bytes, const Row* row, float* sums,
@@ -240,7 +244,7 @@ struct QuadValues {
     if constexpr (kPass + 1 < kPasses)
       accumulate_chunk<kRows, kPass + 1>(columns, row_bytes, bytes, row, sums, acc_dim);
   }
-  // Of the columns of a step each pass fetches its share.
+  // Each pass prefetches its share of the columns of a step.
   template <int kPass>
   static void prefetch_columns(const uint8_t* p, int64_t row_bytes) {
 #pragma GCC unroll 8

@@ -37,23 +37,24 @@ struct Vec {
   }
 
   static __m128i bytes(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
-  static Vec numbers(Signed8, const uint8_t* row, int c, int) {
+  static Vec decode(Signed8, const uint8_t* row, int c, int) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(row + c)));
   }
-  static Vec numbers(Unsigned8, const uint8_t* row, int c, int) {
+  static Vec decode(Unsigned8, const uint8_t* row, int c, int) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes(row + c)));
   }
-  // As FP16 the same bits, four places up, are 2^-8 of the number.
-  static Vec numbers(E4M3, const uint8_t* row, int c, int) {
+  // With the exponent and the mantissa moved to where FP16 has them, the bits are FP16 for 2^-8 of
+  // the element.
+  static Vec decode(E4M3, const uint8_t* row, int c, int) {
     __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes(row + c)), 8);
     __m256i magnitude = _mm256_srli_epi16(_mm256_and_si256(word, _mm256_set1_epi16(0x7f00)), 1);
     __m256i sign = _mm256_and_si256(word, _mm256_set1_epi16(int16_t(0x8000)));
     return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign)), _mm512_set1_ps(256.0f));
   }
-  static Vec numbers(Nibble, const uint8_t* row, int c, int head_dim) {
+  static Vec decode(Nibble, const uint8_t* row, int c, int head_dim) {
     NibblePlace place = nibble_place(c, head_dim);
     __m128i nibbles;
-    if (c % 32 == 0 && head_dim - c < 32) {  // the last 16 channels: eight bytes hold both halves
+    if (c % 32 == 0 && head_dim - c < 32) {  // a chunk of 16: its eight bytes hold all of it
       __m128i both = _mm_loadl_epi64((const __m128i*)(row + place.byte));
       nibbles = _mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4));
     } else {
@@ -85,7 +86,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
-  // The larger by the bits, without signs: so are floats in order, then infinity, then NaN.
+  // The larger of the bits as integers. Of magnitudes this is the larger float; infinity is larger
+  // than every float, and NaN larger than infinity.
   static Vec max_bits(Vec a, Vec b) {
     return _mm512_castsi512_ps(
         _mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
@@ -94,8 +96,8 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // 2^t of whole and fractional part, the latter as a polynomial, to 1.5e-7. `reduce` gives 0 for
-  // infinity, `scalef` rounds down and underflows to 0.
+  // e^x = 2^t = 2^floor(t) 2^r, the latter by a polynomial, with a relative error of 1.5e-7.
+  // `reduce` gives r, and 0 for infinity; `scalef` rounds t down itself, and underflows to 0.
   static Vec exp(Vec x) {
     const Vec t = x * Vec(kLog2e);
     const Vec r = _mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF);

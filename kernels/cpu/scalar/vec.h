@@ -1,11 +1,10 @@
-// `Vec` without vector instructions: eight numbers in plain loops, which any compiler may vectorise
-// for its machine.
+// `Vec` without vector instructions: eight floats in plain loops, which a compiler may vectorise.
 //
-// Every level has a `Vec` with the same members, and kernels are written once against them:
+// Every instruction set has a `Vec` with the same members, so that kernels are written once:
 //   load, store                float, Half or BFloat16 in memory; arithmetic is always float
-//   numbers(Format, row, c, d) the kWidth codes from channel c on of a row of head_dim d, as floats,
+//   decode(Format, row, c, d)  kWidth codes, from channel c on in a row of head_dim d, as floats
 //                              before scaling
-//   store_codes(Format, p)     the inverse, for numbers that are already rounded (E4M3: it rounds)
+//   store_codes(Format, p)     the inverse, for floats that are already rounded (E4M3: it rounds)
 //   where(bits, a, b)          a in the lanes whose bit is set, b in the others
 //   butterfly(x, stride)       one step of a Hadamard transform within the vector
 //   sum_each(x)                lane i is the sum of all lanes of x[i], i < kWidth
@@ -45,16 +44,16 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) p[i] = to_bfloat16(lane[i]);
   }
 
-  static Vec numbers(Signed8, const uint8_t* row, int c, int) {
+  static Vec decode(Signed8, const uint8_t* row, int c, int) {
     return of([&](int i) { return float(int8_t(row[c + i])); });
   }
-  static Vec numbers(Unsigned8, const uint8_t* row, int c, int) {
+  static Vec decode(Unsigned8, const uint8_t* row, int c, int) {
     return of([&](int i) { return float(row[c + i]); });
   }
-  static Vec numbers(E4M3, const uint8_t* row, int c, int) {
+  static Vec decode(E4M3, const uint8_t* row, int c, int) {
     return of([&](int i) { return e4m3_to_float(row[c + i]); });
   }
-  static Vec numbers(Nibble, const uint8_t* row, int c, int head_dim) {
+  static Vec decode(Nibble, const uint8_t* row, int c, int head_dim) {
     NibblePlace place = nibble_place(c, head_dim);
     return of([&](int i) { return float(row[place.byte + i] >> place.shift & 15); });
   }
@@ -77,8 +76,8 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) {
     return of([&](int i) { return a.lane[i] / b.lane[i]; });
   }
-  // a * b + c; the vector levels round once, so only attention may use it, never the path that
-  // writes bytes.
+  // a * b + c. The other instruction sets round once, so only attention may use it: stored bytes
+  // are defined with two roundings.
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   // If either is NaN, the result is b.
   static Vec max(Vec a, Vec b) {

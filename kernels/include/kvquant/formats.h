@@ -1,11 +1,11 @@
-// Number formats of the stored bytes, and the conversions that define them, one number at a time.
+// The formats of stored elements, and the conversions that define them, one element at a time.
 //
 // hf_kvquant/quantization.py is the definition; this file says the same in C++ for every device. A
-// row is one token of one head, head_dim numbers:
+// row is one token of one head, head_dim elements:
 //
 //   Signed8    int8, token grid     head_dim bytes, two's complement -127 .. 127
 //   Unsigned8  int8, channel grid   head_dim bytes, 0 .. 255
-//   E4M3       fp8                  head_dim bytes: sign, 4 bits of exponent (bias 7), 3 of mantissa
+//   E4M3       fp8                  head_dim bytes: sign, 4 exponent bits (bias 7), 3 mantissa bits
 //   Nibble     int4                 head_dim / 2 bytes, packed along head_dim in chunks of 32
 //                                   channels (the last chunk may be 16): byte j of a chunk of 2h
 //                                   channels holds channel j in its low nibble and channel h + j
@@ -33,14 +33,14 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// The stored types of dense numbers; float is the third.
+// The 16-bit types of elements that are not quantized; float is the third type.
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
 };
-static_assert(sizeof(Half) == 2 && sizeof(BFloat16) == 2, "dense numbers are 16 bits");
+static_assert(sizeof(Half) == 2 && sizeof(BFloat16) == 2, "dense elements have 16 bits");
 
 KVQUANT_FN uint32_t bits_of(float x) {
   union {
@@ -105,25 +105,27 @@ KVQUANT_FN uint8_t float_to_e4m3(float x) {
   return uint8_t(sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3)));
 }
 
-// Where channel c (a multiple of 8, or the first of 16 in a whole chunk) begins in a row of
-// nibbles.
+// Where the channels c .. c + 7 are in a row of nibbles, for c a multiple of 8; in a chunk of 32,
+// c .. c + 15 for c a multiple of 16. Channel c + i is in byte `byte + i`, in the low nibble (shift
+// 0) or the high one (shift 4).
 struct NibblePlace {
-  int byte;   // channel c + i is in byte `byte + i`, for i < 8 (16 in a whole chunk) ..
-  int shift;  // .. in its low (0) or high (4) nibble
+  int byte, shift;
 };
 KVQUANT_FN NibblePlace nibble_place(int c, int head_dim) {
   int chunk = c / 32 * 32, half = head_dim - chunk < 32 ? 8 : 16, j = c - chunk;
   return j < half ? NibblePlace{chunk / 2 + j, 0} : NibblePlace{chunk / 2 + j - half, 4};
 }
-// The channel whose nibble is in byte `byte` of a row.
+// The channel whose low or high nibble is in byte `byte` of a row.
 KVQUANT_FN int nibble_channel(int byte, bool high, int head_dim) {
   int chunk = byte / 16 * 32, half = head_dim - chunk < 32 ? 8 : 16;
   return chunk + byte % 16 + (high ? half : 0);
 }
 
-// A number format. kReach: the largest magnitude of a code on the symmetric grid; kLevels: steps
-// from the smallest to the largest code on the channel grid, 0 where that grid is symmetric too;
-// kMidpoint: what is subtracted from a token-grid code; Code: how one code is written to a byte.
+// A format:
+//   kReach      where scales are symmetric: the largest magnitude of a code less the midpoint
+//   kLevels     steps from the smallest to the largest code on the channel grid; 0: no zero points
+//   kMidpoint   what is subtracted from a code of the token grid
+//   Code        how one code is written to a byte
 struct Signed8 {
   using Code = Signed8;
   static constexpr float kReach = 127.0f, kLevels = 0.0f, kMidpoint = 0.0f;

@@ -1,9 +1,11 @@
-// The operators' arguments as plain C structs: what crosses the border between a host language and
-// the kernels.
+// The operators' arguments as plain C structs, which a host language fills.
 //
-// Every field is 8 bytes wide, so that a host can fill the structs without knowing about padding.
-// Strides are in bytes; the last axis of every tensor is contiguous, and so are the rows (tokens)
-// of stored codes, scales and dense copies.
+// Every field is 8 bytes wide, so that the host need not know about padding. Strides are in bytes;
+// the last axis of every tensor is contiguous, and so are the rows (tokens) of stored codes, scales
+// and exact copies.
+//
+// The kernels say "column" for a position of the cache, which is a column of the matrix of scores,
+// and "row" for a query in it, or for the elements of one token of one head in memory.
 #pragma once
 
 #ifndef __CUDACC_RTC__
@@ -20,9 +22,9 @@ typedef unsigned long long uint64_t;
 enum KvquantDtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum KvquantFormat { kInt8 = 0, kFp8 = 1, kInt4 = 2, kDense = 3 };
 enum KvquantGrid { kTokenGrid = 0, kChannelGrid = 1 };
-// How `mask` hides columns: kPaddingMask `[batch, kv_len]`, non-zero integers of `mask_width` bytes
-// attend, causal as well; the others `[batch, num_heads, q_len, kv_len]` are complete, and stride 0
-// repeats an axis.
+// How `mask` hides columns. kPaddingMask: `[batch, kv_len]`, integers of `mask_width` bytes, 0
+// hides; causal order applies too. The masks after it: `[batch, num_heads, q_len, kv_len]`, instead
+// of causal order; stride 0 repeats an axis.
 enum KvquantMask {
   kNoMask = 0,
   kPaddingMask = 1,
@@ -34,10 +36,10 @@ enum KvquantMask {
 
 // Keys or values of one layer, as stored: `[batch, num_kv_heads, rows, ..]` each.
 typedef struct KvquantSide {
-  uint8_t* data;         // codes, or numbers of the query's dtype where the format is dense
+  uint8_t* data;         // codes; where the format is dense, elements of the query's dtype
   uint16_t* scale;       // FP16: one row per token (token grid) or per block (channel grid)
   uint16_t* zero_point;  // like scale, or null
-  uint8_t* recent;       // ring of exact copies, column t in slot t % ring_length; or null
+  uint8_t* recent;       // a ring of exact copies, column t in slot t % ring_length; or null
   uint8_t* sink;         // exact copies of the columns in sink_positions; or null
   int64_t data_stride[2], scale_stride[2], recent_stride[2], sink_stride[2];  // of batch and head
   int64_t capacity;  // columns that `data` has room for
@@ -68,8 +70,8 @@ typedef struct KvquantAttention {
   KvquantSide keys, values;
 } KvquantAttention;
 
-// New tokens of one side: x `[batch, num_kv_heads, n, head_dim]` for the columns start .. start +
-// n.
+// New tokens of keys or values: x `[batch, num_kv_heads, n, head_dim]`, for the columns start to
+// start + n.
 typedef struct KvquantNewTokens {
   const uint8_t* x;
   int64_t x_stride[3];  // of batch, head and token
@@ -77,11 +79,12 @@ typedef struct KvquantNewTokens {
   KvquantSide side;
 } KvquantNewTokens;
 
-// New tokens that have no room are not stored at all. Sinks are the first num_sinks tokens of a row
-// that are not padding: a row's slots fill in order, and those with columns from start on are free.
+// If there is no room for all new tokens, none is stored. Sinks are the first num_sinks tokens of a
+// batch row that are not padding. Its slots are filled in order; a slot is free while it holds -1
+// or a column from start on.
 typedef struct KvquantAppend {
-  int64_t* faults;          // [0] += token vectors that hold a NaN or infinity; [1] += tokens that
-                            // had no room
+  // [0] += rows that hold a NaN or infinity; [1] += tokens for which there was no room
+  int64_t* faults;
   const uint8_t* padding;   // bool `[batch, padding_length]`, or null
   int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
   const int64_t* length;    // if not null, it replaces start

@@ -1,7 +1,9 @@
-// The softmax state of one query row: largest score, sum of exponentials, and (kept by the caller)
-// the accumulated values, all relative to the largest score so far. Scores arrive in tiles, parts
-// are merged in any fixed grouping. Source: online softmax, https://arxiv.org/abs/1805.02867; split
-// and merge, https://arxiv.org/abs/2311.01282.
+// The softmax state of one query row: the largest score so far, and the sum of exponentials
+// relative to it. The caller keeps the accumulated values, relative to the same score. Scores
+// arrive in tiles; states of different tiles are merged.
+//
+// Sources: online softmax, https://arxiv.org/abs/1805.02867; split and merge,
+// https://arxiv.org/abs/2311.01282.
 #pragma once
 
 #ifndef __CUDACC_RTC__
@@ -17,10 +19,10 @@ struct SoftmaxState {
   float max = -infinity();
   float sum = 0.0f;
 
-  // What scores are measured from: the largest, or 0 while every column was hidden.
+  // What is subtracted from scores: the largest, or 0 while every column is hidden.
   KVQUANT_FN float base() const { return max == -infinity() ? 0.0f : max; }
 
-  // Makes room for scores up to `largest`; returns the factor of everything accumulated so far.
+  // Raises the maximum to `largest`; returns the factor for everything accumulated so far.
   KVQUANT_FN float update(float largest) {
     if (!(largest > max)) return 1.0f;
     float factor = expf(max - largest);
@@ -29,8 +31,8 @@ struct SoftmaxState {
     return factor;
   }
 
-  // Takes in another part; its accumulated values join with `theirs`, what is here is multiplied
-  // with `ours`.
+  // Takes in another state. The caller multiplies its own accumulated values by `ours`, the other's
+  // by `theirs`, and adds.
   struct Factors {
     float ours, theirs;
   };
@@ -40,7 +42,7 @@ struct SoftmaxState {
     return {ours, theirs};
   }
 
-  // The factor that turns accumulated values into the output; 0 where every column was hidden.
+  // The factor that turns accumulated values into the output; 0 if every column was hidden.
   KVQUANT_FN float finish() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
   KVQUANT_FN float logsumexp() const { return sum == 0.0f ? -infinity() : max + logf(sum); }
 };

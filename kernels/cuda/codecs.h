@@ -4,25 +4,29 @@
 //   word    what ldmatrix gives a lane (lane = 4 * g + t) of a chunk of 8 rows:
 //             plain (keys):        bytes 4t .. 4t + 3 of row g
 //             transposed (values): bytes 2g and 2g + 1 of row 2t, then of row 2t + 1
-//   pair    a pair of numbers that split() takes out of a word. Part p of a row stands for the
-//           channels channel(p, 0 .. 7): of keys a lane has channel(p, 2t) and channel(p, 2t + 1)
-//           of one token, of values channel(p, g) of two tokens.
+//   pair    a lane pair: the two FP16 elements that a lane gets when split() takes a word apart.
+//           Pair p of a row stands for eight channels, channel(p, 0) .. channel(p, 7), spread over
+//           the lanes:
+//             keys:    a lane has channel(p, 2t) and channel(p, 2t + 1) of one token
+//             values:  a lane has channel(p, g) of two tokens
 //
-// So the pairs of both are operands as they are: pairs 2s and 2s + 1 are the B operand of step s
-// along head_dim (queries are stored in the same order), and pair p of two words is that of the
-// value columns channel(p, ..), the order in which the output is written.
+// Lane pairs are operands as they are. Of keys, pairs 2s and 2s + 1 are the B operand of step s
+// along head_dim; queries are stored in the same order. Of values, pair p of two words is the B
+// operand for the output channels channel(p, ..); the output is written in this order.
 //
-// The trick that saves the arithmetic: a code in the low bits of an FP16 number is an exact
-// subnormal number, code * 2^-24, and tensor cores take subnormals. No bias to subtract, nothing to
-// convert; unit(p) is what one pair must be multiplied by, where it costs nothing (queries,
-// output). Codes are FP16 for BF16 models too: exact in either, cheaper here.
+// The trick that saves the arithmetic: an integer code in the low bits of an FP16 word is an exact
+// subnormal number, code * 2^-24, and tensor cores multiply subnormals exactly. Nothing has to be
+// converted, and no bias subtracted; the products of pair p are multiplied by unit(p) where that
+// costs nothing, in the queries or the output. BF16 models use FP16 codes as well: both are exact,
+// and FP16 takes fewer instructions.
 //
-//   codec        chunk   words -> pairs                           instructions for a word
-//   SignedBytes  16 ch   even, odd bytes; code + 128              3
-//   Unsigned..   16 ch   even, odd bytes                          2
-//   Nibbles      32 ch   low nibbles of even, odd bytes, high ..  5
-//   E4M3Bytes    16 ch   even, odd bytes; bits moved by one       6
-//   Dense16      8 ch    as it is                                 0
+//   codec          channels of a chunk   pairs of a word                  instructions of a word
+//   SignedBytes    16                    even, odd bytes; code + 128      3
+//   UnsignedBytes  16                    even, odd bytes                  2
+//   Nibbles        32                    low nibbles of even, odd bytes;  5
+//                                        high nibbles of even, odd bytes
+//   E4M3Bytes      16                    even, odd bytes, shifted by 1    6
+//   Dense16        8                     the word                         0
 #pragma once
 
 #include "cuda/primitives.h"
@@ -32,7 +36,7 @@ namespace kvquant {
 
 constexpr uint32_t kByteOfHalf = 0x00ff00ffu;
 
-// What codecs of one byte per channel share: a chunk is 16 channels, its pairs the even and odd.
+// What codecs of one byte per channel share: a word has a pair of even and one of odd channels.
 template <int kDim>
 struct ByteRows {
   static constexpr bool kIsDense = false;
@@ -61,7 +65,7 @@ struct SignedBytes : ByteRows<kDim> {
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[2]) {
     UnsignedBytes<kDim>::split(word ^ 0x80808080u, pairs);
   }
-  // Without the offset, for one more instruction a pair.
+  // Without the offset, which takes one more instruction per pair.
   static KVQUANT_FN constexpr float unit_centred(int) { return 0x1p24f; }
   static KVQUANT_DEVICE void split_centred(uint32_t word, uint32_t (&pairs)[2]) {
     split(word, pairs);
@@ -69,7 +73,7 @@ struct SignedBytes : ByteRows<kDim> {
   }
 };
 
-// e4m3 has FP16's fields with one bit less of exponent and a bias that differs by 8.
+// E4M3 has the fields of FP16, with one bit less of exponent and a bias that is 8 smaller.
 template <int kDim>
 struct E4M3Bytes : ByteRows<kDim> {
   static constexpr float kOffset = 0.0f;
@@ -84,8 +88,8 @@ struct E4M3Bytes : ByteRows<kDim> {
   }
 };
 
-// In a last chunk of 16 channels half of the lanes hold numbers of no channel (-1): zeros, because
-// rows are filled up with zeros in shared memory.
+// If the last chunk has only 16 channels, half of the lanes hold elements of no channel (-1). These
+// are zeros, because rows are padded with zeros in shared memory.
 template <int kDim>
 struct Nibbles {
   static constexpr bool kIsDense = false;
@@ -112,8 +116,8 @@ struct Nibbles {
     pairs[2] = word & 0x00f000f0u;
     pairs[3] = odd & 0x00f000f0u;
   }
-  // code - 7.5, for one more instruction a pair: 7.5 units are no FP16 number where a unit is the
-  // smallest, so the codes of pairs 0 and 1 move up first, which is exact.
+  // code - 7.5, which takes one more instruction per pair. In pairs 0 and 1 a code of 1 is the
+  // smallest FP16 number, so 7.5 cannot be represented; they are multiplied by 16 first, exactly.
   static KVQUANT_FN constexpr float unit_centred(int) { return 0x1p20f; }
   static KVQUANT_DEVICE void split_centred(uint32_t word, uint32_t (&pairs)[4]) {
     split(word, pairs);
@@ -124,7 +128,7 @@ struct Nibbles {
   }
 };
 
-// FP16 or BF16 as it is: a dense body, and the exact copies.
+// FP16 or BF16 elements: a body that is not quantized, and the exact copies.
 template <int kDim, bool kBFloat16>
 struct Dense16 {
   static constexpr bool kIsDense = true, kIsBFloat16 = kBFloat16;
@@ -152,7 +156,7 @@ struct IsBFloat16<Dense16<kDim, true>> {
   static constexpr bool kValue = true;
 };
 
-// Products of a codec's numbers: BF16 only where the numbers are.
+// Multiplies operands of a codec: BF16 if its elements are, else FP16.
 template <class Codec>
 KVQUANT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (IsBFloat16<Codec>::kValue) {
@@ -166,8 +170,8 @@ KVQUANT_DEVICE uint32_t pack(float low, float high) {
   return IsBFloat16<Codec>::kValue ? pack_bfloat162(low, high) : pack_half2(low, high);
 }
 
-// Rows in shared memory: whole chunks, an odd number of them apart, so that the 8 rows of an
-// ldmatrix lie in different banks.
+// In shared memory a row is padded to whole chunks, and rows are an odd number of chunks apart, so
+// that the 8 rows of an ldmatrix lie in different banks.
 template <class Codec>
 constexpr int kChunks = (Codec::kRowBytes + 15) / 16;
 template <class Codec>

@@ -1,15 +1,17 @@
-// Where a block stands, which columns it takes, and which of them a query row sees.
+// Which query rows and which columns a block attends to.
 //
-// A block takes one kind of (query row, column) pairs, by where the row reads key and value:
+// There are four kinds of (query row, column), by where the row reads the column's key and value. A
+// block attends to one kind:
 //
 //   keys    values
-//   stored  stored   most: a split of consecutive columns; see the rule in hf_kvquant/states.py
+//   stored  stored   nearly all; a block takes one split, KVQUANT_SPLIT consecutive columns
 //   copied  copied   the newest columns, and sinks
 //   copied  stored   channel grid: the block of the newest column, older than `recent_length`
 //   stored  copied   dense keys beside quantized values
 //
-// So every pair is taken once, each kind is one plain pass, and the partial results of all kinds
-// are merged like those of splits. The last three take a list: sink slots, then a range of columns.
+// hf_kvquant/states.py has the rule. Every (query row, column) belongs to one block, and the
+// results of all blocks are merged alike. The last three kinds take a list: sink slots, then a
+// range of columns.
 #pragma once
 
 #include "cuda/specialisation.h"
@@ -26,7 +28,8 @@ struct SameConst<const From, To> {
   using Type = const To;
 };
 
-// A batch row and a kv head. What is rarely asked is computed when it is: registers are short.
+// The batch row and kv head of a block. Methods compute what is rarely needed on demand: keeping it
+// would take registers.
 struct Place {
   const KvquantAttention& a;
   int kv_len, kv_head;
@@ -42,7 +45,7 @@ struct Place {
   KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
   KVQUANT_DEVICE int first_position() const { return kv_len - int(a.q_len); }
 
-  // Of this batch row and kv head, with the strides of a stored tensor.
+  // The address in `p` of this batch row and kv head.
   template <class T>
   KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2]) const {
     using Byte = typename SameConst<T, uint8_t>::Type;
@@ -51,8 +54,8 @@ struct Place {
   }
 };
 
-// The query rows of a block: 16 of those of its kv head, whose row r is query r % q_len of its head
-// r / q_len. Made anew where it is needed.
+// The query rows of a block: 16 of the q_per_kv * q_len rows of its kv head. Row r is query
+// r % q_len of its head r / q_len. Cheap to construct, so it is not kept in registers.
 struct QueryRows {
   int first_head, q_len, first, count;
 
@@ -68,7 +71,7 @@ struct QueryRows {
   KVQUANT_DEVICE int wrapped(int row) const { return exists(row) ? first + row : count - 1; }
   KVQUANT_DEVICE int head(int row) const { return first_head + wrapped(row) / q_len; }
   KVQUANT_DEVICE int query(int row) const { return wrapped(row) % q_len; }
-  // Among the rows `[batch, num_heads, q_len]` of the output.
+  // The index among the rows `[batch, num_heads, q_len]` of the output.
   KVQUANT_DEVICE int64_t output_row(const Place& p, int row) const {
     return (int64_t(p.batch()) * p.a.num_heads + head(row)) * q_len + query(row);
   }
@@ -90,16 +93,16 @@ struct Copies {
     c.block_length = Stored::kChannelGrid ? Stored::kGroup : 1;
     return c;
   }
-  // Copies of a dense body would say what it says.
+  // A dense body needs no copies.
   template <class Stored>
   static KVQUANT_DEVICE bool has_sinks(const KvquantSide& side) {
     return Stored::kScaled && side.sink != nullptr;
   }
-  // The first column that the query at `position` reads from the ring.
+  // The first column whose copy in the ring the query at `position` reads; kv_len: none.
   KVQUANT_DEVICE int dense_from(int position, int kv_len) const {
     return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }
-  // Null where there is no copy.
+  // The copy of a column, in a sink slot or (slot -1) in the ring; null if there is none.
   KVQUANT_DEVICE const uint8_t* row(int column, int slot) const {
     if (slot >= 0 && sink) return sink + int64_t(slot) * row_bytes;
     return ring ? ring + int64_t(column % ring_length) * row_bytes : nullptr;
@@ -122,14 +125,14 @@ struct Sinks {
         Copies::has_sinks<StoredKeys>(p.a.keys) || Copies::has_sinks<StoredValues>(p.a.values);
     return some && p.a.sink_positions ? int(p.a.num_sinks) : 0;
   }
-  // Of a slot, or -1.
+  // The column in a slot, or -1.
   KVQUANT_DEVICE int column(int slot) const {
     const auto* row = reinterpret_cast<const uint8_t*>(p.a.sink_positions) +
                       p.batch() * p.a.sink_positions_stride;
     const int column = global_load(reinterpret_cast<const int32_t*>(row) + slot);
     return column < p.kv_len ? column : -1;
   }
-  // Sinks are taken by their slots, and have copies: no range holds them.
+  // Ranges of columns skip the sinks, because lists take them by their slots.
   KVQUANT_DEVICE bool has(int wanted) const {
     bool found = false;
     if (wanted <= last) {
@@ -139,7 +142,7 @@ struct Sinks {
   }
 };
 
-// What a block takes: a range of columns, or (kIsList) sink slots before it.
+// The columns that a block attends to: a range or, for lists, sink slots followed by a range.
 template <bool kIsList>
 struct Columns {
   static constexpr bool kInOrder = !kIsList;
@@ -150,7 +153,7 @@ struct Columns {
       : sinks(sinks), slots(kIsList && with_sinks ? sinks.count() : 0), begin(from) {
     count = slots + (to > from ? to - from : 0);
   }
-  // The column of an entry, or -1.
+  // The column of entry i, or -1.
   KVQUANT_DEVICE int column(int i) const {
     if (i >= count) return -1;
     if constexpr (kInOrder) return begin + i;

@@ -10,16 +10,16 @@
 //     grid      (q_len, num_heads, batch)
 //     block     as many threads
 //
-//     x = 0 .. 2     columns with copies: a list each (columns.h)      |
+//     x = 0 .. 2     the kinds of columns with copies (columns.h)      |
 //     x = 3          stored columns    0 .. split                      |  partials.h -> merge.h
 //     x = 4          stored columns    split .. 2 split                |
 //     ..             (beyond the length: returns at once)              |
 //
-// A result depends on its row alone: blocks know nothing of each other, and slices are merged in a
-// fixed order.
+// Blocks do not communicate, and slices are merged in a fixed order, so the result of a query row
+// does not depend on the other rows of a batch.
 //
-// Roofline on paper, head_dim 128, counted in the SASS of sm_90; nothing of it is measured. A load
-// is 16 bytes of codes for each lane of a warp; its path is that of a tile which all rows see.
+// A roofline on paper for head_dim 128, counted in the SASS of sm_90; none of it is measured. A
+// load is 16 bytes of codes for each lane of a warp, in a tile that every row sees.
 //
 //                 bytes of a column   instructions of a load    of which      cycles that a full
 //                 keys     values     (loop)  per block/load    MMA  LOP3+SHF memory gives a load
@@ -29,12 +29,12 @@
 //   int8-plain    128 + 2  128 + 2    50      + 16              4    10       4090   655
 //   fp8           128 + 2  128 + 2    64      + 16              4    24
 //
-// A scheduler issues one instruction a cycle, so int4 on an H200 asks for 79 + 31 of 99 cycles at
-// splits of 512 columns (+ 16 at 1024): it is the one that instructions bound, near 70 percent of
-// the bandwidth; the others have room for it all. Integer instructions take two cycles of their
-// pipe: 54 of 99. Shared memory: a load is written once and read once, queries add 0.6 of it: 13 of
-// 25 cycles of the SM. In flight: 3 blocks of 128 threads, each with a stage of 18 to 20 KB ahead,
-// 55 KB, where 4.8 TB/s and 0.8 us ask for 29 KB.
+// A scheduler issues one instruction per cycle. On an H200 with splits of 512 columns, int4 needs
+// 79 + 31 cycles per load (79 + 16 with splits of 1024) where the memory takes 99: only int4 is
+// bound by instructions, near 70 percent of the bandwidth. Integer instructions keep their pipe
+// busy for two cycles: 54 of 99. Shared memory: each load is written and read once, and queries add
+// 0.6 of a load: 13 of 25 cycles of the SM. In flight: 3 blocks of 128 threads, each one stage of
+// 18 to 20 KB ahead, are 55 KB; 4.8 TB/s times 0.8 us is 29 KB.
 #include "cuda/merge.h"
 
 namespace kvquant {
@@ -50,7 +50,7 @@ struct Plan {
   template <int kTile, int kStages>
   using Of = Pass<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages, kWarps>;
   static constexpr bool kList = kCopiedKeysHere || kCopiedValuesHere;
-  // A tile lies in one block of the channel grid.
+  // A tile must lie in one block of the channel grid.
   static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32);
   static constexpr int kTile = kMayBeWide && 2 * kWarps * Of<32, 1>::kSlot <= kTilesLimit ? 32 : 16;
   static constexpr int kFit = kTilesLimit / (kWarps * Of<kTile, 1>::kSlot);
@@ -91,8 +91,8 @@ using CopiedValuesPass = ThePasses::WithCopiedValues;
 static_assert(kSplit % StoredPass::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
 static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPass::kTile == 0, "tiles lie in blocks");
 
-// Registers decide how many blocks an SM holds: of 65536 three blocks of 128 threads get 168 each,
-// two 255. Sums of values take kValueDim / 2.
+// Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
+// for a thread, two get 255. The sums of values take kValueDim / 2 of them.
 constexpr int kBlocks = kValueDim <= 128 ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>
@@ -104,7 +104,7 @@ KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, cons
   BlockMerge<P>::write(pass, partials, index);
 }
 
-// A list that is empty leaves its mark: no column.
+// The state of a slice without columns.
 KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int index) {
   const QueryRows rows(p);
   const int row = thread_index();
@@ -131,7 +131,7 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
   const StoredRows values = StoredRows::of<StoredValues>(a.values, p);
   const Mask mask(p);
   const Sinks sinks(p);
-  // The first row's copies begin earliest, the last one's last.
+  // The copies of the first query begin earliest, those of the last query latest.
   const int k_first = key_copies.dense_from(p.first_position(), p.kv_len);
   const int v_first = value_copies.dense_from(p.first_position(), p.kv_len);
   const int k_last = key_copies.dense_from(p.kv_len - 1, p.kv_len);

@@ -1,7 +1,7 @@
 // Masks: which columns the rows of a block see, and what is added to their scores.
 //
-// What all rows share (padding, a mask that repeats over heads and queries) is one bit per column,
-// found by a lane each; rows are asked one by one only where they differ.
+// What all rows have in common (padding, or a mask that repeats over heads and queries) is one bit
+// per column, which one lane finds. The mask is read row by row only where rows differ.
 #pragma once
 
 #include "cuda/columns.h"
@@ -36,8 +36,8 @@ KVQUANT_DEVICE Seen mask_at(const KvquantAttention& a, const uint8_t* row, int c
 
 struct Mask {
   const Place& p;
-  bool is_shared;  // by all rows
-  int plain_end;   // before it every row sees stored keys and values, as far as order is concerned
+  bool is_shared;  // the mask is the same for all rows
+  int plain_end;   // before this column causal order hides nothing, and no row reads copies
 
   KVQUANT_DEVICE explicit Mask(const Place& p) : p(p) {
     const KvquantAttention& a = p.a;
@@ -55,14 +55,14 @@ struct Mask {
     return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] +
            query * a.mask_stride[2];
   }
-  // What all rows have in common at `column`: the same for all heads, too.
+  // What all rows of all heads have in common at `column`.
   KVQUANT_DEVICE Seen common(int column) const {
     if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
     return mask_at(p.a, row(0, 0), column);
   }
 };
 
-// What one row of the block sees beyond what is common, among pairs of one kind.
+// What one row of the block sees of the columns of one kind (columns.h).
 struct RowMask {
   const Mask& mask;
   const uint8_t* row = nullptr;

@@ -1,4 +1,5 @@
-// How results are put together: warps of a block (through shared memory), then slices of a row.
+// How partial results are merged: first those of the warps of a block, through shared memory; then
+// the slices of a query row.
 #pragma once
 
 #include "cuda/pass.h"
@@ -6,7 +7,7 @@
 namespace kvquant {
 
 // The warps' sums are added in a tree: half of the warps hand theirs to the other half, and so on.
-// What they hand over lies as it lies in registers, [pair][lane][4].
+// They are handed over in the order of the registers, [pair][lane][4].
 template <class P>
 struct BlockMerge {
   using V = typename P::V;
@@ -57,7 +58,8 @@ struct BlockMerge {
   }
 
  private:
-  // Units, offset and reference are undone, and the warp's base becomes the block's.
+  // Removes units, offset and reference from the sums, and makes them relative to the block's
+  // maximum instead of the warp's.
   static KVQUANT_DEVICE void finish_sums(P& pass, const float (&factor)[2]) {
     const float unit = (P::ValueScales::kGroups > 0 ? pass.reference : 1.0f) / kWeightUnit;
 #pragma unroll
@@ -76,7 +78,7 @@ struct BlockMerge {
     const auto memory = shared_cast<Words4>(pass.memory);
 #pragma unroll
     for (int half = kWarps / 2; half > 0; half /= 2) {
-      // Before the first step all warps have read their last tile: they met at a barrier.
+      // The tiles may be overwritten: every warp has passed the barrier after its last one.
       if (pass.warp >= half && pass.warp < 2 * half) {
 #pragma unroll
         for (int i = 0; i < V::kPairs; ++i) {
@@ -100,7 +102,8 @@ struct BlockMerge {
     }
   }
 
-  // A lane's numbers of two neighbouring pairs are four neighbouring channels (dense: two each).
+  // A lane holds four neighbouring channels in two neighbouring pairs (dense: two channels in
+  // each).
   static KVQUANT_DEVICE void store_row(const P& pass, int r, float* to) {
 #pragma unroll
     for (int i = 0; i < V::kPairs; i += 2) {
@@ -118,10 +121,10 @@ struct BlockMerge {
   }
 };
 
-// One (batch row, head, query): its slices, in their order but dealt out to the warps.
+// Merges the slices of one (batch row, head, query). They are dealt out to the warps in turn:
 //   warp w, lane l   weights of the slices w + kWarps * l, w + kWarps * (l + 32), ..
-//   warp w           sums of these slices, a WarpRow each; stored and copied values apart, because
-//                    only the stored ones may be rotated
+//   warp w           the weighted sum of these slices, as a WarpRow; stored and copied values
+//                    apart, because only the stored ones may be rotated
 //   warp 0           adds the warps, rotates, adds the learned sink, writes
 template <int kWarps>
 struct RowMerge {
@@ -152,7 +155,7 @@ struct RowMerge {
       const Floats2 state = mine < slices ? global_load(states + mine) : Floats2{-infinity(), 0.0f};
       const float weight = state.x == -infinity() ? 0.0f : expf(state.x - total.max);
       sum += weight * state.y;
-      const int used = state.y != 0.0f;  // else nothing was written; NaN is used
+      const int used = state.y != 0.0f;  // 0: the slice has no sums. NaN counts as used
       const int here = (slices - first + kWarps - 1) / kWarps;
 #pragma unroll 4
       for (int j = 0; j < (here < 32 ? here : 32); ++j) {
@@ -214,7 +217,7 @@ struct RowMerge {
   KVQUANT_DEVICE void finish(int64_t row, int head, SoftmaxState total, const Row& stored,
                              const Row& copied) const {
     float ours = 1.0f;
-    if (a.s_aux) {  // one more column, without a value
+    if (a.s_aux) {  // a learned sink: one more score, without a value
       SoftmaxState sink;
       sink.max = global_load(a.s_aux + head);
       sink.sum = 1.0f;

@@ -1,6 +1,6 @@
-// Dense values that are infinite or NaN: 0 times such a number is NaN, so an MMA would hand it to
-// rows that do not see its column. They are taken out of the operands, and added to the rows that
-// see them one by one. Codes are always finite: for other codecs all of this is nothing.
+// Dense values that are infinite or NaN. Weight 0 times such a value is NaN, so an MMA would hand
+// it to rows that do not see its column. They are replaced by 0 in the operands, and added one by
+// one to the rows that see them. Codes are always finite, so for other codecs this does nothing.
 #pragma once
 
 #include "cuda/tiles.h"
@@ -32,7 +32,7 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
     }
   }
 
-  // a: the weights; minus zero where a row does not see a column.
+  // a: the weights; -0 marks that a row does not see a column.
   template <int kTile, int kSteps>
   KVQUANT_DEVICE void add(SharedPtr<uint8_t> tile, const uint32_t (&a)[kSteps][4],
                           float (&acc)[V::kPairs][4]) const {

@@ -1,4 +1,4 @@
-// A row (one token of one head) is spread over the lanes of a warp in octets: a lane holds eight
+// A row (one token of one head) is spread over the lanes of a warp in octets: each lane holds eight
 // consecutive channels, 16 bytes of FP16 or BF16. Rows of up to 64, 128 and 256 channels take 8, 16
 // and 32 lanes; where head_dim is less, the last lanes of a row are idle and hold zeros.
 #pragma once
@@ -20,7 +20,7 @@ struct Row {
   KVQUANT_DEVICE static bool idle() { return octet() >= kOctets; }
 };
 
-// Eight numbers of a KvquantDtype, as stored.
+// Eight elements of a KvquantDtype, as stored.
 template <int kDtype>
 struct Octet {
   static constexpr int kWords = kDtype == kFloat32 ? 2 : 1;
@@ -57,7 +57,7 @@ struct Octet {
   }
 };
 
-// NaN if one of the numbers is, so that one maximum also tells whether all are finite.
+// NaN if an element is, so that the maximum also tells whether all are finite.
 KVQUANT_DEVICE float largest_magnitude(const float (&x)[8]) {
   float largest = 0.0f;
 #pragma unroll
@@ -66,9 +66,9 @@ KVQUANT_DEVICE float largest_magnitude(const float (&x)[8]) {
 }
 KVQUANT_DEVICE bool is_finite(float magnitude) { return magnitude < bits_float(0x7f800000u); }
 
-// The normalised Hadamard transform of whole rows, in registers and by shuffles: butterflies of
-// stride 1, 2, 4, .. and one product at the end, in this order, because the bytes depend on the
-// rounding. Block-diagonal over the largest power of two that divides head_dim.
+// The normalised Hadamard transform of whole rows, in registers and by shuffles: block-diagonal,
+// with blocks of the largest power of two that divides head_dim. Stored bytes depend on its
+// rounding, so the order is fixed: butterflies of stride 1, 2, 4, .., then one product.
 template <int kHeadDim>
 KVQUANT_DEVICE void rotate(float (&x)[8]) {
   constexpr int kBlock = kHeadDim & -kHeadDim;
@@ -100,8 +100,8 @@ KVQUANT_DEVICE void rotate(float (&x)[8]) {
   for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], kNorm);
 }
 
-// The largest x of each group of kGroup channels within a row, in all its lanes; NaN if one is.
-// Idle lanes hold 0.
+// The largest x of a group of kGroup channels of a row, for every lane of the group; NaN if one is
+// NaN. Idle lanes hold 0.
 template <int kHeadDim, int kGroup>
 KVQUANT_DEVICE float group_max(float x) {
   constexpr int kLanes = Row<kHeadDim>::kLanes, kOctets = kGroup / 8;
@@ -115,7 +115,7 @@ KVQUANT_DEVICE float group_max(float x) {
     const int lane = lane_index(), first = lane - lane % kLanes % kOctets;
     float largest = 0.0f;
     for (int i = 0; i < kOctets; ++i) {
-      largest = max_nan(largest, shuffle(x, (first + i) % 32));  // beyond 31: of an idle lane
+      largest = max_nan(largest, shuffle(x, (first + i) % 32));  // beyond 31: an idle lane
     }
     return largest;
   }

@@ -1,11 +1,13 @@
-// What blocks leave for merging, per (batch row, head, query, slice), in this order of sizes:
+// The partial results that blocks leave for merging. A slice is what one block adds to a query row;
+// rows are `[batch, num_heads, q_len]`:
 //
-//   float sums[rows][slices][v_head_dim]   weighted values, relative to exp(max); of stored values
-//                                         that are rotated, still rotated
+//   float sums[rows][slices][v_head_dim]   weighted values relative to exp(max); still rotated if
+//                                          the stored values are
 //   float states[rows][slices][2]          largest score (natural logarithm), sum of exponentials
 //
-// slices = the kinds of columns that have copies, in the order below, then the splits of the length
-// that the host knows. Slices beyond the length on the device are neither written nor read.
+// The first slices are those of the three kinds with copies, in the order below, if there are
+// copies. Then come the splits of the length that the host knows; beyond the length on the device
+// they are neither written nor read.
 #pragma once
 
 #include "cuda/columns.h"
@@ -14,8 +16,8 @@ namespace kvquant {
 
 enum Kind { kCopiedBoth = 0, kCopiedKeys = 1, kCopiedValues = 2, kStoredBoth = 3 };
 
-// Columns that are read from a copy of their values only: blocks of the channel grid cannot be read
-// column by column, and their copies reach further back than those of the values.
+// Whether columns exist whose values alone are read from copies. Not with keys on the channel grid:
+// their copies reach at least as far back as those of the values, because blocks are read whole.
 constexpr bool kHasCopiedValues = StoredValues::kScaled && !StoredKeys::kChannelGrid;
 
 struct Partials {

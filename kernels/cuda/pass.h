@@ -1,7 +1,7 @@
 // One pass of a block over its columns, written once for every kind of column and every codec.
 //
-//   warp w        a run of consecutive tiles, with buffers and a softmax of its own: no barrier of
-//                 the block between the first tile and the last
+//   warp w        consecutive tiles, with buffers and a softmax of its own: the block has no
+//                 barrier between the first tile and the last
 //
 //     tile        0        1        2        3                    kStages = 2
 //     copies      0 1      2        3                             cp.async, 16 bytes a lane
@@ -10,18 +10,18 @@
 //     softmax        0        1        2        3
 //     values          0        1        2        3                MMA: weights x values
 //
-//   block         the warps' results are added up in a tree of fixed shape, one partial is written
+//   block         adds up the warps' results in a tree of fixed shape, writes one partial result
 //
-// Scales never touch a key or value: on the token grid the key's scale is a factor of the score,
-// and the value's of the weight; on the channel grid the keys' are factors of the query, and the
-// zero points are one more column, queries x zero points, which every score of the block receives.
+// Codes are never multiplied by their scales. On the token grid, scores are multiplied by the key's
+// scale, and weights by the value's. On the channel grid, queries are multiplied by the scales of a
+// block; its zero points are treated as one more key, whose score is added to all of the block.
 //
-// Weights in FP16 need scales near 1: they are measured in units of `reference`, a power of two
-// above the largest scale of a value so far, in which the sums are then kept as well.
+// Weights times scales must fit FP16. Scales of values are therefore divided by `reference`, a
+// power of two above the largest so far; the sums are kept in the same unit.
 //
-// A hidden column has weight 0 whatever is stored there: its scores are replaced, not added to, and
-// so are its scales; codes are finite in every codec; dense values that are not finite are taken
-// out of the product and added one by one (NonFinite).
+// A hidden column has weight 0, whatever is stored there: its scores and scales are replaced, not
+// changed. Codes are finite in every codec. Dense values that are not finite are taken out of the
+// product and added one by one (NonFinite).
 #pragma once
 
 #include "cuda/masks.h"
@@ -34,7 +34,7 @@
 
 namespace kvquant {
 
-// kCopied..: rows come from exact copies; such kinds have lists of columns, the other has a range.
+// kCopied..: rows come from exact copies, and the columns are a list; without them, a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
           int kNumStages, int kNumWarps>
 struct Pass {
@@ -45,7 +45,8 @@ struct Pass {
   static constexpr bool kInOrder = !kCopiedKeysHere && !kCopiedValuesHere;
   static constexpr int kTile = kTileRows, kStages = kNumStages, kWarps = kNumWarps;
   static constexpr int kEights = kTile / 8;
-  // The offset of values: once per row from the sum of weights, or (groups) taken off every code.
+  // The offset of values is subtracted once per row, times the sum of weights; with several groups,
+  // from every code (kCentred).
   static constexpr bool kHasOffset = V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
@@ -76,7 +77,7 @@ struct Pass {
 
   RowsSoftmax softmax;
   float acc[V::kPairs][4] = {};  // [pair][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
-  float weight_sum[4] = {};      // of rows g, g, g + 8, g + 8, as rounded
+  float weight_sum[4] = {};      // rows g, g, g + 8, g + 8; the weights are rounded
   float reference = 0.0f;
 
   KVQUANT_DEVICE Pass(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
@@ -125,7 +126,8 @@ struct Pass {
     softmax.finish();
   }
 
-  // Begins to copy a tile of this warp. One group per tile, even if empty: groups are counted.
+  // Starts the copy of a tile of this warp. Every tile commits a group, even an empty one, because
+  // the waits count groups.
   template <class KeyRows, class ValueRows>
   KVQUANT_DEVICE void issue(int tile, int begin, int end, const KeyRows& key_rows,
                             const ValueRows& value_rows) const {
@@ -148,7 +150,7 @@ struct Pass {
                              ValueScales& value_scales, const float (&factor)[2],
                              const ScoreRule& rule) {
     const int first = tile * kTile;
-    // One bit per column: taken, and seen by some row as far as all have that in common.
+    // One bit per column: it is in this tile, and not hidden from all rows alike.
     const int mine = first + lane % kTile, column = columns.column(mine);
     bool taken = column >= 0;
     if (taken && !columns.is_slot(mine)) taken = !columns.sinks.has(column);
@@ -202,7 +204,7 @@ struct Pass {
     for (int m = 0; m < kEights; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // Hidden: minus zero, which weighs nothing and can be told from a weight that vanished.
+        // A hidden column has weight -0, which differs from a weight that underflowed.
         const bool hidden = !plain && x[m][e] == -infinity();
         x[m][e] = hidden ? -0.0f : exp2_approx(x[m][e] - base[e / 2]);
         softmax.sum[e / 2] += x[m][e];
@@ -211,15 +213,16 @@ struct Pass {
     weigh(slot(tile) + KeyTile::kBytes, value_scales, plain, x);
   }
 
-  // x[m]: products of rows g and g + 8 with the columns 8m + 2t and 8m + 2t + 1, scales included.
+  // x[m]: scores of rows g and g + 8 with the columns 8m + 2t and 8m + 2t + 1, before the factor of
+  // the query.
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kEights][4]) const {
-    // Chunks that make whole steps, and whole loads.
+    // As many chunks as make whole steps and whole loads.
     constexpr int kChunksOfStep = K::kPairsOfWord == 1 ? 2 : 1;
     constexpr int kAtOnce = kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
     constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
     constexpr int kSteps = K::kPairs / 2;
-    // Queries x zero points: of the steps whose unit is unit(0), and of the others.
+    // Queries x zero points, for the steps whose unit is unit(0), and for the others.
     float zero[4] = {}, other_zero[4] = {};
     float sum[kEights][4];
     begin_group(0, sum);
@@ -302,11 +305,11 @@ struct Pass {
     }
   }
 
-  // The queries of one step become those of a block of the channel grid; queries x zero points is
-  // added to `zero`.
+  // Multiplies the queries of one step by the scales of a block of the channel grid; adds queries x
+  // zero points to `zero`.
   KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&a)[4], float (&zero)[4]) const {
-    // A lane's four channels are neighbours; in half a chunk two lanes share them (their queries
-    // are zeros).
+    // A lane's four channels are neighbours. In a chunk of half the channels, lanes of no channel
+    // read those of another lane; their queries are zeros.
     const int lane_channel =
         K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
     const auto numbers = shared_cast<Words2>(header(block));
@@ -341,7 +344,7 @@ struct Pass {
     }
   }
 
-  // acc += weights x values; x as in score().
+  // acc += weights x values; x: the weights, in the order of score().
   KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
                             const float (&x)[kEights][4]) {
     uint32_t a[kEights / 2][4];

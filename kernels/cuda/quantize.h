@@ -27,7 +27,7 @@ KVQUANT_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(
 KVQUANT_DEVICE float half_of(uint16_t bits) { return half_low(bits); }
 KVQUANT_DEVICE uint16_t to_half_bits(float x) { return uint16_t(pack_half2(x, 0.0f)); }
 
-// Eight numbers within the format's reach, rounded half to even, one byte each; NaN: any byte.
+// Rounds eight floats within the reach of the format, half to even, to a byte each; NaN: any byte.
 template <class Format>
 KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
   uint32_t words[2];
@@ -43,7 +43,8 @@ KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
       for (int j = 0; j < 4; ++j) words[i] |= uint32_t(float_to_e4m3(y[4 * i + j])) << 8 * j;
 #endif
     } else {
-      // Where a float's last bit is 1, the sum rounds to an integer, which is its low byte.
+      // In a float of this size the last bit counts 1, so the sum is rounded to an integer, whose
+      // low byte is the code.
       constexpr float kLastBitIsOne = 12582912.0f;  // 1.5 * 2^23
       uint32_t code[4];
 #pragma unroll
@@ -54,14 +55,14 @@ KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
   return {words[0], words[1]};
 }
 
-// Writes the codes of an octet into its row of a cache; lanes of nibbles exchange halves, so all
-// lanes come here, and `write` says whose codes count.
+// Writes the codes of an octet to its row of the cache if `write`. Every lane of the warp must call
+// this, because the lanes of nibbles exchange halves.
 template <class Format, int kHeadDim>
 KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
   const int octet = Row<kHeadDim>::octet();
   if constexpr (Format::kMidpoint != 0.0f) {
-    // The octet whose nibbles share bytes with ours is half a chunk away. Each of the two stores
-    // four of their eight bytes.
+    // The octet that shares its bytes with ours is half a chunk away. Each of the two lanes stores
+    // four of the eight bytes.
     const NibblePlace place = nibble_place(8 * octet, kHeadDim);
     const bool high = place.shift != 0, short_chunk = kHeadDim - 8 * octet / 32 * 32 < 32;
     const uint32_t theirs = shuffle(high ? codes.x : codes.y, lane_index() ^ (short_chunk ? 1 : 2));
@@ -73,7 +74,8 @@ KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
   }
 }
 
-// Token grid: the FP16 scale of a group with this largest magnitude, NaN where not all are finite.
+// Token grid: the FP16 scale of a group with this largest magnitude; NaN if an element is not
+// finite.
 template <class Format>
 KVQUANT_DEVICE uint16_t token_scale(float magnitude) {
   constexpr float kToScale = float(1.0 / double(Format::kReach));
@@ -98,7 +100,7 @@ KVQUANT_DEVICE Words2 token_codes(const float (&x)[8], uint16_t scale) {
   return is_finite(r) ? codes : Words2{kZeros, kZeros};
 }
 
-// Channel grid: what the numbers of one channel and block have in common.
+// Channel grid: the statistics of one channel in a block, and the scale and codes that follow.
 template <class Format>
 struct Channel {
   static constexpr bool kSymmetric = Format::kLevels == 0.0f;
@@ -113,7 +115,8 @@ struct Channel {
     if (!kSymmetric) low = fminf(low, their_low);
     high = fmaxf(high, their_high);
   }
-  // FP16 bits. The sums turn -0 into +0: which of the two is smaller is nobody's business.
+  // FP16 bits. The sums turn -0 into +0: a minimum of both zeros may be either, and the bytes must
+  // not differ.
   KVQUANT_DEVICE uint16_t zero_point() const {
     return to_half_bits(clamp(empty() ? 0.0f : add_rn(low, 0.0f), -kFp16Max, kFp16Max));
   }
@@ -122,16 +125,16 @@ struct Channel {
     const float range = kSymmetric ? high : sub_rn(empty() ? 0.0f : add_rn(high, 0.0f), zero);
     return to_half_bits(clamp(mul_rn(range, kToScale), -kFp16Max, kFp16Max));
   }
-  // What code() multiplies with: 0 where the scale has no reciprocal, so that every code becomes 0.
+  // What code() multiplies by: 0 if the scale has no finite reciprocal, so that every code is 0.
   KVQUANT_DEVICE static float reciprocal(uint16_t scale) {
     const float r = rcp_rn(half_of(scale));
     return is_finite(fabsf(r)) ? r : 0.0f;
   }
-  // The code of x before rounding. With levels, NaN (also the product of an infinity and 0) becomes
-  // 0, which fmaxf takes instead.
+  // The code of x before rounding; 0 for NaN. With zero points fmaxf replaces NaN, which may also
+  // be infinity times 0.
   KVQUANT_DEVICE static float code(float x, float zero, float r) {
     if (!kSymmetric) return clamp(mul_rn(sub_rn(x, zero), r), 0.0f, Format::kLevels);
-    if (x != x || r == 0.0f) return 0.0f;  // not -0, which has a code of its own
+    if (x != x || r == 0.0f) return 0.0f;  // +0; -0 has another code
     return clamp(mul_rn(x, r), -Format::kReach, Format::kReach);
   }
 

@@ -1,13 +1,14 @@
-// Writes new tokens into the storage of keys and values: rotates, scales, packs; completes blocks
-// of keys; fills the ring and the sinks. One launch for a decode step as for a prompt.
+// Writes new tokens into the storage of keys and values: rotates, quantizes and packs them,
+// completes blocks of keys, fills the ring and the sinks. A decode step takes one launch, as a
+// prompt does.
 //
-//   grid    (spans, 2 * num_kv_heads, batch), any number of spans: a block goes on with every
-//           grid_size_x-th. y: first the heads of the keys, then those of the values.
-//   span    token grid and dense: kRows tokens; channel grid: one block of keys, whole or begun
+//   grid    (x, 2 * num_kv_heads, batch), any x: a block takes every x-th span; y: first the heads
+//           of the keys, then those of the values
+//   span    token grid and dense: kRows tokens; channel grid: one block of keys, complete or not
 //   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
 //
-// The bytes are those of hf_kvquant/quantization.py. To be compiled without contraction of products
-// and sums. Specialised by macros:
+// The bytes are those of hf_kvquant/quantization.py, so products and sums must not be contracted
+// when this is compiled. Specialised by macros:
 //   KVQUANT_DTYPE                        KvquantDtype of the tokens
 //   KVQUANT_HEAD_DIM, KVQUANT_V_HEAD_DIM
 //   KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP (KvquantSide::group_length), KVQUANT_K_ROTATE
@@ -22,14 +23,14 @@ struct AppendSpec {
   static constexpr bool kRotate = kRotate_;
 };
 
-// Blocks write their ring's and sinks' rows while others read and write theirs: no byte is written
-// by one block and touched by another, except sink_positions, whose free slots only ever change
-// from one value that is free to another.
+// Blocks of threads run at the same time. No byte that one of them writes is touched by another,
+// except in sink_positions: a free slot may be written meanwhile, with a value that counts as free
+// too.
 template <class S>
 struct Append {
   using Tokens = Octet<KVQUANT_DTYPE>;
   using R = Row<S::kHeadDim>;
-  static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::kBytes;  // of a dense copy
+  static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::kBytes;  // of an exact copy
   static constexpr int kLoads = 4;                                    // rows in flight per thread
   static constexpr int kRows = kLoads * R::kAtOnce;
 
@@ -37,7 +38,7 @@ struct Append {
   const KvquantNewTokens& x;
   const int batch, head;
   const int start, end;
-  // Ring slots of columns `kept .. start` belong to the block that completes those columns.
+  // The ring slots of columns kept .. start are written by the block that completes those columns.
   int kept;
   int bad = 0;  // rows of this warp that hold a NaN or infinity
 
@@ -85,7 +86,7 @@ struct Append {
                                                  : S::kHeadDim;
     return at(x.side.data, x.side.data_stride) + int64_t(t) * kBytes;
   }
-  // `row` counts tokens or blocks, of `per_row` FP16 numbers each; zero_point is laid out alike.
+  // `row`: a token or a block, with `per_row` scales or zero points.
   KVQUANT_DEVICE uint16_t* scale_row(uint16_t* base, int row, int per_row) const {
     uint8_t* first = at(reinterpret_cast<uint8_t*>(base), x.side.scale_stride);
     return reinterpret_cast<uint16_t*>(first) + int64_t(row) * per_row;
@@ -97,7 +98,7 @@ struct Append {
 
   // -- tokens -------------------------------------------------------------------------------------
 
-  // Counts the rows that this warp holds and that are not finite; all lanes come here.
+  // Counts the rows of this warp that are not finite; every lane must call this.
   KVQUANT_DEVICE void count_bad(bool finite) {
     const uint32_t lanes = warp_ballot(!finite);
     if (lanes == 0) return;
@@ -132,7 +133,7 @@ struct Append {
     }
   }
 
-  // All lanes come here; `mine`: this one holds an octet of a row that exists.
+  // Every lane must call this; `mine`: the lane holds an octet of a row that exists.
   KVQUANT_DEVICE void write_token(int t, const Tokens& octet, bool mine) {
     float y[8];
     octet.unpack(y);
@@ -158,8 +159,9 @@ struct Append {
 
   // -- blocks of the channel grid -----------------------------------------------------------------
 
-  // The block of columns from `base` on: its new columns go to the ring, and if it is complete, it
-  // is quantized. Two passes over its rows, the second from the cache: statistics, then codes.
+  // Writes the new columns of the block at `base` to the ring and, if the block is complete,
+  // quantizes it. That reads its rows twice: for the statistics, then (most likely from the L2
+  // cache) for the codes.
   KVQUANT_DEVICE void write_block(int base) {
     using Format = typename FormatOf<S::kFormat>::Channel;
     static_assert(S::kGroup % R::kAtOnce == 0, "a block is read in whole steps");
@@ -212,19 +214,19 @@ struct Append {
         store_codes<Format, S::kHeadDim>(encode<Format>(y), row, !R::idle());
       }
     }
-    // The next block of columns uses the same shared memory, and the ring's slots of the earlier
-    // columns are free now.
+    // Now the next block may use the same shared memory, and the ring slots of the earlier columns
+    // may be overwritten.
     block_barrier();
     if (base < start) write_kept_slots();
   }
 
-  // Columns before `start` come from the ring, and only if they are wanted.
+  // Columns before `start` come from the ring, and only if `early`.
   KVQUANT_DEVICE void load_column(Tokens& octet, int t, bool early) const {
     if (R::idle() || t >= end || (t < start && !early)) return;
     octet.load((t < start ? ring_row(t) : new_row(t)) + R::octet() * Tokens::kBytes);
   }
 
-  // Joins the statistics of the rows that other threads of the block have seen.
+  // Merges the statistics of all threads of the block.
   template <class Format>
   KVQUANT_DEVICE void merge(Channel<Format> (&channels)[8]) const {
     constexpr int kWarps = KVQUANT_THREADS / 32;
@@ -257,7 +259,8 @@ struct Append {
     }
   }
 
-  // Stores the scales and zero points of block `block`; gives zero points and reciprocals.
+  // Stores the scales and zero points of block `block`; returns zero points and reciprocals of
+  // scales.
   template <class Format>
   KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int block,
                                    float (&zero)[8], float (&r)[8]) const {
@@ -282,8 +285,8 @@ struct Append {
     }
   }
 
-  // A long append may wrap around the ring onto the columns that complete its first block. These
-  // slots are written here, by the block of threads that has read them, and by no other.
+  // A long append may wrap around the ring, onto columns that its first block still needs. Only the
+  // block of threads that has read them writes these slots, here.
   KVQUANT_DEVICE void write_kept_slots() const {
     const int length = int(x.side.ring_length);
     for (int early = kept + R::index(); early < start; early += R::kAtOnce) {
@@ -297,9 +300,9 @@ struct Append {
 
   // -- sinks --------------------------------------------------------------------------------------
 
-  // By one warp: the first tokens of the row that are no padding, while there are free slots. Slots
-  // of columns before `start` are taken; the others may be written meanwhile by another block, with
-  // columns that are not before `start` either, so that all count the same.
+  // One warp copies the first tokens of the batch row that are not padding, while there are free
+  // slots. A slot is taken if its column is before `start`. Another block may write the free slots
+  // meanwhile, with columns that are not before `start` either, so all blocks count the same.
   KVQUANT_DEVICE void write_sinks() const {
     if (a.num_sinks == 0) return;
     int32_t* positions = reinterpret_cast<int32_t*>(reinterpret_cast<uint8_t*>(a.sink_positions) +

@@ -1,15 +1,14 @@
-// The queries of a block as A operands in shared memory: rotated where keys are, brought to FP16.
+// The queries of a block as A operands in shared memory: FP16, and rotated if the keys are.
 //
 //   fragments   [step][lane][4 words]: what lane 4g + t multiplies with pairs 2 step and 2 step + 1
-//               of the keys: rows g and g + 8 at channel(2 step, 2t ..), then channel(2 step + 1,
-//               ..)
-//   factors     [16]: products of a row's fragments and pairs -> scores in units of log2
-//   sums        [groups][16]: what the keys' offset adds to a row's products, negated
+//               of the keys: rows g and g + 8 at the channels of the first pair, then of the second
+//   factors     [16]: turns products of fragments and pairs into scores in units of log2
+//   sums        [groups][16]: minus what the keys' offset adds to a row's products
 //
-// FP16 whatever the model's dtype: each row is first multiplied by a power of two that brings its
-// largest number to 2 .. 4, so nothing is lost of BF16 numbers down to 2^-14 of the largest, and
-// products with the channel grid's scales stay finite for scales up to 2^14: blocks of int4 keys
-// whose numbers lie up to 245000 apart.
+// The fragments are FP16 for BF16 models too. Each row is first multiplied by a power of two that
+// brings its largest element to 2 .. 4. Then BF16 elements down to 2^-14 of the largest are exact,
+// and products with scales of the channel grid are finite for scales up to 2^14, for instance of
+// int4 keys with a range of 245000.
 #pragma once
 
 #include "cuda/columns.h"
@@ -50,7 +49,7 @@ struct Queries {
       const int row = warp_index() + i * kWarps;
       if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
     }
-    // Rows that are none, and numbers of no channel.
+    // Rows that do not exist, and elements of no channel, are zeros.
     const auto words = shared_cast<Words4>(fragments);
     for (int i = thread_index(); i < kBytes / 16; i += 32 * kWarps)
       words[i] = Words4{0u, 0u, 0u, 0u};

@@ -1,9 +1,10 @@
-// Scales on their way to the warp that uses them.
+// How scales get to the warp that uses them.
 //
-// Token grid: fetched one tile ahead into registers (rows begin at any multiple of 2 bytes, too
-// little for cp.async), then stored for the tile at hand as floats [group][column], from where a
-// lane reads those of its two columns at once. Columns that are not taken get 0.
-// Channel grid: rows of scales and of zero points, FP16 as they are, by cp.async.
+//   token grid     loaded into registers one tile ahead, because rows begin at multiples of 2 bytes
+//                  and cp.async needs 4; then stored in shared memory as floats [group][column], so
+//                  that a lane reads the scales of its two columns at once; 0 for columns that are
+//                  not in `bits`
+//   channel grid   rows of scales and of zero points are copied by cp.async, in FP16
 #pragma once
 
 #include "cuda/columns.h"
@@ -32,7 +33,7 @@ struct TokenScales {
       from = p.of_head(side.scale, side.scale_stride);
     }
   }
-  // Number i of this lane belongs to this column of the tile and this group.
+  // The column of the tile, and the group, of scale i of this lane.
   static KVQUANT_DEVICE int row(int i) {
     return (lane_index() + 32 * i) / (kGroups > 0 ? kGroups : 1);
   }
@@ -52,7 +53,7 @@ struct TokenScales {
   KVQUANT_DEVICE float number(int i, uint32_t bits) const {
     return row(i) < kTile && (bits >> row(i) & 1u) ? half_low(next[i]) : 0.0f;
   }
-  // Whether a scale of this lane is above what weights are measured in.
+  // Whether a scale of this lane is larger than `reference`.
   KVQUANT_DEVICE bool exceed(uint32_t bits, float reference) const {
     bool found = false;
 #pragma unroll
@@ -67,7 +68,7 @@ struct TokenScales {
   }
   KVQUANT_DEVICE void store(uint32_t bits) const { store_times(bits, 1.0f); }
   KVQUANT_DEVICE void store(uint32_t bits, float reference) const {
-    // The quotient of two powers of two; 0 is the reference of no scale but 0.
+    // kWeightUnit / reference, both powers of two; if the reference is 0, so is every scale.
     const uint32_t quotient = 2 * 0x3f800000u + 0x03800000u - float_bits(reference);
     store_times(bits, reference > 0.0f ? bits_float(quotient) : 0.0f);
   }
@@ -84,7 +85,7 @@ struct TokenScales {
   }
 };
 
-// Scales, then zero points, of one block of the channel grid; `scales`: those of the head's first.
+// Copies the scales, then the zero points, of one block; `scales`: those of the head's first block.
 KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, int block,
                                 SharedPtr<uint8_t> to, bool has_zero_point) {
   const uint8_t* scale = scales + int64_t(block) * (2 * kHeadDim);
@@ -99,7 +100,7 @@ KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, 
   }
 }
 
-// Brings four neighbouring channels to the order of operands: even ones, odd ones.
+// Puts each four neighbouring channels in the order of the operands: the even ones, then the odd.
 template <bool kHasZeroPoint>
 KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
   constexpr int kWords = kHeadDim / 8 * (kHasZeroPoint ? 2 : 1);

@@ -1,8 +1,9 @@
 // The softmax of the two query rows (g and g + 8) that a lane takes part in, while tiles arrive.
 //
-// As kvquant/softmax_state.h, in units of log2, and lazy: a row's base is raised only when a score
-// exceeds it by more than 2^8, so that most tiles cost no exchange between lanes and no rescaling.
-// Weights are therefore up to 2^8; times kWeightUnit they fill the range of FP16 and stay finite.
+// It is the state of kvquant/softmax_state.h, in units of log2. A row's maximum is raised only when
+// a score exceeds it by more than kHeadroom, so most tiles need neither an exchange between lanes
+// nor rescaling. Weights are therefore at most 2^8, and finite in FP16 when multiplied by
+// kWeightUnit.
 #pragma once
 
 #include "cuda/warp_row.h"
@@ -17,7 +18,8 @@ struct RowsSoftmax {
   float max[2] = {-infinity(), -infinity()};
   float sum[2] = {0.0f, 0.0f};  // of this lane's columns
 
-  // Makes room for scores up to a lane's largest; returns whether `factor` is needed.
+  // Raises the maxima if this lane's largest scores require it; returns whether sums have to be
+  // multiplied by `factor`.
   KVQUANT_DEVICE bool update(const float (&largest)[2], float (&factor)[2]) {
     if (!warp_any(largest[0] > max[0] + kHeadroom || largest[1] > max[1] + kHeadroom)) {
       return false;
@@ -37,7 +39,7 @@ struct RowsSoftmax {
   }
   KVQUANT_DEVICE float base(int r) const { return max[r] == -infinity() ? 0.0f : max[r]; }
 
-  // Adds up the lanes of a row.
+  // Adds up the sums of a row's four lanes.
   KVQUANT_DEVICE void finish() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -47,9 +49,9 @@ struct RowsSoftmax {
   }
 };
 
-// What a score becomes before the exponential, all in units of log2.
+// Softcapping of scores; everything is in units of log2.
 struct ScoreRule {
-  float softcap, rate;  // of log2 units; 0: none
+  float softcap, rate;  // 0: no softcap
 
   KVQUANT_DEVICE explicit ScoreRule(const KvquantAttention& a)
       : softcap(float(a.softcap) * kLog2e),

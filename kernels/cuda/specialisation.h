@@ -4,7 +4,7 @@
 //   KVQUANT_HEAD_DIM, .._V_HEAD_DIM    channels of keys and of values
 //   KVQUANT_K_FORMAT, .._K_GRID        KvquantFormat and KvquantGrid of the keys
 //   KVQUANT_K_GROUP                    channels (token grid) or tokens (channel grid) of a scale
-//   KVQUANT_K_ROTATE                   keys are rotated: so are the queries
+//   KVQUANT_K_ROTATE                   keys are rotated, so queries have to be
 //   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
 //   KVQUANT_SPLIT                      columns of a block
 #pragma once
@@ -44,7 +44,8 @@ struct CodecOf<kInt4, kGrid, kDim> {
   using Type = Nibbles<kDim>;
 };
 
-// One side of one kind of column: the codec of its rows, and how scales belong to them.
+// How the keys, or the values, of one kind of column (columns.h) are stored: the codec, and the
+// scales.
 //   kGroup   channels of a scale (token grid) or tokens of a scale (channel grid); 0: no scales
 template <class C, bool kOnChannelGrid, int kGroupLength, bool kIsRotated>
 struct RowForm {

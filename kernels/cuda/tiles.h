@@ -1,14 +1,14 @@
-// Tiles of stored rows: from global memory to shared memory, and from there to a lane's words.
+// Tiles of stored rows: copied from global to shared memory, and loaded from there into registers.
 //
-// A tile is kTile rows (columns of the cache), a whole number of chunks each, kRowStride apart. One
-// warp copies, and reads what it copied.
+// A tile is the rows of kTile columns of the cache, padded to whole chunks and kRowStride apart.
+// The warp that copies a tile is the one that reads it.
 #pragma once
 
 #include "cuda/columns.h"
 
 namespace kvquant {
 
-// Where the rows of one head are: stored by column, or copied.
+// The stored rows of one head, column by column.
 struct StoredRows {
   const uint8_t* data;
   int row_bytes;
@@ -30,7 +30,8 @@ struct Tile {
   static constexpr int kStride = kRowStride<Codec>, kBytes = kTile * kStride;
   static_assert(kPieces <= 32, "a row is copied by one warp at once");
 
-  // Entries first .. first + kTile; those that are not taken become zeros.
+  // Copies the rows of entries first .. first + kTile of `columns`; entries beyond the end are
+  // zeros.
   template <class Rows, class TheColumns>
   static KVQUANT_DEVICE void copy(SharedPtr<uint8_t> to, const Rows& rows,
                                   const TheColumns& columns, int first) {
@@ -63,8 +64,8 @@ struct Tile {
     }
   }
 
-  // Words of kAtOnce chunks from `chunk` on: of chunk j and the 8 rows from 8 m on, words[j * kTile
-  // / 8 + m]. Chunks beyond the row repeat the last one.
+  // Loads words of kAtOnce chunks from `chunk` on: words[j * kTile / 8 + m] is of chunk `chunk` + j
+  // and the rows 8 m .. 8 m + 7. Chunks beyond the row repeat the last one.
   static constexpr int kAtOnce = 32 / kTile;
   template <bool kTransposed>
   static KVQUANT_DEVICE void load(SharedPtr<uint8_t> tile, int chunk, uint32_t (&words)[4]) {

@@ -1,6 +1,6 @@
-// A row of kDim floats in the registers of a warp: lane l holds the channels 128 r + 4 l + i. And
-// its rotation: the normalised Hadamard transform, its own inverse, block-diagonal over the largest
-// power of two that divides kDim.
+// A row of kDim floats in the registers of a warp: x[r][i] of lane l is channel 128 r + 4 l + i.
+// `rotate` is the normalised Hadamard transform, its own inverse, block-diagonal with blocks of the
+// largest power of two that divides kDim.
 #pragma once
 
 #include "cuda/specialisation.h"
@@ -54,7 +54,7 @@ struct WarpRow {
     a = sum;
   }
   static KVQUANT_FN constexpr float inverse_root(int block) {
-    float square = 1.0f;  // of an even power of two, or half of it
+    float square = 1.0f;  // 1 / sqrt of the largest power of four in `block`
     int n = block;
     for (; n >= 4; n /= 4) square *= 0.5f;
     return n == 2 ? square * 0.70710678118654752440f : square;

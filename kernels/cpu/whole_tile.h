@@ -1,4 +1,4 @@
-// What the loops of dot products share: they compute all 64 columns of a tile at once.
+// Shared by the loops of dot products, which compute all 64 columns of a tile at once.
 #pragma once
 
 #include <cstring>

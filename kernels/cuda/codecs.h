@@ -10,8 +10,8 @@
 //             keys:    a lane has channel(p, 2t) and channel(p, 2t + 1) of one token
 //             values:  a lane has channel(p, g) of two tokens
 //
-// Lane pairs are operands as they are. Of keys, pairs 2s and 2s + 1 are the B operand of step s
-// along head_dim; queries are stored in the same order. Of values, pair p of two words is the B
+// Lane pairs are operands as they are. Pairs 2s and 2s + 1 of a key are the B operand of step s
+// along head_dim; queries are stored in the same order. Pair p of two words of values is the B
 // operand for the output channels channel(p, ..); the output is written in this order.
 //
 // The trick that saves the arithmetic: an integer code in the low bits of an FP16 word is an exact
@@ -36,7 +36,7 @@ namespace kvquant {
 
 constexpr uint32_t kByteOfHalf = 0x00ff00ffu;
 
-// What codecs of one byte per channel share: a word has a pair of even and one of odd channels.
+// The base of codecs of one byte per channel: a word has a pair of even and one of odd channels.
 template <int kDim>
 struct ByteRows {
   static constexpr bool kIsDense = false;

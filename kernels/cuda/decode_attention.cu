@@ -39,7 +39,7 @@
 
 namespace kvquant {
 
-// What the tiles may take, so that three blocks of the usual formats fit an SM with 164 KB.
+// Shared memory for tiles, so that three blocks of the usual formats fit an SM with 164 KB.
 constexpr int kTilesLimit = 46 * 1024;
 // Shared memory of a block, on the GPUs that have least (sm_86, sm_89, sm_120). One limit for all:
 // results are then the same on each.

@@ -1,7 +1,7 @@
 // Masks: which columns the rows of a block see, and what is added to their scores.
 //
-// What all rows have in common (padding, or a mask that repeats over heads and queries) is one bit
-// per column, which one lane finds. The mask is read row by row only where rows differ.
+// If all rows see the same (padding, or a mask that repeats over heads and queries), one lane finds
+// the bit of a column for all of them. The mask is read row by row only where rows differ.
 #pragma once
 
 #include "cuda/columns.h"
@@ -62,7 +62,7 @@ struct Mask {
   }
 };
 
-// What one row of the block sees of the columns of one kind (columns.h).
+// Which columns of one kind (columns.h) one row of the block sees.
 struct RowMask {
   const Mask& mask;
   const uint8_t* row = nullptr;

@@ -2,7 +2,7 @@
 //
 // A kernel that includes this file compiles for the GPU (nvcc or NVRTC), and with
 // -DKVQUANT_EMULATOR for the host, where tests/emulator/emulator.h gives every name below a second
-// body that also checks what hardware would not. What a kernel must keep to for that:
+// body that also checks what hardware would not. For that, kernels follow these rules:
 //
 //   entry     KVQUANT_KERNEL(name, threads, blocks_per_sm, dynamic shared bytes,
 //                            KVQUANT_ARGUMENT Struct a, ..) { .. }

@@ -1,4 +1,4 @@
-// What a compilation is specialised on (-D macros of the host), as types and numbers.
+// The macros that a compilation is specialised by, as types and constants.
 //
 //   KVQUANT_DTYPE                      of queries, exact copies and output: FP16 or BF16
 //   KVQUANT_HEAD_DIM, .._V_HEAD_DIM    channels of keys and of values

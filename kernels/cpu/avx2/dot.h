@@ -30,7 +30,7 @@ struct Words {
     return _mm256_castps_si256(_mm256_broadcast_ss((const float*)p));
   }
   Words low_nibbles() const { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
-  // Of words below 256.
+  // For words below 256.
   Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }
 };
 

@@ -88,8 +88,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
-  // The larger of the bits as integers. Of magnitudes this is the larger float; infinity is larger
-  // than every float, and NaN larger than infinity.
+  // The larger of the bits as integers: for magnitudes the larger float, where infinity is larger
+  // than every finite float, and NaN larger than infinity.
   static Vec max_bits(Vec a, Vec b) {
     return _mm256_castsi256_ps(
         _mm256_max_epu32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));

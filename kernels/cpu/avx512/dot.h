@@ -144,8 +144,8 @@ struct PairDot {
   static float factor(const Largest& x) { return x.factor(kLargest); }
   static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
 
-  // Of 32 floats the first 16 are paired with the others; if n ends with 16, the first 8 of these
-  // with the others.
+  // The first 16 of 32 floats are paired with the other 16; if only 16 are left, the first 8 with
+  // the other 8.
   static __m512i split(const Vec* numbers, int n, int32_t* quads, int stride) {
     __m512i w[4];
     for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(numbers[i].v);

@@ -14,10 +14,10 @@
 // Nibbles may be multiplied in pairs (`PairDot`): score pairs the channels that share a byte;
 // accumulate pairs columns i and i + 16.
 //
-// The instruction multiplies unsigned by signed bytes. Of keys the codes are unsigned: signed ones
-// are shifted (xor 128), and kOffset x the sum of weights is subtracted in the end. Of values the
-// weights are unsigned, because probabilities are never negative; where nibbles are paired, the
-// codes are.
+// The instruction multiplies unsigned by signed bytes. In scores the codes are unsigned: signed
+// ones are shifted (xor 128), and kOffset x the sum of weights is subtracted in the end. In
+// weighted sums the weights are unsigned, because probabilities are never negative; but if nibbles
+// are paired, the codes are.
 #pragma once
 
 #include "cpu/float_methods.h"

@@ -2,13 +2,17 @@
 # package registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
-PIP := -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
-SOURCES := pyproject.toml .ci/constraints.txt $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
+# Every version is pinned, those of the isolated environments too in which pip builds packages: older releases of pip take
+# PIP_CONSTRAINT there, newer ones only PIP_BUILD_CONSTRAINT. pip itself is the one that comes with Python.
+install = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1) $(2)/bin/python -m pip --disable-pip-version-check install --quiet
+LOCK := .ci/constraints.txt
+OLDEST_LOCK := .ci/constraints-oldest.txt
+SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest sanitize soak arm matrix lint format clean
+.PHONY: demo test test-oldest smoke newest lock sanitize soak arm matrix lint format clean
 
-demo: .venv/installed
-	.venv/bin/hf-kvquant demo
+demo: .venv-demo/installed
+	.venv-demo/bin/hf-kvquant demo
 
 # In so many processes, of 1.5 GB each at most; half of the work is to compile every CUDA specialisation.
 JOBS ?= 2
@@ -22,9 +26,37 @@ MINUTES ?= 30
 soak: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python tests/test_stateful.py --minutes $(MINUTES)
 
-# The oldest transformers that is supported; it needs huggingface-hub below 2.
+# The oldest transformers that is supported.
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
+
+# A few tests on releases of transformers between the oldest and the newest, which lie before that of the environment.
+SMOKE := 5.19.0 5.21.1 5.23.0
+smoke: $(SMOKE:%=smoke-%)
+smoke-%: .venv/transformers-%/installed
+	OMP_NUM_THREADS=1 SMOKE_TRANSFORMERS=$* PYTHONPATH=.venv/transformers-$* .venv/bin/pytest -q tests/test_smoke.py
+
+# The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only
+# torch is pinned, to its CPU build. The last lines say what failed and which versions are not those of the lock.
+newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet '.[dev]' $(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps transformers
+	OMP_NUM_THREADS=1 .venv-newest/bin/$(PYTEST) -rfEs; result=$$?; \
+		.venv-newest/bin/python -m pip freeze | tr A-Z_ a-z- > .venv-newest/versions; \
+		sed 's/ *;.*//' $(LOCK) | grep -vxF -f - .venv-newest/versions | sed 's/^/Not in the lock: /'; exit $$result
+TORCH = $(shell grep ^torch .ci/lock.in)
+
+# The newest releases within the ranges of pyproject.toml and .ci/*.in, for every Python that we support: uv resolves for
+# all of them at once, pip only for the one that runs it.
+lock: .venv-lock/uv
+	$(call resolve,$(LOCK)) --upgrade --extra dev
+	cp $(LOCK) $(OLDEST_LOCK)
+	$(call resolve,$(OLDEST_LOCK)) .ci/oldest.in
+resolve = UV_PYTHON_DOWNLOADS=never .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
+	--custom-compile-command 'make lock' --output-file $(1) pyproject.toml .ci/lock.in
 
 # The kernels' tests, and files that are made to corrupt memory, on a library that watches addresses and undefined
 # behaviour (the CUDA kernels in the emulator), then on one that watches for races: only on threads of its own, because
@@ -39,7 +71,7 @@ sanitize: .venv/installed
 	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66 $(call test_sanitized,tsan) -k own_threads
 
 EMULATED := tests/test_emulator.py tests/test_cuda_append.py tests/test_cuda_attention.py
-build_sanitized = .venv/bin/python $(PIP) --target build/$(1) --upgrade --no-deps . \
+build_sanitized = $(call install,$(LOCK),.venv) --target build/$(1) --upgrade --no-deps . \
 	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py
 
@@ -62,24 +94,40 @@ format: .venv-lint/installed
 	.venv-lint/bin/clang-format -i $$(git ls-files '*.h' '*.cc' '*.cu')
 
 # The package is installed as a user would have it (a wheel, not the source folder), again whenever a source changes.
-.venv/installed: $(SOURCES)
+.venv/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) '.[dev]'
+	$(call install,$(LOCK),.venv) '.[dev]'
 	touch $@
 
-.venv/arm: .venv/installed .ci/arm.txt
-	.venv/bin/python $(PIP) --requirement .ci/arm.txt
+# Python compiles a module when it is first imported: the demo imports few of those that are installed.
+.venv-demo/installed: $(SOURCES) $(LOCK)
+	$(PYTHON) -m venv .venv-demo
+	$(call install,$(LOCK),.venv-demo) --no-compile '.[demo]'
 	touch $@
 
-.venv-oldest/installed: $(SOURCES)
+.venv/transformers-%/installed: .venv/installed
+	PIP_CONSTRAINT= .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --upgrade \
+		--target $(@D) transformers==$*
+	touch $@
+
+.venv/arm: .venv/installed
+	$(call install,$(LOCK),.venv) cmake unicorn ziglang
+	touch $@
+
+.venv-oldest/installed: $(SOURCES) $(OLDEST_LOCK) .ci/oldest.in
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python $(PIP) 'transformers==5.17.0' 'huggingface-hub<2' . pytest pytest-xdist hypothesis
+	$(call install,$(OLDEST_LOCK),.venv-oldest) . --requirement .ci/oldest.in
 	touch $@
 
-.venv-lint/installed: .ci/lint.txt
+.venv-lint/installed: $(LOCK)
 	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/python $(PIP) --requirement .ci/lint.txt
+	$(call install,$(LOCK),.venv-lint) ruff clang-format
+	touch $@
+
+.venv-lock/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip --disable-pip-version-check install --quiet uv
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-lint build dist
+	rm -rf .venv .venv-demo .venv-oldest .venv-newest .venv-lint .venv-lock build dist

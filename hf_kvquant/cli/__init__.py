@@ -1,6 +1,7 @@
 """The command line: `hf-kvquant info | generate | demo | build | eval | lm-eval | report`. One file per command.
 
-Nothing here is imported by `import hf_kvquant`.
+Nothing here is imported by `import hf_kvquant`. The program starts in `hf_kvquant_entry`, which imports this only when
+a command runs.
 """
 
 from __future__ import annotations
@@ -9,15 +10,11 @@ import sys
 import warnings
 
 import typer
+from hf_kvquant_entry import OPTIONS
 
 from . import build, demo, evaluate, generate, info, lm_eval, report
 
-app = typer.Typer(
-    help="A quantized KV cache for HuggingFace transformers, attended to as stored.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+app = typer.Typer(**OPTIONS)
 app.command("info")(info.info)
 app.command("generate")(generate.generate)
 app.command("demo")(demo.demo)
@@ -28,6 +25,6 @@ app.command("report")(report.report)
 
 
 def main() -> None:
-    """The entry point `hf-kvquant`."""
+    """Run a command as the program does."""
     warnings.showwarning = lambda message, *where: print(f"Note: {message}", file=sys.stderr)
     app()

@@ -23,7 +23,7 @@ def report(
     ],
     out: Annotated[Path, typer.Option(help="Folder for index.html and the plots.")] = Path("kvquant-report"),
 ) -> None:
-    """Write a page of comparisons: tables, accuracy against bytes, loss along the text, error by layer, settings."""
+    """Write a page of comparisons: tables, accuracy against bytes, loss along the text, error by layer."""
     if find_spec("matplotlib") is None:
         raise typer.BadParameter("the plots need matplotlib, which is not installed (pip install matplotlib)")
     comparisons, tasks = [], []

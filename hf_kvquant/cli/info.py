@@ -26,6 +26,7 @@ _CPU_FEATURES = [
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
 ]
+_OPENMP_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
 
 def info(
@@ -48,6 +49,7 @@ def info(
     table.add_row("processor", machine["cpu"])
     table.add_row("features", " ".join(machine["cpu_features"]) or "unknown")
     table.add_row("cores", f"{machine['cores']}, torch threads {machine['torch_threads']}")
+    table.add_row("OpenMP", machine["openmp"])
     table.add_row("GPU", machine["gpu"])
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     console.print(table)
@@ -103,7 +105,7 @@ def _cuda_backend() -> dict:
 
 
 def machine() -> dict:
-    """The processor, its features, cores that we may use, torch's threads, and the GPU or "none"."""
+    """The processor, its features, cores that we may use, torch's threads and how they wait, and the GPU or "none"."""
     fields = _proc_cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
@@ -112,8 +114,22 @@ def machine() -> dict:
         "cpu_features": [name for name in _CPU_FEATURES if name in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "openmp": openmp(),
         "gpu": _gpu(),
     }
+
+
+def openmp() -> str:
+    """The environment's settings of torch's threads, and what they do while they wait for each other.
+
+    Where another process keeps a core, a thread that spins until the others are ready takes the time that they need.
+    """
+    settings = " ".join(f"{name}={os.environ[name]}" for name in _OPENMP_SETTINGS if name in os.environ)
+    if not torch.backends.openmp.is_available():
+        return f"not used by this torch {settings}".strip()
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or os.environ.get("GOMP_SPINCOUNT") == "0":
+        return f"{settings}: waiting threads sleep"
+    return f"{settings or 'default settings'}: waiting threads spin (OMP_WAIT_POLICY=passive lets them sleep)"
 
 
 def _proc_cpuinfo() -> dict[str, str]:

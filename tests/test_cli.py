@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import matplotlib.image
 import pytest
 import torch
+from hf_kvquant_entry import COMMANDS
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, ops
-from hf_kvquant.cli import app, demo_report, evaluate, main, report
+from hf_kvquant.cli import app, demo, demo_report, evaluate, info, report
 from hf_kvquant.cli.demo_report import DENSE
 from hf_kvquant.cli.models import bundled_model
+from hf_kvquant.cli.running import NOISE_BOUND, Speed, run
 from hf_kvquant.cli.source_text import held_out_files, windows
 
 ROOT = Path(__file__).parent.parent
@@ -89,13 +97,75 @@ class TestInfo:
         assert backend["chosen"] == "reference"
         assert "no cpu library" in backend["why"]
 
-    def test_the_entry_point(self, monkeypatch, capsys):
-        monkeypatch.setattr(sys, "argv", ["hf-kvquant", "info", "--json"])
-        monkeypatch.setattr("warnings.showwarning", print)
-        with pytest.raises(SystemExit) as left:
-            main()
-        assert not left.value.code
-        assert "presets" in json.loads(capsys.readouterr().out)
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({}, "default settings: waiting threads spin (OMP_WAIT_POLICY=passive lets them sleep)"),
+            ({"OMP_WAIT_POLICY": "PASSIVE"}, "OMP_WAIT_POLICY=PASSIVE: waiting threads sleep"),
+            (
+                {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"},
+                "GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1: waiting threads sleep",
+            ),
+            ({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active: waiting threads spin"),
+        ],
+        ids=str,
+    )
+    def test_how_threads_wait(self, monkeypatch, settings, said):
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        assert info.openmp().startswith(said)
+        assert said in " ".join(call("info", columns=250).stdout.split())
+
+
+PROGRAM = """
+import sys
+from importlib import metadata
+sys.argv = ["hf-kvquant", *{arguments}]
+entry, = metadata.entry_points(group="console_scripts", name="hf-kvquant")
+try:
+    entry.load()()
+finally:
+    print("imported:", *sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    """The installed program in a process of its own; its last line names what it imported."""
+    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "140"}
+    code = PROGRAM.format(arguments=list(arguments))
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+
+
+class TestProgram:
+    @pytest.mark.parametrize(
+        ("arguments", "code"), [(["--help"], 0), ([], 2), (["inf"], 2)], ids=["help", "none", "typo"]
+    )
+    def test_without_a_command_it_imports_neither_torch_nor_transformers(self, arguments, code):
+        run = program(*arguments)
+        assert run.returncode == code, run.stderr
+        said, _, imported = run.stdout.rpartition("imported: ")
+        assert "typer" in imported.split()
+        assert not {"torch", "transformers", "hf_kvquant", "numpy"} & set(imported.split())
+        if "inf" in arguments:
+            assert "No such command" in run.stderr
+        else:
+            assert all(name in said + run.stderr for name in COMMANDS)
+
+    def test_a_command_runs(self):
+        run = program("info", "--json")
+        assert run.returncode == 0, run.stderr
+        facts, _, imported = run.stdout.rpartition("imported: ")
+        assert "presets" in json.loads(facts)
+        assert "torch" in imported.split()
+
+    def test_the_help_is_that_of_the_commands(self):
+        registered = {command.name: command.callback.__doc__ for command in app.registered_commands}
+        assert registered == COMMANDS
 
 
 def continuation(folder: Path, cache: str | None, new_tokens: int, prompt: str = PROMPT):
@@ -225,40 +295,51 @@ class TestErrors:
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
+    """What a demo printed, its figures, its folder, and what it was shown from."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     arguments = "--positions", 250, "--new-tokens", 20, "--prompt-tokens", 100
-    result = call("demo", "--model", folder, "--out", out, *arguments, columns=80)
-    return result.stdout, json.loads((out / "demo.json").read_text()), out
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        show = demo_report.show
+        patch.setattr(demo_report, "show", lambda *given: (shown.append(given[:2]), show(*given)))
+        result = call("demo", "--model", folder, "--out", out, *arguments, columns=80)
+    return result.stdout, json.loads((out / "demo.json").read_text()), out, shown[0]
 
 
 class TestDemo:
     def test_table_and_json_agree(self, finished):
-        text, figures, _ = finished
-        table = text[text.index("KV caches") :].splitlines()
+        text, figures, *_ = finished
+        table = text[text.index("Every cache") :].splitlines()
         for name, cache in figures["caches"].items():
             row = next(line.split() for line in table if line.split()[:1] == ["dense" if name == DENSE else name])
             expected = [
                 f"{cache['bits_at_long_context']:g}",
                 f"{cache['memory']['total'] / 1e3:,.0f}",
                 f"{cache['ratio']:.3f}",
-                f"{cache['prefill_tokens_per_second']:,.0f}",
-                f"{cache['decode_tokens_per_second']:,.0f}",
             ]
+            for rate in (cache["prefill_tokens_per_second"], cache["decode_tokens_per_second"]):
+                expected.append("noisy" if rate is None else f"{rate:,.0f}")
             if name != DENSE:
-                expected += [f"{cache['same_tokens']}", f"{cache['same_tokens_scored']['median']:g}"]
+                expected.append(f"{cache['same_tokens_scored']['median']:g}")
                 expected += [f"{cache['agreement'][kind]:.2%}" for kind in ("greedy", "held_out")]
             else:
-                expected += ["–"] * 4
+                expected += ["–"] * 3
             assert row[1:] == expected
 
+    def test_every_header_is_whole(self, finished):
+        lines = finished[0][finished[0].index("Every cache") :].splitlines()
+        heads = " ".join(" ".join(lines[1:4]).split())
+        assert "…" not in heads
+        assert all(word in heads for word in ("bits", "dense", "prompt,", "choice,", "own text", "real text"))
+
     def test_it_says_where_the_files_are(self, finished):
-        text, _, out = finished
+        text, _, out, _ = finished
         said = "".join(text.split())
         assert f"Plot:{out / 'demo.png'}" in said
         assert f"Figures:{out / 'demo.json'}" in said
 
     def test_json(self, finished):
-        _, figures, _ = finished
+        _, figures, *_ = finished
         assert list(figures["caches"]) == [DENSE, *PRESETS]
         assert figures["scoring"]["positions"] >= 250
         assert figures["writing"]["prompt_tokens"] == 100
@@ -266,8 +347,12 @@ class TestDemo:
             assert cache["ratio"] == cache["memory"]["total"] / cache["memory"]["dense_equivalent"]
             assert cache["memory"]["dense_equivalent"] == LAYERS * 2 * 119 * 32 * 4
             assert cache["bytes_per_element"] == 4 * cache["ratio"]
-            assert cache["prefill_tokens_per_second"] > 0
-            assert cache["decode_tokens_per_second"] > 0
+            for kind in ("prefill", "decode"):
+                rates = cache[f"{kind}_rounds"]
+                assert len(rates) == 5 and min(rates) > 0
+                speed = Speed(rates)
+                assert cache[f"{kind}_spread"] == speed.spread
+                assert cache[f"{kind}_tokens_per_second"] == (median(rates) if speed.spread <= NOISE_BOUND else None)
             assert 1 <= cache["same_tokens"] <= 20
             assert (cache["text"] == figures["caches"][DENSE]["text"]) == (cache["same_tokens"] == 20)
             if name == DENSE:
@@ -304,6 +389,57 @@ class TestDemo:
         per_prompt = cache["same_tokens_scored"]["per_prompt"]
         assert sum(a != b for a, b in zip(same, per_prompt, strict=True)) <= 1
         assert min(same) < new
+
+    def test_a_noisy_speed_is_no_figure(self, finished, tmp_path, monkeypatch):
+        """Rounds that another program disturbed: the table and the plot say so, of this cache only."""
+        report, tokenizer = finished[3]
+        slow = {name: Speed([20.0, 7.0, 101.0, 21.0, 99.0]) for name in ("int8",)}
+        calm = {name: Speed([100.0, 98.0, 101.0, 99.0, 40.0]) for name in report.decode}
+        console = Console(width=80, record=True, file=io.StringIO())
+        demo_report.show(replace(report, prefill=calm, decode=calm | slow), tokenizer, console)
+        text = console.export_text()
+        table = text[text.index("Every cache") :].splitlines()
+        rows = {line.split()[0]: line.split() for line in table if line.split()[:1] and len(line.split()) >= 9}
+        assert rows["int8"][4:6] == ["99", "noisy"]
+        assert all(row[4:6] == ["99", "99"] for name, row in rows.items() if name in PRESETS and name != "int8")
+        assert "noisy: no figure" in " ".join(text.split())
+        figures = replace(report, prefill=calm, decode=calm | slow).figures()
+        assert figures["caches"]["int8"]["decode_tokens_per_second"] is None
+        assert figures["caches"]["int8"]["decode_rounds"] == [20.0, 7.0, 101.0, 21.0, 99.0]
+        demo_report.plot(figures, tmp_path / "noisy.png")
+        assert (tmp_path / "noisy.png").stat().st_size > 10_000
+
+    def test_speed(self):
+        assert Speed([20.0, 7.0, 101.0, 21.0, 99.0]).median is None
+        assert Speed([100.0, 125.1, 100.0]).median is None
+        # Two disturbed rounds of five leave the median what it was.
+        assert Speed([100.0, 104.0, 1.0, 102.0, 5.0]).median == 100
+        assert Speed([100.0, 104.0, 1.0, 102.0, 5.0]).spread == pytest.approx(0.04)
+        assert Speed([100.0, 100.0]).spread is None
+        assert Speed([100.0, 100.0]).median is None
+
+    def test_caches_take_turns(self, folder, tmp_path, monkeypatch):
+        order = []
+
+        def noted(model, prompt, config, new_tokens, **options):
+            order.append((config, new_tokens))
+            return run(model, prompt, config, new_tokens, **options)
+
+        monkeypatch.setattr(demo, "run", noted)
+        call("demo", "--model", folder, "--out", tmp_path, "--positions", 8, "--new-tokens", 2, "--prompt-tokens", 8)
+        configs = [None, *(KVQuantConfig.preset(name) for name in PRESETS)]
+        # A warm-up of each, then five rounds.
+        assert [config for config, _ in order] == configs * 6
+        assert [new for _, new in order[len(configs) :]] == [2] * 5 * len(configs)
+
+    def test_a_busy_machine_gets_fewer_rounds_and_says_so(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(demo, "_ROUNDS_SECONDS", 0)
+        arguments = "--positions", 8, "--new-tokens", 2, "--prompt-tokens", 8
+        text = call("demo", "--model", folder, "--out", tmp_path, *arguments).stdout
+        assert "noisy: no figure" in text
+        figures = json.loads((tmp_path / "demo.json").read_text())
+        assert all(len(cache["decode_rounds"]) == 1 for cache in figures["caches"].values())
+        assert all(cache["decode_tokens_per_second"] is None for cache in figures["caches"].values())
 
     def test_the_plot_is_no_blank_page(self, finished):
         file = finished[2] / "demo.png"

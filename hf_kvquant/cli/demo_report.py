@@ -15,17 +15,16 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..config import KVQuantConfig
-from ..report.style import COLORS, PRINT, new_figure
+from ..report.style import COLORS, PRINT, dress, new_figure
 from ..scoring import DENSE
 from .info import machine, versions
-from .running import Run
+from .running import NOISE_BOUND, Run, Speed
 
 _LINES = 8
 _LINES_OF_DIFFERENCE = 5
 # Where reading the cache takes less of a step than this, speed says nothing about caches.
 _OVERHEAD_SHARE = 0.2
-# Behind labels of the plot.
-_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.8}
+_NOISY = "noisy"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Report:
     source: str
     configs: dict[str, KVQuantConfig | None]
     runs: dict[str, Run]
+    prefill: dict[str, Speed]
+    decode: dict[str, Speed]
     texts: dict[str, str]
     scored: object
     agreement: dict[str, object]
@@ -66,9 +67,10 @@ class Report:
         return self.runs[cache].ratio * (4 if self.dtype == "float32" else 2)
 
     @property
-    def read_share(self) -> float:
-        """What a plain read of the dense cache takes, as a share of a decode step through it."""
-        return self.read_seconds * self.runs[DENSE].decode_rate
+    def read_share(self) -> float | None:
+        """How long a plain read of the dense cache takes, as a share of a decode step through it; None: not known."""
+        rate = self.decode[DENSE].median
+        return None if rate is None else self.read_seconds * rate
 
     def figures(self) -> dict:
         """As plain data."""
@@ -104,8 +106,15 @@ class Report:
             "memory": run.memory,
             "ratio": run.ratio,
             "bytes_per_element": self.bytes_per_element(cache),
-            "prefill_tokens_per_second": run.prefill_rate,
-            "decode_tokens_per_second": run.decode_rate,
+            **{
+                f"{name}_{key}": value
+                for name, speed in (("prefill", self.prefill[cache]), ("decode", self.decode[cache]))
+                for key, value in (
+                    ("tokens_per_second", speed.median),
+                    ("spread", speed.spread),
+                    ("rounds", speed.rounds),
+                )
+            },
             "routes": run.routes,
             "text": self.texts[cache],
             "same_tokens": self.same_tokens(cache),
@@ -129,7 +138,7 @@ def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -
     console.print(_code("\n".join(report.texts[DENSE].splitlines()[:_LINES])))
     same = [cache for cache in report.runs if cache != DENSE and report.same_tokens(cache) == new_tokens]
     if same:
-        console.rule(f"The same {new_tokens} tokens: {', '.join(same)}", align="left")
+        console.rule(f"Exactly this text, all {new_tokens} tokens: {', '.join(same)}", align="left")
     for cache in report.runs:
         if cache != DENSE and cache not in same:
             _show_difference(report, cache, tokenizer, console)
@@ -143,7 +152,8 @@ def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -
 def _show_difference(report: Report, cache: str, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """The lines around the first token that differs, beside the dense cache's."""
     same = report.same_tokens(cache)
-    console.rule(f"{cache}: the same {same} tokens, then", align="left")
+    total = len(report.runs[DENSE].tokens)
+    console.rule(f"{cache} writes the same first {same} of {total} tokens, then goes on differently", align="left")
     common = tokenizer.decode(report.runs[cache].tokens[:same], skip_special_tokens=True)
     first = max(common.count("\n") - 1, 0)
     sides = Table.grid(padding=(0, 2), expand=True)
@@ -163,7 +173,7 @@ def _code(text: str, word_wrap: bool = True) -> Syntax:
 def _table(report: Report, width: int) -> Table:
     scored = report.scored
     table = Table(
-        title="KV caches, and how far each agrees with the dense one",
+        title="Every cache: size, speed, and how often its text is that of the dense cache",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
@@ -173,52 +183,73 @@ def _table(report: Report, width: int) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column("\ncache", style="bold", no_wrap=True)
-    headers = "\nbits", "cache\nkB", "of\ndense", "prefill\ntok/s", "decode\ntok/s", "same\ntokens"
-    for header in (*headers, f"median\nof {len(scored.sources)}", "agree,\ngreedy", "agree,\nheld-out"):
+    table.add_column("\n\ncache", style="bold", no_wrap=True)
+    for header in (
+        "bits\nper\nnumber",
+        "\nsize\nin kB",
+        "share\nof dense\nsize",
+        "reads\nprompt,\ntok/s",
+        "writes\ntext,\ntok/s",
+        f"same\ntext for,\nof {scored.new_tokens}",
+        "same\nchoice,\nown text",
+        "same\nchoice,\nreal text",
+    ):
         table.add_column(header, justify="right", no_wrap=True)
     for cache, run in report.runs.items():
         agreement = report.agreement[cache]
-        here, others = f"{report.same_tokens(cache)}", f"{median(agreement.same_tokens):g}"
         table.add_row(
             "dense" if cache == DENSE else cache,
             f"{report.bits(cache):g}",
             f"{run.memory['total'] / 1e3:,.0f}",
             f"{run.ratio:.3f}",
-            f"{run.prefill_rate:,.0f}",
-            f"{run.decode_rate:,.0f}",
-            "–" if cache == DENSE else here,
-            "–" if cache == DENSE else others,
+            _rate(report.prefill[cache]),
+            _rate(report.decode[cache]),
+            "–" if cache == DENSE else f"{median(agreement.same_tokens):g}",
             "–" if cache == DENSE else f"{agreement.greedy:.2%}",
             "–" if cache == DENSE else f"{agreement.held_out:.2%}",
         )
     return table
 
 
+def _rate(speed: Speed) -> str:
+    return _NOISY if speed.median is None else f"{speed.median:,.0f}"
+
+
 def _notes(report: Report) -> list[str]:
     """What the columns mean, and what the figures do not say."""
     dense, scored = report.runs[DENSE], report.scored
     new_tokens = len(dense.tokens)
-    step = dense.decode_seconds / (new_tokens - 1)
     fused = sum(run.routes["decode_fused"] for run in report.runs.values() if run.routes)
     copied = sum(run.routes["decode_dequantized"] for run in report.runs.values() if run.routes)
-    speeds = (
-        f"A dense step took {step * 1e3:.2f} ms; a plain read of the dense cache takes {report.read_share:.1%} of that"
-    )
-    speeds += ": these speeds compare overheads, not caches." if report.read_share < _OVERHEAD_SHARE else "."
     routes = "all" if not copied else f"{fused} of {fused + copied}"
-    return [
-        "bits: of one cached number at long context, scales included. cache kB, of dense: of this run "
+    rounds = len(report.decode[DENSE].rounds)
+    notes = [
+        "Bits per number: of one cached number at long context, scales included. Size: of this run "
         f"({report.dtype}, {len(report.prompt) + new_tokens - 1:,} tokens), with the tokens that are kept exact; "
         "these weigh less and less as the context grows.",
-        f"tok/s: tokens per second of one prompt, on {report.device}, {report.backend} backend; {routes} decode steps "
-        f"of quantized caches read them as stored. {speeds}",
-        "same tokens: how many greedy tokens equal the dense cache's before the first differs, of the "
-        f"{new_tokens} above, in {report.dtype}; median of {len(scored.sources)}: the same over "
-        f"{len(scored.sources)} prompts, of {scored.new_tokens} tokens in float32.",
-        f"agree: the most likely token is the dense cache's, over {scored.positions:,} positions in float32, each "
-        f"with {scored.context} or more cached tokens before it; on the dense cache's greedy text (which repeats "
-        "itself if the model is weak, and is easy to agree on), and on the real text that follows the same prompts.",
+        f"Tok/s: tokens per second of one prompt, on {report.device}, {report.backend} backend; medians of {rounds} "
+        f"rounds in which the caches take turns. {routes.capitalize()} decode steps of quantized caches read them as "
+        "stored.",
+    ]
+    if report.read_share is not None:
+        step, share = 1e3 / report.decode[DENSE].median, f"{report.read_share:.1%}"
+        notes[-1] += f" A dense step took {step:.2f} ms, a plain read of the dense cache takes {share} of that"
+        notes[-1] += ": these speeds compare overheads, not caches." if report.read_share < _OVERHEAD_SHARE else "."
+    if any(speed.median is None for speed in (*report.prefill.values(), *report.decode.values())):
+        notes.append(
+            f"{_NOISY}: no figure, because the fastest round is more than {NOISE_BOUND:.0%} faster than the median, "
+            "or because fewer than three rounds fit in the time. Another program uses this machine; "
+            "OMP_WAIT_POLICY=passive in the environment helps most."
+        )
+    return [
+        *notes,
+        "Same text for: how many tokens the model writes through this cache before one differs from what it writes "
+        f"through the dense cache; median of {len(scored.sources)} prompts, {scored.new_tokens} tokens each, in "
+        "float32.",
+        f"Same choice: at how many of {scored.positions:,} positions the most likely next token is the one that the "
+        f"dense cache leads to, with {scored.context} or more cached tokens before it, in float32. Own text: what the "
+        "model wrote through the dense cache (a weak model repeats itself: easy to agree on). Real text: what "
+        "follows in the files that the prompts are from.",
     ]
 
 
@@ -239,50 +270,65 @@ def save(report: Report, folder: Path, console: Console) -> None:
 
 
 def plot(figures: dict, path: Path) -> None:
-    """Agreement over bytes per number; tokens until the text differs; speed."""
+    """Size, speed, tokens until the text differs, and agreement: a row per cache, the same in each panel."""
     caches, scoring, writing = figures["caches"], figures["scoring"], figures["writing"]
-    quantized = [cache for cache in caches if cache != DENSE]
+    rows = {cache: -i for i, cache in enumerate(caches)}
     colors = dict(zip(caches, COLORS))
-    figure = new_figure(PRINT, (13.5, 4.8))
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
+    quantized = [cache for cache in caches if cache != DENSE]
+    figure = new_figure(PRINT, (13.5, 4.2))
+    panels = figure.subplots(1, 4, sharey=True)
+    for axes in panels:
+        dress(axes, PRINT)
+        axes.grid(visible=False, axis="y")
+    size, speed, text, choice = panels
+    size.set_yticks(list(rows.values()), ["dense" if cache == DENSE else cache for cache in rows])
+    size.tick_params(axis="y", labelsize=11)
+    size.set_ylim(0.6 - len(rows), 0.6)
 
+    _bars(size, rows, colors, {c: caches[c]["ratio"] for c in caches}, "{:.2f}")
+    size.set(title="Size of the cache", xlabel="share of the dense cache's bytes in this run")
+    rates = {c: caches[c]["decode_tokens_per_second"] for c in caches}
+    _bars(speed, rows, colors, rates, "{:,.0f}")
+    read = writing["read_dense_cache_share_of_step"]
+    small = read is not None and read < _OVERHEAD_SHARE
+    speed.set(title="Speed of writing",
+              xlabel="tokens per second" + ("\n(small model: overheads, not caches)" if small else ""))  # fmt: skip
+
+    # One prompt's count is a tick; the bar is their median.
     for cache in quantized:
-        x, agreement = caches[cache]["bytes_per_element"], caches[cache]["agreement"]
-        for name, marker, face in (("greedy", "o", colors[cache]), ("held_out", "s", "none")):
-            left.plot(x, 100 * agreement[name], marker, ms=8, color=colors[cache], mfc=face)
-        left.plot([x, x], [100 * agreement["greedy"], 100 * agreement["held_out"]], color=colors[cache], lw=1)
-        left.annotate(cache, (x, 100 * agreement["held_out"]), xytext=(0, -8), textcoords="offset points", ha="center",
-                      va="top", fontsize=9, color=colors[cache], bbox=_WHITE)  # fmt: skip
-    left.axhline(100, color="0.45", lw=0.8, ls=":")
-    left.plot([], [], "o", color="0.3", label="on the dense cache's greedy text")
-    left.plot([], [], "s", color="0.3", mfc="none", label="on held-out text")
-    left.margins(x=0.18, y=0.2)
-    left.set(xlabel=f"bytes per cached number in this run (dense: {caches[DENSE]['bytes_per_element']:g})",
-             ylabel="top-1 agreement with the dense cache (%)",
-             title=f"Agreement over {scoring['positions']:,} positions (float32)")  # fmt: skip
-    left.legend(fontsize=8, loc="lower right")
-    left.grid(alpha=0.3)
+        counts = caches[cache]["same_tokens_scored"]["per_prompt"]
+        text.plot(counts, [rows[cache]] * len(counts), "|", ms=15, color=PRINT.muted, mew=1, alpha=0.6, clip_on=False)
+    _bars(text, rows, colors, {c: caches[c]["same_tokens_scored"]["median"] for c in quantized}, "{:g}",
+          beyond=scoring["new_tokens"])  # fmt: skip
+    text.set_xticks([scoring["new_tokens"] * i / 4 for i in range(5)])
+    text.set(title=f"Tokens until the text differs (of {scoring['new_tokens']})",
+             xlabel=f"median of {len(scoring['sources'])} prompts; ticks: each prompt")  # fmt: skip
 
-    names = range(len(quantized))
-    same = [caches[cache]["same_tokens_scored"] for cache in quantized]
-    bars = middle.bar(names, [s["median"] for s in same], color=[colors[c] for c in quantized], alpha=0.6)
-    for i, s in enumerate(same):
-        middle.plot([i] * len(s["per_prompt"]), s["per_prompt"], "_", ms=14, color="0.2", mew=0.8)
-    middle.bar_label(bars, [f"{s['median']:g}" for s in same], fontsize=9, padding=3, bbox=_WHITE)
-    middle.set_xticks(names, quantized, rotation=30, ha="right")
-    middle.margins(y=0.12)
-    middle.set(ylabel=f"tokens (of {scoring['new_tokens']})",
-               title=f"Greedy tokens before text first differs\n"
-                     f"(bars: median of {len(scoring['sources'])} prompts, lines: each)")  # fmt: skip
-
-    rates = [caches[cache]["decode_tokens_per_second"] for cache in caches]
-    bars = right.bar(range(len(caches)), rates, color=[colors[c] for c in caches], alpha=0.6)
-    right.bar_label(bars, [f"{rate:.0f}" for rate in rates], fontsize=9)
-    right.set_xticks(range(len(caches)), ["dense" if c == DENSE else c for c in caches], rotation=30, ha="right")
-    right.margins(y=0.12)
-    title = f"Decode speed ({writing['device']}, {writing['backend']} backend, {writing['dtype']})"
-    if writing["read_dense_cache_share_of_step"] < _OVERHEAD_SHARE:
-        title += "\nsmall model: overheads, not caches"
-    right.set(ylabel="tokens per second", title=title)
-    figure.suptitle(f"{figures['model']['name']}: a KV cache quantized and read as stored, against the dense one")
+    # The two marks of a cache stand one above the other, so that equal ones do not cover each other.
+    for kind, up, style, label in (
+        ("greedy", 0.14, {"marker": "o"}, "own text"),
+        ("held_out", -0.14, {"marker": "s", "mfc": PRINT.paper}, "real text"),
+    ):
+        for cache in quantized:
+            share = 100 * caches[cache]["agreement"][kind]
+            choice.plot(share, rows[cache] + up, color=colors[cache], ms=7, clip_on=False, zorder=3, **style)
+        choice.plot([], [], ls="none", color=PRINT.muted, label=label, **style)
+    lowest = min(100 * share for c in quantized for share in caches[c]["agreement"].values())
+    # 100 % is the end of the axis, whatever the others are.
+    choice.set_xlim(lowest - max(100 - lowest, 0.1) * 0.08, 100)
+    choice.set(title="Same choice of the next token", xlabel=f"% of {scoring['positions']:,} positions (float32)")
+    choice.legend(fontsize=9, loc="upper left", frameon=False, ncols=2, handletextpad=0, borderaxespad=0.2)
+    figure.suptitle(f"{figures['model']['name']}: quantized KV caches, read as stored, beside the dense one "
+                    f"({writing['device']}, {writing['dtype']})")  # fmt: skip
     figure.savefig(path, dpi=110)
+
+
+def _bars(axes, rows: dict, colors: dict, values: dict, form: str, beyond: float | None = None) -> None:
+    """A bar and its figure for each cache, or why there is none. Figures stand beyond the bars, or beyond `beyond`."""
+    for cache, value in values.items():
+        axes.barh(rows[cache], value or 0, height=0.6, color=colors[cache], alpha=0.6)
+        end = beyond or value or 0
+        label = _NOISY if value is None else form.format(value)
+        axes.annotate(label, (end, rows[cache]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    # Room for the figures.
+    axes.set_xlim(0, 1.18 * (beyond or max(value or 0 for value in values.values()) or 1))

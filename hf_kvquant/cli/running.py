@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -50,6 +51,38 @@ class Run:
     def ratio(self) -> float:
         """Bytes of the cache over those of a dense one with the same tokens."""
         return self.memory["total"] / self.memory["dense_equivalent"]
+
+
+# A speed is a figure where the fastest round is faster than their median by at most this share.
+NOISE_BOUND = 0.25
+_FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one cache, over rounds in which every cache had its turn.
+
+    Caches that are timed one after the other each get their own minute of a machine that does other things too; in
+    turns, a busy minute slows a round of all of them.
+    """
+
+    rounds: list[float]
+
+    @property
+    def spread(self) -> float | None:
+        """How much faster the fastest round is, as a share of the median; None with fewer than three rounds.
+
+        Another program only makes a round slower, so the fastest one tells best what the cache can do: where the
+        median is far from it, most rounds were disturbed.
+        """
+        if len(self.rounds) < _FEWEST_ROUNDS:
+            return None
+        return max(self.rounds) / median(self.rounds) - 1
+
+    @property
+    def median(self) -> float | None:
+        """None where the machine is too noisy to tell."""
+        return median(self.rounds) if self.spread is not None and self.spread <= NOISE_BOUND else None
 
 
 class _Clock(BaseStreamer):

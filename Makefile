@@ -33,7 +33,8 @@ test-oldest: .venv-oldest/installed
 # A few tests on releases of transformers between the oldest and the newest, which lie before that of the environment.
 SMOKE := 5.19.0 5.21.1 5.23.0
 smoke: $(SMOKE:%=smoke-%)
-smoke-%: .venv/transformers-%/installed
+.PRECIOUS: .venv/transformers-%/installed
+smoke-%: .venv/installed .venv/transformers-%/installed
 	OMP_NUM_THREADS=1 SMOKE_TRANSFORMERS=$* PYTHONPATH=.venv/transformers-$* .venv/bin/pytest -q tests/test_smoke.py
 
 # The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only
@@ -105,7 +106,7 @@ format: .venv-lint/installed
 	$(call install,$(LOCK),.venv-demo) --no-compile '.[demo]'
 	touch $@
 
-.venv/transformers-%/installed: .venv/installed
+.venv/transformers-%/installed: | .venv/installed
 	PIP_CONSTRAINT= .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --upgrade \
 		--target $(@D) transformers==$*
 	touch $@

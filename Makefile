@@ -1,4 +1,4 @@
-# make demo | test | soak | arm | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
+# make demo | test | smoke | soak | arm | lint: each makes the virtual environment that it needs. Only Python, a C++ compiler and a
 # package registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
@@ -11,8 +11,9 @@ SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-stand
 
 .PHONY: demo test test-oldest smoke newest lock sanitize soak arm matrix lint format clean
 
+# Threads that sleep while they wait: the demo stays fast beside other programs.
 demo: .venv-demo/installed
-	.venv-demo/bin/hf-kvquant demo
+	OMP_WAIT_POLICY=passive .venv-demo/bin/hf-kvquant demo
 
 # In so many processes, of 1.5 GB each at most; half of the work is to compile every CUDA specialisation.
 JOBS ?= 2

@@ -29,7 +29,8 @@ soak: .venv/installed
 
 # The oldest transformers that is supported.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py \
+	tests/test_asked_for.py tests/test_columns.py tests/test_dtypes.py tests/test_host.py tests/test_model_state.py
 
 # A few tests on releases of transformers between the oldest and the newest, which lie before that of the environment.
 SMOKE := 5.19.0 5.21.1 5.23.0

@@ -11,14 +11,15 @@ from collections.abc import Callable
 import torch
 
 from . import ops
+from .host import CACHE_NAMES
 from .route import learn_route, say_once
 from .states import QuantizedStates, autocast, hides_columns, is_autocast
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
     "dropout", "scaling", "softcap", "s_aux", "position_bias", "is_causal", "output_attentions", "sliding_window",
-    "position_ids", "cache_position", "use_cache", "past_key_values", "output_hidden_states", "output_router_logits",
-    "return_dict", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels", "deterministic",
+    "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict",
+    "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels", "deterministic", *CACHE_NAMES,
 })  # fmt: skip
 
 

@@ -86,4 +86,8 @@ class StaticQuantizedHybridLayer(QuantizedHybridLayer, StaticQuantizedLayer):
 
     _attention = StaticQuantizedLayer
     _layer_type = None
-    is_compileable = True
+
+    @property
+    def is_compileable(self) -> bool:
+        """As transformers has it: linear states that are recorded for a rollback grow."""
+        return not self.record_past

@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "saving",
     },
     "export": {"cache", "host", "static"},
-    "attention": {"ops", "route", "states"},
+    "attention": {"host", "ops", "route", "states"},
     "integration": {"cache", "attention", "config", "host", "route"},
     "scoring": ANYTHING,
     "lm_eval": ANYTHING,

@@ -63,6 +63,7 @@ NEEDS = (
         ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
     ),
     Need("generation.utils:GenerationMixin._get_logits_processor", ("generation_config",)),
+    Need("generation.utils:GenerationMixin._get_stopping_criteria", ("generation_config",)),
     Need("generation.utils:GenerationMixin.init_continuous_batching", ("generation_config",)),
     Need("modeling_utils:PreTrainedModel.get_compiled_call", ("compile_config",)),
     Need("generation.configuration_utils:ALL_CACHE_IMPLEMENTATIONS"),

@@ -20,7 +20,15 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+)
 
 from . import host
 from .attention import attend
@@ -152,7 +160,7 @@ def _call_ends(model: torch.nn.Module, args: tuple, kwargs: dict, output: object
     request = _Request.of(model)
     for cache in _caches_given((args, kwargs)):
         if request is not None:
-            request.check_filled(cache)
+            request.check_filled(cache.gained(), FORWARD)
         cache.end()
         cache.model_state = {key: getattr(*place) for key, place in _state_places.get(model, {}).items()}
 
@@ -289,13 +297,14 @@ class _Request:
         request = cls._current.get()
         return request if request is not None and request.model is model and request.cache is not None else None
 
+    @classmethod
     @contextmanager
-    def runs(self) -> Iterator[None]:
-        token = self._current.set(self)
+    def runs(cls, request: _Request | None) -> Iterator[None]:
+        token = cls._current.set(request)
         try:
             yield
         finally:
-            self._current.reset(token)
+            cls._current.reset(token)
 
     def call_begins(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of a forward call, with the cache of this request in them.
@@ -304,16 +313,14 @@ class _Request:
             RuntimeError: the call has none, or another one, and the tokens of this one would be lost.
         """
         own = _quantized_cache(self.cache)
-        given = [cache for cache in _caches_given((args, kwargs)) if cache is own or cache is own.unconditional]
-        is_restored = not given
+        is_restored = not any(cache is own for cache in _caches_given((args, kwargs)))
         if is_restored:
             kwargs = kwargs | {host.cache_argument(self.model): self._restored(args, kwargs)}
-        mask = kwargs.get(_mask_argument(self.model))
-        for cache in given or [own]:
-            is_empty = not any(layer.is_filled for layer in cache.quantized_layers)
-            if isinstance(mask, torch.Tensor) and mask.ndim == 2 and (is_empty or is_restored):
+        if is_restored or not any(layer.is_filled for layer in own.quantized_layers):
+            mask = kwargs.get(_mask_argument(self.model))
+            if isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 # Its columns are those of this call, to which the model may add others in front.
-                cache.set_padding(mask, of_last=True)
+                own.set_padding(mask, of_last=True)
         return args, kwargs
 
     def _restored(self, args: tuple, kwargs: dict) -> Cache:
@@ -341,13 +348,12 @@ class _Request:
             "prepare_inputs_for_generation, or an adapter's, swapped the cache; generate with a dense cache"
         )
 
-    def check_filled(self, cache: QuantizedCache) -> None:
-        """Whether every quantized layer has stored the call's tokens.
+    def check_filled(self, gained: dict[int, int], by: str) -> None:
+        """Whether every quantized layer has stored the same number of tokens.
 
         Raises:
             ValueError: some have not.
         """
-        gained = cache.gained()
         if any(gained.values()) and len(set(gained.values())) == 1:
             return
         why = "a layer ignored the cache"
@@ -356,7 +362,7 @@ class _Request:
         ):
             why = "gradient checkpointing calls layers without a cache; call model.eval() before generate"
         raise ValueError(
-            f"{type(self.model).__name__} did not fill the quantized cache: by this call its layers gained {gained} "
+            f"{type(self.model).__name__} did not fill the quantized cache: by this {by} its layers gained {gained} "
             f"tokens, expected the same number for all: {why}"
         )
 
@@ -402,13 +408,19 @@ def _wrap_generate(generate: Callable) -> Callable:
         given = _caches_given([kwargs.get(name) for name in host.CACHE_NAMES])
         if not _is_ours(name) and not given and outer is None:
             return generate(self, *args, **kwargs)
-        with _Request(self, outer, by_call).runs():
+        request = _Request(self, outer, by_call)
+        with _Request.runs(request):
             if not _is_ours(name) and not given:
                 return generate(self, *args, **kwargs)
             with _switched_attention(self), _watched(self, calls_begin_here=True):
                 for cache in given:
                     _put_back_state(self, cache)
-                return generate(self, *args, **kwargs)
+                result = generate(self, *args, **kwargs)
+            own = _quantized_cache(request.cache)
+            if own is not None:
+                # Compiled steps are not looked at one by one.
+                request.check_filled({layer.layer_idx: layer.length for layer in own.quantized_layers}, "generation")
+            return result
 
     return wrapper
 
@@ -531,12 +543,39 @@ def _wrap_logits_processor(logits_processor: Callable) -> Callable:
     def wrapper(self, *args, **kwargs):
         processors = logits_processor(self, *args, **kwargs)
         request = _Request.of(self)
-        for processor in processors if request is not None else ():
+        if request is None:
+            return processors
+        for processor in processors:
             if isinstance(processor, host.UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 _quantize_guidance(processor.unconditional_context, request)
-        return processors
+        return _AsideProcessors(processors)
 
     return wrapper
+
+
+def _wrap_stopping_criteria(stopping_criteria: Callable) -> Callable:
+    @functools.wraps(stopping_criteria)
+    def wrapper(self, *args, **kwargs):
+        criteria = stopping_criteria(self, *args, **kwargs)
+        return criteria if _Request.of(self) is None else _AsideCriteria(criteria)
+
+    return wrapper
+
+
+class _AsideProcessors(LogitsProcessorList):
+    """Processors may call the model for purposes of their own: those calls are not steps of the generation."""
+
+    def __call__(self, *args, **kwargs):
+        with _Request.runs(None):
+            return super().__call__(*args, **kwargs)
+
+
+class _AsideCriteria(StoppingCriteriaList):
+    """The same for criteria."""
+
+    def __call__(self, *args, **kwargs):
+        with _Request.runs(None):
+            return super().__call__(*args, **kwargs)
 
 
 def _quantize_guidance(context: dict, request: _Request) -> None:
@@ -544,7 +583,8 @@ def _quantize_guidance(context: dict, request: _Request) -> None:
     own = _quantized_cache(request.cache)
     if context["use_cache"] and own is request.cache:
         # It grows with a prompt of its own, whose length is not known here.
-        own.unconditional = QuantizedCache(request.model.config, replace(own.kv_config, static=False))
+        config, mask = replace(own.kv_config, static=False), context["attention_mask"]
+        own.unconditional = QuantizedCache(request.model.config, config, attention_mask=mask)
         context[host.CACHE] = own.unconditional
 
 
@@ -565,6 +605,7 @@ _WRAPPERS = {
     (host.GenerationMixin, "generate"): _wrap_generate,
     (host.GenerationMixin, "_prepare_cache_for_generation"): _wrap_prepare_cache,
     (host.GenerationMixin, "_get_logits_processor"): _wrap_logits_processor,
+    (host.GenerationMixin, "_get_stopping_criteria"): _wrap_stopping_criteria,
     (host.GenerationMixin, "init_continuous_batching"): _wrap_continuous_batching,
     (PreTrainedModel, "get_compiled_call"): _wrap_compiled_call,
 }

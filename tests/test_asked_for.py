@@ -205,3 +205,24 @@ class TestChoice:
             given = {"generation_config": GenerationConfig(**GREEDY, **given)}
         with pytest.raises(ValueError, match="'kvquant-int8' needs use_cache=True"):
             generate(model, **given)
+
+
+class TestCallsAside:
+    """A processor or criterion may call the model for purposes of its own; the generation's cache is not touched."""
+
+    @pytest.mark.parametrize("own_cache", [False, True])
+    @pytest.mark.parametrize("kind", ["processor", "criterion"])
+    def test_they_are_no_steps(self, kind, own_cache):
+        model, seen = families.build("llama"), []
+
+        def look(input_ids, scores, **kwargs):
+            given = {CACHE: DynamicCache(config=model.config), "use_cache": True} if own_cache else {}
+            seen.append(type(cache_of(model(input_ids, **given))))
+            return scores if kind == "processor" else torch.zeros(len(input_ids), dtype=torch.bool)
+
+        aside = {"logits_processor": [look]} if kind == "processor" else {"stopping_criteria": [look]}
+        out = generate(model, cache_implementation="kvquant-int8", **aside)
+        assert seen == [DynamicCache] * 8
+        assert cache_of(out).get_seq_length() == 70 + 7
+        assert cache_of(out).routes["prefill_dense"] == 2
+        assert_equal_logits(out, generate(model, cache_implementation="kvquant-int8"))

@@ -3,6 +3,7 @@
 Nothing here asserts a time.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 from transformers import DynamicCache, LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
+from hf_kvquant.report import style
 
 EVAL = Path(__file__).parents[1] / "eval"
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
@@ -437,3 +440,50 @@ def test_llama_cpp_refuses_another_model(bench, monkeypatch, capsys, tmp_path):
     text = capsys.readouterr().out
     assert "weights" in text
     expect_refusal(text, out)
+
+
+class TestPlots:
+    """The pictures of the READMEs: every line has its name and its last figure beside its end."""
+
+    def labels(self, figure) -> list[str]:
+        return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+    def test_overview(self, bench):
+        overview = bench("plot_overview")
+        common, rows = overview.read(overview.FILES)
+        found = {(row["name"], row["length"]): row for row in rows}
+        labels = self.labels(overview.draw(common, rows))
+        last = max(row["length"] for row in rows)
+        assert f"kvquant-int4 {found['int4', last]['ms']['median']:.3g} ms" in labels
+        assert f"kvquant-int4 {found['int4', last]['cache_bytes'] / 1e6:.3g} MB" in labels
+        # In one panel all of them, in the other the dense caches once.
+        assert len(labels) == 2 * len(overview.LINES) - 1
+
+    def test_overview_of_two_machines(self, bench, tmp_path):
+        overview = bench("plot_overview")
+        other = json.loads(overview.FILES[1].read_text(encoding="utf-8"))
+        other["arguments"]["kv_heads"] = 4
+        (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(ValueError, match="kv_heads is 4; expected 8"):
+            overview.read([overview.FILES[0], tmp_path / "other.json"])
+
+    def test_decode(self, bench):
+        plot = bench("plot_decode")
+        result = json.loads((EVAL / "results" / "bench_decode.json").read_text(encoding="utf-8"))
+        rows = [row for row in result["decode"] if row["kv_heads"] == result["arguments"]["kv_heads"]]
+        labels = self.labels(plot.draw(rows, "title"))
+        assert len(labels) == len({row["name"] for row in rows}) + 1
+        assert any(label.startswith("int4-small: ") for label in labels)
+
+    def test_labels_at_the_ends_keep_apart_and_their_order(self):
+        figure = style.new_figure(style.PRINT, (4, 3))
+        axes = figure.subplots()
+        axes.set(xlim=(0, 1), ylim=(0, 10))
+        style.label_ends(axes, [(1, y, f"at {y}", "black") for y in (5, 5.1, 5.05, 9, 1)])
+        figure.draw_without_rendering()
+        # Of the text alone: an annotation's own box holds its line too.
+        boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+        ordered = [boxes[f"at {y}"] for y in (1, 5, 5.05, 5.1, 9)]
+        assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(ordered))
+        middle = axes.transData.transform((1, 9))[1]
+        assert boxes["at 9"].y0 < middle < boxes["at 9"].y1

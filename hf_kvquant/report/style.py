@@ -115,6 +115,50 @@ def label_points(
         taken.append(box)
 
 
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], right: bool = True, shift: float = 0
+) -> None:
+    """Write each line's label `(x, y, text, color)` beside its end, joined to it.
+
+    Labels that would cover each other are moved up and down as little as possible. Limits and scales of the axes must
+    be final.
+
+    Args:
+        right: to the right of the ends, else to their left.
+        shift: how far above the ends, in points of print.
+    """
+    figure = axes.figure
+    figure.draw_without_rendering()
+    high = [axes.transData.transform((x, y))[1] * 72 / figure.dpi for x, y, *_ in ends]
+    for (x, y, text, color), end, place in zip(ends, high, _apart(high, _LINE_HEIGHT)):
+        axes.annotate(
+            text, (x, y), xytext=(20 if right else -20, place - end + shift), textcoords="offset points", color=color,
+            fontsize=9, ha="left" if right else "right", va="center", annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 4, "relpos": (not right, 0.5),
+            },
+        )  # fmt: skip
+
+
+_LINE_HEIGHT = 12.5
+
+
+def _apart(places: Sequence[float], distance: float) -> list[float]:
+    """The places nearest to the given ones (least squares) that keep their order and this distance."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    # Without the distances: numbers that do not fall. Neighbours that would are put at their mean.
+    runs: list[list[float]] = []
+    for i, index in enumerate(order):
+        runs.append([places[index] - i * distance])
+        while len(runs) > 1 and sum(runs[-2]) / len(runs[-2]) > sum(runs[-1]) / len(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    flat = [sum(run) / len(run) for run in runs for _ in run]
+    found = [0.0] * len(places)
+    for i, index in enumerate(order):
+        found[index] = flat[i] + i * distance
+    return found
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` for a page: it fills its place, and takes ink and paper from CSS variables."""
     import matplotlib

@@ -1,10 +1,11 @@
-"""Publish what each cache costs: run the comparison, keep a small JSON of it, and write the README's tables from it.
+"""Publish what each cache costs: run the comparison, keep a small JSON of it, and write the tables of
+eval/results/accuracy/README.md from it.
 
     python eval/compare.py --peers --documents 12 --window 1024 --context 256
     python eval/compare.py --model MODEL --text FILE --peers --out runs/mine
     python eval/compare.py --from runs/mine      # publish a finished run of `hf-kvquant eval`
-    python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, not for the README
-    python eval/compare.py --readme              # only write the README's tables again
+    python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, for no table
+    python eval/compare.py --readme              # only write the tables again
 
 All options but --from, --to and --readme are those of `hf-kvquant eval`, which does the work (see its --help). The
 JSON goes to eval/results/accuracy/<model>.json; it holds, for every cache:
@@ -35,7 +36,7 @@ from hf_kvquant.comparison.tables import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
-README = ROOT / "README.md"
+README = RESULTS / "README.md"
 FIRST = "stdlib-nano"
 # By rising loss: what shipped formats and the coarsest peer have to come in.
 ORDER = ("int8", "fp8", "int4", "quanto-int2")
@@ -47,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
     parser.add_argument("--to", type=Path, help="folder for the JSON of --from; default: eval/results/accuracy")
-    parser.add_argument("--readme", action="store_true", help="only write the README's tables again")
+    parser.add_argument(
+        "--readme", action="store_true", help="only write the tables of eval/results/accuracy/README.md"
+    )
     args, rest = parser.parse_known_args(argv)
     if args.finished is not None or args.readme:
         if rest:
@@ -103,7 +106,7 @@ def with_tables(readme: str, results: list[dict]) -> str:
         ValueError: the markers are missing.
     """
     if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}, between which the tables stand")
+        raise ValueError(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, between which the tables stand")
     before, _, rest = readme.partition(BEGIN)
     return before + BEGIN + "\n" + tables(results) + "\n" + END + rest.partition(END)[2]
 

@@ -324,7 +324,7 @@ STATUS = {
     "not built": "no tiny model could be made from the config: not judged",
 }
 KINDS = ("causal", "encoder-decoder", "vision-language", "multimodal")
-SECTION = "## What is supported\n"
+BEGIN, END = "<!-- models: written by eval/model_matrix.py -->", "<!-- models: end -->"
 
 
 def _count(families: dict, status: str, kind: str | None = None) -> int:
@@ -364,6 +364,15 @@ def page(document: dict) -> str:
         "[model_matrix.json](model_matrix.json); do not edit.\n\n" + _summary(document)
     ]
     judged = _names(document, "fused", "partly fused", "de-quantized")
+    worst = max(families[n]["presets"][p]["fused"] for n in judged if families[n]["compared_calls"] for p in PRESETS)
+    exact = max(max(families[n]["exact"].values()) for n in judged)
+    text.append(
+        "\nWherever the cache acts, the operator gives what the model's own attention gives over de-quantized states "
+        f"(largest difference {worst:.1g} of the output), and with a window over every token the logits are the "
+        f"dense cache's (largest difference {exact:.1g} of their spread). Sliding-window, linear and convolution "
+        "layers keep transformers' own caches, and so does cross-attention. A sliding window that hides no token "
+        f"counts as full attention.\n\nDe-quantized: {_list(_names(document, 'de-quantized', 'partly fused'))}.\n"
+    )
     rows = []
     for name in judged:
         found = families[name]
@@ -389,46 +398,42 @@ def page(document: dict) -> str:
     return "".join(text)
 
 
-def _cell(text: str) -> str:
-    return "`" + text.replace("|", "/").replace("`", "'") + "`"
-
-
-def section(document: dict) -> str:
-    """The README's section, from its heading to the next."""
-    families = document["families"]
-    judged = [f for f in families.values() if f["status"] in ("fused", "partly fused", "de-quantized", "refused")]
-    worst = max(f["presets"][p]["fused"] for f in families.values() if f.get("compared_calls") for p in PRESETS)
-    exact = max(max(f["exact"].values()) for f in families.values() if "exact" in f)
-    version = document["versions"]["transformers"]
-    return f"""{SECTION}
-`make matrix` builds each of the {len(families)} text-generating model classes of transformers {version} as a tiny
-random model and generates with every preset; [all of them with their figures](eval/results/model_matrix.md).
-{len(judged)} could be judged:
-
-{_summary(document)}
-For each that acts, the operator gives what the model's own attention gives over de-quantized states (largest
-difference {worst:.1g} of the output), and with a window over every token the logits are the dense cache's (largest
-difference {exact:.1g} of their spread). Sliding-window, linear and convolution layers keep transformers' own caches,
-and so does cross-attention.
-
-De-quantized: {_list(_names(document, "de-quantized", "partly fused"))}.
-
-Refused, because no layer has full attention or the model takes no `Cache`: {_list(_names(document, "refused"))}.
-
-"""
-
-
 def _list(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def with_section(readme: str, document: dict) -> str:
-    """The README with its section as the results have it."""
-    before, _, rest = readme.partition(SECTION)
-    following = rest.partition("\n## ")[2]
-    if not rest or not following:
-        raise ValueError(f"README.md: expected a section {SECTION.strip()!r} and another one after it")
-    return f"{before}{section(document)}## {following}"
+def _cell(text: str) -> str:
+    return "`" + text.replace("|", "/").replace("`", "'") + "`"
+
+
+def sentence(document: dict) -> str:
+    """What the README says of the models."""
+    families, version = document["families"], document["versions"]["transformers"]
+    partly = _count(families, "partly fused")
+    parts = [
+        f"{_count(families, 'fused')} decode from the quantized cache as stored",
+        *([f"{partly} in some of their layers"] if partly else []),
+        f"{_count(families, 'de-quantized')} from de-quantized copies",
+        f"{_count(families, 'refused')} are refused with a reason",
+    ]
+    unjudged = _count(families, "dense fails") + _count(families, "not built")
+    return (
+        f"`make matrix` tries every preset on the {len(families)} text-generating model classes of transformers "
+        f"{version}:\n{', '.join(parts[:-1])}, and {parts[-1]};\n{unjudged} could not be judged "
+        "([all of them](eval/results/model_matrix.md))."
+    )
+
+
+def with_sentence(readme: str, document: dict) -> str:
+    """The README with the sentence between its two markers as the results have it.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, between which the sentence stands")
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n{sentence(document)}\n{END}{rest.partition(END)[2]}"
 
 
 def save(path: Path, document: dict) -> None:
@@ -455,7 +460,10 @@ def main() -> None:
     if unknown := sorted(set(args.only or ()) - set(known)):
         parser.error(f"--only: {unknown} are no models of transformers {transformers.__version__}")
     document = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    if not document or document["versions"]["transformers"] != transformers.__version__:
+    if args.render and not document:
+        parser.error(f"--render: {args.out} does not exist; expected a file that this script wrote")
+    is_of_another = document and document["versions"]["transformers"] != transformers.__version__
+    if not document or (is_of_another and not args.render):
         document = {"versions": versions(), "families": {}}
     results = document["families"]
     if not args.render:
@@ -473,7 +481,7 @@ def main() -> None:
         progress.close()
     if args.out == RESULTS / "model_matrix.json" and not args.only:
         (RESULTS / "model_matrix.md").write_text(page(document), encoding="utf-8")
-        README.write_text(with_section(README.read_text(encoding="utf-8"), document), encoding="utf-8")
+        README.write_text(with_sentence(README.read_text(encoding="utf-8"), document), encoding="utf-8")
     print(dict(Counter(result["status"] for result in results.values())))
 
 

@@ -1,4 +1,4 @@
-"""The published accuracy: the README says what the JSON says, and the JSON what it should; and the two scripts."""
+"""The published accuracy: its README says what the JSON says, and the JSON what it should; and the two scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def script(name: str):
 
 compare, perplexity = script("compare"), script("perplexity")
 RESULTS = {result["plan"]["model"]: result for result in compare.published()}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = compare.README.read_text(encoding="utf-8")
 
 
 class TestPublished:

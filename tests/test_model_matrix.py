@@ -103,7 +103,10 @@ def test_the_documents_say_what_the_results_say(matrix, results):
     """`python eval/model_matrix.py --render` writes both."""
     assert (RESULTS / "model_matrix.md").read_text(encoding="utf-8") == matrix.page(results)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert matrix.with_section(readme, results) == readme
+    assert matrix.with_sentence(readme, results) == readme
+
+    with pytest.raises(ValueError, match="README.md: expected the lines"):
+        matrix.with_sentence("no markers", results)
 
 
 def test_a_wrong_operator_fails_the_matrix(matrix, monkeypatch):

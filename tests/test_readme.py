@@ -1,0 +1,260 @@
+"""What the READMEs say: their Python blocks run when pasted, their links lead somewhere, their figures are the JSON's.
+
+The blocks of one README run in order in one fresh process, in an empty folder outside of the repository. A block that
+cannot run everywhere has `<!-- not run: REASON -->` on the line before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hf_kvquant import KVQuantConfig
+from hf_kvquant.comparison.tables import three_digits
+from hf_kvquant.host import CACHE
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "eval" / "results"
+FOLDERS = ("configs", "eval", "hf_kvquant", "kernels", "tests")
+READMES = {
+    str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
+    for file in [
+        ROOT / "README.md",
+        *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("README.md"))),
+    ]
+}
+TOP = READMES["README.md"]
+
+RUN = """
+import json, sys, time
+for number, code in json.load(sys.stdin):
+    print(f"block {number}:", flush=True)
+    begin = time.perf_counter()
+    exec(compile(code, f"block {number}", "exec"), globals())
+    print(f"block {number} took {time.perf_counter() - begin:.1f} s", flush=True)
+"""
+
+
+class Block(NamedTuple):
+    number: int
+    code: str
+    not_run: str | None
+
+
+def blocks(text: str) -> list[Block]:
+    """The Python blocks of a README; `not_run` is the reason of one that is marked."""
+    found = re.findall(r"^(?:<!-- not run: (.+) -->\n)?( *)```python\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [
+        Block(n, re.sub(f"^{indent}", "", code, flags=re.MULTILINE), why or None)
+        for n, (why, indent, code) in enumerate(found, 1)
+    ]
+
+
+def run(code: list[Block], folder: Path) -> subprocess.CompletedProcess:
+    # Without the repository's folder on the path: there Python finds the source, not what is installed.
+    path = os.pathsep.join(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))
+    return subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps([(block.number, block.code) for block in code]), cwd=folder,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    CACHE != "cache", reason="before transformers 5.24 `cache=` is past_key_values=, as the README says"
+)
+@pytest.mark.parametrize("name", [name for name, text in READMES.items() if blocks(text)])
+def test_python_blocks_run_when_pasted(name, tmp_path, capsys):
+    found = blocks(READMES[name])
+    done = run([block for block in found if not block.not_run], tmp_path)
+    times = re.findall(r"^block \d+ took .*$", done.stdout, re.MULTILINE)
+    skipped = [f"block {block.number} not run: {block.not_run}" for block in found if block.not_run]
+    with capsys.disabled():
+        print(f"\n{name}: {', '.join([*times, *skipped])}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(times) + len(skipped) == len(found)
+
+
+def test_a_block_that_fails_is_noticed(tmp_path):
+    text = (
+        "```python\na = 1\n```\n<!-- not run: needs a hub -->\n```python\nhub()\n```\n"
+        "  ```python\n  assert a == 2\n  ```\n"
+    )
+    first, second, third = blocks(text)
+    assert (first.not_run, second.not_run, third.not_run) == (None, "needs a hub", None)
+    done = run([first, third], tmp_path)
+    assert done.returncode != 0
+    assert "block 1 took" in done.stdout and "block 3 took" not in done.stdout
+    assert 'File "block 3", line 1' in done.stderr
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)]+)\)", READMES[name]):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table after a heading, by their first cell without marks."""
+    lines = text.partition(f"{heading}\n")[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return {re.sub(r"[`*]", "", first): rest for first, *rest in cells[2:]}
+
+
+def steps(*files: str) -> dict[tuple[str, int, int], dict]:
+    """The rows of results of bench_generate.py by name, length and batch."""
+    found = {}
+    for file in files:
+        result = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        for row in result["steps"]:
+            found[row["name"], row["length"], result["arguments"]["batch"]] = row
+    return found
+
+
+def milliseconds(row: dict) -> float:
+    return row["ms"]["median"]
+
+
+def test_every_file_of_the_package_is_named():
+    table = READMES["hf_kvquant/README.md"].partition("## The files")[2]
+    for file in (ROOT / "hf_kvquant").glob("[!_]*.py"):
+        assert f"`{file.name}`" in table, file.name
+
+
+class TestPresets:
+    def test_the_table_says_what_the_results_say(self):
+        accuracy = json.loads((RESULTS / "accuracy" / "stdlib-nano.json").read_text(encoding="utf-8"))["caches"]
+        measured, table = steps("bench_generate"), rows(TOP, "## Choose a preset")
+        assert set(table) == {
+            *(f"kvquant-{name}" for name in KVQuantConfig.preset_names()), "dense DynamicCache", "dense StaticCache"
+        }  # fmt: skip
+        for name in KVQuantConfig.preset_names():
+            bits, kl, ms, _ = table[f"kvquant-{name}"]
+            assert float(bits) == pytest.approx(KVQuantConfig.preset(name).bits_per_element(128), abs=0.005), name
+            assert kl == three_digits(1000 * accuracy[name]["kl"]["mean"]), name
+            assert float(ms) == pytest.approx(milliseconds(measured[name, 8192, 1]), abs=0.051), name
+        for name, key in (("dense DynamicCache", "dynamic"), ("dense StaticCache", "static")):
+            assert float(table[name][2]) == pytest.approx(milliseconds(measured[key, 8192, 1]), rel=0.005)
+
+    def test_the_fields_of_their_configs(self):
+        table = rows(READMES["configs/README.md"], "# Presets and configs")
+        assert set(table) == set(KVQuantConfig.preset_names())
+        for name, (keys, values, bits, exact) in table.items():
+            config = KVQuantConfig.preset(name)
+            for cell, spec in ((keys, config.keys), (keys if values == "the same" else values, config.values)):
+                assert cell.startswith(spec.format) and f"{spec.grid} grid" in cell, (name, cell)
+                assert ("rotated" in cell) == spec.rotate, (name, cell)
+            assert float(bits) == pytest.approx(config.bits_per_element(128), abs=0.005)
+            assert ("open block" in exact) == config.keys.is_channel
+            assert re.findall(r"\d+", exact) == [str(n) for n in (config.sink_length, config.recent_length) if n]
+
+
+class TestSpeed:
+    text = READMES["eval/results/README.md"]
+
+    def test_whole_steps(self):
+        measured = steps("bench_generate")
+        names = {
+            "DynamicCache": ["dynamic"], "StaticCache": ["static"],
+            "transformers quanto int4 / hqq int4": ["hf-quanto-int4", "hf-hqq-int4"],
+            "transformers hqq int8 / fp8": ["hf-hqq-int8", "hf-fp8"],
+            "kvquant-int8": ["int8"], "kvquant-int8-plain / kvquant-fp8": ["int8-plain", "fp8"],
+            "kvquant-int4": ["int4"], "kvquant-int4-small": ["int4-small"],
+        }  # fmt: skip
+        table = rows(self.text, "## A whole decode step")
+        assert set(table) == set(names)
+        for name, (ms, faster, share) in table.items():
+            found = [measured[each, 8192, 1] for each in names[name]]
+            for cell, row in zip(re.findall(r"[\d.]+", ms), found, strict=True):
+                assert float(cell) == pytest.approx(milliseconds(row), rel=0.005, abs=0.051), name
+            for cell, row in zip(re.findall(r"[\d.]+", faster), found, strict=True):
+                assert float(cell) == pytest.approx(row["faster_than_dynamic"], rel=0.03), name
+            for cell, row in zip(re.findall(r"[\d.]+", share), found):
+                assert float(cell) == pytest.approx(row["share_of_dynamic_bytes"], rel=0.02), name
+
+    def test_compiled_steps(self):
+        measured = steps("bench_compiled", "bench_compiled_32k", "bench_compiled_batch8")
+        columns = [(128, 1), (512, 1), (1024, 1), (8192, 1), (32768, 1), (128, 8), (1024, 8), (8192, 8)]
+        names = {
+            "DynamicCache": "dynamic", "StaticCache": "static", "StaticCache, compiled": "static-compiled",
+            "kvquant-int8": "int8", "kvquant-int8-static": "int8-static",
+            "kvquant-int8-static, compiled": "int8-static-compiled",
+            "kvquant-int4-static, compiled": "int4-static-compiled",
+        }  # fmt: skip
+        table = rows(self.text, "## Compiled decode steps")
+        assert set(table) == set(names)
+        for name, cells in table.items():
+            for cell, column in zip(cells, columns, strict=True):
+                shown = float(cell.replace(",", ""))
+                assert shown == pytest.approx(milliseconds(measured[(names[name], *column)]), rel=0.005, abs=0.051), (
+                    name
+                )
+
+    def test_llama_cpp(self):
+        result = json.loads((RESULTS / "bench_llama_cpp.json").read_text(encoding="utf-8"))
+        measured = {(row["name"], row["length"]): row for row in result["steps"]}
+        table = rows(self.text, "## Against llama.cpp")
+        flash = table.pop("llama.cpp f16, flash attention off / on")
+        assert len(table) == 6
+        for name, cells in table.items():
+            key = re.sub(r"llama.cpp |kvquant-| \(.*", "", name)
+            for cell, length in zip(cells, result["arguments"]["lengths"], strict=True):
+                self.check_llama_cpp(re.findall(r"[\d.]+", cell), [measured[key, length]])
+        for cell, length in zip(flash, result["arguments"]["lengths"], strict=True):
+            both = [measured[name, length] for name in ("f16-no-flash", "f16")]
+            self.check_llama_cpp(re.findall(r"[\d.]+", cell), both)
+
+    def check_llama_cpp(self, shown: list[str], found: list[dict]) -> None:
+        expected = [row[kind]["median"] for kind in ("attention_ms", "step_ms") for row in found]
+        for cell, value in zip(shown, expected, strict=True):
+            assert float(cell) == pytest.approx(value, abs=0.501 if "." not in cell else 0.051)
+
+    def test_the_operator(self):
+        result = json.loads((RESULTS / "bench_decode.json").read_text(encoding="utf-8"))
+        ms = {(row["kv_heads"], row["length"], row["name"]): milliseconds(row) for row in result["decode"]}
+        presets = result["arguments"]["presets"] if "presets" in result["arguments"] else list(result["configs"])
+        table = rows(self.text, "## The operator alone")
+        for where, *key in (
+            ("1,024", 8, 1024), ("4,096", 8, 4096), ("16,384", 8, 16384), ("65,536", 8, 65536),
+            ("16,384, 32 KV heads (MHA)", 32, 16384),
+        ):  # fmt: skip
+            for cell, preset in zip(table[where], presets, strict=True):
+                assert float(cell) == pytest.approx(ms[(*key, "sdpa-bfloat16")] / ms[(*key, preset)], abs=0.051), where
+
+    def test_errors(self):
+        result = json.loads((RESULTS / "bench_error.json").read_text(encoding="utf-8"))
+        lines = [line for line in self.text.partition("## Errors")[2].splitlines() if line.startswith("| ")][1:]
+        shown = {}
+        for line in lines:
+            name, dtype, scalar, best, largest, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            shown[name, dtype] = scalar, best, largest
+        levels = result["arguments"]["levels"]
+        found = {}
+        for row in result["rows"]:
+            found.setdefault((row["name"], row["dtype"]), {})[row["level"]] = row
+        assert set(shown) == set(found)
+        for key, (scalar, best, largest) in shown.items():
+            by_level = found[key]
+            for cell, level in ((scalar, levels[0]), (best, levels[-1])):
+                row = by_level.get(level, by_level.get(None))
+                if cell:
+                    assert float(cell) == pytest.approx(row["rms"], rel=0.05), key
+            assert float(largest) == pytest.approx(max(row["largest"] for row in by_level.values()), rel=0.05), key

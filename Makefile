@@ -49,7 +49,8 @@ newest:
 	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps transformers
 	OMP_NUM_THREADS=1 .venv-newest/bin/$(PYTEST) -rfEs; result=$$?; \
 		.venv-newest/bin/python -m pip freeze | tr A-Z_ a-z- > .venv-newest/versions; \
-		sed 's/ *;.*//' $(LOCK) | grep -vxF -f - .venv-newest/versions | sed 's/^/Not in the lock: /'; exit $$result
+		sed 's/ *;.*//' $(LOCK) | grep -vxF -f - .venv-newest/versions | grep -vE '^(hf-kvquant|torch)\b' | \
+		sed 's/^/Not in the lock: /'; exit $$result
 TORCH = $(shell grep ^torch .ci/lock.in)
 
 # The newest releases within the ranges of pyproject.toml and .ci/*.in, for every Python that we support: uv resolves for

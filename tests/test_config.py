@@ -42,8 +42,8 @@ class TestPresets:
     def test_they_are_the_files_of_the_repository(self):
         """The presets behind the short names are the very files in configs/, nothing else."""
         folder = Path(__file__).parent.parent / "configs"
-        assert sorted(file.stem for file in folder.iterdir()) == PRESETS
-        for file in folder.iterdir():
+        assert sorted(file.stem for file in folder.glob("*.yaml")) == PRESETS
+        for file in folder.glob("*.yaml"):
             assert KVQuantConfig.preset(file.stem) == KVQuantConfig.from_yaml(file)
 
     @pytest.mark.parametrize(

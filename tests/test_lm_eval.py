@@ -494,7 +494,7 @@ class TestOtherModels:
     """A model that changes keys before attention is decoded token by token, where that is asked for."""
 
     def lm(self, **options) -> KVQuantLM:
-        model = families.build("gptj", attn="eager", vocab_size=4096)
+        model = families.build("falcon", attn="eager", vocab_size=4096)
         return load("int8-plain", model, tokenizer=AutoTokenizer.from_pretrained(MODEL), **options)
 
     def test_decoding(self):

@@ -108,6 +108,14 @@ class Host:
             given |= families.image(*ids.shape)
         return given
 
+    def image_for(self, cache, ids: torch.Tensor) -> dict:
+        """What a plain call with these tokens needs of the image: the mask of all tokens, and at first itself."""
+        if not self.sees_images:
+            return {}
+        past = int(cache.get_seq_length())
+        image = families.image(ids.shape[0], past + ids.shape[1])
+        return self.without_image(image) if past else image
+
     def without_image(self, inputs: dict) -> dict:
         """The arguments for tokens that follow those of a cache, which has seen the image."""
         image = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -177,10 +185,7 @@ class Host:
             logits = []
             for i in range(ids.shape[1]):
                 new = {name: ids[:, i : i + 1]}
-                if self.sees_images:
-                    new |= families.image(ids.shape[0], 1)
-                    if cache.get_seq_length():
-                        new = self.without_image(new)
+                new |= self.image_for(cache, new[name])
                 logits.append(self.model(**given, **new, **{CACHE: cache}, use_cache=True).logits)
         return torch.cat(logits, 1)
 
@@ -188,7 +193,7 @@ class Host:
         """Logits `[batch, vocab]` after a prompt fed at once."""
         inputs = self.of_ids(ids)
         if cache.get_seq_length():
-            inputs = self.without_image(inputs)
+            inputs = self.without_image(inputs) | self.image_for(cache, ids)
         with torch.no_grad(), hf_kvquant.attention(self.model):
             return self.model(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1]
 

@@ -152,6 +152,11 @@ class QuantizedCache(DynamicCache):
         return layers
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no quantized layer holds a token."""
+        return not any(layer.is_filled for layer in self.quantized_layers)
+
+    @property
     def quantized_layers(self) -> list[QuantizedLayer]:
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 

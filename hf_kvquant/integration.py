@@ -169,7 +169,7 @@ def _put_back_state(model: torch.nn.Module, cache: QuantizedCache) -> None:
     """What the model keeps of a generation outside of its cache belongs to the tokens in it: another generation may
     have overwritten it, and a model that was just loaded has none."""
     places = _state_places.get(model) or {}
-    if not places or not any(layer.is_filled for layer in cache.quantized_layers):
+    if not places or cache.is_empty:
         return
     for key, (module, name) in places.items():
         if key in cache.model_state:
@@ -316,7 +316,7 @@ class _Request:
         is_restored = not any(cache is own for cache in _caches_given((args, kwargs)))
         if is_restored:
             kwargs = kwargs | {host.cache_argument(self.model): self._restored(args, kwargs)}
-        if is_restored or not any(layer.is_filled for layer in own.quantized_layers):
+        if is_restored or own.is_empty:
             mask = kwargs.get(_mask_argument(self.model))
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 # Its columns are those of this call, to which the model may add others in front.

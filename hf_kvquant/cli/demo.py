@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..config import KVQuantConfig
+from ..host import context_length
 from ..scoring import DENSE, score
 from . import demo_report
-from .models import Device, Dtype, backend_of, bundled_model, context_length, load_config, load_model
+from .models import Device, Dtype, backend_of, bundled_model, load_config, load_model
 from .running import Run, Speed, run
 from .source_text import windows
 
@@ -92,7 +93,7 @@ def demo(
     name = str(model or bundled_model())
     lm, tokenizer = load_model(name, dtype.value, device.value)
     configs = {name: load_config(name, None) for name in (DENSE, *KVQuantConfig.preset_names())}
-    longest = context_length(lm)
+    longest = context_length(lm.config)
     if longest is not None and prompt_tokens > longest - new_tokens:
         if longest <= new_tokens:
             raise typer.BadParameter(

@@ -15,8 +15,9 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from ..config import KVQuantConfig
+from ..host import context_length
 from ..scoring import DENSE
-from .models import BUNDLED, Device, Dtype, backend_of, context_length, load_config, load_model
+from .models import BUNDLED, Device, Dtype, backend_of, load_config, load_model
 from .running import Run, run
 
 # The first calls load libraries and fill torch's caches; they are not what the figures should show.
@@ -62,7 +63,7 @@ def generate(
     if input_ids.shape[1] == 0:
         raise typer.BadParameter("holds no token", param_hint="PROMPT")
     notes = Console(stderr=True)
-    longest = context_length(lm)
+    longest = context_length(lm.config)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         notes.print(
             f"Note: {input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {longest} "

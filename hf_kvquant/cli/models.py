@@ -98,8 +98,3 @@ def backend_of(config: KVQuantConfig | None, model: PreTrainedModel) -> str | No
         return ops.choose_backend(config.backend, model.device.type, model.dtype)
     except RuntimeError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest text that the model was made for, if its config says."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

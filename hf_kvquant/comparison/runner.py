@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..host import context_length
 from ..scoring import cache_read_share
 from .layer_errors import layer_errors
 from .methods import Dense, Method, Preset
@@ -90,7 +91,7 @@ def compare(
     Raises:
         ValueError: settings do not fit the documents, or the folder was begun with others.
     """
-    settings.check(documents.shape[1], _longest(model))
+    settings.check(documents.shape[1], context_length(model.config))
     methods = [Dense(), *methods]
     machine = facts.get("machine")
     plan = {
@@ -276,7 +277,3 @@ def fingerprint(model: PreTrainedModel) -> str:
     for parameter in model.parameters():
         checksum = zlib.crc32(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes(), checksum)
     return f"{checksum:08x}"
-
-
-def _longest(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

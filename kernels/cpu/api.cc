@@ -1,4 +1,4 @@
-// The C interface of the library, and which levels this processor can run.
+// The C interface of the library, and the choice of an instruction set that this processor has.
 #include <initializer_list>
 #ifdef KVQUANT_X86
 #include <cpuid.h>
@@ -26,7 +26,8 @@ bool has_avx_vnni() {
 }
 #endif
 
-// Null if this processor lacks an instruction of level i, or there is no such level.
+// The operators of instruction set i. Null if this processor does not have all of its instructions,
+// or if there is no set i.
 const Level* level(int64_t i) {
 #ifdef KVQUANT_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -51,12 +52,12 @@ enum Status { kDone = 0, kNoLevel = 1, kNoMemory = 2 };
 
 }  // namespace
 
-// The name of level i, or null past the last.
+// The name of instruction set i, or null past the last.
 KVQUANT_API const char* kvquant_level_name(int64_t i) {
   return i >= 0 && i < kNumLevels ? kLevelNames[i] : nullptr;
 }
 
-// Whether this processor has level i.
+// Whether this processor has instruction set i.
 KVQUANT_API int kvquant_level_runs(int64_t i) { return level(i) != nullptr; }
 
 // Sizes of the structs, for the host to compare with its own.

@@ -28,7 +28,7 @@ uint64_t bits_where(int n, Load attends) {
 
 struct MaskRow {
   const KvquantAttention* a;
-  const uint8_t* row;  // of this batch row, head and query
+  const uint8_t* row;  // the mask's row for this batch row, head and query
   int64_t position;    // of the query
 
   MaskRow() = default;
@@ -37,8 +37,7 @@ struct MaskRow {
     if (row) row += b * a.mask_stride[0] + head * a.mask_stride[1] + j * a.mask_stride[2];
   }
 
-  // The columns that the query sees, of the n from `first` on; an additive mask is copied to
-  // `bias`.
+  // Which of the n columns from `first` on the query sees; an additive mask is copied to `bias`.
   uint64_t visible(int64_t first, int n, float* bias) const {
     const int64_t step = a->mask_stride[3];
     const uint8_t* p = row + first * step;
@@ -89,7 +88,7 @@ struct DenseCopies {
         recent_length(a.recent_length),
         block_length(side.format != kDense && side.grid == kChannelGrid ? side.group_length : 1) {}
 
-  // The first column whose copy in the ring the query at `position` reads; kv_len: none.
+  // The first column whose copy in the ring the query at `position` reads, or kv_len.
   int64_t dense_from(int64_t position, int64_t kv_len) const {
     return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }

@@ -29,7 +29,7 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 constexpr int kSplit = 1024;           // columns of a work item
-constexpr int kInlineBytes = 1 << 18;  // a smaller cache is read before another thread wakes up
+constexpr int kInlineBytes = 1 << 18;  // less is read sooner than another thread wakes up
 
 inline Vec tanh_of(Vec x) {
   Vec t = Vec::exp(Vec(-2.0f) * Vec::abs(x));
@@ -51,8 +51,8 @@ struct RunningSoftmax {
     return whole;
   }
 
-  // Turns the scores of a tile into weights, 0 for hidden columns. Returns the factor for what was
-  // accumulated before.
+  // Turns the scores of a tile into weights, 0 for hidden columns. Returns the factor by which the
+  // caller rescales the values accumulated so far.
   float update(float* x, uint64_t visible, const float* bias, float scaling, float softcap) {
     constexpr int W = Vec::kWidth, kVecs = kTile / W;
     const Vec hidden(-__builtin_inff());
@@ -193,7 +193,7 @@ struct DecodeAttention {
     }
     keys.prepare(k_body, q_body, padded, prepared);
 
-    // What each row sees; the rows of padding repeat the last one.
+    // The mask of each row; the rows of padding repeat the last one.
     MaskRow mask[kMaxPaddedRows];
     int64_t k_dense_from[kMaxPaddedRows], v_dense_from[kMaxPaddedRows];
     for (int r = 0; r < padded; ++r) {
@@ -325,7 +325,7 @@ inline bool decode_attention(const KvquantAttention& a, KeyMethod keys, ValueMet
   return DecodeAttention<BFloat16>(a, keys, values).run();
 }
 
-// The operator of an instruction set, which chooses the methods.
+// The attention operator of one instruction set, whose methods the template arguments choose.
 template <KeyMethod (*key_method)(const KvquantSide&, int64_t dtype),
           ValueMethod (*value_method)(const KvquantSide&, int64_t dtype)>
 bool attend(const KvquantAttention& a) {

@@ -1,6 +1,6 @@
-// A method: how keys, or values, of one format take part in attention. Methods are function
-// pointers, so that no code is compiled for pairs of a key format and a value format. Here are the
-// methods in float arithmetic, for every format.
+// A method is the set of functions that score the keys, or sum up the values, of one format.
+// Methods are function pointers, so that no code is compiled for pairs of a key format and a value
+// format. This file has the methods in float arithmetic, for every format.
 #pragma once
 
 #include "cpu/float_tile.h"
@@ -12,19 +12,19 @@ struct KeyMethod {
   // Bytes that `prepare` writes for the query rows q `[rows, head_dim]`.
   size_t (*prepared_bytes)(const Body& keys, int rows);
   void (*prepare)(const Body& keys, const float* q, int rows, void* prepared);
-  // scores[r][i] = q[r] . keys[first + i] for the bits i of `columns`, which are among the first n.
-  // Other scores are undefined afterwards.
+  // scores[r][i] = q[r] . keys[first + i] for every bit i < n that is set in `columns`. The other
+  // scores are undefined.
   void (*score)(const Body& keys, int64_t first, int n, uint64_t columns, const float* q,
                 void* prepared, int rows, float* scores);
 };
 
 struct ValueMethod {
-  // acc[r] += the sum of p[r][i] * values[first + i] over the bits i of columns[r]. The method
+  // acc[r] += the sum of p[r][i] * values[first + i] over the bits set in columns[r]. The method
   // chooses the order of the channels in `acc`, and how many floats a row of it has.
   void (*accumulate)(const Body& values, int64_t first, int n, const uint64_t* columns,
                      const float* p, int rows, float* acc);
   size_t (*acc_floats)(const Body& values);
-  // Brings the rows of `acc` to the order of the channels.
+  // Puts the sums in the rows of `acc` into the order of the channels.
   void (*finish)(const Body& values, int rows, float* acc);
 };
 

@@ -101,8 +101,8 @@ void score_tile(const Codec& keys, uint64_t columns, const float* q, int rows, f
 }
 
 // acc[r] += the sum of p[r][i] * values[i], over the columns i whose bits are set in columns[r].
-// Other columns are not read, because what a row must not see may be NaN. Columns that every row
-// sees are decoded once for all rows; the others row by row.
+// Other columns are not read, because a column that a row must not see may hold NaN. Columns that
+// every row sees are decoded once for all rows; the others row by row.
 template <class Codec>
 void accumulate_tile(const Codec& values, const uint64_t* columns, const float* p, int rows,
                      float* acc) {

@@ -1,6 +1,6 @@
-// A level is the operators, compiled for one instruction set: the file level*.cc in the folder of
-// the instruction set. That folder is on the file's include path, so "vec.h" is the one of the
-// instruction set wherever it is included.
+// A `Level` holds the operators as compiled for one instruction set. It is defined in level*.cc in
+// the folder of that instruction set. The folder is on the file's include path, so every "vec.h"
+// that the file includes, directly or not, is the one of its instruction set.
 #pragma once
 
 #include "kvquant/params.h"

@@ -22,7 +22,7 @@ inline namespace KVQUANT_ISA {
 
 constexpr int kChunk = 64;
 constexpr int kMaxBlock = 256;
-constexpr int64_t kInlineElements = 1 << 17;  // fewer are written before another thread wakes up
+constexpr int64_t kInlineElements = 1 << 17;  // fewer are done before another thread wakes up
 
 inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
 
@@ -70,8 +70,8 @@ uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   return scale;
 }
 
-// Quantizes kWidth channels, from c on, of one block of the channel grid: `count` rows of T. Rows
-// that are not `counted` have no part in the scales. `codes`: `[count, head_dim]`.
+// Quantizes kWidth channels, from c on, of one block of the channel grid, which has `count` rows of
+// T. Only the rows that are `counted` determine the scales. `codes`: `[count, head_dim]`.
 template <class Format, class T>
 void quantize_channels(const uint8_t* const* rows, const bool* counted, int count, int c,
                        int head_dim, uint16_t* scale, uint16_t* zero_point, uint8_t* codes) {
@@ -97,8 +97,8 @@ void quantize_channels(const uint8_t* const* rows, const bool* counted, int coun
       high = Vec::where(finite, Vec::max(high, x), high);
     }
     const uint32_t any = Vec::finite(low);
-    // The sum turns -0 into +0: a minimum of both zeros may be either, and the bytes must not
-    // differ.
+    // Adding 0 turns -0 into +0: the minimum of both zeros may be either one, and the bytes must
+    // not depend on it.
     low = Vec::where(any, low, nothing) + nothing;
     high = Vec::where(any, high, nothing) + nothing;
     alignas(64) Half halves[Vec::kWidth];
@@ -190,7 +190,7 @@ struct QuantizeAppend {
   int32_t* sink_positions(int64_t b) const {
     return (int32_t*)((uint8_t*)a.sink_positions + b * a.sink_positions_stride);
   }
-  // Calls take(slot, column) for each of the n new tokens of batch row b that becomes a sink.
+  // Calls take(slot, column) for each of the n new tokens of batch row b that become sinks.
   template <class Take>
   void for_each_new_sink(int64_t b, int64_t n, Take take) const {
     int64_t slot = 0;

@@ -7,7 +7,7 @@
 namespace kvquant {
 
 // `GOMP_parallel` of an OpenMP runtime: calls work(data) on `threads` threads, the caller's among
-// them, and returns when all have. Null: a pool of our own.
+// them, and returns when every call has returned. Null: a pool of our own.
 using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 void use_openmp(OpenMpParallel parallel);
 
@@ -25,8 +25,8 @@ void parallel_for(int64_t count, int64_t threads, F& f) {
 }
 
 // At least `bytes` bytes, aligned to 64, which belong to the calling thread until its next call
-// with the same slot; null if there is no memory. One slot is for what a task needs, the other for
-// what the caller of parallel_for shares with its tasks.
+// with the same slot; null if there is no memory. One slot is for the memory of a task, the other
+// for the memory that the caller of parallel_for shares with its tasks.
 enum ScratchSlot { kTaskScratch = 0, kCallScratch = 1 };
 void* scratch(ScratchSlot slot, size_t bytes);
 

@@ -12,7 +12,7 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kMaxDotDim = 256;  // the sums over as many channels fit 32 bits
+constexpr int kMaxDotDim = 256;  // sums over 256 channels fit in 32 bits
 constexpr int kMaxGroups = kMaxDotDim / 16;
 
 // Whether the loops can read these keys or values: on the channel grid a tile must lie in one
@@ -22,8 +22,8 @@ inline bool takes_tiles(const KvquantSide& side) {
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
 }
-// Whether 16-bit dot products (avx2/dot.h) can take them; their weights are not exact enough for
-// float queries.
+// Whether the 16-bit dot products (avx2/dot.h) can read them. Their weights are not exact enough
+// for float queries.
 inline bool takes_words(const KvquantSide& side, int64_t dtype) {
   return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
 }
@@ -48,7 +48,7 @@ inline void load_scales(const Body& body, int g, int64_t first, int n, float* sc
   halves_to_floats(column, n, scale);
 }
 
-// The largest magnitude of the floats that it takes.
+// Tracks the largest magnitude of the floats passed to `take`.
 struct Largest {
   Vec most = Vec(0.0f);
 
@@ -62,9 +62,9 @@ struct Largest {
   }
 };
 
-// Channel grid: kRows queries times the scales that begin at `at`, those of one block of keys; the
-// largest magnitude of each product, and by lane the sum of each query times the zero points. The
-// rows advance together, because the steps of one row wait for each other.
+// Channel grid: multiplies kRows queries by the scales of one block of keys, which begin at `at`.
+// Also returns the largest magnitude of each product and, per lane, the sum of each query times the
+// zero points. The rows advance together, because the steps of one row depend on each other.
 template <int kRows>
 inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
                           Largest* largest, Vec* zero) {

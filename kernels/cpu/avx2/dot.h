@@ -1,6 +1,6 @@
 // Dot products of 16-bit integers, sixteen at a time, for AVX2 and AVX-VNNI.
 //
-// Codes are widened to 16 bits. Weights are what codes are multiplied by, queries or probabilities,
+// Codes are widened to 16 bits. They are multiplied by weights, which are queries or probabilities
 // as 16-bit integers with a common float factor. AVX2 multiplies and adds pairs (vpmaddwd), and
 // adds that to a sum in a second instruction; AVX-VNNI does both in one (vpdpwssd), with the same
 // result.
@@ -34,7 +34,7 @@ struct Words {
   Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }
 };
 
-// Widens sixteen bytes to words; two nibbles are a byte without a sign.
+// Widens sixteen bytes to words; a byte of two nibbles is unsigned.
 inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
@@ -45,7 +45,7 @@ constexpr int kBytesOf16 = 16;
 template <>
 constexpr int kBytesOf16<Nibble> = 8;
 
-// 16 or 32 channels (kWords 1 or 2), which begin at byte p of a row.
+// Loads 16 or 32 channels (kWords 1 or 2), whose bytes begin at p.
 template <int kWords, class Format>
 inline void load_channels(Format format, const uint8_t* p, Words* out) {
 #pragma GCC unroll 2
@@ -65,9 +65,9 @@ inline void load_channels(Nibble format, const uint8_t* p, Words* out) {
   }
 }
 
-// Pairs of the same channel of two columns a and b, for eight channels in each of out[0] and
-// out[1]: those of 16 bytes in their order, or the low nibbles and then the high nibbles of 8
-// bytes.
+// Pairs each channel of column a with the same channel of column b, eight channels in each of
+// out[0] and out[1]. They are the channels of 16 bytes in order, or the low nibbles and then the
+// high nibbles of 8 bytes.
 template <class Format>
 inline void load_pairs(Format format, const uint8_t* a, const uint8_t* b, Words* out) {
   const __m128i x = _mm_loadu_si128((const __m128i*)a), y = _mm_loadu_si128((const __m128i*)b);

@@ -7,8 +7,8 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// An element is a code on the channel grid, and a code less the midpoint on the token grid, before
-// scaling.
+// Before scaling, an element is its code on the channel grid, and code - midpoint on the token
+// grid.
 template <class Format, bool kChannel>
 struct WordKeys {
   static constexpr float kOffset = kChannel ? 0.0f : Format::kMidpoint;
@@ -17,8 +17,8 @@ struct WordKeys {
   struct alignas(32) Row {
     int16_t weights[kMaxDotDim];
     float factor;
-    float offset[kMaxGroups];  // is subtracted from the dot product of each group
-    float zero;                // query x zero points, which is added to every score of a block
+    float offset[kMaxGroups];  // subtracted from the dot product of each group
+    float zero;                // query x zero points, added to every score of a block
   };
 
   static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
@@ -91,8 +91,8 @@ struct WordKeys {
   KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
                                              int channels, const Row* row, int g,
                                              const float* scale, float* scores) {
-    // A pass computes the kOfLane columns from kOfLane * pass on for the lower lane of its totals,
-    // and those 4 columns further on for the upper lane.
+    // A pass computes kOfLane columns, from kOfLane * pass on, for the lower lane of its totals,
+    // and the columns 4 further on for the upper lane.
     constexpr int kOfLane = 4 / kRows;
     Vec totals[kRows];
 #pragma GCC unroll 1

@@ -9,8 +9,8 @@
 //                  along the columns     interleave bytes of two columns, widen, multiply with each
 //                                        row's pair of weights: probabilities x scales of values
 //
-// Channels stay in their order, so neither weights nor sums have to be rearranged. What
-// `takes_words` refuses, float queries and fp8 for instance, goes through float_tile.h.
+// Channels stay in their order, so neither weights nor sums have to be rearranged. The loops of
+// float_tile.h take everything that `takes_words` refuses, float queries and fp8 for instance.
 #pragma once
 
 #include "cpu/float_methods.h"

@@ -15,7 +15,7 @@ struct WordValues {
   struct Row {
     alignas(32) int16_t weights[kTile];
     float factor;
-    float offset;  // is subtracted from every sum
+    float offset;  // subtracted from every sum
   };
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,

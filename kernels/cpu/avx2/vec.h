@@ -47,8 +47,8 @@ struct Vec {
   static Vec decode(Unsigned8, const uint8_t* row, int c, int) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes(row + c)));
   }
-  // With the exponent and the mantissa moved to where FP16 has them, the bits are FP16 for 2^-8 of
-  // the element.
+  // With exponent and mantissa shifted to where FP16 has them, the bits are the FP16 encoding of
+  // 2^-8 times the element.
   static Vec decode(E4M3, const uint8_t* row, int c, int) {
     __m128i word = _mm_slli_epi16(_mm_cvtepu8_epi16(bytes(row + c)), 8);
     __m128i magnitude = _mm_srli_epi16(_mm_and_si128(word, _mm_set1_epi16(0x7f00)), 1);
@@ -88,8 +88,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
-  // The larger of the bits as integers: for magnitudes the larger float, where infinity is larger
-  // than every finite float, and NaN larger than infinity.
+  // Compares the bits as unsigned integers. Among magnitudes the larger integer is the larger
+  // float; infinity is above every finite float, and NaN above infinity.
   static Vec max_bits(Vec a, Vec b) {
     return _mm256_castsi256_ps(
         _mm256_max_epu32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)));

@@ -1,4 +1,4 @@
-// fp8 codes are expanded to BF16, whose dot products AVX-512 BF16 has; VBMI looks the bytes up.
+// Dot products of fp8 codes: table lookups (VBMI) expand them to BF16, and AVX-512 BF16 multiplies.
 #pragma once
 
 #include "methods.h"
@@ -7,7 +7,7 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 // Four elements take two quads: elements 0 and 2 are in the first, 1 and 3 in the second. A weight
-// is the sum of n BF16 floats, each the rest of those before it, rounded.
+// is the sum of n BF16 floats; each is the remainder that the ones before it leave, rounded.
 template <int n>
 struct Bf16Dot {
   using Codes = Quads;
@@ -20,10 +20,10 @@ struct Bf16Dot {
     for (int i = 0; i < 2; ++i, x += 2, quads += 16) {
       __m512 a = x[0].v, b = x[1].v;
       for (int k = 0; k < n; ++k) {
-        const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        store(numbers, quads + k * stride);
-        a = _mm512_sub_ps(a, float_of(_mm512_castsi512_si256(numbers)));
-        b = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(numbers, 1)));
+        const __m512i elements = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        store(elements, quads + k * stride);
+        a = _mm512_sub_ps(a, float_of(_mm512_castsi512_si256(elements)));
+        b = _mm512_sub_ps(b, float_of(_mm512_extracti64x4_epi64(elements, 1)));
       }
     }
     return _mm512_setzero_si512();
@@ -39,21 +39,21 @@ struct Bf16Dot {
       for (int k = 0; k < n; ++k) v[k] = _mm512_set1_epi32(quad[k * stride]);
     }
   };
-  void add(Quads numbers, const Weights& weights) {
+  void add(Quads elements, const Weights& weights) {
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) {
-      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(numbers.v), "v"(weights.v[k]));
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(elements.v), "v"(weights.v[k]));
     }
   }
   Vec result(int = 1, int32_t = 0, int32_t = 0) const { return sum; }
 
  private:
-  static __m512 float_of(__m256i numbers) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+  static __m512 float_of(__m256i elements) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16));
   }
-  static void store(__m512i numbers, int32_t* quads) {
-    numbers = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(numbers, 0xd8), 0xd8);
-    _mm512_storeu_si512(quads, numbers);
+  static void store(__m512i elements, int32_t* quads) {
+    elements = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(elements, 0xd8), 0xd8);
+    _mm512_storeu_si512(quads, elements);
   }
 };
 

@@ -1,7 +1,7 @@
 // Dot products of quads, four bytes or two BF16 elements at a time, for AVX-512 VNNI and BF16.
 //
-// All sixteen quads of a vector are multiplied with the same quad of weights. Weights are what
-// codes are multiplied by, queries or probabilities:
+// All sixteen quads of a vector are multiplied by the same quad of weights. Weights stand for
+// queries or probabilities:
 //
 //              elements of a quad              weights
 //   IntDot<n>  4 codes of 8 bits               integers of n bytes with a common float factor
@@ -26,8 +26,8 @@ inline void add_product(__m512i& sum, __m512i without, __m512i with) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(without), "v"(with));
 }
 
-// Undoes the order that packing 32-bit integers to words, and words to bytes, leaves: quad l of
-// vector d is then in place d of lane l.
+// Restores the order of quads after 32-bit integers were packed to words, and words to bytes.
+// Packing leaves quad l of vector d in place d of lane l.
 inline __m512i in_order(__m512i packed_twice) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, packed_twice);
@@ -40,7 +40,7 @@ struct IntDot {
   static constexpr int kPlanes = n;
   static constexpr int kSums = n;  // vectors of sums
   static constexpr int quads(int elements) { return elements / 4; }
-  // A weight that is rounded up to this still has n bytes.
+  // A weight rounded to at most this fits in n bytes.
   static constexpr float kLargest = (kSignedWeights ? 127 : 255) << 8 * (n - 1);
 
   static float factor(const Largest& x) { return x.factor(kLargest); }
@@ -65,7 +65,7 @@ struct IntDot {
     __m512i ab = pack(w[0], w[1]), cd = pack(w[2], w[3]);
     const __m512i low = _mm512_set1_epi16(255);
     store_bytes(_mm512_and_si512(ab, low), _mm512_and_si512(cd, low), quads);
-    if (kSignedWeights) {  // The low byte is signed too, so the high one is rounded, not cut.
+    if (kSignedWeights) {  // The low byte is signed too, so the high one is rounded, not truncated.
       ab = _mm512_add_epi16(ab, _mm512_set1_epi16(128));
       cd = _mm512_add_epi16(cd, _mm512_set1_epi16(128));
     }
@@ -97,7 +97,7 @@ struct IntDot {
     }
   };
   void add(Quads codes, const Weights& weights) {
-    static_assert(!kSignedWeights, "of codes and weights one is signed");
+    static_assert(!kSignedWeights, "either the codes or the weights are signed");
 #pragma GCC unroll 3
     for (int k = 0; k < n; ++k) {
       add_product(sum[k], weights.v[k], codes.v);
@@ -126,7 +126,7 @@ struct IntDot {
 };
 
 // Two codes c0 and c1 of four bits are one byte c0 + 16 c1 of a quad. Their weights w0 and w1 are
-// made of three signed bytes, so that three products do; two weights of two bytes would take four:
+// made of three signed bytes, so three products suffice; two weights of two bytes would take four:
 //
 //   w0 = x + 16 y,  w1 = 16 x + z:   w0 c0 + w1 c1 = x (c0 + 16 c1) + y (16 c0) + z c1
 //
@@ -146,9 +146,9 @@ struct PairDot {
 
   // The first 16 of 32 floats are paired with the other 16; if only 16 are left, the first 8 with
   // the other 8.
-  static __m512i split(const Vec* numbers, int n, int32_t* quads, int stride) {
+  static __m512i split(const Vec* floats, int n, int32_t* quads, int stride) {
     __m512i w[4];
-    for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(numbers[i].v);
+    for (int i = 0; i < 4; ++i) w[i] = _mm512_cvtps_epi32(floats[i].v);
     if (n < 64 && n % 32) {
       __m512i &low = w[n / 32 * 2], &high = w[n / 32 * 2 + 1];
       high = _mm512_maskz_shuffle_i64x2(0x0f, low, low, 0xee);

@@ -34,7 +34,7 @@ struct PairedKeys {
   void expand(Quads x, PairDot::Codes* out) const { out[0] = x; }
 };
 
-// What the weights of one group have in common: float = factor * weight.
+// Shared by the weights of one group: float = factor * weight.
 struct Share {
   float factor;
   int32_t sum;  // of the weights
@@ -56,8 +56,8 @@ inline Share make_weights(const float* x, int n, float factor, int32_t* quads, i
   return {factor, kSum ? Dot::total(sum) : 0};
 }
 
-// An address in each of 16 columns: in column 4 l + i it is group[l] + column[i]. Eight registers
-// hold what would be 16 pointers, for which there are not enough.
+// An address in each of 16 columns: in column 4 l + i it is group[l] + column[i]. It takes eight
+// registers; there are not enough for 16 pointers.
 struct Columns16 {
   const uint8_t* group[4];
   int64_t column[4];
@@ -82,7 +82,7 @@ template <class Operand>
 struct QuadKeys {
   using Dot = typename Operand::Dot;
   static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
-  // Vectors of columns, and query rows, whose sums fit the registers beside the codes.
+  // The vectors of columns and the query rows whose sums fit in the registers beside the codes.
   static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kRowsAtOnce = 4;
 
   // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
@@ -215,8 +215,8 @@ struct QuadKeys {
       for (int v = 0; v < kVecs; ++v) operand.expand(in[v][d], codes[v]);
 #pragma GCC unroll 2
       for (int o = 0; o < Operand::kOut; ++o) {
-        // The second of two vectors: of nibbles, the channels after those of the first; of BF16,
-        // the other two elements of four.
+        // The second of two vectors holds, for nibbles, the channels after those of the first
+        // and, for BF16, the other two elements of four.
         const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {

@@ -1,7 +1,7 @@
 // Scores and weighted sums of a tile of columns in dot products of stored codes (dot.h).
 //
 // A vector holds four inputs for each of sixteen outputs. It is made in registers from the stored
-// rows, and multiplied with a quad of weights of each query row. The loads and shuffles of the next
+// rows, and multiplied by a quad of weights of each query row. The loads and shuffles of the next
 // vector run beside the multiplications:
 //
 //   score        16 outputs: columns    4 inputs: channels

@@ -1,4 +1,4 @@
-// `Quads`: a vector of sixteen quads, which are four bytes each, and the shuffles that turn tiles.
+// `Quads`: a vector of sixteen quads of four bytes, and the shuffles that transpose tiles.
 #pragma once
 
 #include <immintrin.h>
@@ -25,7 +25,7 @@ struct Quads {
   Quads low_nibbles() const { return *this & Quads(15); }
   Quads high_nibbles() const { return Quads(_mm512_srli_epi16(v, 4)).low_nibbles(); }
   Quads low_nibbles_up() const { return Quads(_mm512_slli_epi16(v, 4)) & Quads(0xf0); }
-  // Bytes of two nibbles, a low (or high) one of a and the same one of b: a + 16 b.
+  // Bytes of two nibbles: the low (or high) nibble of a, plus 16 times the same nibble of b.
   static Quads pair_low(Quads a, Quads b) {
     return _mm512_ternarylogic_epi32(Quads(15).v, a.v, _mm512_slli_epi16(b.v, 4), 0xca);
   }

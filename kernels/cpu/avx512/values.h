@@ -9,11 +9,11 @@ inline namespace KVQUANT_ISA {
 
 // How stored values become operands. A step takes kColumns columns; those of step s begin at column
 // first(s). `take` reads one of the four vectors of a step; their bytes are interleaved; `expand`
-// turns each result into kOut vectors of codes. Nibbles take kHalves = 2 rounds, low ones and high
-// ones. The elements' weighted sum follows from the dot product of weights and codes:
+// turns each result into kOut vectors of codes. Nibbles take kHalves = 2 rounds, the low ones and
+// then the high ones. The elements' weighted sum follows from the dot product of weights and codes:
 //   kUnit * dot product + kShift * sum of weights
 //
-// Codes of a byte are signed, their weights are not.
+// 8-bit codes are signed; their weights are unsigned.
 template <class Dot_>
 struct FourColumns {
   using Dot = Dot_;
@@ -62,8 +62,8 @@ template <class Operand>
 struct QuadValues {
   using Dot = typename Operand::Dot;
   static constexpr int kChunk = sizeof(Quads);  // bytes of a row that are read at once
-  // A chunk has four vectors of sums: of bytes 0 .. 3, 4 .. 7, 8 .. 11 and 12 .. 15 of every lane.
-  // Nibbles have four more, for the high ones.
+  // A chunk has four vectors of sums, for bytes 0 .. 3, 4 .. 7, 8 .. 11 and 12 .. 15 of every lane.
+  // Nibbles need four more, for the high ones.
   static constexpr int kHalves = Operand::kHalves, kSums = 4 * kHalves * Vec::kWidth;
   static constexpr int kQuads = Dot::quads(kTile);
   // The registers hold the sums of kVecs vectors and kRowsAtOnce rows, so each chunk is read
@@ -195,8 +195,8 @@ struct QuadValues {
     }
   }
 
-  // Adds the weighted sums of one chunk over 64 columns to `sums`: of the `bytes` bytes from
-  // `columns` on in the first column. Pass kPass takes the low or the high nibbles, and (kParts =
+  // Adds the weighted sums of one chunk over 64 columns to `sums`. In the first column the chunk is
+  // the `bytes` bytes at `columns`. Pass kPass takes the low or the high nibbles, and (kParts =
   // 2) the lower or the upper eight bytes of every lane; it calls the next pass.
   template <int kRows, int kPass>
   KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,

@@ -43,8 +43,8 @@ struct Vec {
   static Vec decode(Unsigned8, const uint8_t* row, int c, int) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes(row + c)));
   }
-  // With the exponent and the mantissa moved to where FP16 has them, the bits are FP16 for 2^-8 of
-  // the element.
+  // With exponent and mantissa shifted to where FP16 has them, the bits are the FP16 encoding of
+  // 2^-8 times the element.
   static Vec decode(E4M3, const uint8_t* row, int c, int) {
     __m256i word = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes(row + c)), 8);
     __m256i magnitude = _mm256_srli_epi16(_mm256_and_si256(word, _mm256_set1_epi16(0x7f00)), 1);
@@ -86,8 +86,8 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
-  // The larger of the bits as integers: for magnitudes the larger float, where infinity is larger
-  // than every finite float, and NaN larger than infinity.
+  // Compares the bits as unsigned integers. Among magnitudes the larger integer is the larger
+  // float; infinity is above every finite float, and NaN above infinity.
   static Vec max_bits(Vec a, Vec b) {
     return _mm512_castsi512_ps(
         _mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));

@@ -105,9 +105,9 @@ KVQUANT_FN uint8_t float_to_e4m3(float x) {
   return uint8_t(sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3)));
 }
 
-// Where the channels c .. c + 7 are in a row of nibbles, for c a multiple of 8; in a chunk of 32,
-// c .. c + 15 for c a multiple of 16. Channel c + i is in byte `byte + i`, in the low nibble (shift
-// 0) or the high one (shift 4).
+// Where a row of nibbles holds channels c .. c + 7, for c a multiple of 8, or c .. c + 15 of a
+// chunk of 32, for c a multiple of 16. Channel c + i is in byte `byte + i`, in the low nibble
+// (shift 0) or the high one (shift 4).
 struct NibblePlace {
   int byte, shift;
 };
@@ -122,9 +122,9 @@ KVQUANT_FN int nibble_channel(int byte, bool high, int head_dim) {
 }
 
 // A format:
-//   kReach      where scales are symmetric: the largest magnitude of a code less the midpoint
+//   kReach      where scales are symmetric: the largest magnitude of code - midpoint
 //   kLevels     steps from the smallest to the largest code on the channel grid; 0: no zero points
-//   kMidpoint   what is subtracted from a code of the token grid
+//   kMidpoint   subtracted from every code of the token grid
 //   Code        how one code is written to a byte
 struct Signed8 {
   using Code = Signed8;

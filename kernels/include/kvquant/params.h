@@ -45,7 +45,7 @@ typedef struct KvquantSide {
   int64_t capacity;  // columns that `data` has room for
   int64_t ring_length;
   int64_t format, grid;
-  int64_t group_length;  // token grid: channels that share a scale; channel grid: tokens that do
+  int64_t group_length;  // token grid: channels per scale; channel grid: tokens per scale
   int64_t rotate;
   int64_t head_dim;
 } KvquantSide;

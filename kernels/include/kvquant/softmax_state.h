@@ -19,7 +19,7 @@ struct SoftmaxState {
   float max = -infinity();
   float sum = 0.0f;
 
-  // What is subtracted from scores: the largest, or 0 while every column is hidden.
+  // Scores are taken relative to it: the largest score, or 0 while every column is hidden.
   KVQUANT_FN float base() const { return max == -infinity() ? 0.0f : max; }
 
   // Raises the maximum to `largest`; returns the factor for everything accumulated so far.

@@ -17,8 +17,8 @@ KVQUANT_FN Int first_exact(Int position, Int recent_length, Int block_length) {
   return start > 0 ? start : 0;
 }
 
-// The smallest finite number of an additive mask. A number x hides its position unless
-// !(x <= mask_limit), so that NaN does not hide.
+// The lowest finite value of an additive mask's dtype. A value x hides its position if x <=
+// mask_limit, so a NaN does not hide.
 KVQUANT_FN float mask_limit(int64_t mask_kind) {
   return mask_kind == kAddFloat32   ? -3.4028234663852886e38f
          : mask_kind == kAddFloat16 ? -kFp16Max

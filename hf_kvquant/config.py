@@ -1,4 +1,4 @@
-"""`KVQuantConfig`: how a cache is quantized. What a YAML file says, validated.
+"""`KVQuantConfig`: how a cache is quantized; the validated content of a YAML file.
 
     KVQuantConfig.preset("int4")            # configs/int4.yaml, shipped with the package
     KVQuantConfig.from_yaml("mine.yaml")
@@ -25,20 +25,20 @@ from .quantization import QuantSpec
 BACKENDS = (AUTO, *NAMES)
 MAX_SINK_LENGTH = 1024
 MAX_RECENT_LENGTH = 4096
-# Limits of a YAML file, which PyYAML then reads in less than a second; other specs for each of a hundred layers take
-# a quarter of that. Nodes behind aliases count as often as they are used.
+# PyYAML reads a file within these limits in less than a second. A file that overrides the specs of a hundred layers
+# is a quarter as long. A node counts once for every alias of it.
 MAX_FILE_BYTES = 32 << 10
 MAX_NODES = 10_000
 MAX_DEPTH = 16
-# Digits of a layer's index.
+# The most digits of a layer index.
 _MAX_DIGITS = 9
-# Ending of a preset's name.
+# Suffix of a preset's name.
 STATIC = "-static"
 
 
 @dataclass(frozen=True)
 class LayerOverride:
-    """Other specs for one layer; None keeps the config's."""
+    """Specs that replace the config's in one layer; None keeps the config's."""
 
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
@@ -50,12 +50,12 @@ class KVQuantConfig:
 
     Args:
         keys, values: `QuantSpec`s, chosen independently; values live on the token grid.
-        sink_length: every query reads the first so many unpadded tokens of a row exactly (StreamingLLM,
+        sink_length: the number of unpadded tokens at the start of a row that every query reads exactly (StreamingLLM,
             https://arxiv.org/abs/2309.17453).
-        recent_length: a query reads the last so many tokens, its own included, exactly.
-        backend: "auto", or the one backend that must run.
+        recent_length: the number of latest tokens that a query reads exactly, its own included.
+        backend: "auto", or the name of the backend that must run.
         static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
-        layers: `LayerOverride` by layer index.
+        layers: a `LayerOverride` for each layer index that has one.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -98,7 +98,7 @@ class KVQuantConfig:
         return override.keys or self.keys, override.values or self.values
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Stored bits per cached number without windows: the mean of keys and values (16 for a dense side)."""
+        """Stored bits per cached element without exact copies: the mean of keys and values (16 for a dense side)."""
         sides = [16.0 if s.is_dense else s.bits_per_element(head_dim) for s in (self.keys, self.values)]
         return sum(sides) / 2
 
@@ -109,7 +109,7 @@ class KVQuantConfig:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Every name that `preset` knows: each preset, and each with `STATIC` behind it."""
+        """Every name that `preset` knows: each preset, without and with the suffix `STATIC`."""
         return [name + ending for ending in ("", STATIC) for name in cls.preset_names()]
 
     @classmethod
@@ -129,14 +129,14 @@ class KVQuantConfig:
         """Read and validate a file.
 
         Raises:
-            ValueError: the file cannot be read or parsed, or holds something else than a config; names file, field,
-                value and what is allowed.
+            ValueError: the file cannot be read or parsed, or is not a config; the message names file, field, value and
+                what is allowed.
         """
         return _read_yaml(Path(path))
 
     @classmethod
     def from_dict(cls, data: Mapping) -> KVQuantConfig:
-        """The inverse of `to_dict`; every field that is missing has its default.
+        """The inverse of `to_dict`; a missing field takes its default.
 
         Raises:
             ValueError: an unknown field, or a value that is not allowed.
@@ -153,13 +153,13 @@ class KVQuantConfig:
             raise ValueError(
                 f"layers: {told(layers)} is not allowed; expected a mapping from layer index to overrides"
             )
-        # Pairs, not a dict: 1 and "1" would silently become one.
+        # Pairs, not a dict, in which 1 and "1" would silently become one key.
         data["layers"] = tuple((_layer_idx(index), _override(index, override)) for index, override in layers.items())
         return cls(**data)
 
     @classmethod
     def load(cls, source: KVQuantConfig | str | Path | Mapping) -> KVQuantConfig:
-        """A config from whatever a user may pass: a config, a preset's name, a YAML path or a dict."""
+        """A config from any form that users may pass: a config, a preset's name, a YAML path or a dict."""
         if isinstance(source, cls):
             return source
         if isinstance(source, Mapping):
@@ -177,7 +177,7 @@ class KVQuantConfig:
         )
 
     def to_dict(self) -> dict:
-        """Plain data (numbers, strings, dicts), without what is at its default inside the specs."""
+        """Plain data (numbers, strings, dicts); fields of the specs that are at their default are left out."""
 
         def spec(s: QuantSpec) -> dict:
             return {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
@@ -232,7 +232,7 @@ def _spec(where: str, data: object) -> QuantSpec:
 
 
 def _layer_idx(index: object) -> object:
-    """JSON, through which transformers saves a generation config, makes every key a string."""
+    """The index as an integer: transformers saves a generation config as JSON, which makes every key a string."""
     is_number = isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_DIGITS
     return int(index) if is_number else index
 
@@ -262,7 +262,7 @@ def _read_preset(name: str) -> KVQuantConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing, and an alias may multiply without end."""
+    """PyYAML with limits: it keeps the last of two equal keys in silence, and lets aliases multiply without end."""
 
     _depth = 0
 
@@ -282,14 +282,14 @@ class _Loader(yaml.SafeLoader):
             return None
         if _count(node, {}) > MAX_NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"more than {MAX_NODES} nodes, or an alias of what it stands in", node.start_mark
+                None, None, f"more than {MAX_NODES} nodes, or a node with an alias of itself", node.start_mark
             )
         return self.construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            # As a dict compares them, for which 1, 0x1 and true are one.
+            # Keys are compared as a dict compares them: 1, 0x1 and true are the same key.
             name = None if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key, deep=True)
             if name.__hash__ and name in seen:
                 raise yaml.constructor.ConstructorError(
@@ -301,7 +301,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below a node, with what aliases repeat; too many for a node that holds itself."""
+    """The number of nodes in a node, those that aliases repeat included; too many if the node contains itself."""
     if id(node) not in known:
         known[id(node)] = MAX_NODES + 1
         below = node.value if isinstance(node, yaml.CollectionNode) else []
@@ -322,7 +322,7 @@ def _read_yaml(file) -> KVQuantConfig:
         data = yaml.load(content.decode(), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
-    # Some texts that look like dates and numbers are none.
+    # ValueError: some texts look like a date or a number, but are not valid ones.
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{file}: is not valid YAML ({error})") from error
     try:

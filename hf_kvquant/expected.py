@@ -1,15 +1,15 @@
-"""What may stand in a saved cache: values compared with patterns that a fresh layer of the same config makes.
+"""Checks the content of a saved cache against patterns that a fresh layer of the same config makes.
 
-A pattern looks like the value that it stands for: dicts, lists and tuples of patterns, and in them
+A pattern has the structure of the values that fit it: dicts, lists and tuples of patterns, and in them
 
-    a type           any value of it, of no other type
-    a range          an integer in it
-    a frozenset      what fits one of its patterns
-    a meta tensor    a tensor of its shape and dtype, with any numbers
-    `Bounds`         a tensor whose elements lie between two tensors'
+    a type           a value of exactly that type
+    a range          an integer in the range
+    a frozenset      a value that fits one of its patterns
+    a meta tensor    a tensor of its shape and dtype, with any elements
+    `Bounds`         a tensor whose elements lie between those of two tensors
     anything else    an equal value of the same type
 
-A pattern is made for the sizes that a state claims, so all of its tensors have to agree about them.
+A pattern is made for the sizes that a state claims, so all tensors of the state have to agree on them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from . import message
 from .host import GENERATION_STATE, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 BOOL = frozenset({False, True})
-# Far more than any cache holds, and no overflow when sizes are multiplied.
+# Far more than any cache holds, yet products of such sizes do not overflow.
 COUNT = range(1 << 40)
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """A tensor like `low` and `high`, with elements from `low` to `high`. `fills`: each row holds increasing numbers,
+    """A tensor like `low` and `high`, with elements from `low` to `high`. `fills`: each row holds increasing integers,
     and after them only -1."""
 
     low: torch.Tensor
@@ -49,12 +49,12 @@ class Bounds:
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A pattern for tensors."""
+    """A pattern for tensors of this shape and dtype."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def misfit(found: object, pattern: object, where: str) -> str | None:
-    """The first place where `found` does not fit the pattern, in words; None if it fits."""
+    """A description of the first place where `found` does not fit the pattern; None if it fits."""
     if isinstance(pattern, dict):
         if type(found) is not dict or found.keys() != pattern.keys():
             has = sorted(map(str, found)) if isinstance(found, dict) else found
@@ -91,7 +91,7 @@ def _differs(where: str, found: object, pattern: object) -> str:
 
 
 def _told(value: object) -> str:
-    """A value or a pattern in a message."""
+    """The text for a value or a pattern in a message."""
     if isinstance(value, Bounds):
         return f"{_told(value.low)} with elements from {value.low.tolist()} to {value.high.tolist()}"[:300]
     if isinstance(value, torch.Tensor):
@@ -107,21 +107,21 @@ def _told(value: object) -> str:
 
 
 def check(found: object, pattern: Callable[[], object], where: str) -> None:
-    """Compare a value with the pattern that is made for its sizes.
+    """Compare a value with a pattern.
 
     Raises:
-        ValueError: the value does not fit, or there is no pattern, because no layer has such sizes.
+        ValueError: the value does not fit, or making the pattern fails, because no layer has such sizes.
     """
     try:
         told = misfit(found, pattern(), where)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        told = f"{where} is no state of such a layer ({type(error).__name__}: {str(error)[:200]})"
+        told = f"{where} cannot be the state of such a layer ({type(error).__name__}: {str(error)[:200]})"
     if told is not None:
         raise ValueError(told)
 
 
 def model_state(state: Mapping) -> dict:
-    """The pattern for what models keep of a generation outside of its cache."""
+    """The pattern for the state of a generation that models keep outside of the cache."""
     return {
         name: frozenset({None, COUNT, meta(*getattr(value, "shape", ()), dtype=torch.int64)})
         for name, value in state.items()
@@ -133,8 +133,8 @@ def native(layer: object, state: Mapping) -> dict:
     """The pattern for the attributes of one of transformers' own layers.
 
     Args:
-        layer: a fresh one of the same config.
-        state: the attributes to be compared, whose tensors tell the sizes.
+        layer: a fresh layer of the same config.
+        state: the attributes to compare; the shapes of its tensors determine the pattern's.
     """
     fresh = copy.deepcopy(layer)
     if isinstance(fresh, LinearAttentionLayer):
@@ -154,7 +154,7 @@ def native(layer: object, state: Mapping) -> dict:
 
 
 def linear(layer: LinearAttentionLayer, state: Mapping) -> dict:
-    """The pattern for the linear attributes of a layer that has others too."""
+    """The pattern for the linear-attention attributes of a layer that has others too."""
     return native(LinearAttentionLayer(layer.number_of_states), state)
 
 
@@ -173,13 +173,13 @@ def _float(states: torch.Tensor) -> torch.dtype:
 
 
 def _dtypes(fresh: object, state: Mapping) -> object:
-    """Of a layer of two kinds, the dtype of the one that was used last."""
+    """The allowed dtypes: a layer with both kinds of attention keeps the dtype of the one that ran last."""
     linear = state["conv_states"].values() if isinstance(fresh, LinearAttentionLayer) else ()
     return frozenset(x.dtype for x in (state.get("keys"), *linear) if x is not None) or None
 
 
 def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
-    """How many tokens there may have been, given what is kept of them."""
+    """The number of tokens that may have passed, given the states that are kept of them."""
     if isinstance(fresh, DynamicSlidingWindowLayer):
         kept, most = (state["keys"].shape[2] if fresh.is_initialized else 0), fresh.sliding_window - 1
         if kept < most or not most:
@@ -189,11 +189,11 @@ def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
     if tokens is not None and tokens <= fresh.max_cache_len:
         return torch.tensor(tokens)
     least, most = (1, fresh.max_cache_len) if fresh.is_initialized else (0, 0)
-    # A window that overflowed is counted by the integer alone.
+    # Once the window has overflowed, only the integer counts on.
     return Bounds(torch.tensor(least if tokens is None else 0), torch.tensor(most))
 
 
-# What changes with use, and is no state itself.
+# Patterns for attributes that change with use, other than keys, values and linear states.
 _CHANGES = {
     "conv_kernel_size": lambda fresh, state: {
         i: COUNT[1:] if size is not None and state["record_past"] is True else size

@@ -1,9 +1,8 @@
-"""The seam to transformers: its private names, and what differs between its versions. Nothing else asks for either.
+"""The seam to transformers: only this file uses its private names and knows the differences between its versions.
 
-Each name stands in `NEEDS` with the versions that have it. Importing this file checks that all of them exist and take
-the parameters that we pass or replace; where one is missing it raises `ImportError` with the installed version, the
-name and the versions that were tested. It never guesses, and no other message blames a model for what is true of a
-version.
+`NEEDS` lists each name with the versions that have it. Importing this file checks that every name exists and takes the
+parameters that we pass or replace. If one is missing, it raises `ImportError` with the installed version, the name and
+the versions that were tested. So an untested version is never guessed at, nor mistaken for a fault of the model.
 
 transformers 5.24 renamed the argument, the output field and the `model_kwargs` entry of the cache: `past_key_values`
 (in Mamba `cache_params`) became `cache`. `CACHE` is the installed version's name; `cache_argument` asks a model.
@@ -27,14 +26,14 @@ OLDEST, NEWEST = "5.17", "5.24"
 @dataclass(frozen=True)
 class Need:
     """A name of transformers: `path` is "module:name" or "module:Class.name", `parameters` those that we rely on, and
-    `versions` the minor versions in which it has this meaning."""
+    `versions` the minor versions in which the name has this meaning."""
 
     path: str
     parameters: tuple[str, ...] = ()
     versions: str = f"{OLDEST} to {NEWEST}"
 
     def check(self) -> None:
-        """Raises ImportError where the installed transformers has no such name, or not with these parameters."""
+        """Raises ImportError if the installed transformers has no such name, or if it lacks one of the parameters."""
         module, _, names = self.path.partition(":")
         try:
             found = importlib.import_module(f"transformers.{module}")
@@ -56,7 +55,7 @@ class Need:
 
 
 NEEDS = (
-    # Methods that are wrapped, and what they are given.
+    # Methods that we wrap, with the arguments that we pass to them.
     Need("generation.utils:GenerationMixin.generate", ("inputs", "generation_config")),
     Need(
         "generation.utils:GenerationMixin._prepare_cache_for_generation",
@@ -67,7 +66,7 @@ NEEDS = (
     Need("generation.utils:GenerationMixin.init_continuous_batching", ("generation_config",)),
     Need("modeling_utils:PreTrainedModel.get_compiled_call", ("compile_config",)),
     Need("generation.configuration_utils:ALL_CACHE_IMPLEMENTATIONS"),
-    # Questions to a model.
+    # What we ask a model.
     Need("generation.utils:GenerationMixin.prepare_inputs_for_generation", ("input_ids",)),
     Need("generation.utils:GenerationMixin._supports_default_dynamic_cache"),
     Need("generation.utils:GenerationMixin._get_static_cache_init_shape"),
@@ -80,7 +79,7 @@ NEEDS = (
     Need("masking_utils:AttentionMaskInterface"),
     Need("masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),
     Need("utils.output_capturing:_active_collector.get"),
-    # Generation with candidates, and with guidance.
+    # Assisted generation, and guidance.
     Need("generation.utils:GenerationMode.ASSISTED_GENERATION"),
     Need("generation.logits_process:UnbatchedClassifierFreeGuidanceLogitsProcessor", ("model", "use_cache")),
     # The layers of caches.
@@ -98,7 +97,7 @@ NEEDS = (
 for need in NEEDS:
     need.check()
 
-# Only now: a plain import of a missing name would say less.
+# After the check, because a plain import of a missing name gives a worse message.
 from transformers.cache_utils import (  # noqa: E402
     CacheLayerMixin,
     DynamicLayer,
@@ -154,11 +153,11 @@ __all__ = [
 ]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""How a cache is called by a forward and its output: from 5.24 on, before 5.24, by Mamba before 5.24."""
+"""The names of the cache in a forward and in its output: from 5.24 on; before 5.24; in Mamba before 5.24."""
 
 
 def _cache_name() -> str:
-    """The first of them that the installed version takes."""
+    """The first of `CACHE_NAMES` that the installed version takes."""
     for name in CACHE_NAMES:
         need = Need("generation.utils:GenerationMixin.prepare_inputs_for_generation", (name,))
         try:
@@ -174,29 +173,29 @@ CACHE = _cache_name()
 
 
 def cache_argument(model: torch.nn.Module) -> str | None:
-    """The name under which the model, or a model inside of it, takes a cache; None where no forward names one."""
+    """The argument under which the model, or a model inside of it, takes a cache; None if no forward has one."""
     parts = {type(part): None for part in model.modules() if isinstance(part, PreTrainedModel)}
     named = [name for part in parts for name in CACHE_NAMES if name in inspect.signature(part.forward).parameters]
     return CACHE if CACHE in named else next(iter(named), None)
 
 
 def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
-    """Layers of a decoder that attend to something else than its tokens (Mllama: to image tokens)."""
+    """The layers of a decoder that attend to other tokens than its own (in Mllama, to image tokens)."""
     return set(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model was made for, if its config says so."""
+    """The number of tokens that the model was made for, or None if its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 GENERATION_STATE = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")
-"""What models keep of a generation outside of its cache: offsets of positions behind images (Qwen-VL and 23 others),
-and the positions of an image that is generated (GLM-Image)."""
+"""Attributes in which models keep state of a generation outside of the cache: offsets of positions after images
+(Qwen-VL and 23 others), and the positions of an image that is being generated (GLM-Image)."""
 
 
 def generation_state(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Where the model keeps such a state: the module and its attribute, under a name that other instances share."""
+    """The module and attribute of each `GENERATION_STATE` in the model, under names that hold for every instance."""
     return {
         f"{type(module).__name__}.{name}": (module, name)
         for module in model.modules()
@@ -206,7 +205,7 @@ def generation_state(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module,
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the model's forward names the argument."""
+    """Whether the model's forward has a parameter of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
@@ -216,8 +215,8 @@ def cache_inputs(model: torch.nn.Module, cache: Cache) -> dict:
 
 
 def cache_of(output: object) -> Cache | None:
-    """The cache that a model's output, or the dictionary that generation keeps, returns."""
-    # The newest name first, and no further: asking for an old one makes transformers warn.
+    """The cache in a model's output, or in the dictionary that generation keeps."""
+    # The search begins with the newest name and stops at a hit, because transformers warns when an old one is read.
     name = next((name for name in CACHE_NAMES if name in output), None)
     return None if name is None else output[name]
 
@@ -228,7 +227,7 @@ def attn_implementation(config: PreTrainedConfig) -> str | None:
 
 
 def set_attn_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Rename it for this config alone; the public setter changes the configs inside of it, too."""
+    """Set that name for this config alone; the public setter changes the configs inside of it, too."""
     config._attn_implementation_internal = name
 
 
@@ -243,10 +242,10 @@ def supports_cache(model: PreTrainedModel) -> bool:
 
 
 def static_cache_shape(model: PreTrainedModel) -> tuple | None:
-    """`num_heads` and `head_dim` with which a static cache of the model can be allocated early; None: not known."""
+    """`num_heads` and `head_dim` for allocating a static cache of the model early; None if they are not known."""
     return model._get_static_cache_init_shape()
 
 
 def records_attention_weights() -> bool:
-    """Whether the model's call that is running collects attention weights, which most models do not pass on."""
+    """Whether the running call of the model collects attention weights; most models do not pass that argument on."""
     return "attentions" in (_active_collector.get() or ())

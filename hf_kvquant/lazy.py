@@ -1,7 +1,7 @@
-"""`LazyStates`: what a model sees that looks inside of a quantized layer in the middle of a step.
+"""`LazyStates`: the tensor that a model gets if it reads a quantized layer's keys or values in the middle of a step.
 
-Mllama asks `layer.keys.numel()` of every layer in every step. A tensor that de-quantizes only when its numbers are
-used answers that, and what its shape, dtype and device are, for nothing.
+Mllama calls `layer.keys.numel()` on every layer in every step. A tensor that de-quantizes only when its elements are
+used answers that, and gives its shape, dtype and device, at no cost.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_map_only
 
 
 class LazyStates(torch.Tensor):
-    """A tensor of a known shape whose numbers `read` gives, called once, by the first operation on it."""
+    """A tensor of a known shape. The first operation on it calls `read`, once, for its elements."""
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, read: Callable[[], torch.Tensor]):
         tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        tensor._read, tensor._numbers = read, None
+        tensor._read, tensor._elements = read, None
         return tensor
 
     def _known(self) -> torch.Tensor:
-        if self._numbers is None:
-            self._numbers = self._read()
-        return self._numbers
+        if self._elements is None:
+            self._elements = self._read()
+        return self._elements
 
     def __repr__(self, **kwargs) -> str:
         return f"LazyStates({self._known()!r})"

@@ -1,4 +1,4 @@
-"""Values in messages: whatever a stranger wrote, of any size and depth, in a line or two."""
+"""Shortens values for messages: users may pass any value, of any size and depth; a message shows a line or two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _short.maxlist = _short.maxtuple = _short.maxdict = 8
 
 
 def told(value: object) -> str:
-    """`repr`, shortened where it is long."""
+    """`repr` of the value, shortened if it is long."""
     try:
         return _short.repr(value)
     except ValueError:

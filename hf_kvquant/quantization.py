@@ -2,7 +2,7 @@
 
 A `QuantSpec` says how one side of the cache (keys or values) is stored; `quantize(x, spec)` gives a `QuantizedTensor`,
 and its `dequantize()` the lossy copy. This file is the *definition*: every compiled backend writes the same bytes, bit
-for bit, so all steps are float32 with one IEEE rounding each, and products stand where a library might divide.
+for bit. So all steps are float32 with one IEEE rounding each, and they multiply where a library might divide.
 
 Two grids. On the **token grid** a token's vector of one head is quantized on its own, in groups along head_dim with
 one FP16 scale each: bytes never depend on other tokens. On the **channel grid** (keys) `block_length` consecutive
@@ -37,8 +37,8 @@ GRIDS = ("token", "channel")
 
 @dataclass(frozen=True)
 class Format:
-    """A number format. `reach`: the largest code magnitude on the symmetric (token) grid; `levels`: the number of
-    steps between smallest and largest code on the channel grid, or None where that grid is symmetric too."""
+    """A format of stored elements. `reach`: the largest code magnitude on the symmetric (token) grid; `levels`: the
+    number of steps between smallest and largest code on the channel grid, or None where that grid is symmetric too."""
 
     name: str
     bits: int
@@ -66,7 +66,7 @@ class QuantSpec:
         block_length: channel grid: tokens that share a channel's scale, a power of two from 16 to 256 (64 if None).
         rotate: token grid: store the Hadamard transform along head_dim.
 
-    Its `code` is one word for it, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense".
+    Its `code` is the spec in one word, as operators take it: "int8:token:64:rotate", "int4:channel:64", "dense".
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -114,7 +114,7 @@ class QuantSpec:
                 object.__setattr__(self, "block_length", 64)
             if self.block_length not in (16, 32, 64, 128, 256):
                 refuse("block_length", "one of 16, 32, 64, 128, 256")
-        # Every call of an operator asks for it.
+        # Computed once, because every call of an operator needs it.
         object.__setattr__(self, "code", self._code())
 
     @property
@@ -151,11 +151,11 @@ class QuantSpec:
         return head_dim * FORMATS[self.format].bits // 8
 
     def num_scales(self, head_dim: int) -> int:
-        """Scales of one row: of a token's groups, or of a block's channels."""
+        """The number of scales in one row: one per group of a token, or one per channel of a block."""
         return head_dim if self.is_channel else head_dim // (self.group_size or head_dim)
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Stored bits per cached number, scales and zero points included; dense sides have none of their own."""
+        """Stored bits per cached element, with scales and zero points; a dense side has no bits of its own."""
         if self.is_dense:
             raise ValueError("format: 'dense' has the model's own width; bits_per_element needs a quantized format")
         overhead = 16 * (2 if self.has_zero_point else 1)
@@ -186,7 +186,7 @@ class QuantizedTensor:
     """Stored bytes of `[batch, num_kv_heads, kv_len, head_dim]`.
 
     `data` uint8 `[batch, num_kv_heads, kv_len, row_bytes]`, `scale` and `zero_point` float16 (shapes in the module's
-    docstring; zero_point only on the channel grid of integer formats). `spec` is resolved: its group_size is a number.
+    docstring; zero_point only on the channel grid of integer formats). `spec` is resolved: its group_size is set.
     """
 
     data: torch.Tensor
@@ -222,7 +222,7 @@ def quantize(x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None = No
     """Quantize `x` `[batch, num_kv_heads, kv_len, head_dim]` (any float dtype).
 
     On the channel grid a last, shorter block gets its own scales, and tokens marked True in `padding`
-    `[batch, kv_len]` do not enter the statistics.
+    `[batch, kv_len]` do not influence the scales.
 
     Raises:
         ValueError: the spec is dense, or does not fit head_dim.
@@ -259,7 +259,7 @@ def _quantize_tokens(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
 def _quantize_channels(
     x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes, scales and zero points per channel of each block; statistics skip padding and non-finite numbers."""
+    """Codes, scales and zero points per channel of each block; they ignore padding and non-finite elements."""
     form, length = FORMATS[spec.format], spec.block_length
     kv_len = x.shape[-2]
     counted = x.isfinite()
@@ -277,7 +277,7 @@ def _quantize_channels(
         codes = _symmetric_codes(blocks * r, spec.format)
         zero_point = None
     else:
-        # The sum turns -0 into +0: which of the two is smaller depends on the order of the search.
+        # Adding 0 turns -0 into +0; which of the two the search returns depends on its order.
         low = torch.where(counted, blocks, torch.inf).amin(-2, keepdim=True).masked_fill(empty, 0.0) + 0.0
         high = torch.where(counted, blocks, -torch.inf).amax(-2, keepdim=True).masked_fill(empty, 0.0) + 0.0
         zero_point = low.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
@@ -324,7 +324,7 @@ def rotation_block(head_dim: int) -> int:
 
 
 def pack(codes: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Bytes uint8 `[.., row_bytes]` of codes `[.., head_dim]` (numbers, exact in float32)."""
+    """Bytes uint8 `[.., row_bytes]` of codes `[.., head_dim]` (integers or fp8 values, exact in float32)."""
     if spec.format == "fp8":
         return codes.to(torch.float8_e4m3fn).view(torch.uint8)
     if spec.format == "int8":
@@ -334,7 +334,7 @@ def pack(codes: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 
 def unpack(data: torch.Tensor, spec: QuantSpec, head_dim: int) -> torch.Tensor:
-    """The numbers that stored codes stand for before scaling, float32 `[.., head_dim]` (token int4: code - 7.5)."""
+    """The values that stored codes encode before scaling, float32 `[.., head_dim]` (token int4: code - 7.5)."""
     if spec.format == "fp8":
         return data.view(torch.float8_e4m3fn).float()
     if spec.format == "int8":

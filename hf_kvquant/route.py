@@ -1,11 +1,11 @@
-"""How a layer learns whether its model takes quantized states, and what is said once about it.
+"""How a layer learns whether its model takes quantized states, and the warnings about it, each given once.
 
-It is learned, not listed: the first tensors that a layer returns, or the first while the model's attention is ours,
-are fresh views tagged with the layer. If those very objects arrive at attention, and nothing else has used them,
-nothing stood in between.
+There is no list of models. The first tensors that a layer returns, or the first while the model's attention is ours,
+are fresh views tagged with the layer. If those very objects arrive at attention, and nothing else has used them, then
+the model does not change states between the cache and attention.
 
 (From transformers 5.24 on, models hand `cache.update` a dictionary that they pass on to attention. It would tell which
-layer a call of attention belongs to, but not whether the model changed the states in between, which is the question.)
+layer a call of attention belongs to, but not whether the model changed the states in between, which we need to know.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from contextlib import contextmanager
 import torch
 from torch.utils._pytree import tree_leaves
 
-# How cached states can reach attention, and `window_lost`: crops beyond the exact window.
+# The routes of cached states to attention, and `window_lost`, which counts crops beyond the exact window.
 ROUTES = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
 
 _TAG = "_kvquant_layer"
 
 
 class Routes(Counter):
-    """How often each of `ROUTES` was taken; `in_call` while the model that the cache was given to runs."""
+    """How often each of `ROUTES` was taken; `in_call` is true while the model that was given the cache runs."""
 
     in_call = False
 
@@ -36,9 +36,9 @@ class Routes(Counter):
 
 
 class _Fresh(torch.Tensor):
-    """States that a layer has just returned; they know what they are, and whether anything but attention used them."""
+    """States that a layer has just returned; `used` tells whether anything but attention has used them."""
 
-    # What `QuantizedStates` can do too.
+    # The attributes and methods that `QuantizedStates` has too; these do not count as use.
     _shared = frozenset(
         {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
         | {torch.Tensor.size, torch.Tensor.to}
@@ -66,9 +66,9 @@ def tagged(states: torch.Tensor, layer: object) -> torch.Tensor:
 
 
 def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Called by attention with its key and value: if they are the very objects that a layer returned from an
-    update, and nothing else has used them (a mask made of values, say), nothing stands between cache and attention,
-    and the layer may return `QuantizedStates` from now on. Returns both as plain tensors."""
+    """Attention calls this with its key and value. If they are the very objects that a layer returned from an update,
+    and nothing else has used them (to make a mask of the values, say), the layer may return `QuantizedStates` from now
+    on. Returns both as plain tensors."""
     layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
     used = getattr(key, "used", False) or getattr(value, "used", False)
     same_layer = len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None
@@ -83,7 +83,7 @@ _switch_lock = threading.Lock()
 
 @contextmanager
 def switched_attention() -> Iterator[None]:
-    """Within this context some model's attention is ours: cached states that do not reach it have a reason to tell."""
+    """Within this context some model's attention is ours, so cached states that do not reach it call for a warning."""
     global _switched
     with _switch_lock:
         _switched += 1

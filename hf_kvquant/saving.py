@@ -1,15 +1,15 @@
 """A cache as a file: `QuantizedCache.save` and `load`.
 
-One safetensors file. Its tensors are the bytes as they are stored (codes, scales, exact copies), so nothing is rounded
-on the way; its metadata is JSON: the config of the cache, what the layers know besides tensors, and what identifies
-the model. Two SHA-256 sums, one of the metadata and one of the tensors, tell a damaged file from a whole one.
+A cache is one safetensors file. Its tensors are the bytes as they are stored (codes, scales, exact copies), so saving
+rounds nothing. Its metadata is JSON: the config of the cache, the state of the layers besides tensors, and what
+identifies the model. Two SHA-256 sums, of the metadata and of the tensors, tell a damaged file from a whole one.
 
-A file is written beside its final name, flushed to the disk, and renamed: what stood there before is whole until the
-new file is. It is read through a memory map whose pages are copied when they are written to, so that a cache can be
-used, and even changed, without the file being read as a whole or changed.
+A file is written beside its final name, flushed to the disk, and renamed, so an old file of that name stays whole
+until the new one is complete. It is read through a memory map whose pages are copied when they are written to: a cache
+can be used, and even changed, while the file is neither read as a whole nor changed.
 
-Nothing in a file is executed (no pickle), and nothing in it is believed: a checksum can be made anew, so `load`
-compares every name, shape, dtype and number that decides anything with what a fresh layer would hold (`expected.py`).
+Nothing in a file is executed (no pickle), and nothing in it is trusted. Anyone can make a valid checksum, so `load`
+checks every name, shape, dtype and number that matters against those of a fresh layer (`expected.py`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from .message import told
 try:
     import fcntl
 except ImportError:
-    # Windows has no such locks, and temporaries of processes that were killed stay.
+    # Windows has no such locks; there the temporary files of killed processes stay.
     fcntl = None
 
 FORMAT_VERSION = 1
-# All metadata stands under one key, because safetensors writes several in no fixed order.
+# All metadata is stored under one key, because safetensors writes several keys in no fixed order.
 _KEY = "hf_kvquant_cache"
-# Of these fields of a model's config the cached states do not depend, or not in a way that a load could not mend.
+# Fields of a model's config that do not affect cached states, or whose effect `load` can make up for.
 _IRRELEVANT = frozenset({
     "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
     "initializer_range", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
@@ -54,7 +54,7 @@ _IRRELEVANT = frozenset({
 _SAMPLES = 64
 _LOCK = "lock"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensors_file.DTYPES.values()}
-# Files of the first versions do not say which adapters were active.
+# Files of the first versions have no entry for the active adapters.
 _MODEL = {"config": dict, "weights": frozenset({None, str})}
 _DESCRIPTION = {"kv_config": dict, "model": dict, "length": expected.COUNT}
 _HEADER = {
@@ -64,14 +64,14 @@ _HEADER = {
 
 
 def write(path: str | Path, description: dict, packed: tuple[object, dict[str, torch.Tensor]]) -> None:
-    """Write a file, as a whole or not at all. A symbolic link is followed: the file that it leads to is replaced.
+    """Write a file, as a whole or not at all. A symbolic link is followed, and the file behind it is replaced.
 
     Args:
         description: plain data (what JSON can hold) for the reader to check before anything else.
         packed: a state, from `pack`.
 
     Raises:
-        ValueError: `path` is a folder or in none, or something else than a regular file.
+        ValueError: `path` is a folder, is not in a folder, or exists and is not a regular file.
         OSError: the disk is full, or may not be written to.
     """
     path, given = Path(os.path.realpath(path)), path
@@ -95,7 +95,7 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
     }
     header["header_sha256"] = _header_sum(header, tensors.items())
     with _temporary(path) as temporary:
-        # What safetensors makes only its owner can read; this has the permissions of any new file.
+        # A file that safetensors makes is readable by its owner only; this one has the permissions of any new file.
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         try:
@@ -112,7 +112,7 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
 
 
 def _give(path: Path, old: os.stat_result) -> None:
-    """Owner and group as before, as far as the system allows: only root gives files away."""
+    """Set owner and group as before, as far as the system allows: only root can give files away."""
     if hasattr(os, "chown"):
         for owner in (old.st_uid, -1):
             with suppress(OSError):
@@ -122,9 +122,9 @@ def _give(path: Path, old: os.stat_result) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name for what shall be renamed to `path`, in a folder of its own beside it; what safetensors makes on the way
-    lies there too. The folder holds a file that is locked (flock) while its process lives: folders whose lock is free
-    are what killed processes left, and are removed."""
+    """A path for the new file until it is renamed to `path`, in a folder of its own beside it. Temporary files of
+    safetensors are in that folder too. It also holds a file that is locked (flock) as long as the process lives: a
+    folder whose lock is free was left by a killed process, and is removed."""
     _sweep(path)
     folder, lock = _locked_folder(path)
     try:
@@ -141,7 +141,7 @@ def _locked_folder(path: Path) -> tuple[Path, BinaryIO]:
         with suppress(FileNotFoundError):
             lock = open(folder / _LOCK, "wb")  # noqa: SIM115 (closed by the caller)
             if fcntl:
-                # A file system that has no locks cannot be swept either.
+                # Without locks in this file system, nothing is swept either.
                 with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
             if (folder / _LOCK).exists():
@@ -150,11 +150,11 @@ def _locked_folder(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes have left beside `path`."""
+    """Remove the folders that killed processes have left beside `path`."""
     if fcntl is None:
         return
     name = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]+\.tmp")
-    # Folders of other users, and locks that are held, refuse.
+    # Folders of other users, and held locks, raise OSError.
     with suppress(OSError):
         for folder in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
             with suppress(OSError):
@@ -163,7 +163,7 @@ def _sweep(path: Path) -> None:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         shutil.rmtree(folder, ignore_errors=True)
                 except FileNotFoundError:
-                    # Killed before it made its lock, so it made nothing else.
+                    # The process was killed before it made its lock, so the folder is empty.
                     folder.rmdir()
 
 
@@ -171,7 +171,8 @@ def read(path: str | Path, mapped: bool = True) -> File:
     """Map a file into memory, or read it, and check that its metadata is whole.
 
     Raises:
-        ValueError: the file cannot be read, is no cache, was cut short or damaged, or has another format version.
+        ValueError: the file cannot be read, is not a saved cache, was cut short or damaged, or has another format
+            version.
     """
     texts, tensors = tensors_file.read(path, mapped)
     found = texts.get(_KEY)
@@ -197,26 +198,26 @@ def read(path: str | Path, mapped: bool = True) -> File:
 
 
 class File:
-    """What `read` found; tensors are views of the mapped file until they are written to."""
+    """The content of a file; its tensors are views of the mapped file until they are written to."""
 
     def __init__(self, path: str | Path, header: dict, tensors: dict[str, torch.Tensor]):
         self.path, self._header, self._tensors = path, header, tensors
         self.description = header["description"]
 
     def verify(self) -> None:
-        """Read every tensor's bytes.
+        """Check the bytes of every tensor, which reads the whole file.
 
         Raises:
-            ValueError: they are not those that were written.
+            ValueError: they differ from those that were written.
         """
         if self._header["tensors_sha256"] != _tensors_sum(self._tensors.items()):
             raise ValueError(f"{self.path}: is damaged: the checksum of its tensors is wrong")
 
     def state(self, device: torch.device | str) -> object:
-        """The state that was written, with tensors and devices on `device`. May be asked for once.
+        """The state that was written, with tensors and devices on `device`. Call it only once.
 
         Raises:
-            ValueError: it is not in the form that `pack` makes.
+            ValueError: the state does not have the form that `pack` makes.
         """
         try:
             state = _unflatten(self._header["state"], self._tensors, torch.device(device))
@@ -227,17 +228,17 @@ class File:
         return state
 
     def check_model(self, model: torch.nn.Module | PreTrainedConfig) -> None:
-        """Whether the file's cache was computed by this model; see `identity`.
+        """Check that this model computed the file's cache; see `identity`.
 
         Raises:
-            ValueError: it was not, or the file does not know.
+            ValueError: another model did, or the file does not say.
         """
         saved, given = self.description["model"], identity(model)
         adapters = {"adapters": frozenset({None, dict})} if "adapters" in saved else {}
         expected.check(saved, lambda: _MODEL | adapters, f"{self.path}: the model")
         names = saved["config"].keys() | given["config"].keys()
         if self._header["transformers_version"] != host.VERSION:
-            # Another version may know other fields.
+            # Another version may have other fields.
             names = saved["config"].keys() & given["config"].keys()
         for name in sorted(names):
             was, now = (fields["config"].get(name) for fields in (saved, given))
@@ -267,21 +268,21 @@ class File:
 
 
 def base_model(model: object) -> object:
-    """The model that adapters of peft are wrapped around; anything else as it is."""
+    """The model inside a wrapper of peft; any other argument as it is."""
     is_wrapper = isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel)
     return model.get_base_model() if is_wrapper and hasattr(model, "get_base_model") else model
 
 
 def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
-    """What tells one model from another: the fields of its text config that cached states may depend on, and, given
-    the model itself (or a `PeftModel` around it), a hash over its weights, and which adapters act on which module.
+    """The data that tells one model from another: the fields of the text config that may affect cached states and, if
+    the model itself is given (or a `PeftModel` around it), a hash over its weights and the active adapters.
 
-    The hash is over shape, dtype and 64 numbers, evenly spaced, of every parameter: milliseconds for any model, and
-    different for a fine-tuned twin. It does not see a change of a few single numbers.
+    The hash covers shape, dtype and 64 evenly spaced elements of every parameter: it takes milliseconds for any model,
+    and differs for a fine-tuned twin. It does not notice a change of a few single elements.
 
     Raises:
-        ValueError: neither a model nor a config, or weights that are not in memory (offloaded to disk) or cannot be
-            read.
+        ValueError: the argument is neither a model nor a config, or its weights are not in memory (offloaded to disk)
+            or cannot be read.
     """
     base = base_model(model)
     is_model = isinstance(base, PreTrainedModel)
@@ -297,9 +298,9 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
 
 
 def _adapters(model: torch.nn.Module, base: PreTrainedModel) -> dict[str, dict]:
-    """The adapters of peft that act in each module, with their scaling; "merged" if they are in its weights.
+    """The active adapters of peft in each module, with their scaling, or "merged" if they are part of its weights.
 
-    A module with adapters is known by its bool `disable_adapters`, as all of peft's have it, without importing peft.
+    peft is not imported: a module with adapters is recognised by its bool `disable_adapters`, which peft's all have.
     """
     found = {}
     for name, module in base.named_modules():
@@ -314,7 +315,7 @@ def _adapters(model: torch.nn.Module, base: PreTrainedModel) -> dict[str, dict]:
         }
         if acting:
             found[name] = acting
-    # Prompts and prefixes stand beside the model, in no module of it.
+    # Prompts and prefixes are kept beside the model, not in one of its modules.
     prompts = getattr(model, "prompt_encoder", {}) if model is not base else {}
     if prompts and not getattr(model, "_adapters_disabled", False):
         found["prompt"] = dict.fromkeys(model.active_adapters)
@@ -347,7 +348,7 @@ def _weights_sum(model: torch.nn.Module) -> str:
             raise ValueError(
                 f"model: the weights of {name} are not in memory; give model.config instead of the model"
             ) from None
-        # A subclass may refuse anything, with any error.
+        # A tensor subclass may refuse to be read, with any error.
         except Exception as error:
             raise ValueError(
                 f"model: the weights of {name}, a {type(parameter).__name__}, cannot be read "
@@ -365,16 +366,16 @@ def _add_weights(digest, weights: torch.Tensor) -> None:
     if weights.is_meta:
         raise _NotInMemory
     if is_traceable_wrapper_subclass(weights):
-        # The tensors that it holds, because it may refuse to be read as one.
+        # Read the inner tensors, because the wrapper may refuse to be read itself.
         names, _ = weights.__tensor_flatten__()
         digest.update(f"{type(weights).__name__} {tuple(weights.shape)} {weights.dtype}".encode())
         for name in names:
             _add_weights(digest, getattr(weights, name))
         return
-    numbers = weights.detach().reshape(-1)
-    # Odd, so that it does not walk along one column of a matrix.
-    step = len(numbers) // _SAMPLES | 1
-    sample = numbers[::step].contiguous().cpu().view(torch.uint8)
+    elements = weights.detach().reshape(-1)
+    # An odd step, so that the samples are not all in one column of a matrix.
+    step = len(elements) // _SAMPLES | 1
+    sample = elements[::step].contiguous().cpu().view(torch.uint8)
     digest.update(f"{tuple(weights.shape)} {weights.dtype}".encode())
     digest.update(sample.numpy())
 
@@ -415,7 +416,7 @@ def _flatten(value: object, name: str, tensors: dict[str, torch.Tensor]) -> obje
 
 
 def _unflatten(value: object, tensors: dict[str, torch.Tensor], device: torch.device) -> object:
-    """The inverse of `_flatten`; takes each tensor out of `tensors`, so that none has two places."""
+    """The inverse of `_flatten`; removes each tensor from `tensors`, so that none is used twice."""
     if not isinstance(value, dict):
         return value
     [(kind, content)] = value.items()
@@ -427,7 +428,7 @@ def _unflatten(value: object, tensors: dict[str, torch.Tensor], device: torch.de
         return device
     if kind == "dict":
         if not all(type(key) in (int, str) for key, _ in content):
-            raise ValueError("a key is neither an integer nor a text")
+            raise ValueError("a key is neither an integer nor a string")
         return {key: _unflatten(x, tensors, device) for key, x in content}
     return {"list": list, "tuple": tuple}[kind](_unflatten(x, tensors, device) for x in content)
 
@@ -435,22 +436,22 @@ def _unflatten(value: object, tensors: dict[str, torch.Tensor], device: torch.de
 def _tensors_sum(tensors) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors, key=lambda named: named[0]):
-        # Flat, because a view as bytes needs a dimension.
+        # Flat, because a tensor without dimensions has no view as bytes.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _header_sum(header: dict, tensors) -> str:
     table = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors)
-    # Through JSON and back, as the reader gets it.
+    # Through JSON and back, because the reader computes the sum from parsed JSON.
     plain = json.loads(json.dumps([header, table]))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     if path.is_dir() and os.name == "nt":
-        # Windows opens no folders.
+        # Windows cannot open folders.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,8 +1,9 @@
 """A safetensors file, opened once: its metadata and its tensors.
 
-The safetensors package opens a file by its name, once for the header and again for the tensors, so that a file that is
-replaced meanwhile gives a mixture of two. Here one descriptor gives both, a file that is none is refused instead of
-waited for, and no number in the header is believed. The layout (https://github.com/huggingface/safetensors#format):
+The safetensors package opens a file by its name, once for the header and again for the tensors, so that a file that
+is replaced meanwhile gives a mixture of two. Here one descriptor serves both. Anything but a regular file is refused,
+because opening it might wait, and no number in the header is trusted. The layout
+(https://github.com/huggingface/safetensors#format):
 
     8 bytes   length of the header, little-endian
     header    JSON: {"__metadata__": {name: text}, tensor: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}}
@@ -26,7 +27,7 @@ DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-# As in the safetensors package.
+# The limit of the safetensors package.
 _MAX_HEADER_BYTES = 100_000_000
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a fifo", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -35,8 +36,8 @@ _KINDS = {
 
 
 def kind(status: os.stat_result) -> str | None:
-    """What a path is instead of a regular file, in words; None for a regular file."""
-    return None if stat.S_ISREG(status.st_mode) else _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+    """The kind of a path that is not a regular file, in words; None for a regular file."""
+    return None if stat.S_ISREG(status.st_mode) else _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
 
 
 def read(path: str | Path, mapped: bool) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -47,20 +48,20 @@ def read(path: str | Path, mapped: bool) -> tuple[dict[str, str], dict[str, torc
             ends the process if the file has become shorter; False reads the whole file into memory.
 
     Raises:
-        ValueError: the file cannot be read, or is no whole safetensors file.
+        ValueError: the file cannot be read, or is not a complete safetensors file.
     """
     content = _content(path, mapped)
     try:
         return _parse(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: is no whole safetensors file; it was cut short or is something else ({error})"
+            f"{path}: is not a complete safetensors file; it was cut short or is something else ({error})"
         ) from None
 
 
 def _content(path: str | Path, mapped: bool) -> mmap.mmap | bytearray:
     try:
-        # Opening a fifo waits for who writes to it, and opening a device may do anything.
+        # Opening a fifo waits for a writer, and opening a device may do anything.
         found = kind(os.stat(path))
         if found is None:
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -80,28 +81,28 @@ def _parse(content: mmap.mmap | bytearray) -> tuple[dict[str, str], dict[str, to
     length = int.from_bytes(content[:8], "little")
     start = 8 + length
     if len(content) < 8 or length > _MAX_HEADER_BYTES or start > len(content):
-        raise ValueError(f"{len(content)} bytes have no room for a header of {length}")
+        raise ValueError(f"{len(content)} bytes are too few for a header of {length}")
     header = json.loads(content[8:start])
     if not isinstance(header, dict):
-        raise ValueError("the header is no mapping")
+        raise ValueError("the header is not a mapping")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("the metadata is no mapping of texts")
+        raise ValueError("the metadata is not a mapping of strings")
     tensors, end = {}, start
     for name, (begin, stop, dtype, shape) in sorted(
         ((name, _checked(name, entry)) for name, entry in header.items()), key=lambda entry: entry[1][:2]
     ):
         if start + begin != end or start + stop > len(content):
-            raise ValueError(f"tensor {told(name)} has the bytes {begin} to {stop} of {len(content) - start}")
+            raise ValueError(f"tensor {told(name)} claims bytes {begin} to {stop} of {len(content) - start}")
         tensors[name] = _tensor(content, end, dtype, shape)
         end = start + stop
     if end != len(content):
-        raise ValueError(f"{len(content) - end} bytes belong to no tensor")
+        raise ValueError(f"{len(content) - end} bytes do not belong to any tensor")
     return metadata, tensors
 
 
 def _checked(name: str, entry: object) -> tuple[int, int, torch.dtype, list[int]]:
-    """Where a tensor's bytes begin and end, its dtype and its shape; they fit together."""
+    """The begin and end of a tensor's bytes, its dtype and its shape, after checking that they fit together."""
     if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
         numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= 8
@@ -122,7 +123,7 @@ def _tensor(content: mmap.mmap | bytearray, offset: int, dtype: torch.dtype, sha
         raise ValueError(str(error)) from None
     if tensor.data_ptr() % dtype.itemsize:
         raise ValueError(f"a tensor of {dtype} is not aligned")
-    # Any other byte is undefined where a program reads it as a bool.
+    # Reading any other byte as a bool is undefined behaviour.
     if dtype == torch.bool and tensor.view(torch.uint8).max() > 1:
-        raise ValueError("a tensor of bools holds other bytes than 0 and 1")
+        raise ValueError("a bool tensor holds bytes other than 0 and 1")
     return tensor

@@ -281,7 +281,7 @@ HOSTILE = {
     "deep mappings": (f"{SIDES}layers: {'{1: ' * 3000}", "is not valid YAML .*more than 16 levels"),
     "a deep block": ("".join(f"{' ' * i}- \n" for i in range(150)), "is not valid YAML .*more than 16 levels"),
     "aliases that multiply": (f"{SIDES}layers:\n  0: &a0 [x, x, x, x]\n{ALIASES}", "more than 10000 nodes"),
-    "an alias of itself": (f"{SIDES}layers: &a {{0: *a}}", "more than 10000 nodes, or an alias of what it stands in"),
+    "an alias of itself": (f"{SIDES}layers: &a {{0: *a}}", "more than 10000 nodes, or a node with an alias of itself"),
     "20,000 layers": (
         f"{SIDES}layers: {{{', '.join(f'{i}: {{keys: {{format: int4}}}}' for i in range(20_000))}}}",
         "is longer than 32768 bytes; expected a config",

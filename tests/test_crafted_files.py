@@ -379,7 +379,7 @@ TABLE = {
     "a sink twice": (put("layers.0.sink_positions", (0, 1), 9), r"sink_positions is"),
     "a slot left out": (put("layers.0.sink_positions", (0, 1), -1), r"sink_positions is"),
     "a tensor in two places": (same_tensor_twice, r"its state cannot be read \(KeyError"),
-    "bools of other bytes": (other_bools, "bools holds other bytes than 0 and 1"),
+    "bools of other bytes": (other_bools, "a bool tensor holds bytes other than 0 and 1"),
     "a path as config": (a_path_as_config, r"kv_config is '/etc/passwd'; expected dict"),
     "layers of other batches": (unequal_rows, r"has tensors of \[1, 2\] rows; expected one batch"),
 }

@@ -304,13 +304,13 @@ def other_length(header, tensors):
 
 
 DAMAGES = {
-    "empty": (lambda f: f.write_bytes(b""), "is no whole safetensors file"),
-    "a stub": (lambda f: f.write_bytes(f.read_bytes()[:5]), "is no whole safetensors file"),
-    "half the header": (lambda f: f.write_bytes(f.read_bytes()[:400]), "is no whole safetensors file"),
-    "half": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is no whole safetensors file"),
-    "one byte short": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "is no whole safetensors file"),
-    "one byte long": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), "is no whole safetensors file"),
-    "text": (lambda f: f.write_text("keys:\n  format: int8\n" * 9), "is no whole safetensors file"),
+    "empty": (lambda f: f.write_bytes(b""), "is not a complete safetensors file"),
+    "a stub": (lambda f: f.write_bytes(f.read_bytes()[:5]), "is not a complete safetensors file"),
+    "half the header": (lambda f: f.write_bytes(f.read_bytes()[:400]), "is not a complete safetensors file"),
+    "half": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is not a complete safetensors file"),
+    "one byte short": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "is not a complete safetensors file"),
+    "one byte long": (lambda f: f.write_bytes(f.read_bytes() + b"\0"), "is not a complete safetensors file"),
+    "text": (lambda f: f.write_text("keys:\n  format: int8\n" * 9), "is not a complete safetensors file"),
     "weights": (lambda f: save_file({"a": torch.ones(3)}, f), "not one that QuantizedCache.save has written"),
     "a bit of the last tensor": (functools.partial(flip, 1.0), "checksum of its tensors is wrong"),
     "a bit in the middle": (functools.partial(flip, 0.5), "checksum of its tensors is wrong"),
@@ -692,7 +692,7 @@ def test_a_file_that_is_cut_short_after_it_was_read(file):
     before = copy.deepcopy([tensors_of(layer) for layer in cache.layers])
     os.truncate(file, 100)
     assert_equal([tensors_of(layer) for layer in cache.layers], before)
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         QuantizedCache.load(file, build(), mmap=False)
 
 

@@ -1,7 +1,7 @@
 """The attention function that models call while a quantized cache is in use.
 
-A tensor goes to the model's own (dense) attention, `QuantizedStates` to the operator. What the operator cannot do goes
-to dense attention over de-quantized states, said once and counted.
+A tensor goes to the model's own (dense) attention, `QuantizedStates` to the operator. A call that the operator cannot
+do goes to dense attention over de-quantized states; such calls are counted, and the first one warns.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def attend(
 
     Args:
         query: `[batch, num_heads, q_len, head_dim]`.
-        key, value: what `cache.update` returned, perhaps changed by the model.
+        key, value: the return values of `cache.update`, perhaps changed by the model.
         dense_attention: the model's own attention function; takes the same arguments.
-        states_type, operator: the value that stands for cached states, and what attends to it.
+        states_type, operator: the type of cached states that are attended to as stored, and the function that does it.
 
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
-    # The mask of a static cache is as wide as its storage; the states have the columns in use, where those are known.
-    # What else does not fit is an error of the operator, or of dense attention.
+    # The mask of a static cache is as wide as its storage; the states have only the columns in use, if these are
+    # known. The operator, or dense attention, raises for any other width that does not fit.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == getattr(key, "capacity", None):
         attention_mask = attention_mask[..., : key.shape[2]]
     if not isinstance(key, states_type):
@@ -80,7 +80,7 @@ def _decode(*arguments, **options) -> torch.Tensor:
 
 
 def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, kwargs: dict) -> str | None:
-    """Why the operator cannot do this call, or None."""
+    """The reason why the operator cannot do this call, or None."""
     if not same_type:
         return "values that are not cached as the keys are"
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
@@ -100,7 +100,7 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, k
 
 
 def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
-    """One additive mask `[batch or 1, num_heads, q_len, kv_len]` of a bias and a mask (T5)."""
+    """A bias (T5) and a mask as one additive mask `[batch or 1, num_heads, q_len, kv_len]`."""
     lowest = torch.finfo(position_bias.dtype).min
     if mask is None or mask.ndim == 2:
         columns = torch.arange(key.shape[2], device=position_bias.device)

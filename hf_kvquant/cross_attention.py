@@ -1,7 +1,7 @@
-"""Layers of a decoder's cache that hold no tokens of the text (Mllama: the keys and values of its images).
+"""Layers of a decoder's cache that do not hold tokens of the text (in Mllama they hold keys and values of images).
 
-They stay transformers' own, un-quantized: each is written once and read as it is, also by code that looks inside. A
-rollback takes back tokens of the text, so it leaves them alone.
+They stay transformers' own, un-quantized: each is written once, and models also read their tensors directly. A crop
+removes tokens of the text, so it leaves these layers alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .host import DynamicLayer, StaticLayer
 
 class CrossAttentionLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: what is cropped are tokens of the text."""
+        """Do nothing, because only tokens of the text are cropped."""
 
 
 class StaticCrossAttentionLayer(StaticLayer):
-    """As long as its first states: a text's `max_length` says nothing about an image."""
+    """A layer as long as its first states, because the `max_length` of a text says nothing about an image."""
 
     supports_early_init = False
 
@@ -29,7 +29,7 @@ class StaticCrossAttentionLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: what is cropped are tokens of the text."""
+        """Do nothing, because only tokens of the text are cropped."""
 
 
 CROSS_ATTENTION = (CrossAttentionLayer, StaticCrossAttentionLayer)

@@ -1,11 +1,11 @@
-"""A static cache as an argument of `torch.export`: its tensors are inputs that the program writes to.
+"""Lets `torch.export` take a static cache as an argument: its tensors are inputs that the program writes to.
 
     hf_kvquant.register_for_export()
     program = torch.export.export(Step(model), (ids, cache))
     logits = program.module()(ids, cache)  # and the cache has one token more
 
-transformers registers its own caches in the same way, when an exporter asks for it: as a pytree node a cache would
-also be taken apart by other users of pytrees.
+It has to be asked for, as with transformers' own caches: once a cache is a pytree node, everything that uses pytrees
+takes it apart.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .static import StaticQuantizedLayer
 
 
 def register_for_export() -> None:
-    """Let `torch.export` take a static `QuantizedCache` as an argument; harmless when repeated.
+    """Let `torch.export` take a static `QuantizedCache` as an argument; a second call changes nothing.
 
-    The cache has been filled by a prompt before. Its layers must keep nothing but tensors: a model with sliding or
-    linear layers beside full attention is refused when it is exported.
+    A prompt must have filled the cache before. Its layers may keep their state in tensors only: a model with sliding
+    or linear layers beside full attention is refused when it is exported.
     """
     if QuantizedCache not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
@@ -35,7 +35,7 @@ def register_for_export() -> None:
 
 
 class _Empty:
-    """A cache without its tensors, in whose places stand other objects; equal to those of caches of its form."""
+    """A cache with other objects in place of its tensors; two are equal if their caches have the same form."""
 
     def __init__(self, cache: QuantizedCache, tensors: list[torch.Tensor]):
         self.places = [object() for _ in tensors]
@@ -51,7 +51,7 @@ class _Empty:
 
 
 def _replacing(old: list, new: list, cache: QuantizedCache) -> dict:
-    """What `copy.deepcopy` shall take instead of copying."""
+    """The memo for `copy.deepcopy`: objects to take instead of copies."""
     return {id(cache._config): cache._config} | {id(a): b for a, b in zip(old, new)}
 
 
@@ -64,7 +64,7 @@ def _flatten(cache: QuantizedCache) -> tuple[list[torch.Tensor], _Empty]:
                 "prompt has filled, of full-attention layers only"
             )
         if isinstance(layer, StaticQuantizedLayer):
-            # The program will change it on the device.
+            # The length is read from the device, where the program will change it.
             layer._length = None
     tensors = list({id(x): x for layer in cache.layers for x in _tensors(vars(layer))}.values())
     return tensors, _Empty(cache, tensors)

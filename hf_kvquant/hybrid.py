@@ -1,6 +1,6 @@
-"""Layers with linear and full attention side by side: the linear states stay transformers' own, the rest is quantized.
+"""Layers with linear and full attention side by side: transformers keeps the linear states, the rest is quantized.
 
-Each method is either one part's, or both parts' in turn.
+Each method calls that of one half of the layer, or those of both halves in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .storage import storage_nbytes
 
 
 class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
-    """Its full attention is a `QuantizedLayer`."""
+    """A layer of both kinds whose full attention is a `QuantizedLayer`."""
 
     _attention: type[QuantizedLayer] = QuantizedLayer
     _layer_type = None
@@ -31,7 +31,7 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
         self._attention.__init__(self, kv_config, layer_idx, routes, max_length)
 
     def set_linear_states(self, number_of_states: int) -> None:
-        """How many linear states the layer keeps; before it is used."""
+        """Set how many linear states the layer keeps, before it is used."""
         LinearAttentionLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
@@ -82,12 +82,12 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
 
 
 class StaticQuantizedHybridLayer(QuantizedHybridLayer, StaticQuantizedLayer):
-    """Its full attention is a `StaticQuantizedLayer`."""
+    """A layer of both kinds whose full attention is a `StaticQuantizedLayer`."""
 
     _attention = StaticQuantizedLayer
     _layer_type = None
 
     @property
     def is_compileable(self) -> bool:
-        """As transformers has it: linear states that are recorded for a rollback grow."""
+        """False while linear states are recorded for a rollback, because they grow then; as in transformers."""
         return not self.record_past

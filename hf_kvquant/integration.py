@@ -1,10 +1,10 @@
-"""What is added to transformers, in one place, and how to take it away again.
+"""Adds the quantized cache to transformers, all in one place, and takes it away again.
 
-transformers has no registry for caches, so methods of its models are wrapped; for every name that is not ours they
-pass straight through. Attention functions and their masks are registered under `kvquant|<base>`, where <base> is
-whatever the user loaded the model with: it stays the prefill path.
+transformers has no registry for caches, so methods of its models are wrapped. The wrappers pass calls that do not
+concern our names straight through. Attention functions and their masks are registered under `kvquant|<base>`, where
+<base> is the attention that the user loaded the model with, which stays the prefill path.
 
-Who asks `generate` for a quantized cache has it in every forward call, filled, or gets an error; see `_Request`.
+A call of `generate` that asks for a quantized cache has it in every forward call, filled, or raises; see `_Request`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cache_implementations() -> list[str]:
 
 
 def install() -> None:
-    """Add our names to transformers; done by `import hf_kvquant`, harmless when repeated."""
+    """Add our names to transformers. `import hf_kvquant` does it; a second call changes nothing."""
     if _originals:
         return
     known = host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`; caches that exist go on working inside `attention(model)`."""
+    """Undo `install`. Existing caches still work inside `attention(model)`."""
     if not _originals:
         return
     host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = _originals.pop("ALL_CACHE_IMPLEMENTATIONS")
@@ -70,13 +70,13 @@ _originals: dict[str, object] = {}
 
 @contextmanager
 def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAME) -> Iterator[None]:
-    """Within this context the model's attention understands what a `QuantizedCache` returns.
+    """Within this context the model's attention can read a `QuantizedCache`.
 
-    `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and entered
-    by several threads for one model; when the last one leaves, the model is as it was.
+    `generate` enters it by itself; plain forward calls with a quantized cache need it. It may be nested, and several
+    threads may enter it for one model; when the last one leaves, the model is as it was.
 
     Args:
-        attend: the attention function, and `name` the prefix that it is registered under (see `scoring`).
+        attend, name: another attention function, and the prefix that it is registered under (see `scoring`).
     """
     with _switched_attention(model, attend, name), _watched(model):
         yield
@@ -113,9 +113,10 @@ def _switched_attention(model: PreTrainedModel, attend: Callable = attend, name:
 
 @contextmanager
 def _watched(model: PreTrainedModel, calls_begin_here: bool = False) -> Iterator[None]:
-    """Within this context every forward call of the model notes in its quantized cache that it began and ended.
+    """Within this context every forward call of the model tells its quantized cache when it begins and ends.
 
-    It is noted where a call begins: not for a part of a model that is watched, unless calls are known to begin there.
+    Only the outermost module of a call does so: a module inside or around a watched one is not watched as well, unless
+    calls are known to begin there.
     """
     with _switch_lock:
         _watchers[model] += 1
@@ -142,7 +143,7 @@ _hooks: dict[torch.nn.Module, tuple] = {}
 
 
 def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    # A compiled graph does not run this: it would be compiled anew for every length.
+    # Compiled graphs leave this out; with it, they would be compiled anew for every length.
     if torch.compiler.is_compiling():
         return None
     request = _Request.of(model)
@@ -166,8 +167,8 @@ def _call_ends(model: torch.nn.Module, args: tuple, kwargs: dict, output: object
 
 
 def _put_back_state(model: torch.nn.Module, cache: QuantizedCache) -> None:
-    """What the model keeps of a generation outside of its cache belongs to the tokens in it: another generation may
-    have overwritten it, and a model that was just loaded has none."""
+    """Restore the state that the model keeps outside of the cache to the state that belongs to the cached tokens.
+    Another generation may have overwritten it, and a model that was just loaded has none."""
     places = _state_places.get(model) or {}
     if not places or cache.is_empty:
         return
@@ -180,7 +181,7 @@ _state_places: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKe
 
 
 def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:
-    """The quantized caches among the arguments of a call, also inside of dictionaries and sequences."""
+    """The quantized caches among the arguments of a call, including those inside dictionaries and sequences."""
     if isinstance(arguments, dict):
         arguments = arguments.values()
     elif not isinstance(arguments, (tuple, list)):
@@ -194,7 +195,7 @@ _switched: dict[int, tuple[int, str]] = {}
 
 
 def _attention_configs(model: PreTrainedModel) -> list:
-    """Every distinct config that an attention module of the model reads, where its class goes through the registry."""
+    """Every distinct config that an attention module of the model reads, if its class looks attention up by name."""
     found: dict[int, tuple[object, bool]] = {}
     for part in model.modules():
         if not isinstance(part, PreTrainedModel):
@@ -204,8 +205,8 @@ def _attention_configs(model: PreTrainedModel) -> list:
             config = getattr(module, "config", None)
             if host.attn_implementation(config) is not None:
                 found[id(config)] = (config, can_switch)
-                # Masks are made with the text config, which a composite model keeps inside its own. Flat
-                # encoder-decoder configs answer with a copy, which nobody else reads.
+                # Masks are made with the text config, which a composite model keeps inside its own config. A flat
+                # encoder-decoder config returns a new copy each time, which no module reads.
                 text = config.get_text_config(decoder=True)
                 if host.attn_implementation(text) is not None and text is config.get_text_config(decoder=True):
                     found.setdefault(id(text), (text, can_switch))
@@ -213,7 +214,7 @@ def _attention_configs(model: PreTrainedModel) -> list:
 
 
 def _register(name: str, base: str, attend: Callable) -> None:
-    """Attention and mask for `<name>|<base>`; without the mask a left-padded batch would be silently wrong."""
+    """Register attention and mask as `<name>|<base>`; without the mask, padded batches would be silently wrong."""
     if "|" in base:
         raise ValueError(
             f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"
@@ -227,7 +228,7 @@ def _register(name: str, base: str, attend: Callable) -> None:
 
 
 def _attend(attend: Callable, dense_attention: Callable, *args, **kwargs):
-    """`attend`, told of `output_attentions`: most models record the weights with hooks and do not pass it on."""
+    """Call `attend` with `output_attentions`, which most models do not pass on: they record the weights with hooks."""
     if host.records_attention_weights():
         kwargs["output_attentions"] = True
     return attend(*args, dense_attention=dense_attention, **kwargs)
@@ -244,7 +245,7 @@ def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
 
 @functools.lru_cache(maxsize=None)
 def _attention_functions(module_class: type) -> tuple[host.AttentionInterface, Callable | None]:
-    """The registry that a module's forward looks its attention up in, and its own eager function."""
+    """The registry in which a module's forward looks its attention up, and the module's own eager function."""
     forward = inspect.unwrap(module_class.forward)
     names = forward.__globals__
     eager = next(
@@ -254,7 +255,7 @@ def _attention_functions(module_class: type) -> tuple[host.AttentionInterface, C
 
 
 class _ModuleView:
-    """A module whose config shows the base attention: flash attention looks its name up there, eager its flags."""
+    """A module whose config names the base attention, as the attention functions read it there."""
 
     def __init__(self, module: torch.nn.Module, base: str):
         self._module, self._base = module, base
@@ -273,27 +274,27 @@ class _ConfigView:
 
 
 class _Request:
-    """A call of `generate` that a quantized cache was asked for, and the cache that was made for it.
+    """A call of `generate` with a quantized cache.
 
-    Between the two lies the model's code: `prepare_inputs_for_generation` and adapters that replace it may drop the
-    cache, swap it or leave layers unfilled, and transformers then goes on with a dense one. So every forward call of
-    the model inside of that `generate` is looked at before and after.
+    The model's code comes between `generate` and the cache: `prepare_inputs_for_generation`, or an adapter that
+    replaces it, may drop the cache, swap it or leave layers unfilled, and transformers then goes on with a dense one.
+    So every forward call of the model inside that `generate` is checked before and after.
     """
 
     _current: ContextVar[_Request | None] = ContextVar("kvquant_request", default=None)
 
     def __init__(self, model: PreTrainedModel, outer: _Request | None, by_call: bool):
         self.model = model
-        # The request around this one: an assistant generates inside of its target's `generate`.
+        # The request around this one: an assistant's `generate` runs inside its target's.
         self.outer = outer
-        # Whether the call names the cache, or a generation config that was saved with the model.
+        # True if the call names the cache, False if a generation config saved with the model does.
         self.by_call = by_call
         self.cache: Cache | None = None
         self.max_length: int | None = None
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> _Request | None:
-        """The request that runs in this thread, if it is for the model and has its cache."""
+        """The request that runs in this thread, if it is for this model and its cache has been made."""
         request = cls._current.get()
         return request if request is not None and request.model is model and request.cache is not None else None
 
@@ -310,7 +311,7 @@ class _Request:
         """The arguments of a forward call, with the cache of this request in them.
 
         Raises:
-            RuntimeError: the call has none, or another one, and the tokens of this one would be lost.
+            RuntimeError: the call has no cache, or another one, and the tokens in this one would be lost.
         """
         own = _quantized_cache(self.cache)
         is_restored = not any(cache is own for cache in _caches_given((args, kwargs)))
@@ -319,7 +320,7 @@ class _Request:
         if is_restored or own.is_empty:
             mask = kwargs.get(_mask_argument(self.model))
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-                # Its columns are those of this call, to which the model may add others in front.
+                # The mask covers the tokens of this call only; the model may add others in front of them.
                 own.set_padding(mask, of_last=True)
         return args, kwargs
 
@@ -330,7 +331,7 @@ class _Request:
             other = getattr(other, "self_attention_cache", other)
         stored, tokens = own.get_seq_length(), _tokens_given(args, kwargs)
         if other is None and tokens > stored:
-            # The model asks for all tokens anew (longrope: their positions have another scale from some length on).
+            # The model computes all tokens again (longrope scales positions differently from some length on).
             own.reset()
             return self.cache
         name = type(self.model).__name__
@@ -349,10 +350,10 @@ class _Request:
         )
 
     def check_filled(self, gained: dict[int, int], by: str) -> None:
-        """Whether every quantized layer has stored the same number of tokens.
+        """Check that all quantized layers have stored the same number of tokens, at least one.
 
         Raises:
-            ValueError: some have not.
+            ValueError: they have not.
         """
         if any(gained.values()) and len(set(gained.values())) == 1:
             return
@@ -362,7 +363,7 @@ class _Request:
         ):
             why = "gradient checkpointing calls layers without a cache; call model.eval() before generate"
         raise ValueError(
-            f"{type(self.model).__name__} did not fill the quantized cache: by this {by} its layers gained {gained} "
+            f"{type(self.model).__name__} did not fill the quantized cache: in this {by} its layers gained {gained} "
             f"tokens, expected the same number for all: {why}"
         )
 
@@ -372,7 +373,7 @@ def _mask_argument(model: PreTrainedModel) -> str:
 
 
 def _tokens_given(args: tuple, kwargs: dict) -> int:
-    """How many tokens a forward call brings."""
+    """The number of tokens in the arguments of a forward call."""
     names = ("decoder_input_ids", "decoder_inputs_embeds", "inputs_embeds", "input_ids")
     given = (kwargs.get(name) for name in names)
     ids = next((x for x in (*given, *args) if isinstance(x, torch.Tensor)), None)
@@ -393,7 +394,7 @@ def _is_ours(name: object) -> bool:
 
 
 def _quantized_cache(cache) -> QuantizedCache | None:
-    """The quantized cache in what a user passed as a cache, if any."""
+    """The quantized cache in the argument that a user passed as a cache, if there is one."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return cache if isinstance(cache, QuantizedCache) else None
@@ -418,7 +419,7 @@ def _wrap_generate(generate: Callable) -> Callable:
                 result = generate(self, *args, **kwargs)
             own = _quantized_cache(request.cache)
             if own is not None:
-                # Compiled steps are not looked at one by one.
+                # Compiled steps are not checked one by one.
                 request.check_filled({layer.layer_idx: layer.length for layer in own.quantized_layers}, "generation")
             return result
 
@@ -431,7 +432,7 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         request = _Request._current.get() or _Request(self, None, by_call=True)
         if generation_config.is_assistant:
-            # The assistant's generation config is a copy of the target's; its cache is its own model's choice.
+            # The assistant's generation config is a copy of the target's, but its own model chooses its cache.
             own = self.generation_config
             generation_config.cache_implementation = getattr(own, "cache_implementation", None)
             generation_config.cache_config = getattr(own, "cache_config", None)
@@ -444,7 +445,7 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         mask = model_kwargs.get(_mask_argument(self))
         given = _quantized_cache(model_kwargs.get(host.CACHE))
         if given is not None:
-            # An assistant comes back every few tokens, each time a little longer: its cache grows by itself.
+            # An assistant generates again every few tokens, each time a little further: its cache grows by itself.
             if not generation_config.is_assistant:
                 given.reserve(max_cache_length)
             if mask is not None:
@@ -454,7 +455,7 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         if not _is_ours(name) or model_kwargs.get(host.CACHE) is not None:
             return prepare(self, *arguments)
         if generation_config.use_cache is False and not request.by_call:
-            # The call outweighs a name that was saved with the model.
+            # An argument of the call takes precedence over a name that was saved with the model.
             return prepare(self, *arguments)
         cache = _build(self, generation_config, max_cache_length, request)
         if self.config.is_encoder_decoder:
@@ -492,10 +493,10 @@ def _build(model: PreTrainedModel, generation_config, max_length: int, request: 
     config = KVQuantConfig.load(config)
     if config.static:
         if generation_config.is_assistant and request.outer is not None:
-            # It lives as long as its target's, whose sequence it follows, and is ahead of it by its candidates.
+            # An assistant's cache lives as long as its target's, with the same sequence and candidates after it.
             ahead = (generation_config.num_assistant_tokens or 0) + 1
             max_length = max(max_length, (request.outer.max_length or 0) + ahead)
-        # As long as the longest before, so that a compiled step serves this call too; as transformers does.
+        # At least as long as every cache before, so that a compiled step serves this call too, as in transformers.
         max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
         _longest_static[model] = max_length
     return QuantizedCache(model.config, config, max_length=max_length)
@@ -514,7 +515,7 @@ def _cross_attention_cache(
 
 
 def _initialize(model: PreTrainedModel, cache: QuantizedCache, batch_size: int) -> None:
-    """Allocate before a compiled prefill, which would be compiled anew for a cache that had been allocated in it."""
+    """Allocate before a compiled prefill. If the prefill allocated, it would be compiled anew for the next cache."""
     shape = host.static_cache_shape(model)
     if shape is not None:
         cache.early_initialization(batch_size, *shape, dtype=model.dtype, device=model.device)
@@ -563,7 +564,7 @@ def _wrap_stopping_criteria(stopping_criteria: Callable) -> Callable:
 
 
 class _AsideProcessors(LogitsProcessorList):
-    """Processors may call the model for purposes of their own: those calls are not steps of the generation."""
+    """Processors may call the model for purposes of their own; such calls are not steps of the generation."""
 
     def __call__(self, *args, **kwargs):
         with _Request.runs(None):
@@ -571,7 +572,7 @@ class _AsideProcessors(LogitsProcessorList):
 
 
 class _AsideCriteria(StoppingCriteriaList):
-    """The same for criteria."""
+    """Criteria may call the model, too; such calls are not steps of the generation."""
 
     def __call__(self, *args, **kwargs):
         with _Request.runs(None):
@@ -582,7 +583,7 @@ def _quantize_guidance(context: dict, request: _Request) -> None:
     """Let the unconditional pass of classifier-free guidance keep a quantized cache, too."""
     own = _quantized_cache(request.cache)
     if context["use_cache"] and own is request.cache:
-        # It grows with a prompt of its own, whose length is not known here.
+        # Not static: the pass has a prompt of its own, whose length is not known here.
         config, mask = replace(own.kv_config, static=False), context["attention_mask"]
         own.unconditional = QuantizedCache(request.model.config, config, attention_mask=mask)
         context[host.CACHE] = own.unconditional

@@ -1,6 +1,7 @@
-"""`decode_attention` and `quantize_append` in plain PyTorch, float32: the definition of correct, and slow.
+"""`decode_attention` and `quantize_append` in plain PyTorch, float32. They define what is correct; they are slow.
 
-Every backend is tested against these two functions. float64 queries are computed in float64, for exact comparisons.
+Every backend is tested against these two functions. With float64 queries they compute in float64, for exact
+comparisons.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def decode_attention(
     """Attention of the newest queries over quantized keys and values.
 
     Args:
-        query: `[batch, num_heads, q_len, head_dim]`; query j stands at column `kv_len - q_len + j`.
-        keys, values: states of the same length `kv_len`; a mask is as wide as the limit of a length on the device.
-        mask: None or `[batch, kv_len]` (non-zero: attend): causal as well; `[batch or 1, num_heads or 1, q_len or 1,
-            kv_len]`, complete: bool (True: attend) or additive, where values at or below `finfo(mask.dtype).min` hide.
-        s_aux: learned sink logits `[num_heads]`, one more column without a value.
-        scaling: factor of the scores; `softcap`: 0, or scores become `softcap * tanh(scores / softcap)`.
+        query: `[batch, num_heads, q_len, head_dim]`; query j is at position `kv_len - q_len + j`.
+        keys, values: states of the same length `kv_len`. If it is on the device, a mask is as wide as its limit.
+        mask: None or `[batch, kv_len]` (non-zero: attend), both with causal order; or a complete mask `[batch or 1,
+            num_heads or 1, q_len or 1, kv_len]`, bool (True: attend), or additive, where values at or below
+            `finfo(mask.dtype).min` hide.
+        s_aux: learned sink logits `[num_heads]`, one more column of the scores, without a value.
+        scaling: factor of the scores.
+        softcap: 0, or scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
         Output `[batch, num_heads, q_len, v_head_dim]` in the query's dtype, and the log-sum-exp of the scores, float32
@@ -63,7 +66,7 @@ def decode_attention(
             scores = torch.cat([scores, s_aux.to(compute)[None, :, None].expand(batch, -1, 1)], dim=-1)
         logsumexp = scores.logsumexp(-1)
         weights = (scores - logsumexp[..., None]).exp()[..., :kv_len]
-        # Selected before the product: a hidden column may hold NaN, and 0 * NaN is NaN.
+        # Hidden columns are zeroed before the product: they may hold NaN, and 0 * NaN is NaN.
         from_ring = v_sink | (columns >= values.dense_from(position))
         v = torch.where(from_ring[:, None, :, None], v_dense, v_body).masked_fill(hidden[..., None], 0.0)
         weights = weights.masked_fill(hidden, 0.0)
@@ -75,8 +78,8 @@ def decode_attention(
 def mask_rows(
     mask: torch.Tensor | None, start: int, end: int, q_len: int, kv_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the queries `start .. end` of `q_len`: hidden columns, bool, and what is added to the scores, in `dtype`,
-    both broadcastable to `[batch, num_heads, end - start, kv_len]`."""
+    """For the queries `start .. end` of `q_len`: the hidden columns, bool, and the term to add to the scores, in
+    `dtype`. Both broadcast to `[batch, num_heads, end - start, kv_len]`."""
     no_bias = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
     if mask is None or mask.ndim == 2:
         position = torch.arange(start, end, device=device)[:, None] + kv_len - q_len
@@ -103,14 +106,14 @@ def quantize_append(
     Args:
         key, value: `[batch, num_kv_heads, n, head_dim]` for the columns `start .. start + n`.
         keys, values: states whose storage has room for `start + n` columns; their `length` is not used.
-        faults: int64 `[2]`; raised by the number of token vectors that hold a NaN or infinity, and by the number of
-            tokens that had no room: then nothing is stored.
-        padding: bool `[batch, p]`, True for columns below p that are padding; they do not enter block statistics, and
-            are no sinks.
-        start: the number of columns written before, where the states have no `device_length` that says it.
+        faults: int64 `[2]`. The first element is raised by the number of token vectors that hold a NaN or infinity,
+            the second by the number of tokens without room. If there is no room for all tokens, none is stored.
+        padding: bool `[batch, p]`, True for columns below p that are padding. They do not influence the scales of
+            blocks, and are not sinks.
+        start: the number of columns written before, unless the states have a `device_length`, which replaces it.
 
-    A block of the channel grid is quantized when its last column arrives: earlier columns come from the ring. The
-    first tokens of a row that are no padding become its sinks; slots with a column from `start` on are free.
+    A block of the channel grid is quantized when its last column arrives; its earlier columns come from the ring. The
+    first tokens of a row that are not padding become its sinks; a slot that holds a column from `start` on is free.
     """
     if keys.device_length is not None:
         start = keys.asked_length()

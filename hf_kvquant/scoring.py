@@ -1,16 +1,16 @@
 """Decode-faithful scoring: the logits of real decode through a quantized cache, in one parallel pass.
 
     logits = score(model, input_ids, context_lengths=128, kv_config="int4")  # [batch, length, vocab]
-    for start, logits in score_chunks(model, input_ids, 128, "int4"): ...    # the same, piece by piece
-    log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")       # what perplexity needs
+    for start, logits in score_chunks(model, input_ids, 128, "int4"): ...    # the same, in chunks
+    log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")       # enough for perplexity
 
 Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured
 that way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key
-and value as decode would: which columns are exact depends only on the query's position (see `states`), so no loop over
+and value as decode would. Which of them it reads exactly depends only on its position (see `states`), so no loop over
 tokens is needed.
 
-A text goes through the model in chunks of a fixed length, so memory grows with the cache and not with its square, nor
-with length times vocabulary. The chunks do not show in the result, but for rounding.
+A text goes through the model in chunks of a fixed length, so memory grows with the cache, not with its square, nor
+with length times vocabulary. Chunks change the result by rounding only.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .states import autocast, dense_from
 
 DENSE = "none"
 CHUNK_LENGTH = 1024
-# Every block length divides it, so that the blocks of the channel grid are whole in every chunk.
+# Every block length divides it, so no chunk splits a block of the channel grid.
 _CHUNK_MULTIPLE = 256
-# Attention scores in memory at once: so many queries are taken together that there are no more, one at least.
+# The most attention scores in memory at once. It limits how many queries are computed together (one at least).
 _MAX_SCORES = 2**24
 _MAX_ROWS = 256
 
@@ -55,20 +55,20 @@ def score(
     chunk_length: int = CHUNK_LENGTH,
     **model_kwargs,
 ) -> torch.Tensor:
-    """Logits `[batch, length, vocab]` as decode gives them after prefilling `context_lengths` columns of each row.
+    """Logits `[batch, length, vocab]` as decode gives them after prefilling `context_lengths` positions of each row.
 
-    Rows of the context are those of prefill: the first row that read the cache is row `context_length`, whose logits
+    Rows of the context are those of prefill. The first row that reads the cache is row `context_length`, whose logits
     predict the token after it. See `cache_read_share`.
 
     Args:
         input_ids: `[batch, length]`.
-        context_lengths: columns that are prefilled, per row or for all, 1 to length; padding columns count.
+        context_lengths: the number of positions to prefill, padding included, per row or for all; 1 to length.
         kv_config: how the cache is quantized; "none" for the dense cache.
         attention_mask: `[batch, length]`, 0 for (left) padding. Padding on the right needs no mask.
-        decode_tail: so many of the last context columns are decoded instead of prefilled (one is prefilled at least),
-            so that even the token after the context is predicted from the cache. It is no more than a shorter
-            context: give `cache_read_share` the same number.
-        chunk_length: columns per forward call, a multiple of 256.
+        decode_tail: the number of context positions, the last ones, to decode instead of prefilling (one is prefilled
+            at least), so that even the token after the context is predicted from the cache. It does no more than
+            shorten the context: give `cache_read_share` the same number.
+        chunk_length: positions per forward call, a multiple of 256.
         model_kwargs: passed on to the model's forward.
 
     Raises:
@@ -89,7 +89,7 @@ def score_tokens(
     attention_mask: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `score` says of the text itself, without holding its logits.
+    """The probabilities that `score` gives to the tokens of the text itself, without keeping all logits in memory.
 
     Returns:
         For the tokens `input_ids[:, 1:]`: natural log-probabilities, float32 `[batch, length - 1]`, and whether each
@@ -117,11 +117,11 @@ def score_chunks(
     first_row: int = 0,
     **model_kwargs,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """The logits of `score` piece by piece: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
+    """The logits of `score` in chunks: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
 
-    Rows before `first_row` are not given, and where the model can do without (`logits_to_keep`) not computed; the
-    model is free for other use between two pieces. Layers other than full and sliding attention (linear ones) carry a
-    state that the host cannot continue by several tokens: such a model takes the whole text as one piece.
+    Rows before `first_row` are left out, and not even computed if the model can skip them (`logits_to_keep`). The
+    model is free for other use between two chunks. Layers other than full and sliding attention (linear ones) carry a
+    state that transformers cannot continue by several tokens, so such a model takes the whole text as one chunk.
     """
     batch, length = input_ids.shape
     contexts = torch.as_tensor(context_lengths, device=input_ids.device).expand(batch)
@@ -155,7 +155,7 @@ def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, f
     keeps = takes(model, "logits_to_keep")
     for start in range(0, length, chunk_length):
         end = min(start + chunk_length, length)
-        # The model must see every column, even those whose logits nobody wants; 0 would mean "all".
+        # The model must see every token, even those whose logits are not wanted; 0 would mean "all".
         wanted = max(end - max(start, first_row), 0)
         inputs = mask_inputs(model, attention_mask, start, end) | model_kwargs
         if keeps and wanted < end - start:
@@ -205,7 +205,7 @@ def score_by_decoding(
 
 
 def mask_inputs(model: PreTrainedModel, attention_mask: torch.Tensor | None, start: int, end: int) -> dict:
-    """What a forward over the columns `start .. end` needs to know of padding."""
+    """The arguments about padding for a forward over the positions `start .. end`."""
     if attention_mask is None:
         return {}
     inputs = {"attention_mask": attention_mask[:, :end]}
@@ -229,8 +229,8 @@ def cache_read_share(
 
 
 class ScoredStates:
-    """Keys or values of one layer for all queries of a chunk at once: the exact ones, `[batch, num_kv_heads, length,
-    head_dim]` with all columns up to the chunk's end, and what their quantized copies say."""
+    """Keys or values of one layer for all queries of a chunk at once: exact, `[batch, num_kv_heads, length, head_dim]`
+    with all positions up to the chunk's end, and quantized."""
 
     def __init__(self, exact: torch.Tensor, pieces: Sequence[QuantizedTensor], spec: QuantSpec, layer: _ScoringLayer):
         self.exact, self.pieces, self.spec, self.layer = exact, pieces, spec, layer
@@ -248,20 +248,20 @@ class ScoredStates:
         raise AttributeError(f"score: .{name} of the cached states is asked for before attention; {_REFUSED}")
 
     def position(self, q_len: int) -> int:
-        """Where the first of the newest `q_len` queries stands."""
+        """The position of the first of the newest `q_len` queries."""
         return self.shape[2] - q_len
 
     def dequantize(self, position: int):
         raise ValueError(f"score: attention needs de-quantized states (see the warning before this); {_REFUSED}")
 
     def body(self, dtype: torch.dtype) -> torch.Tensor:
-        """De-quantized copies of all columns, `[batch, num_kv_heads, length, head_dim]`."""
+        """De-quantized copies of all positions, `[batch, num_kv_heads, length, head_dim]`."""
         if self.spec.is_dense:
             return self.exact.to(dtype)
         return torch.cat([piece.dequantize(dtype) for piece in self.pieces], dim=2)
 
     def read_exactly(self, start: int, end: int) -> torch.Tensor:
-        """Which columns the queries at the positions `start .. end` read exactly, bool
+        """Which of all positions the queries at positions `start .. end` read exactly, bool
         `[batch, 1, end - start, length]`."""
         layer = self.layer
         columns = torch.arange(self.shape[2], device=self.device)
@@ -287,7 +287,7 @@ def _attention(query, keys: ScoredStates, values: ScoredStates, mask, s_aux, *, 
     k_body, v_body = keys.body(dtype), values.body(dtype)
 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
-        # The query heads that share a KV head become more rows of it, so that keys and values need no copies.
+        # Query heads that share a KV head become more query rows of it, so keys and values need no copies.
         return x.reshape(batch, num_kv_heads, -1, x.shape[-1])
 
     def per_head(x: torch.Tensor) -> torch.Tensor:
@@ -318,7 +318,7 @@ _attend = partial(attend, states_type=ScoredStates, operator=_attention)
 
 
 class _ScoringLayer(DynamicLayer):
-    """Stands where `QuantizedLayer` stands in decode; keeps every token, exact and quantized."""
+    """Takes the place of `QuantizedLayer`; keeps every token both exact and quantized."""
 
     def __init__(self, specs: tuple[QuantSpec, QuantSpec], config: KVQuantConfig, contexts, padding, length: int):
         super().__init__()
@@ -356,10 +356,10 @@ class _ScoringLayer(DynamicLayer):
 
 
 class _ScoringCache(DynamicCache):
-    """The layers of a `QuantizedCache`, those that it quantizes replaced by `_ScoringLayer`."""
+    """The layers of a `QuantizedCache`, with a `_ScoringLayer` in place of each quantized one."""
 
     def __init__(self, model: PreTrainedModel, config: KVQuantConfig, contexts, padding, length: int):
-        # What a query reads does not depend on the storage.
+        # A query reads the same from static storage.
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):

@@ -1,7 +1,7 @@
 // Codecs: how stored words become operands of m16n8k16, in registers.
 //
 //   chunk   16 bytes of a row (one token of one head)
-//   word    what ldmatrix gives a lane (lane = 4 * g + t) of a chunk of 8 rows:
+//   word    the 4 bytes that ldmatrix gives a lane (4 * g + t) from a chunk of 8 rows:
 //             plain (keys):        bytes 4t .. 4t + 3 of row g
 //             transposed (values): bytes 2g and 2g + 1 of row 2t, then of row 2t + 1
 //   pair    a lane pair: the two FP16 elements that a lane gets when split() takes a word apart.
@@ -88,8 +88,8 @@ struct E4M3Bytes : ByteRows<kDim> {
   }
 };
 
-// If the last chunk has only 16 channels, half of the lanes hold elements of no channel (-1). These
-// are zeros, because rows are padded with zeros in shared memory.
+// If the last chunk has only 16 channels, half of the lanes hold elements that belong to no channel
+// (-1). They are zeros, because rows are padded with zeros in shared memory.
 template <int kDim>
 struct Nibbles {
   static constexpr bool kIsDense = false;
@@ -117,7 +117,7 @@ struct Nibbles {
     pairs[3] = odd & 0x00f000f0u;
   }
   // code - 7.5, which takes one more instruction per pair. In pairs 0 and 1 a code of 1 is the
-  // smallest FP16 number, so 7.5 cannot be represented; they are multiplied by 16 first, exactly.
+  // smallest FP16 value, so 7.5 cannot be represented; they are multiplied by 16 first, exactly.
   static KVQUANT_FN constexpr float unit_centred(int) { return 0x1p20f; }
   static KVQUANT_DEVICE void split_centred(uint32_t word, uint32_t (&pairs)[4]) {
     split(word, pairs);
@@ -156,7 +156,7 @@ struct IsBFloat16<Dense16<kDim, true>> {
   static constexpr bool kValue = true;
 };
 
-// Multiplies operands of a codec: BF16 if its elements are, else FP16.
+// Multiplies operands of a codec, in BF16 if its elements are BF16, else in FP16.
 template <class Codec>
 KVQUANT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (IsBFloat16<Codec>::kValue) {

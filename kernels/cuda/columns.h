@@ -98,7 +98,7 @@ struct Copies {
   static KVQUANT_DEVICE bool has_sinks(const KvquantSide& side) {
     return Stored::kScaled && side.sink != nullptr;
   }
-  // The first column whose copy in the ring the query at `position` reads; kv_len: none.
+  // The first column whose copy in the ring the query at `position` reads, or kv_len.
   KVQUANT_DEVICE int dense_from(int position, int kv_len) const {
     return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }

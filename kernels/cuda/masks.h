@@ -1,7 +1,7 @@
-// Masks: which columns the rows of a block see, and what is added to their scores.
+// Masks: which columns the rows of a block see, and the biases added to their scores.
 //
-// If all rows see the same (padding, or a mask that repeats over heads and queries), one lane finds
-// the bit of a column for all of them. The mask is read row by row only where rows differ.
+// If the mask is the same for all rows (padding, or one that repeats over heads and queries), one
+// lane finds the bit of a column for all of them. It is read row by row only where rows differ.
 #pragma once
 
 #include "cuda/columns.h"
@@ -55,7 +55,7 @@ struct Mask {
     return a.mask + p.batch() * a.mask_stride[0] + head * a.mask_stride[1] +
            query * a.mask_stride[2];
   }
-  // What all rows of all heads have in common at `column`.
+  // The part of the mask at `column` that holds for all rows of all heads.
   KVQUANT_DEVICE Seen common(int column) const {
     if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
     return mask_at(p.a, row(0, 0), column);

@@ -48,7 +48,7 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
           if (column >= 16) word = column % 16 < 8 ? a[1][r] : a[1][r + 2];
         }
         word = shuffle(word, lane / 4 * 4 + column % 8 / 2) >> 16 * (column % 2) & 0xffffu;
-        weight[r] = to_number(word);
+        weight[r] = to_value(word);
         seen[r] = word != 0x8000u;
       }
       const auto row = shared_cast<uint32_t>(tile + column * kRowStride<V>);
@@ -59,7 +59,7 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
         for (int e = 0; e < 4; ++e) {
           const uint32_t bits = two >> 16 * (e % 2) & 0xffffu;
           if ((bits & kExponent) == kExponent && seen[e / 2]) {
-            acc[pair][e] += weight[e / 2] * to_number(bits);
+            acc[pair][e] += weight[e / 2] * to_value(bits);
           }
         }
       }
@@ -67,7 +67,7 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
   }
 
  private:
-  static KVQUANT_DEVICE float to_number(uint32_t bits) {
+  static KVQUANT_DEVICE float to_value(uint32_t bits) {
     return kBFloat16 ? bfloat16_low(bits) : half_low(bits);
   }
 };

@@ -1,5 +1,5 @@
-// The partial results that blocks leave for merging. A slice is what one block adds to a query row;
-// rows are `[batch, num_heads, q_len]`:
+// The partial results that blocks leave for merging. A slice is the contribution of one block to
+// one query row; rows are `[batch, num_heads, q_len]`:
 //
 //   float sums[rows][slices][v_head_dim]   weighted values relative to exp(max); still rotated if
 //                                          the stored values are
@@ -16,8 +16,9 @@ namespace kvquant {
 
 enum Kind { kCopiedBoth = 0, kCopiedKeys = 1, kCopiedValues = 2, kStoredBoth = 3 };
 
-// Whether columns exist whose values alone are read from copies. Not with keys on the channel grid:
-// their copies reach at least as far back as those of the values, because blocks are read whole.
+// Whether there are columns of which only the values are read from copies. There are none with keys
+// on the channel grid: blocks are read whole, so the copies of keys reach at least as far back as
+// those of the values.
 constexpr bool kHasCopiedValues = StoredValues::kScaled && !StoredKeys::kChannelGrid;
 
 struct Partials {

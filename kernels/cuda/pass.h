@@ -150,7 +150,7 @@ struct Pass {
                              ValueScales& value_scales, const float (&factor)[2],
                              const ScoreRule& rule) {
     const int first = tile * kTile;
-    // One bit per column: it is in this tile, and not hidden from all rows alike.
+    // One bit per column: set if it is in this tile, and not hidden from all rows.
     const int mine = first + lane % kTile, column = columns.column(mine);
     bool taken = column >= 0;
     if (taken && !columns.is_slot(mine)) taken = !columns.sinks.has(column);
@@ -217,7 +217,7 @@ struct Pass {
   // the query.
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kEights][4]) const {
-    // As many chunks as make whole steps and whole loads.
+    // The number of chunks that make whole steps and whole loads.
     constexpr int kChunksOfStep = K::kPairsOfWord == 1 ? 2 : 1;
     constexpr int kAtOnce = kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
     constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
@@ -308,14 +308,14 @@ struct Pass {
   // Multiplies the queries of one step by the scales of a block of the channel grid; adds queries x
   // zero points to `zero`.
   KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&a)[4], float (&zero)[4]) const {
-    // A lane's four channels are neighbours. In a chunk of half the channels, lanes of no channel
-    // read those of another lane; their queries are zeros.
+    // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
+    // channels read those of another lane; their queries are zeros.
     const int lane_channel =
         K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
-    const auto numbers = shared_cast<Words2>(header(block));
-    const Words2 scale = numbers[lane_channel / 4];
+    const auto words = shared_cast<Words2>(header(block));
+    const Words2 scale = words[lane_channel / 4];
     if constexpr (kHasZeroPoint) {
-      const Words2 points = numbers[(kHeadDim + lane_channel) / 4];
+      const Words2 points = words[(kHeadDim + lane_channel) / 4];
       const uint32_t b[2] = {points.x, points.y};
       mma_m16n8k16_f16(zero, a, b);
     }
@@ -344,7 +344,7 @@ struct Pass {
     }
   }
 
-  // acc += weights x values; x: the weights, in the order of score().
+  // acc += weights x values; x has the weights, in the order of score().
   KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
                             const float (&x)[kEights][4]) {
     uint32_t a[kEights / 2][4];

@@ -1,19 +1,19 @@
-// Everything the kernels use of the machine: the only file with inline PTX and CUDA's built-ins.
+// All that the kernels use of the GPU: the only file with inline PTX and CUDA's built-ins.
 //
 // A kernel that includes this file compiles for the GPU (nvcc or NVRTC), and with
 // -DKVQUANT_EMULATOR for the host, where tests/emulator/emulator.h gives every name below a second
-// body that also checks what hardware would not. For that, kernels follow these rules:
+// body that also finds faults that hardware would not. For that, kernels follow these rules:
 //
 //   entry     KVQUANT_KERNEL(name, threads, blocks_per_sm, dynamic shared bytes,
 //                            KVQUANT_ARGUMENT Struct a, ..) { .. }
-//             The compiled code says how to launch it: int name_launch[2] = {threads, bytes}.
+//             The compiled code holds how to launch it: int name_launch[2] = {threads, bytes}.
 //   shared    KVQUANT_SHARED(type, name, n) or KVQUANT_DYNAMIC_SHARED(type, name), passed on as
 //             SharedPtr<type>; read into a variable with its type written (`float x = p[i];`),
 //             assigned as a whole (`p[i] = x;`), seen as another type by shared_cast<U>(p)
 //   global    never through a raw `*p`: global_load, load_16, cp_async, global_store, store_16
 //   warps     collectives are called by all 32 lanes from the same line; blocks are whole warps
 //
-// Packed pairs of 16-bit numbers are uint32_t, the first in the low half.
+// Packed pairs of 16-bit elements are uint32_t, the first in the low half.
 #pragma once
 
 #include "kvquant/params.h"
@@ -101,7 +101,7 @@ template <class T>
 KVQUANT_DEVICE void global_store(T* p, T x) {
   *p = x;
 }
-// For numbers that another block of the same launch may write or read: no order, but no tearing.
+// For integers that another block of the same launch may write or read: no order, but no tearing.
 KVQUANT_DEVICE int32_t global_load_relaxed(const int32_t* p) {
   int32_t x;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -115,7 +115,7 @@ KVQUANT_DEVICE void atomic_add(int64_t* p, int64_t x) {
 }
 
 KVQUANT_DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }
-// For bytes that nobody writes during the launch and this block reads once.
+// For bytes that no thread writes during the launch, and that this block reads once.
 KVQUANT_DEVICE Words4 load_16_once(const void* p) {
   Words4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -154,8 +154,8 @@ KVQUANT_DEVICE void cp_async_wait() {
 
 // -- matrices; lane = 4 * g + t ------------------------------------------------------------------
 
-// Loads 8x8 tiles of 16-bit numbers; lane i gives the address of row i % 8 of tile i / 8 (16 bytes,
-// aligned). r[j] of tile j: row g, columns 2t and 2t + 1; .._trans: rows 2t and 2t + 1 of column g.
+// Loads 8x8 tiles of 16-bit elements; lane i gives the address of row i % 8 of tile i / 8, 16 bytes
+// and aligned. r[j] of tile j: row g, columns 2t and 2t + 1; .._trans: rows 2t and 2t + 1 of column g.
 KVQUANT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -192,15 +192,15 @@ KVQUANT_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
 
 // -- words ---------------------------------------------------------------------------------------
 
-// Any function of three bits: kTable is its value at a = 0xf0, b = 0xcc, c = 0xaa.
+// Any function of three bits; kTable is its result for a = 0xf0, b = 0xcc, c = 0xaa.
 template <int kTable>
 KVQUANT_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return r;
 }
-// Four bytes of the eight of (a, b), a's first: nibble i of the selector names byte i's source, and
-// with 8 added stands for that byte's sign, eight times.
+// Four of the eight bytes of (a, b), a's first: nibble i of the selector is the index of byte i's
+// source; with 8 added, byte i is the source's sign bit, eight times.
 KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
@@ -209,7 +209,7 @@ KVQUANT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 KVQUANT_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
-// -- pairs of FP16 and BF16 numbers, one rounding each, subnormals kept ---------------------------
+// -- pairs of FP16 and BF16 elements, one rounding each, subnormals kept --------------------------
 
 KVQUANT_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
@@ -251,7 +251,7 @@ KVQUANT_DEVICE float bfloat16_low(uint32_t x) { return __uint_as_float(x << 16);
 KVQUANT_DEVICE float bfloat16_high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
 #if KVQUANT_ARCH >= 890
-// Two numbers of at most 448 to e4m3 bytes, in the low half.
+// Two floats of magnitude at most 448 as e4m3 bytes, in the low half.
 KVQUANT_DEVICE uint32_t pack_e4m3x2(float low, float high) {
   uint16_t r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));

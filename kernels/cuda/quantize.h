@@ -115,8 +115,8 @@ struct Channel {
     if (!kSymmetric) low = fminf(low, their_low);
     high = fmaxf(high, their_high);
   }
-  // FP16 bits. The sums turn -0 into +0: a minimum of both zeros may be either, and the bytes must
-  // not differ.
+  // FP16 bits. Adding 0 turns -0 into +0: the minimum of both zeros may be either one, and the
+  // bytes must not depend on it.
   KVQUANT_DEVICE uint16_t zero_point() const {
     return to_half_bits(clamp(empty() ? 0.0f : add_rn(low, 0.0f), -kFp16Max, kFp16Max));
   }
@@ -125,13 +125,13 @@ struct Channel {
     const float range = kSymmetric ? high : sub_rn(empty() ? 0.0f : add_rn(high, 0.0f), zero);
     return to_half_bits(clamp(mul_rn(range, kToScale), -kFp16Max, kFp16Max));
   }
-  // What code() multiplies by: 0 if the scale has no finite reciprocal, so that every code is 0.
+  // The factor of code(). It is 0 if the scale has no finite reciprocal, so that every code is 0.
   KVQUANT_DEVICE static float reciprocal(uint16_t scale) {
     const float r = rcp_rn(half_of(scale));
     return is_finite(fabsf(r)) ? r : 0.0f;
   }
-  // The code of x before rounding; 0 for NaN. With zero points fmaxf replaces NaN, which may also
-  // be infinity times 0.
+  // The code of x before rounding; 0 for NaN. With zero points fmaxf replaces NaN, which infinity
+  // times 0 gives too.
   KVQUANT_DEVICE static float code(float x, float zero, float r) {
     if (!kSymmetric) return clamp(mul_rn(sub_rn(x, zero), r), 0.0f, Format::kLevels);
     if (x != x || r == 0.0f) return 0.0f;  // +0; -0 has another code

@@ -2,8 +2,8 @@
 // completes blocks of keys, fills the ring and the sinks. A decode step takes one launch, as a
 // prompt does.
 //
-//   grid    (x, 2 * num_kv_heads, batch), any x: a block takes every x-th span; y: first the heads
-//           of the keys, then those of the values
+//   grid    (x, 2 * num_kv_heads, batch) for any x, because a block takes every x-th span; y: the
+//           heads of the keys, then those of the values
 //   span    token grid and dense: kRows tokens; channel grid: one block of keys, complete or not
 //   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
 //

@@ -1,9 +1,9 @@
 // The queries of a block as A operands in shared memory: FP16, and rotated if the keys are.
 //
-//   fragments   [step][lane][4 words]: what lane 4g + t multiplies with pairs 2 step and 2 step + 1
+//   fragments   [step][lane][4 words]: lane 4g + t multiplies them by pairs 2 step and 2 step + 1
 //               of the keys: rows g and g + 8 at the channels of the first pair, then of the second
 //   factors     [16]: turns products of fragments and pairs into scores in units of log2
-//   sums        [groups][16]: minus what the keys' offset adds to a row's products
+//   sums        [groups][16]: minus the amount that the keys' offset adds to a row's products
 //
 // The fragments are FP16 for BF16 models too. Each row is first multiplied by a power of two that
 // brings its largest element to 2 .. 4. Then BF16 elements down to 2^-14 of the largest are exact,
@@ -38,7 +38,7 @@ struct Queries {
     a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
   }
 
-  // By all threads of the block; complete after a block_barrier().
+  // All threads of the block call this; the queries are complete after a block_barrier().
   template <int kWarps>
   KVQUANT_DEVICE void prepare(const Place& p) const {
     constexpr int kEach = (kRows + kWarps - 1) / kWarps;
@@ -49,7 +49,7 @@ struct Queries {
       const int row = warp_index() + i * kWarps;
       if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
     }
-    // Rows that do not exist, and elements of no channel, are zeros.
+    // Rows that do not exist, and elements that belong to no channel, are zeros.
     const auto words = shared_cast<Words4>(fragments);
     for (int i = thread_index(); i < kBytes / 16; i += 32 * kWarps)
       words[i] = Words4{0u, 0u, 0u, 0u};
@@ -106,10 +106,10 @@ struct Queries {
       for (int i = 0; i < 4; ++i) {
         const int pair = K::pair_of(c + i), n = K::n_of(c + i);
         const float relative = K::unit(pair) / K::unit(0);
-        const uint32_t number = pack<K>(x.x[r][i] * (up * relative), 0.0f);
+        const uint32_t half = pack<K>(x.x[r][i] * (up * relative), 0.0f);
         const int word = (32 * (pair / 2) + 4 * (row % 8) + n / 2) * 4 + row / 8 + 2 * (pair % 2);
-        halves[2 * word + n % 2] = uint16_t(number);
-        sum[r] += half_low(number) / relative;
+        halves[2 * word + n % 2] = uint16_t(half);
+        sum[r] += half_low(half) / relative;
       }
     }
     if constexpr (kHasOffset) {

@@ -50,20 +50,20 @@ struct TokenScales {
           column < 0 ? uint16_t(0) : global_load(from + (int64_t(column) * kGroups + group(i)));
     }
   }
-  KVQUANT_DEVICE float number(int i, uint32_t bits) const {
+  KVQUANT_DEVICE float value(int i, uint32_t bits) const {
     return row(i) < kTile && (bits >> row(i) & 1u) ? half_low(next[i]) : 0.0f;
   }
   // Whether a scale of this lane is larger than `reference`.
   KVQUANT_DEVICE bool exceed(uint32_t bits, float reference) const {
     bool found = false;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) found |= number(i, bits) > reference;
+    for (int i = 0; i < kEach; ++i) found |= value(i, bits) > reference;
     return found;
   }
   KVQUANT_DEVICE float largest(uint32_t bits) const {
     float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, number(i, bits));
+    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, value(i, bits));
     return warp_max(largest);
   }
   KVQUANT_DEVICE void store(uint32_t bits) const { store_times(bits, 1.0f); }
@@ -80,12 +80,12 @@ struct TokenScales {
   KVQUANT_DEVICE void store_times(uint32_t bits, float factor) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (row(i) < kTile) to[group(i) * kTile + row(i)] = number(i, bits) * factor;
+      if (row(i) < kTile) to[group(i) * kTile + row(i)] = value(i, bits) * factor;
     }
   }
 };
 
-// Copies the scales, then the zero points, of one block; `scales`: those of the head's first block.
+// Copies the scales, then the zero points, of one block; `scales` points at the head's first block.
 KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, int block,
                                 SharedPtr<uint8_t> to, bool has_zero_point) {
   const uint8_t* scale = scales + int64_t(block) * (2 * kHeadDim);
@@ -100,7 +100,7 @@ KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, 
   }
 }
 
-// Puts each four neighbouring channels in the order of the operands: the even ones, then the odd.
+// Puts every four neighbouring channels in the order of the operands: even ones, then odd ones.
 template <bool kHasZeroPoint>
 KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
   constexpr int kWords = kHeadDim / 8 * (kHasZeroPoint ? 2 : 1);

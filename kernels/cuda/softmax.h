@@ -16,7 +16,7 @@ constexpr float kHeadroom = 8.0f, kWeightUnit = 128.0f;
 
 struct RowsSoftmax {
   float max[2] = {-infinity(), -infinity()};
-  float sum[2] = {0.0f, 0.0f};  // of this lane's columns
+  float sum[2] = {0.0f, 0.0f};  // over this lane's columns
 
   // Raises the maxima if this lane's largest scores require it; returns whether sums have to be
   // multiplied by `factor`.

@@ -1,5 +1,5 @@
 // The names of kernels/cuda/primitives.h for the host: that file includes this one when
-// KVQUANT_EMULATOR is defined, and says what each name means.
+// KVQUANT_EMULATOR is defined, and explains each name.
 #pragma once
 
 #include <math.h>
@@ -69,7 +69,7 @@ struct alignas(16) Words4 {
   uint32_t x, y, z, w;
 };
 
-// An index, and the line that it stands on.
+// An index, and the source line that uses it.
 struct Index {
   template <class Integer>
   Index(Integer i, KVQUANT_SITE) : value(int32_t(i)), site(site) {}
@@ -77,7 +77,7 @@ struct Index {
   emulator::Site site;
 };
 
-// One number in shared memory: every reading and writing of it is checked.
+// One element in shared memory: every read and write of it is checked.
 template <class T>
 class SharedRef {
  public:

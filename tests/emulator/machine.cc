@@ -121,7 +121,7 @@ int run(const char* kernel, const Launch& launch, void (*body)(void* const*),
   m.message = message;
   m.message_size = message_size;
   m.failed = false;
-  m.blocks_before = m.block;  // blocks count on: what older launches left in the shadow is stale
+  m.blocks_before = m.block;  // counting on makes entries of older launches in the shadow stale
   if (launch.threads <= 0 || launch.threads % 32 || launch.threads > kMaxThreads) {
     snprintf(message, message_size, "%s: %d threads; expected a multiple of 32 up to %d", kernel,
              launch.threads, kMaxThreads);

@@ -10,7 +10,7 @@
 
 namespace kvquant::emulator {
 
-// A line of a kernel: where a primitive is called that has KVQUANT_SITE as its last parameter.
+// A source line of a kernel; primitives get theirs through KVQUANT_SITE, their last parameter.
 struct Site {
   const char* file;
   int line;
@@ -35,7 +35,7 @@ int run(const char* kernel, const Launch& launch, void (*body)(void* const* argu
 struct Place {
   int32_t thread, block[3];
 };
-extern Place place;  // of the running thread
+extern Place place;  // the running thread's
 const Launch& launch();
 
 // -- shared memory: addresses count bytes ---------------------------------------------------------
@@ -47,7 +47,7 @@ void shared_write(uint32_t address, const void* from, size_t bytes, Site site);
 
 // -- global memory --------------------------------------------------------------------------------
 
-// Throws the launch out if the access is outside of what was allowed, misaligned, or a race.
+// Ends the launch with a fault if the access is outside the allowed memory, misaligned, or a race.
 void global_access(const void* address, size_t bytes, Access access, Site site);
 
 void copy_async(uint32_t to, const void* from, size_t bytes, bool valid, Site site);

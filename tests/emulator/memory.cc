@@ -21,7 +21,7 @@ const Array* array_of(uint32_t address) {
   return nullptr;
 }
 
-// The launch's view of an access to shared memory; `byte` of `bytes` is the first that fails.
+// Checks an access to shared memory byte by byte; the first fault ends the launch.
 void examine_shared(uint32_t address, size_t bytes, Access access, const char* verb, Site site) {
   const Array* array = array_of(address);
   const uint32_t dynamic = uint32_t(m.launch.dynamic_shared_bytes);
@@ -59,8 +59,8 @@ void examine_shared(uint32_t address, size_t bytes, Access access, const char* v
   }
 }
 
-// Writable ranges come first: what may be written is watched even where a tensor that is only read
-// overlaps.
+// Writable ranges come first, so that their bytes are watched even where a read-only tensor
+// overlaps them.
 const Range* range_of(const uint8_t* p, size_t bytes, bool write) {
   for (const Range& r : m.ranges) {
     if (p >= r.begin && p + bytes <= r.end && (r.writable || !write)) return &r;

@@ -1,5 +1,5 @@
-// 16-bit and e4m3 arithmetic of the GPU with the host's own types, not with formats.h, which it
-// checks.
+// 16-bit and e4m3 arithmetic as on the GPU, with the host's own types: formats.h is among the files
+// that the emulator checks.
 #pragma once
 
 #include <math.h>
@@ -31,7 +31,7 @@ inline double sum_to_odd(double a, double b) {
 }
 
 inline uint16_t to_half(double x) { return isnan(x) ? 0x7fff : bit_cast<uint16_t>(_Float16(x)); }
-// Half to even among the numbers with 8 bits of mantissa.
+// Rounds half to even to 8 bits of mantissa.
 inline uint16_t to_bfloat16(double x) {
   if (isnan(x)) return 0x7fff;
   if (x == 0.0 || isinf(x)) return uint16_t(bit_cast<uint32_t>(float(x)) >> 16);

@@ -7,7 +7,7 @@ using namespace kvquant;
 struct Probe {
   const uint8_t* input;
   uint8_t* output;
-  int64_t variant;  // 0: correct, else the planted fault, or what the kernel says
+  int64_t variant;  // 0: correct; else the planted fault, or see the kernel
 };
 
 // c `[16, 8]` = a `[16, 16]` b `[16, 8]`, row-major; variant: bit 0 BF16, bit 1 without ldmatrix,
@@ -75,7 +75,7 @@ KVQUANT_KERNEL(ldmatrix_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
   store_16(p.output + 16 * lane, {r[0], r[1], r[2], r[3]});
 }
 
-// Three words in, the functions of them out, 16 words per thread.
+// Reads three words per thread, and writes 16 functions of them.
 KVQUANT_KERNEL(words_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   const int i = block_index_x() * KVQUANT_THREADS + thread_index();
   const uint32_t* input = reinterpret_cast<const uint32_t*>(p.input) + 3 * i;
@@ -106,7 +106,7 @@ KVQUANT_KERNEL(words_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_A
   for (int j = 0; j < 16; ++j) global_store(output + j, results[j]);
 }
 
-// Per lane: from lane (7 i) % 32, xor 5, and the votes about i % 3 == 0.
+// Per lane: shuffles from lane (7 i) % 32 and from lane i ^ 5, and the votes on i % 3 == 0.
 KVQUANT_KERNEL(shuffle_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   const int i = thread_index(), lane = lane_index();
   int32_t* output = reinterpret_cast<int32_t*>(p.output) + 4 * i;
@@ -154,8 +154,8 @@ KVQUANT_KERNEL(pipeline_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
   global_store(reinterpret_cast<uint32_t*>(p.output) + i, sum);
 }
 
-// Every thread gives a number to thread i ^ 33, of another warp, and one to its neighbour in the
-// warp; two blocks. The planted faults are everything else.
+// In two blocks, every thread passes a value to thread i ^ 33, in another warp, and one to its
+// neighbour in the warp. The planted faults are all other kinds.
 KVQUANT_KERNEL(exchange_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
                KVQUANT_ARGUMENT Probe p) {
   enum {

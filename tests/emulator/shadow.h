@@ -8,7 +8,7 @@
 
 namespace kvquant::emulator {
 
-// Who does something, and since which barriers.
+// A thread that accesses memory, and the barriers that it has passed.
 struct Actor {
   uint32_t block;  // number of the block in the launch, from 1
   uint32_t epoch;  // block barriers that it has passed
@@ -30,7 +30,8 @@ struct Byte {
   bool written_atomically;
 };
 
-// Why the access is a fault, or null; remembers it if it is none. `who` becomes the other thread.
+// The reason why the access is a fault, with the other thread in `who`; or null, and the access is
+// recorded.
 const char* examine(Byte& byte, Access access, const Actor& actor, Actor& who);
 
 }  // namespace kvquant::emulator

@@ -9,9 +9,9 @@ namespace kvquant::emulator {
 
 uint32_t shuffle(const char* name, uint32_t x, int from_lane, Site site);
 uint32_t ballot(const char* name, bool x, Site site);
-// Four tiles.
+// Loads four tiles.
 void ldmatrix(uint32_t* tiles, bool transposed, uint32_t row_address, Site site);
-// Of FP16 or BF16 numbers.
+// Multiplies FP16 or BF16 elements.
 void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site);
 
 }  // namespace kvquant::emulator

@@ -473,11 +473,12 @@ def test_a_long_prompt_on_two_threads():
 
 
 def test_a_level_that_this_processor_lacks_is_refused():
-    lacking = set(cpu._levels()[0]) - set(LEVELS)
+    lacking = set(cpu._instruction_sets()[0]) - set(LEVELS)
     if not lacking:
         pytest.skip("this processor has every level")
     for level in lacking:
-        with pytest.raises(ValueError, match=f"KVQUANT_CPU_ISA: level '{level}' does not run on this processor"):
+        message = f"KVQUANT_CPU_ISA: instruction set '{level}' does not run on this processor"
+        with pytest.raises(ValueError, match=message):
             cpu.decode_attention(*problem(), scaling=1.0, isa=level)
 
 
@@ -485,7 +486,7 @@ def test_a_level_that_this_processor_lacks_is_refused():
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_avx_vnni_has_its_instruction():
     """Few machines run this level: that it is more than AVX2 shows in the library."""
-    assert "avx2_vnni" in cpu._levels()[0]
+    assert "avx2_vnni" in cpu._instruction_sets()[0]
     code = subprocess.run(["objdump", "-d", cpu._path()], capture_output=True, text=True, check=True).stdout
     assert re.search(r"\{vex\} vpdpwssd .*%ymm", code)
 
@@ -496,7 +497,7 @@ def test_refusals_name_the_cause():
         cpu.decode_attention(query.double(), keys, values, scaling=1.0)
     with pytest.raises(ValueError, match="mask: dtype torch.int64"):
         cpu.decode_attention(query, keys, values, torch.ones(1, 1, 1, 130, dtype=torch.long), scaling=1.0)
-    with pytest.raises(ValueError, match="level 'sse9' is unknown"):
+    with pytest.raises(ValueError, match="instruction set 'sse9' is unknown"):
         cpu.decode_attention(query, keys, values, scaling=1.0, isa="sse9")
     channel = make_states(torch.randn(1, 2, 130, 64), QuantSpec("int8", "channel"))
     with pytest.raises(ValueError, match="values grid: 'channel'"):

@@ -1,4 +1,4 @@
-"""Where the operators run: one module per compiled backend, beside the plain PyTorch `reference`."""
+"""The compiled backends of the operators, one module each; the `reference` in plain PyTorch is a backend too."""
 
 AUTO = "auto"
 NAMES = ("reference", "cpu", "cuda")

@@ -1,7 +1,7 @@
-"""The C structs of kernels/include/kvquant/params.h, and how an operator's arguments fill them.
+"""The C structs of kernels/include/kvquant/params.h, and two functions that fill them with an operator's arguments.
 
-Every compiled backend is called through these two functions, so that all read the same fields of the same tensors. A
-struct holds addresses; the tensors that were made on the way, contiguous copies for instance, live as long as it does.
+Every compiled backend is called through `attention` and `append`, so all read the same fields of the same tensors. A
+struct holds addresses; tensors that were made on the way, contiguous copies for instance, live as long as it does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ADDITIVE_MASKS = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 5}
 _PADDING_WIDTHS = {torch.bool: 1, torch.uint8: 1, torch.int8: 1, torch.int32: 4, torch.int64: 8}
 
 
-def _struct(name: str, pointers: str, numbers: str, doubles: str = "", **nested: type) -> type[ctypes.Structure]:
-    """A struct of 8-byte fields in the order pointers, numbers, doubles, nested structs."""
+def _struct(name: str, pointers: str, integers: str, doubles: str = "", **nested: type) -> type[ctypes.Structure]:
+    """A struct of 8-byte fields in the order pointers, integers, doubles, nested structs."""
     fields = [(field, ctypes.c_void_p) for field in pointers.split()]
-    fields += [(field, ctypes.c_int64) for field in numbers.split()]
+    fields += [(field, ctypes.c_int64) for field in integers.split()]
     fields += [(field, ctypes.c_double) for field in doubles.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields + list(nested.items())})
 
@@ -56,12 +56,12 @@ Append = _struct(
 
 
 def _packing(struct: type[ctypes.Structure]) -> str:
-    """The struct's fields as a format of `struct.Struct`, the fields of nested ones in their places."""
+    """The struct's fields as a format of `struct.Struct`, with the fields of nested structs in their places."""
     codes = {ctypes.c_void_p: "q", ctypes.c_int64: "q", ctypes.c_double: "d"}
     return "".join(codes.get(type_) or _packing(type_) for _, type_ in struct._fields_)
 
 
-# Filled in one go: setting a nested structure field by field takes as long as a short kernel.
+# Filled in one call: setting the fields of a nested structure one by one takes as long as a short kernel.
 _ATTENTION, _APPEND = (Struct("=" + _packing(struct)) for struct in (Attention, Append))
 
 
@@ -70,7 +70,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int, row_length: int) -> tuple[int, int]:
-    """Strides of batch and head in bytes; the rows below them must be contiguous."""
+    """The strides of batch and head in bytes; the rows of each head must be contiguous."""
     if tensor is None:
         return 0, 0
     batch, head, row, column = tensor.stride()
@@ -81,8 +81,8 @@ def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int, row_len
 
 
 @lru_cache(maxsize=None)
-def _side_numbers(name: str, spec, head_dim: int) -> tuple[int, ...]:
-    """The last fields of a side, which depend on nothing else."""
+def _side_constants(name: str, spec, head_dim: int) -> tuple[int, ...]:
+    """The last fields of a side, which depend on nothing but its spec and head_dim."""
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name} head_dim: {head_dim} is not allowed; expected a multiple of 16 up to {MAX_HEAD_DIM}")
     channel = spec.grid == "channel"
@@ -92,15 +92,15 @@ def _side_numbers(name: str, spec, head_dim: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=None)
 def _row_sizes(spec, head_dim: int) -> tuple[int, int, int, bool]:
-    """Elements of a row of `data`, scales of a row of `scale` (0: none), tokens that share one, and whether there are
-    zero points."""
+    """The number of elements in a row of `data`, of scales in a row of `scale` (0: none), of tokens per scale, and
+    whether there are zero points."""
     if spec.is_dense:
         return head_dim, 0, 1, False
     return spec.row_bytes(head_dim), spec.num_scales(head_dim), spec.block_length or 1, spec.has_zero_point
 
 
 def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: int) -> str:
-    """Says what a side has and should have; `_side` asks the same questions in less time."""
+    """The message for a side that does not fit: what it has and should have. `_side` makes these checks faster."""
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
     rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
     scales = f"{heads}, {rows} or more, {num_scales} of torch.float16" if num_scales else "None"
@@ -120,7 +120,7 @@ def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: 
 
 
 def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Whether a small tensor is what a kernel takes it for, on the device of `like`."""
+    """Check that a small tensor has this dtype and shape, and is on the device of `like`."""
     if tensor is None or (
         tensor.dtype is dtype and tensor.shape == shape and tensor.get_device() == like.get_device()
     ):
@@ -132,10 +132,10 @@ def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dty
 def _side(
     name: str, states, itemsize: int, batch: int, num_kv_heads: int, columns: int | None, num_sinks: int
 ) -> tuple[int, ...]:
-    """The fields of a `Side`, whose tensors must have the memory that a kernel will touch: it only sees addresses.
+    """The fields of a `Side`. A kernel sees only addresses, so this checks that the tensors have the memory it uses.
 
     Args:
-        columns: how many are read or written; None: as many as `data` has.
+        columns: the number of columns to read or write, or None for all columns of `data`.
     """
     data, scale, zero_point, recent, sink = (
         states.data, states.scale, states.zero_point, states.recent, states.sink,
@@ -152,7 +152,7 @@ def _side(
             fits = shape == (batch, num_kv_heads, rows, num_scales) and rows * block >= columns
             fits = fits and scale.dtype is torch.float16 and scale.get_device() == device
             if has_zero_point:
-                # One stride serves both.
+                # The struct has one stride for both.
                 fits = fits and zero_point.shape == shape and zero_point.stride() == scale.stride()
                 fits = fits and zero_point.dtype is torch.float16 and zero_point.get_device() == device
     ring_length = 0
@@ -168,12 +168,12 @@ def _side(
         data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
         *_head_strides(data, name, data.element_size(), row), *_head_strides(scale, name, 2, num_scales),
         *_head_strides(recent, name, itemsize, head_dim), *_head_strides(sink, name, itemsize, head_dim),
-        capacity, ring_length, *_side_numbers(name, states.spec, head_dim),
+        capacity, ring_length, *_side_constants(name, states.spec, head_dim),
     )  # fmt: skip
 
 
 def _sink_positions(keys, values, batch: int) -> tuple[int, int, int]:
-    """Address, stride of batch in bytes, and number of slots."""
+    """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
     positions = keys.sink_positions
     if positions is None or (keys.sink is None and values.sink is None):
         return 0, 0, 0
@@ -194,7 +194,7 @@ def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str)
 
 
 def _dense(states) -> torch.Tensor | None:
-    """The body, where it has the model's dtype."""
+    """The body if it has the model's dtype, else None."""
     return states.data if states.spec.format == "dense" else None
 
 
@@ -204,7 +204,7 @@ def attention(
     """The argument of `decode_attention`, and the output and log-sum-exp that the kernel will write.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
     dtype = query.dtype
     code = _check_dtypes(
@@ -274,7 +274,7 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
     """The argument of `quantize_append`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
     code = _check_dtypes(
         key.dtype, key, value, keys.recent, values.recent, keys.sink, values.sink, _dense(keys), _dense(values),
@@ -295,7 +295,7 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
     if padding is not None and padding.stride(1) != 1:
         padding = padding.contiguous()
     if faults.stride(0) != 1:
-        raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected two numbers side by side")
+        raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected contiguous elements")
     sides, alive = [], [padding]
     for name, x, states in (("key", key, keys), ("value", value, values)):
         itemsize, end = x.element_size(), start + x.shape[2]

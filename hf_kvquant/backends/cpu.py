@@ -1,8 +1,7 @@
 """The CPU backend: calls the library with ctypes; the structs are `arguments`.
 
-The library has a plain C ABI, so that one build serves every Python and every torch; a call releases the GIL. The
-level of machine instructions is the best that the processor has; the environment variable KVQUANT_CPU_ISA names
-another.
+The library has a plain C ABI, so that one build serves every Python and every torch; a call releases the GIL. It uses
+the best instruction set that the processor has, or the one that the environment variable KVQUANT_CPU_ISA names.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from . import arguments
 
 ISA_VARIABLE = "KVQUANT_CPU_ISA"
-_STATUS = {1: "this processor lacks the requested level", 2: "out of memory"}
+_STATUS = {1: "this processor lacks the requested instruction set", 2: "out of memory"}
 
 
 @lru_cache(maxsize=None)
@@ -43,10 +42,11 @@ def _library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=None)
 def _openmp_parallel() -> int | None:
-    """Address of `GOMP_parallel` of the OpenMP runtime that torch uses, or None if it has no such runtime.
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch uses, or None if it has no such runtime.
 
-    Sharing torch's threads is what keeps the machine from being oversubscribed: they spin for a while after each of
-    torch's operators. The name is the border of GNU's and LLVM's runtimes; the process finds torch's, as torch does.
+    Torch's threads spin for a while after each of its operators, so the library shares them; a second set of threads
+    would oversubscribe the processor. Both GNU's and LLVM's runtime have this function, and the process finds that of
+    the runtime that torch loaded.
     """
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
@@ -55,34 +55,34 @@ def _openmp_parallel() -> int | None:
 
 
 @lru_cache(maxsize=None)
-def _levels() -> tuple[dict[str, int], tuple[str, ...]]:
-    """Numbers of all levels by name, ascending, and the names of those that this processor runs."""
-    library, numbers = _library(), {}
-    while (name := library.kvquant_level_name(ctypes.c_int64(len(numbers)))) is not None:
-        numbers[name.decode()] = len(numbers)
-    return numbers, tuple(n for n, i in numbers.items() if library.kvquant_level_runs(ctypes.c_int64(i)))
+def _instruction_sets() -> tuple[dict[str, int], tuple[str, ...]]:
+    """The indices of all instruction sets by name, ascending, and the names of those that this processor has."""
+    library, indices = _library(), {}
+    while (name := library.kvquant_level_name(ctypes.c_int64(len(indices)))) is not None:
+        indices[name.decode()] = len(indices)
+    return indices, tuple(name for name, i in indices.items() if library.kvquant_level_runs(ctypes.c_int64(i)))
 
 
 @lru_cache(maxsize=None)
-def _level(name: str | None) -> int:
-    numbers, runs = _levels()
+def _index(name: str | None) -> int:
+    indices, runs = _instruction_sets()
     name = name or runs[-1]
     if name not in runs:
-        what = "does not run on this processor" if name in numbers else "is unknown"
-        raise ValueError(f"{ISA_VARIABLE}: level {name!r} {what}; expected one of {list(runs)}")
-    return numbers[name]
+        what = "does not run on this processor" if name in indices else "is unknown"
+        raise ValueError(f"{ISA_VARIABLE}: instruction set {name!r} {what}; expected one of {list(runs)}")
+    return indices[name]
 
 
 _from_environment = os.environ.get(ISA_VARIABLE) or None
 
 
 def isa() -> str:
-    """The level of machine instructions that calls use.
+    """The instruction set that calls use.
 
     Raises:
-        ValueError: KVQUANT_CPU_ISA names a level that is unknown or does not run here.
+        ValueError: KVQUANT_CPU_ISA names one that is unknown or does not run here.
     """
-    return list(_levels()[0])[_level(_from_environment)]
+    return list(_instruction_sets()[0])[_index(_from_environment)]
 
 
 def unavailable() -> str | None:
@@ -95,10 +95,10 @@ def unavailable() -> str | None:
 
 
 def info() -> dict:
-    """What `hf-kvquant info` says about this backend."""
+    """The facts that `hf-kvquant info` prints about this backend."""
     return {
         "isa": isa(),
-        "available": list(_levels()[1]),
+        "available": list(_instruction_sets()[1]),
         "threads": torch.get_num_threads(),
         "thread pool": "own" if _openmp_parallel() is None else "torch's OpenMP",
         "library": _path(),
@@ -112,19 +112,19 @@ def _call(function, struct: ctypes.Structure) -> None:
 
 
 def _check_length(length: torch.Tensor | None, least: int) -> None:
-    """Whether a length that stands in memory lies in the storage; the kernels bound it from above only."""
+    """Check a length that is read from memory against its lower bound; the kernels check only the upper one."""
     if length is not None and int(length) < least:
         raise ValueError(f"length: {int(length)} is not allowed; expected {least} or more")
 
 
 def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, isa=None):
-    """`reference.decode_attention` (which see); `isa` names a level, by default the best.
+    """Same as `reference.decode_attention`. `isa` names an instruction set; the default is `isa()`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
     call, output, logsumexp = arguments.attention(
-        query, keys, values, mask, s_aux, scaling, softcap, _level(isa or _from_environment), torch.get_num_threads()
+        query, keys, values, mask, s_aux, scaling, softcap, _index(isa or _from_environment), torch.get_num_threads()
     )
     _check_length(keys.device_length, query.shape[2])
     _call(_library().kvquant_decode_attention, call)
@@ -132,12 +132,12 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
 
 
 def quantize_append(key, value, keys, values, faults, padding=None, *, start, isa=None):
-    """`reference.quantize_append` (which see); `isa` names a level, by default the best.
+    """Same as `reference.quantize_append`. `isa` names an instruction set; the default is `isa()`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    level, threads = _level(isa or _from_environment), torch.get_num_threads()
-    call = arguments.append(key, value, keys, values, faults, padding, start, level, threads)
+    index, threads = _index(isa or _from_environment), torch.get_num_threads()
+    call = arguments.append(key, value, keys, values, faults, padding, start, index, threads)
     _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)

@@ -1,8 +1,8 @@
-"""The CUDA backend: which kernels of `kernels/cuda` an operator launches, on which grid, with which workspace.
+"""The CUDA backend: launches the kernels of `kernels/cuda` with their grids and workspace.
 
 The workspace comes from torch's allocator and nothing waits for the device, so that calls can be captured in CUDA
-graphs. `device` is where the kernels run, by default the query's GPU; the tests pass an emulator, so that arguments,
-grids and specialisations are checked as they run.
+graphs. `device` runs the kernels, by default the query's GPU; tests pass an emulator, which checks arguments, grids
+and specialisations as the kernels run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .specialisation import SPLIT, THREADS, specialisation
 
 # Rows (queries of the heads that share a KV head) in one tile of the tensor cores.
 TILE_ROWS = 16
-# Parts of a row of queries besides the splits of the stored columns: a list of columns with copies each, by kind.
-COPY_PARTS = 3
+# Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
+COPY_SLICES = 3
 MAX_GRID = 65535
 
 
@@ -37,7 +37,7 @@ def unavailable() -> str | None:
 
 
 def info() -> dict:
-    """What `hf-kvquant info` says about this backend, which need not be able to run."""
+    """The facts that `hf-kvquant info` prints about this backend, even if it cannot run."""
     kept = disk_cache.folder()
     return {
         "compiler": nvrtc.missing() or f"NVRTC {nvrtc.version_name()}",
@@ -46,10 +46,10 @@ def info() -> dict:
 
 
 def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, device=None):
-    """`reference.decode_attention` (which see).
+    """Same as `reference.decode_attention`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
         nvrtc.CompileError: a kernel does not compile.
     """
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
@@ -58,17 +58,17 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
     _check_alignment("values", call, _VALUES, values)
     copies = _has_copies(keys, values)
     batch, num_heads, q_len, v_head_dim = output.shape
-    num_kv_heads, parts = call.num_kv_heads, copies + -(-call.kv_len // SPLIT)
+    num_kv_heads, slices = call.num_kv_heads, copies + -(-call.kv_len // SPLIT)
     row_tiles = -(-(num_heads // num_kv_heads * q_len) // TILE_ROWS)
-    # Of every part: the sum of values, the largest score and the sum of weights.
-    partial = query.new_empty(batch * num_heads * q_len * parts * (v_head_dim + 2), dtype=torch.float32)
+    # Every slice has the sum of values, the largest score and the sum of weights.
+    partial = query.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
         device = gpu.of(query, mask, s_aux)
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    grid, rows = (parts, num_kv_heads * row_tiles, batch), (q_len, num_heads, batch)
+    grid, rows = (slices, num_kv_heads * row_tiles, batch), (q_len, num_heads, batch)
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)
     launch("merge_splits_kernel", kind, rows, call, partial, **touched)
@@ -76,10 +76,10 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
 
 
 def quantize_append(key, value, keys, values, faults, padding=None, *, start, device=None):
-    """`reference.quantize_append` (which see).
+    """Same as `reference.quantize_append`.
 
     Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take, by name.
+        ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
         nvrtc.CompileError: a kernel does not compile.
     """
     key, value = _aligned(key), _aligned(value)
@@ -88,56 +88,56 @@ def quantize_append(key, value, keys, values, faults, padding=None, *, start, de
     _check_alignment("keys", call, _NEW_KEYS, keys)
     _check_alignment("values", call, _NEW_VALUES, values)
     n = key.shape[2]
-    parts = max(_append_parts(n, keys), _append_parts(n, values))
+    blocks = max(_append_blocks(n, keys), _append_blocks(n, values))
     touched = {}
     if device is None:
         device = gpu.of(key, value, padding, faults)
     else:
         written = (faults, *_tensors(keys), *_tensors(values))
         touched = {"reads": (*call.alive, keys.device_length), "writes": written}
-    grid = (parts, 2 * call.num_kv_heads, call.batch)
+    grid = (blocks, 2 * call.num_kv_heads, call.batch)
     device.launch("quantize_append_kernel", kind, grid, call, **touched)
 
 
-def _append_parts(n: int, states) -> int:
-    """Blocks of threads that share the new tokens of a head, so that each does its work once."""
+def _append_blocks(n: int, states) -> int:
+    """The number of thread blocks among which the new tokens of a head are divided."""
     if n == 1:
         return 1
     if states.spec.grid == "channel":
         return min(-(-(n - 1) // states.spec.block_length) + 1, MAX_GRID)
-    # A row is spread over lanes of 8 channels each; four rows are in flight.
+    # A row is spread over lanes of 8 channels each; a thread has four rows in flight.
     lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32
     return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
 
 
 def _has_copies(keys, values) -> int:
-    """The number of parts that columns with exact copies take.
+    """The number of slices for columns with exact copies.
 
     Raises:
-        ValueError: values have copies of columns whose keys, on the channel grid, have none.
+        ValueError: values have copies of columns whose keys have none, and are on the channel grid.
     """
     k_recent, k_sink, v_recent, v_sink = (s is not None for s in (keys.recent, keys.sink, values.recent, values.sink))
     if keys.spec.grid == "channel" and keys.spec.format != "dense":
         for name, k, v in (("recent", k_recent, v_recent), ("sink", k_sink, v_sink)):
             if v and not k:
                 raise ValueError(f"keys {name}: None is not allowed; expected copies of tokens as the values have")
-    return COPY_PARTS if k_recent or k_sink or v_recent or v_sink else 0
+    return COPY_SLICES if k_recent or k_sink or v_recent or v_sink else 0
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """New tokens whose octets of channels can be loaded at once."""
+    """The new tokens, copied if they are not aligned for loads of eight channels at once."""
     batch, head, row, column = x.stride()
     if column == 1 and not (x.data_ptr() | (batch | head | row) * x.element_size()) % 16:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-# Where the sides begin in the structs, in words of 8 bytes.
+# The offsets of the sides in the structs, in words of 8 bytes.
 _KEYS, _VALUES = (getattr(arguments.Attention, side).offset // 8 for side in ("keys", "values"))
 _NEW_KEYS, _NEW_VALUES = (
     (getattr(arguments.Append, side).offset + arguments.NewTokens.side.offset) // 8 for side in ("keys", "values")
 )
-# A side's words: five addresses, then their strides of batch and head (those of scale are of zero_point too).
+# A side's words: five addresses, then their strides of batch and head (zero_point shares those of scale).
 _STORED = {"data": (0, 5, 6), "recent": (3, 9, 10), "sink": (4, 11, 12)}
 _SCALES = {"scale": (1, 7, 8), "zero_point": (2, 7, 8)}
 _PLACES = tuple(place for places in _STORED.values() for place in places)
@@ -145,7 +145,7 @@ _CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in
 
 
 def _check_alignment(name: str, call, side: int, states) -> None:
-    """Rows are read in chunks of 16 bytes, or 8 where a row of nibbles is no whole number of those."""
+    """Check that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a multiple of 16 bytes."""
     words = memoryview(call).cast("B").cast("Q")
     together, channel = 0, states.spec.grid == "channel"
     for place in _CHANNEL_PLACES if channel else _PLACES:

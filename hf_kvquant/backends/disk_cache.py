@@ -1,8 +1,8 @@
 """Compiled kernels on disk, by content hash: one file each, written whole or not at all.
 
-A file is a line with the SHA-256 of what follows, a line of JSON with facts, and the bytes. It is written beside its
-name and renamed, so that two processes that compile at once both succeed; one that was cut short or damaged is found
-by its checksum, said once, and compiled anew.
+A file is a line with the SHA-256 of the rest, a line of JSON with facts, and the bytes. It is written beside its name
+and renamed, so two processes that compile at once both succeed. A file that was cut short or damaged has a wrong
+checksum: a warning is given once, and the kernel is compiled anew.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _said: set[str] = set()
 
 
 def folder() -> Path:
-    """Where compiled kernels are kept: KVQUANT_CACHE_DIR, or `hf_kvquant` in the system's folder for caches."""
+    """The folder of compiled kernels: KVQUANT_CACHE_DIR, or `hf_kvquant` in the system's folder for caches."""
     if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "hf_kvquant" / "cache"
-    # Relative paths are invalid there, says the XDG base directory specification.
+    # The XDG base directory specification makes relative paths invalid here.
     named = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "hf_kvquant"
 
 
 def read(key: str) -> tuple[dict, bytes] | None:
-    """Facts and bytes that were written under `key`; None where there are none, or they are damaged (said once)."""
+    """Facts and bytes that were written under `key`; None if there are none, or (with a warning) they are damaged."""
     file = _file(key)
     try:
         checksum, _, rest = file.read_bytes().partition(b"\n")
@@ -48,7 +48,7 @@ def read(key: str) -> tuple[dict, bytes] | None:
 
 
 def write(key: str, facts: dict, content: bytes) -> None:
-    """Keep `content` under `key`; where that is impossible it is said once, and nothing is kept."""
+    """Keep `content` under `key`. If that is impossible, warn once and keep nothing."""
     file = _file(key)
     rest = json.dumps(facts).encode() + b"\n" + content
     temporary = None

@@ -1,8 +1,8 @@
 """One GPU: loads compiled kernels onto it and launches them on torch's current stream.
 
-A launch costs no more than filling an array of addresses: kernels are compiled, loaded and made ready at their first
-use, which therefore cannot be while a CUDA graph is captured. The driver is called directly: cuda-core's own `launch`
-takes no structs by value, and its objects for loaded code have changed their names between its versions.
+A launch costs no more than filling an array of addresses, because kernels are compiled, loaded and made ready at their
+first use. So the first use must not be in the capture of a CUDA graph. The driver is called directly: cuda-core's own
+`launch` takes no structs by value, and its objects for loaded code have changed their names between its versions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import nvrtc
 from .specialisation import Specialisation
 
 MIN_CAPABILITY = (8, 0)
-# What a kernel may have without asking for it.
+# The shared memory that a kernel may have without asking for more.
 _SHARED_BYTES = 48 << 10
 
 _gpus: dict[int, Gpu] = {}
@@ -26,16 +26,16 @@ _lock = threading.RLock()
 
 
 def too_old(capability: tuple[int, int]) -> str:
-    """Says so."""
+    """The message about a GPU that is too old."""
     found, expected = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
     return f"compute capability {found} is too old; expected {expected} or newer"
 
 
 def of(states: torch.Tensor, *others: torch.Tensor | None) -> Gpu:
-    """The GPU of `states`, on which the others must lie too: the address of another memory would end the process.
+    """The GPU of `states`. The other tensors must be on it too: any other address would end the process.
 
     Raises:
-        ValueError: a tensor that lies elsewhere.
+        ValueError: a tensor is on another device.
         RuntimeError: the GPU is too old.
     """
     index = states.get_device()
@@ -62,7 +62,7 @@ class Gpu:
             raise RuntimeError(f"cuda:{index}: {too_old(capability)}")
         self._index = index
         self._arch = nvrtc.architecture(*capability)
-        # The driver's handles, and what they are launched with.
+        # The driver's handle of each kernel, and its threads and shared memory.
         self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
     def launch(self, kernel: str, kind: Specialisation, grid, *values) -> None:
@@ -70,7 +70,7 @@ class Gpu:
         index = self._index
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
             function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
-            # Read before the launch returns: the driver copies the arguments.
+            # These need not outlive the call: the driver copies the arguments before the launch returns.
             held = [v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v.data_ptr()) for v in values]
             addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
             stream = torch._C._cuda_getCurrentRawStream(index)
@@ -78,7 +78,7 @@ class Gpu:
             launch = (function, *grid, *block, stream, ctypes.addressof(addresses), 0)
             (status,) = _driver().cuLaunchKernel(*launch)
             if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
-                # A thread that has not yet called the runtime.
+                # This thread has not yet called the CUDA runtime.
                 self._enter()
                 (status,) = _driver().cuLaunchKernel(*launch)
         if status:
@@ -88,7 +88,7 @@ class Gpu:
         nvrtc.cuda_core().Device(self._index).set_current()
 
     def _load(self, kernel: str, kind: Specialisation) -> tuple[object, nvrtc.Launch]:
-        """The driver's handle of a kernel on this GPU, compiled if need be, and what it is launched with."""
+        """The driver's handle of a kernel on this GPU, and its threads and shared memory; compiled if need be."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{kernel} ({kind}) is used for the first time while a CUDA graph is captured; call it once before, "
@@ -109,13 +109,13 @@ class Gpu:
                 if needs.shared_bytes > _SHARED_BYTES:
                     limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, needs.shared_bytes))
-                # Asking for an attribute loads the code; else that waits for the first launch, in a capture perhaps.
+                # Reading an attribute loads the code now. The first launch would load it, perhaps in a capture.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
                 self._functions[kernel, kind] = function, needs
         return self._functions[kernel, kind]
 
     def _cannot_load(self, kernel: str, kind: Specialisation, status) -> str:
-        """Why machine code may be refused: a driver loads none of a newer major version of CUDA than its own."""
+        """The message for refused machine code: a driver loads none of a newer major version of CUDA than its own."""
         known = _checked(kernel, *_driver().cuDriverGetVersion())
         return (
             f"{kernel} ({kind}), compiled by NVRTC {nvrtc.version_name()} for {self._arch}, cannot be loaded on "

@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels of `kernels/cuda` with NVRTC, for one specialisation and one architecture.
 
-NVRTC is a library that needs neither a GPU, nor a driver, nor the CUDA toolkit. The sources come with the package;
-what was compiled is kept on disk under a hash of all that it depends on.
+NVRTC is a library that needs neither a GPU, nor a driver, nor the CUDA toolkit. The sources come with the package.
+Compiled kernels are kept on disk under a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .specialisation import Specialisation
 if TYPE_CHECKING:
     from cuda.core import ProgramOptions
 
-# A source file, and the options beside its macros.
+# The source files, each with its compiler options besides macros.
 SOURCES: dict[str, dict] = {
     "decode_attention.cu": {},
-    # The bytes that are written are defined by one IEEE rounding per step.
+    # The definition of the bytes has one IEEE rounding per step.
     "quantize_append.cu": {"fma": False},
 }
 KERNELS = {
@@ -48,8 +48,8 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What the compiler reports of one kernel. `registers`: per thread; `spills`: bytes per thread that it stores to
-    memory for want of registers, and loads; `stack`: bytes per thread; `shared`: bytes per block, static ones."""
+    """The compiler's report on one kernel. `registers`: per thread; `spills`: bytes per thread that are stored and
+    loaded for want of registers; `stack`: bytes per thread; `shared`: bytes of static shared memory per block."""
 
     registers: int
     spills: int
@@ -59,7 +59,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is launched with, as its source says: threads of a block, and bytes of dynamic shared memory."""
+    """The threads of a block and the bytes of dynamic shared memory that a kernel's source asks for."""
 
     threads: int
     shared_bytes: int
@@ -67,8 +67,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code of one source file. `usage`, `launches`: by kernel; `cached`: found on disk; `seconds`: that it
-    took."""
+    """Machine code of one source file. `usage`, `launches`: by kernel; `cached`: whether it was found on disk;
+    `seconds`: the time that compiling or reading took."""
 
     cubin: bytes
     usage: dict[str, Usage]
@@ -84,14 +84,14 @@ def missing() -> str | None:
 
         cuda_core()
         nvrtc.nvrtcVersion()
-    # Where a shared library is missing, the packages raise errors of their own.
+    # If a shared library is missing, the packages raise errors of their own.
     except Exception as error:
         return f"NVRTC cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); {remedy()}"
     return None
 
 
 def cuda_core():
-    """The package, whole: of two threads that import it at once one gets an ImportError."""
+    """The package `cuda.core`, imported under a lock: if two threads import it at once, one gets an ImportError."""
     with _importing:
         import cuda.core
     return cuda.core
@@ -106,7 +106,7 @@ def remedy() -> str:
 
 @lru_cache(maxsize=None)
 def version() -> tuple[int, int]:
-    """Of NVRTC."""
+    """The major and minor version of NVRTC."""
     from cuda.bindings import nvrtc
 
     return nvrtc.nvrtcVersion()[1:]
@@ -118,7 +118,7 @@ def version_name() -> str:
 
 @lru_cache(maxsize=None)
 def architectures() -> tuple[str, ...]:
-    """Those that this NVRTC compiles for and the kernels are written for: sm_80 and newer."""
+    """The architectures that this NVRTC compiles for, from sm_80 on, for which the kernels are written."""
     from cuda.bindings import nvrtc
 
     return tuple(f"sm_{number}" for number in nvrtc.nvrtcGetSupportedArchs()[1] if number >= 80)
@@ -128,9 +128,9 @@ def architecture(major: int, minor: int) -> str:
     """The newest architecture whose machine code runs on a GPU of this compute capability.
 
     Raises:
-        RuntimeError: this NVRTC knows none.
+        RuntimeError: this NVRTC does not know any.
     """
-    # Machine code runs on GPUs of the same major and the same or a higher minor number.
+    # Machine code runs on GPUs of the same major and the same or a higher minor version.
     runs = [arch for arch in architectures() if (n := int(arch[3:])) // 10 == major and n % 10 <= minor]
     if not runs:
         known = f"NVRTC {version_name()} compiles for {', '.join(architectures())}"
@@ -174,7 +174,7 @@ def _key(source: str, specialisation: Specialisation, arch: str) -> str:
 
 @lru_cache(maxsize=None)
 def _sources_hash(folder: Path) -> str:
-    """Over every file that a kernel may include, so that no dependency can be forgotten."""
+    """A hash over every file that a kernel may include, so that no dependency can be forgotten."""
     content = hashlib.sha256()
     for file in sorted([*(folder / "include").rglob("*.h"), *(folder / "cuda").rglob("*")]):
         if file.suffix in (".h", ".cu"):
@@ -184,7 +184,7 @@ def _sources_hash(folder: Path) -> str:
 
 
 def options(source: str, specialisation: Specialisation, arch: str) -> ProgramOptions:
-    """How `source` is compiled: cuda-core's `ProgramOptions`."""
+    """The options for compiling `source`, as cuda-core's `ProgramOptions`."""
     folder = source_folder()
     return cuda_core().ProgramOptions(
         name=source,
@@ -192,9 +192,9 @@ def options(source: str, specialisation: Specialisation, arch: str) -> ProgramOp
         std=_STANDARD,
         define_macro=[(name, str(value)) for name, value in specialisation.items()],
         include_path=[str(folder), str(folder / "include")],
-        # Else the folder that Python was started in is searched for headers, too.
+        # Otherwise NVRTC looks for headers in the folder that Python was started in, too.
         no_source_include=True,
-        # A constexpr function without a word on where it runs is no host function here.
+        # Constexpr functions without a qualifier are device functions, not host functions.
         device_as_default_execution_space=True,
         ptxas_options=["-v"],
         **SOURCES[source],
@@ -211,7 +211,7 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         program = core.Program(source_text(source), "c++", options(source, specialisation, arch))
         cubin = program.compile("cubin", logs=log).code
         program.close()
-    # cuda-core's own error types have changed their place between its versions.
+    # Not a type of cuda-core, because its error types have moved between its versions.
     except Exception as error:
         log = str(error).replace("\0", "")
         raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log}") from error
@@ -221,7 +221,7 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
 def read_launches(cubin: bytes) -> dict[str, Launch]:
     """The constants `{kernel}_launch` that the macro KVQUANT_KERNEL leaves in machine code, an ELF file (elf(5))."""
     at, size, count = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HH", cubin, 58)
-    # Of each section: type, place in the file, length, the section of its symbols' names.
+    # For each section: type, offset in the file, length, index of the section with its symbols' names.
     sections = [struct.unpack_from("<4xI16xQQI", cubin, at + i * size) for i in range(count)]
     found = {}
     for kind, begin, length, names in sections:
@@ -236,10 +236,10 @@ def read_launches(cubin: bytes) -> dict[str, Launch]:
 
 
 def read_usage(log: str) -> dict[str, Usage]:
-    """What ptxas reports of each kernel under `-v`, in the log of NVRTC or nvcc.
+    """The reports of ptxas on each kernel, from the log of NVRTC or nvcc with `-v`.
 
     Raises:
-        ValueError: a report without the numbers that are looked for.
+        ValueError: a report lacks one of the expected figures.
     """
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:

@@ -1,6 +1,6 @@
-"""What a CUDA kernel is compiled for: the macros that fix dtype, head_dim, formats and grids at compile time.
+"""The macros that fix dtype, head_dim, formats and grids of a CUDA kernel at compile time.
 
-Everything else (lengths, strides, masks, heads) the kernels read from their argument at run time, so that a model
+The kernels read everything else (lengths, strides, masks, heads) from their argument at run time, so that a model
 needs one or two specialisations, not one per shape.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from .arguments import FORMATS
 
-# Columns of the cache that one block of threads attends to. Fixed, so that a result does not depend on the GPU's size.
+# The columns that one block of threads attends to. Fixed, so that results do not depend on the size of the GPU.
 SPLIT = 512
-# Of a block, at most: attention takes fewer where their shared memory is more than a GPU has.
+# The most threads of a block; attention takes fewer if a GPU lacks the shared memory for them.
 THREADS = 128
 MAX_HEAD_DIM = 256
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
 class Specialisation(dict):
-    """Macros by name, hashable: not changed after it was made."""
+    """Macros by name. It is hashable, so it must not be changed after it is made."""
 
     def __init__(self, macros: dict[str, int]):
         super().__init__(macros)
@@ -27,7 +27,7 @@ class Specialisation(dict):
         return self._hash
 
     def __str__(self) -> str:
-        """In words, for messages and tables."""
+        """A description in words, for messages and tables."""
         k, v = self["KVQUANT_HEAD_DIM"], self["KVQUANT_V_HEAD_DIM"]
         dtype = ("float32", "float16", "bfloat16")[self["KVQUANT_DTYPE"]]
         sides = f"keys {self._side('K')}, values {self._side('V')}"
@@ -47,10 +47,10 @@ _made: dict[tuple, Specialisation] = {}
 
 
 def specialisation(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
-    """For states of these specs; `dtype`: a number of `arguments.DTYPES`. Equal arguments give the same object.
+    """The macros for these specs; `dtype` is a value of `arguments.DTYPES`. Equal arguments give the same object.
 
     Raises:
-        ValueError: a head_dim or dtype that the kernels are not written for, by name.
+        ValueError: the kernels do not support this head_dim or dtype; the message names it.
     """
     key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim)
     found = _made.get(key)

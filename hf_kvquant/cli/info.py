@@ -88,7 +88,7 @@ def _cpu_backend() -> dict:
     from ..backends import cpu
 
     library = cpu.info()
-    return {"chosen": chosen, "why": f"compiled, instruction level {library['isa']}", "library": library}
+    return {"chosen": chosen, "why": f"compiled, instruction set {library['isa']}", "library": library}
 
 
 def _cuda_backend() -> dict:

@@ -154,8 +154,9 @@ KVQUANT_DEVICE void cp_async_wait() {
 
 // -- matrices; lane = 4 * g + t ------------------------------------------------------------------
 
-// Loads 8x8 tiles of 16-bit elements; lane i gives the address of row i % 8 of tile i / 8, 16 bytes
-// and aligned. r[j] of tile j: row g, columns 2t and 2t + 1; .._trans: rows 2t and 2t + 1 of column g.
+// Loads 8x8 tiles of 16-bit elements; lane i gives the address of row i % 8 of tile i / 8, which is
+// aligned to its 16 bytes. r[j] of tile j: row g, columns 2t and 2t + 1; .._trans: rows 2t and
+// 2t + 1 of column g.
 KVQUANT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -2,7 +2,7 @@
 # package registry are required. PYTHON names the interpreter, e.g. make test PYTHON=python3.12.
 
 PYTHON ?= python3
-# Every version is pinned, those of the isolated environments too in which pip builds packages: older releases of pip take
+# Every version is pinned, also in the isolated environments in which pip builds packages: older releases of pip take
 # PIP_CONSTRAINT there, newer ones only PIP_BUILD_CONSTRAINT. pip itself is the one that comes with Python.
 install = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1) $(2)/bin/python -m pip --disable-pip-version-check install --quiet
 LOCK := .ci/constraints.txt
@@ -15,7 +15,7 @@ SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-stand
 demo: .venv-demo/installed
 	OMP_WAIT_POLICY=passive .venv-demo/bin/hf-kvquant demo
 
-# In so many processes, of 1.5 GB each at most; half of the work is to compile every CUDA specialisation.
+# The number of test processes, each of 1.5 GB at most. Half of the work is compiling every CUDA specialisation.
 JOBS ?= 2
 PYTEST := pytest -q -rs -n $(JOBS) --dist worksteal
 
@@ -27,12 +27,12 @@ MINUTES ?= 30
 soak: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python tests/test_stateful.py --minutes $(MINUTES)
 
-# The oldest transformers that is supported.
+# The core tests on the oldest supported transformers.
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) tests/test_cache.py tests/test_saving.py tests/test_faults.py tests/test_attention.py tests/test_integration.py tests/test_generate.py tests/test_contract.py tests/test_scoring.py tests/test_static.py \
 	tests/test_asked_for.py tests/test_columns.py tests/test_dtypes.py tests/test_host.py tests/test_model_state.py
 
-# A few tests on releases of transformers between the oldest and the newest, which lie before that of the environment.
+# A few tests on releases of transformers between the oldest and the newest, found before that of the environment.
 SMOKE := 5.19.0 5.21.1 5.23.0
 smoke: $(SMOKE:%=smoke-%)
 .PRECIOUS: .venv/transformers-%/installed
@@ -40,7 +40,7 @@ smoke-%: .venv/installed .venv/transformers-%/installed
 	OMP_NUM_THREADS=1 SMOKE_TRANSFORMERS=$* PYTHONPATH=.venv/transformers-$* .venv/bin/pytest -q tests/test_smoke.py
 
 # The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only
-# torch is pinned, to its CPU build. The last lines say what failed and which versions are not those of the lock.
+# torch is pinned, to its CPU build. The last lines list failed tests and versions that differ from the lock.
 newest:
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
@@ -62,10 +62,9 @@ lock: .venv-lock/uv
 resolve = UV_PYTHON_DOWNLOADS=never .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --no-annotate \
 	--custom-compile-command 'make lock' --output-file $(1) pyproject.toml .ci/lock.in
 
-# The kernels' tests, and files that are made to corrupt memory, on a library that watches addresses and undefined
-# behaviour (the CUDA kernels in the emulator), then on one that watches for races: only on threads of its own, because
-# torch's are not instrumented, and in one process, whose exit code tells of races. The first library looks for libstdc++
-# when it starts, before torch brings it.
+# The kernels' tests (CUDA kernels in the emulator), and files crafted to corrupt memory, under the sanitizers for addresses
+# and undefined behaviour. Then the tests of our own threads under the one for races: torch's threads are not instrumented, and
+# one process runs them, because its exit code tells of races. libasan needs libstdc++ at its start, before torch loads it.
 sanitize: .venv/installed
 	$(call build_sanitized,asan,address;undefined)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
@@ -103,7 +102,7 @@ format: .venv-lint/installed
 	$(call install,$(LOCK),.venv) '.[dev]'
 	touch $@
 
-# Python compiles a module when it is first imported: the demo imports few of those that are installed.
+# Python compiles modules at their first import; the demo imports few of the installed ones.
 .venv-demo/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv-demo
 	$(call install,$(LOCK),.venv-demo) --no-compile '.[demo]'

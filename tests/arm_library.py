@@ -1,10 +1,10 @@
 """`ArmLibrary`: the CPU library compiled for 64-bit ARM Linux, run by an emulated processor inside this process.
 
-It stands where `ctypes.CDLL` stands in hf_kvquant/backends/cpu.py, so that a test's arguments are those of users. Zig
-brings compiler and headers for ARM (through the same CMakeLists as every build), Unicorn the processor. It has no
-memory of its own: a page of this process appears in it, at the same address, when it is first touched, so pointers
-mean the same on both sides. Of the C library there is only what one thread needs; expf and the like come from Zig, as
-ARM code.
+It takes the place of `ctypes.CDLL` in hf_kvquant/backends/cpu.py, so that a test's arguments are those of users. Zig
+has the compiler and headers for ARM (used through the same CMakeLists as every build), and Unicorn emulates the
+processor. The processor has no memory of its own: a page of this process appears in it, at the same address, when it
+is first touched, so pointers mean the same to both. The C library is limited to the functions that one thread needs;
+expf and the like come from Zig, as ARM code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def unavailable() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Compiles the library for ARM Linux with the project's CMakeLists; returns its path.
+    """Compile the library for ARM Linux with the project's CMakeLists, and return its path.
 
     Raises:
         RuntimeError: cmake or the compiler failed, or warned.
@@ -54,7 +54,7 @@ def build(folder: Path) -> Path:
         "CMAKE_CXX_COMPILER": f"{zig};c++",
         "CMAKE_CXX_COMPILER_TARGET": "aarch64-linux-gnu",
         "CMAKE_CXX_FLAGS": "-Werror",
-        # No program can be linked without the C++ library, which Zig would compile for a minute.
+        # Linking a program needs the C++ library, which Zig takes a minute to compile.
         "CMAKE_TRY_COMPILE_TARGET_TYPE": "STATIC_LIBRARY",
         "CMAKE_MODULE_LINKER_FLAGS": "-nostdlib -lcompiler_rt",
     }
@@ -70,10 +70,10 @@ def _run(*command: str) -> None:
 
 
 class ArmLibrary:
-    """The library's functions as attributes; they take integers or what `ctypes.byref` makes and return an integer.
+    """The library's functions as attributes; they take integers or results of `ctypes.byref` and return an integer.
 
     Raises:
-        RuntimeError: on a call, if the code touches what is not this process's memory or calls what is not here.
+        RuntimeError: on a call, if the code touches memory outside of this process, or calls a missing function.
     """
 
     def __init__(self, path: Path):
@@ -104,7 +104,7 @@ class ArmLibrary:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._pages[-1]))
 
     def _load(self, file: bytes) -> dict[str, int]:
-        """Lays the file out in memory and fills in addresses; returns those of its symbols."""
+        """Lay the file out in memory and fill in addresses; return those of its symbols."""
         machine, offset, count = unpack_from("<18xH12xQ16xH", file)[0], *unpack_from("<32xQ16xH", file)
         assert file[:5] == b"\x7fELF\x02" and machine == 183, "not a library for 64-bit ARM"
         headers = [unpack_from("<IIQQQQQQ", file, offset + 56 * i) for i in range(count)]
@@ -132,14 +132,14 @@ class ArmLibrary:
         elif kind in (_R_ABS64, _R_GLOB_DAT, _R_JUMP_SLOT):
             word.value = (symbol[1] or self._stub(symbol[0])) + addend
         elif kind == _R_TLSDESC:
-            # A function to call, which returns a distance from the thread's register, and its argument.
+            # The address of a function, which returns an offset from the thread's register, and its argument.
             word.value = self._stub(_THREAD_LOCAL)
             ctypes.c_uint64.from_address(place + 8).value = addend
         else:
             raise RuntimeError(f"relocation {kind} is not known")
 
     def _stub(self, name: str) -> int:
-        """Address of a function that returns at once; before it does, Python does the work of `name`."""
+        """Address of a function that returns at once, after Python has done the work of `name`."""
         if name not in self._imports:
             self._imports.append(name)
             ctypes.c_uint32.from_address(self._stubs + 4 * len(self._imports)).value = _RETURN
@@ -148,7 +148,7 @@ class ArmLibrary:
     # ---- running ---------------------------------------------------------------------------------------------------
 
     def _call(self, function: int, arguments: list[int]) -> int:
-        # A new processor for each call: by the next one the host may have moved its memory.
+        # A new processor for each call, because the host may move its memory between two calls.
         uc, registers = self._unicorn, self._registers
         processor = uc.Uc(uc.UC_ARCH_ARM64, uc.UC_MODE_ARM)
         processor.reg_write(registers.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # floating point is switched on
@@ -169,7 +169,7 @@ class ArmLibrary:
         return ctypes.c_int32(processor.reg_read(registers.UC_ARM64_REG_X0) & 0xFFFFFFFF).value
 
     def _show_memory(self, processor, access, address, size, value, _) -> bool:
-        """Lets the processor see the host's memory around an address; False if there is none."""
+        """Let the processor see the host's memory around an address; False if there is none."""
         self._touched = address
         for begin, end in _writable():
             if begin <= address < end:
@@ -194,7 +194,7 @@ class ArmLibrary:
         elif name == "__cxa_thread_atexit":
             result = 0
         else:
-            raise RuntimeError(f"the code calls {name!r}, which is not here")
+            raise RuntimeError(f"the code calls {name!r}, which does not exist here")
         processor.reg_write(x0, result)
 
 

@@ -1,4 +1,4 @@
-"""What several test files share: the seed, keys as trained models have them, and states stored in poisoned memory."""
+"""Fixtures for several test files: the seed, keys as trained models have them, states stored in poisoned memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
-    """What is said once per process is said once per test."""
+    """Warnings that are given once per process are given once per test."""
     monkeypatch.setattr(route, "_said", set())
 
 
@@ -42,7 +42,7 @@ def _outlier(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Storage that shows in the result if it is read: NaN, also as an fp8 code."""
+    """Storage full of NaN, as an fp8 code too, so that reading it shows in the result."""
     return torch.full(shape, 0xFF if dtype == torch.uint8 else torch.nan, dtype=dtype)
 
 

@@ -1,8 +1,8 @@
 """`Device`: runs the kernels of kernels/cuda on the host, in the emulator of tests/emulator, with CPU tensors.
 
-It stands where the CUDA device stands in hf_kvquant/backends/cuda.py, so that the arguments, grids and specialisations
-that a test runs are the ones that users run. A kernel is compiled with g++ once per specialisation and session. What
-hardware would not notice ends a launch with `Fault`: see tests/emulator/machine.h.
+It takes the place of the CUDA device in hf_kvquant/backends/cuda.py, so that tests run the arguments, grids and
+specialisations of users. A kernel is compiled with g++ once per specialisation and session. A fault that hardware
+would not report ends a launch with `Fault`: see tests/emulator/machine.h.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ENTRY = re.compile(r"KVQUANT_KERNEL\(\s*(\w+)")
 
 
 class Fault(RuntimeError):
-    """What a kernel did wrong; the message names the kernel, the block, the thread, the line and the access."""
+    """A kernel did something wrong; the message names the kernel, the block, the thread, the line and the access."""
 
 
 class _Launch(ctypes.Structure):
@@ -50,7 +50,7 @@ class Device:
         self._allowed: list[tuple[torch.Tensor, bool]] = []
 
     def allow(self, *tensors: torch.Tensor | None, writable: bool = True) -> None:
-        """Lets all later launches touch these tensors."""
+        """Let all later launches touch these tensors."""
         self._allowed += [(tensor, writable) for tensor in tensors if tensor is not None]
 
     def launch(
@@ -62,7 +62,7 @@ class Device:
         reads: Sequence[torch.Tensor | None] = (),
         writes: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Runs a kernel to its end, with the threads and the shared memory that its source asks for.
+        """Run a kernel to its end, with the threads and the shared memory that its source asks for.
 
         Args:
             specialisation: macros and their values.
@@ -70,7 +70,7 @@ class Device:
             reads, writes: the tensors whose addresses the structs hold; tensors in `arguments` count as written.
 
         Raises:
-            Fault: the kernel did what it must not.
+            Fault: the kernel broke a rule of the emulator.
             ValueError: no source has this kernel, or several do.
         """
         macros = {"KVQUANT_ARCH": self._arch, **specialisation}
@@ -107,7 +107,7 @@ def _value(argument: ctypes.Structure | torch.Tensor | None):
 
 
 def _extent(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    """Address and bytes from the first to the last number of a tensor, gaps included."""
+    """Address and size in bytes of a tensor, from its first to its last element, gaps included."""
     if tensor.device.type != "cpu":
         raise ValueError(f"device: a tensor on {tensor.device} cannot be emulated; expected cpu")
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -150,13 +150,13 @@ def _sanitizers() -> tuple[str, ...]:
 
 @lru_cache(maxsize=None)
 def _machine() -> tuple[str, ...]:
-    """The emulator itself, which all specialisations are linked with."""
+    """The emulator itself, which is linked to every specialisation."""
     return tuple(str(_compile("-O2", *_sanitizers(), "-c", str(source))) for source in sorted(EMULATOR.glob("*.cc")))
 
 
 @lru_cache(maxsize=None)
 def _library(source: Path, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     defines = [f"-D{name}={value}" for name, value in (("KVQUANT_EMULATOR", 1), *macros)]
-    # No pragma of the GPU's compiler (unroll) means anything here.
+    # g++ does not know the pragmas of the GPU's compiler (unroll).
     kernel = ("-O1", "-Wno-unknown-pragmas", "-x", "c++", str(source), "-x", "none")
     return ctypes.CDLL(str(_compile("-shared", *_sanitizers(), *defines, *kernel, *_machine())))

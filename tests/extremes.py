@@ -1,4 +1,4 @@
-"""Numbers that quantization has to survive, for the tests of every backend that writes bytes."""
+"""Elements that quantization has to survive, for the tests of every backend that writes bytes."""
 
 from __future__ import annotations
 

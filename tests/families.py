@@ -38,7 +38,7 @@ GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512}
 class Family:
     """How a tiny model is made: the names of its config and model class, and what differs from `COMMON`.
 
-    `num_full`: how many layers a quantized cache stores. `fused`: whether its attention takes the states as they are.
+    `num_full`: the number of layers that a quantized cache stores. `fused`: whether attention takes states as stored.
     """
 
     config: str
@@ -103,14 +103,14 @@ UNFUSED = {
     ),
 }  # fmt: skip
 
-# From transformers 5.24 on GPT-J hands the states on as they are.
+# From transformers 5.24 on GPT-J passes the states on unchanged.
 _GPTJ_IS_FUSED = host.CACHE == "cache"
 (FAMILIES if _GPTJ_IS_FUSED else UNFUSED)["gptj"] = Family(
     "GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}, fused=_GPTJ_IS_FUSED
 )
 
-# Further kinds, for the contract of a cache alone: experts, linear attention beside full attention (in one layer, and
-# layer by layer), and an encoder-decoder model with learned positions.
+# More kinds, for test_contract.py only: experts, linear attention beside full attention (in one layer, and layer by
+# layer), and an encoder-decoder model with learned positions.
 MORE = {
     "mixtral": Family(
         "MixtralConfig", "MixtralForCausalLM",
@@ -145,12 +145,12 @@ MORE = {
     "mllama": Family("MllamaConfig", "MllamaForConditionalGeneration"),
 }  # fmt: skip
 
-# Until then the call that drops the cache has only the newest token, and the dense cache's text is wrong, too.
+# Before 5.20 the call that drops the cache has only the newest token, so the dense cache's text is wrong, too.
 LONGROPE_LOSES_TOKENS = tuple(map(int, host.VERSION.split(".")[:2])) < (5, 20)
 
 ALL = FAMILIES | UNFUSED | OTHERS | MORE
 
-# What makes a family smaller still, where its own names differ.
+# Options that make a family smaller still; some families have names of their own.
 _SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
 _SMALLER = {
     "gpt2": {"n_embd": 64, "n_head": 4},
@@ -214,7 +214,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, attn: str = "sdpa", see
         model = getattr(transformers, family.model)(settings)
     if name == "mllama":
         for layer in settings.get_text_config().cross_attention_layers:
-            # Closed until training opens them.
+            # These gates are zero until training changes them.
             decoder_layer = model.model.language_model.layers[layer]
             decoder_layer.cross_attn_attn_gate.data.fill_(1.0)
             decoder_layer.cross_attn_mlp_gate.data.fill_(1.0)

@@ -1,8 +1,8 @@
-"""Compiles a CUDA source for many architectures in half the time: NVRTC's optimizer once, then ptxas for each.
+"""Compiles a CUDA source for many architectures in half the time: NVRTC's optimizer runs once, then ptxas for each.
 
-NVRTC translates to PTX, and PTX to machine code. The first step, half of the time, gives the same text for several
-architectures; the second is ptxas of the wheel nvidia-cuda-nvcc, which writes what NVRTC of the same version writes,
-byte for byte. test_cuda_compile.py compares both.
+NVRTC translates to PTX, and PTX to machine code. The first step takes half of the time, and gives the same text for
+several architectures. For the second, ptxas of the wheel nvidia-cuda-nvcc writes the same bytes as NVRTC of the same
+version. test_cuda_compile.py compares both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_kvquant.backends.specialisation import Specialisation
 
 
 def program() -> Path | None:
-    """The program `ptxas`, of the wheel: another version on the PATH would write other code."""
+    """The program `ptxas` of the wheel: another version on the PATH would write other code."""
     folders = find_spec("nvidia").submodule_search_locations if find_spec("nvidia") else []
     return next((file for folder in folders for file in sorted(Path(folder).glob("cu1*/bin/ptxas*"))), None)
 
@@ -35,7 +35,7 @@ def ptx(source: str, specialisation: Specialisation, arch: str) -> str:
     Raises:
         nvrtc.CompileError: with NVRTC's log.
     """
-    # cuda-core asks for a GPU's driver before it hands out PTX.
+    # Not with cuda-core, which needs a GPU's driver to return PTX.
     from cuda.bindings import nvrtc as library
 
     def call(function, *arguments):
@@ -56,7 +56,7 @@ def ptx(source: str, specialisation: Specialisation, arch: str) -> str:
 
 
 def assemble(text: str, arch: str) -> tuple[bytes, dict[str, nvrtc.Usage]]:
-    """Machine code of PTX for `arch`, whichever its PTX was written for, and what its kernels use.
+    """Machine code for `arch` from PTX, whichever architecture that was made for, and the usage of its kernels.
 
     Raises:
         nvrtc.CompileError: with the log of ptxas.
@@ -72,9 +72,9 @@ def assemble(text: str, arch: str) -> tuple[bytes, dict[str, nvrtc.Usage]]:
 
 
 def sections(cubin: bytes) -> dict[str, bytes]:
-    """The content of an ELF file, by the names of its sections; "" for those that have none in the file."""
+    """The content of the sections of an ELF file by name; empty for sections without bytes in the file."""
     at, size, count, names = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HHH", cubin, 58)
-    # Of each: its name's place among the names, type, flags, address, place in the file, length.
+    # Each header has the offset of its name, type, flags, address, offset in the file, length.
     headers = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
     begin, has_none = headers[names][4], 8
     found = {}

@@ -1,4 +1,4 @@
-"""The shape of the project: who may import whom, what importing does, and what lies at the top of the repository."""
+"""The shape of the project: which modules import which, what an import does, and the top level of the repository."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ MAY_IMPORT = {
 }
 KNOW_TRANSFORMERS = {"host", "cache", "saving", "integration", "scoring", "lm_eval", "comparison", "cli"}
 TOP_LEVEL = {"pyproject.toml", "hf_kvquant", "kernels", "tests", "eval", "configs", "README.md", "Makefile"}
-# Found out, not to be imported before they are needed: heavy, or extras.
+# Packages that must not be imported before they are needed, because they are heavy or optional.
 NOT_AT_IMPORT = [
     "lm_eval",
     "datasets",
@@ -94,7 +94,7 @@ MODULES = {module_name(file): file for file in sorted(PACKAGE.glob("**/*.py"))}
 
 
 def listed(name: str) -> str:
-    """The module's name in the table: the modules of a package that is listed as a whole have its name."""
+    """The module's name in the table, or that of its package if the table lists the whole package."""
     return name if name in MAY_IMPORT else name.partition(".")[0]
 
 
@@ -116,7 +116,7 @@ def imports(file: Path) -> set[str]:
             # `from . import ops` imports a module, `from .states import QuantizedStates` a name.
             found |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            # What follows the first braces of an f-string is not known: ".backends.{name}" means "backends".
+            # The rest of an f-string after its first braces is not known: ".backends.{name}" means "backends".
             name = "".join(
                 str(getattr(part, "value", "")) for part in getattr(node.args[0], "values", [node.args[0]])[:1]
             )
@@ -125,7 +125,7 @@ def imports(file: Path) -> set[str]:
 
 
 def our_imports(file: Path) -> set[str]:
-    """Those of our modules, "" for the package itself."""
+    """The modules of ours that a file imports; "" is the package itself."""
     names = {
         name.removeprefix("hf_kvquant").lstrip(".") for name in imports(file) if name.split(".")[0] == "hf_kvquant"
     }
@@ -220,13 +220,13 @@ print(json.dumps({{
 
 @pytest.fixture(scope="module")
 def fresh() -> dict:
-    """What `import hf_kvquant` did in a process of its own, with what it needs of transformers imported before."""
+    """The effects of `import hf_kvquant` in a fresh process that has imported torch and transformers before."""
     host = "transformers.cache_utils, transformers.masking_utils, transformers.generation, transformers.modeling_utils"
     code = WATCH.format(host=host)
     # This process's path, wherever the package is installed.
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    # Not in the repository's folder, where Python would import the source instead of the installed package.
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
     )

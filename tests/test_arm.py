@@ -1,6 +1,6 @@
-"""The CPU library compiled for 64-bit ARM and run on an emulated processor equals the reference: the portable level.
+"""The CPU library, compiled for 64-bit ARM and run on an emulated processor, equals the reference (portable code).
 
-On one thread; what is called is `backends/cpu.py`, on the library of `arm_library.py`. `make arm` installs the tools.
+The tests call `backends/cpu.py` with the library of `arm_library.py`, on one thread. `make arm` installs the tools.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ every_head_dim = pytest.mark.parametrize("head_dim", [64, 80, 128])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
-# Against the portable level of this machine: another expf, of one unit in the last place.
+# Against the portable code of this machine, whose expf differs by one unit in the last place.
 SAME_LEVEL = 2e-6
 
 

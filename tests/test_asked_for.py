@@ -1,6 +1,6 @@
-"""Whoever asks `generate` for a quantized cache has it in every forward call, filled, or gets an error.
+"""A call of `generate` with a quantized cache has it in every forward call, filled, or raises an error.
 
-Between the request and the layers lies code that is not ours: `prepare_inputs_for_generation`, adapters that replace
+Code that is not ours comes between `generate` and the layers: `prepare_inputs_for_generation`, adapters that replace
 it, logits processors, wrappers of layers. Each test is one way in which they lose, swap or ignore a cache.
 """
 
@@ -15,7 +15,7 @@ from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
 from hf_kvquant.host import CACHE, cache_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
-# Every token exact: what differs from the dense cache then is not quantization.
+# Every token is exact, so a difference from the dense cache is not due to quantization.
 EXACT = KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), recent_length=4096)
 
 
@@ -34,7 +34,7 @@ def assert_equal_logits(a, b, tolerance: float = 1e-4):
 
 
 def changed(change):
-    """A model whose `prepare_inputs_for_generation` hands its result to `change`."""
+    """A model whose `prepare_inputs_for_generation` passes its result through `change`."""
     model = families.build("llama")
     prepare = model.prepare_inputs_for_generation
 
@@ -61,14 +61,14 @@ class TestPrepareInputs:
             generate(changed(swap), cache_implementation="kvquant-int8")
 
     def test_dropping_it_before_the_first_step_gives_it_back(self):
-        """As longrope models do with a long prompt: the call has all tokens, and loses nothing."""
+        """Longrope models do this with a long prompt: the call has all tokens, and loses nothing."""
         model = changed(lambda inputs: inputs.pop(CACHE) and None if inputs["input_ids"].shape[1] > 1 else None)
         out = generate(model, cache_implementation="kvquant-int8")
         assert cache_of(out).routes["decode_fused"] == 7 * 2
         assert_equal_logits(out, generate(families.build("llama"), cache_implementation="kvquant-int8"))
 
     def test_a_prefix_is_taken_over(self):
-        """As prefix tuning does: the first call brings a dense cache that holds the prefix."""
+        """Prefix tuning does this: the first call has a dense cache that holds the prefix."""
         plain = families.build("llama")
         prefix, mask = families.prompt(2, 13, seed=5), torch.ones(2, 70, dtype=torch.long)
         mask[1, :9] = 0
@@ -84,7 +84,7 @@ class TestPrepareInputs:
             inputs.pop("position_ids", None)
 
         model, ids = changed(bring), families.prompt(2)
-        # Between the prefix and the prompt stands padding; the first 2 tokens of the prefix are sinks in both rows.
+        # There is padding between prefix and prompt; the first 2 tokens of the prefix are sinks in both rows.
         config = {"keys": {"format": "int4"}, "values": {"format": "int4"}, "sink_length": 2}
         out = generate(model, ids, attention_mask=mask, cache_implementation="kvquant", cache_config=config)
         cache = cache_of(out)
@@ -114,7 +114,7 @@ class TestLayers:
             generate(model, cache_implementation=f"kvquant-int8{static}")
 
     def test_gradient_checkpointing_in_training_mode(self):
-        """Until transformers 5.23 it calls layers without a cache."""
+        """Up to transformers 5.23 gradient checkpointing calls layers without a cache."""
         model = families.build("llama").train()
         model.gradient_checkpointing_enable()
         expected = generate(families.build("llama"), cache_implementation="kvquant-int8")
@@ -126,7 +126,7 @@ class TestLayers:
 
 
 def longrope():
-    """Positions are scaled anew when a sequence becomes longer than 62 tokens."""
+    """A model that scales positions differently once a sequence is longer than 62 tokens."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
     rope["original_max_position_embeddings"] = 62
     return families.build("longrope", rope_parameters=rope, original_max_position_embeddings=62)
@@ -171,7 +171,7 @@ def test_guidance_keeps_a_quantized_cache_too(static):
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 @pytest.mark.parametrize("tuning", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_soft_prompts(tuning, preset):
-    """Virtual tokens stand before the padding of the prompt: they are no padding, and the first of them are sinks."""
+    """Virtual tokens come before the padding of the prompt: they are not padding, and the first of them are sinks."""
     peft = pytest.importorskip("peft")
     model = families.build("llama")
     model = peft.get_peft_model(model, getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=13)).eval()
@@ -183,7 +183,7 @@ def test_soft_prompts(tuning, preset):
     assert layer.length == cache_of(dense).get_seq_length()
     assert out.logits[0].sub(dense.logits[0]).abs().max() < 0.05
     if layer.length != 47:
-        # PEFT has put its tokens there; with a transformers that it does not know yet it may not.
+        # PEFT has put its tokens there; with a newer transformers than it supports it may not.
         assert layer.padding[1, 13:22].all()
         assert not layer.padding[:, :13].any()
 
@@ -208,7 +208,7 @@ class TestChoice:
 
 
 class TestCallsAside:
-    """A processor or criterion may call the model for purposes of its own; the generation's cache is not touched."""
+    """A processor or criterion may call the model itself; the generation's cache stays untouched."""
 
     @pytest.mark.parametrize("own_cache", [False, True])
     @pytest.mark.parametrize("kind", ["processor", "criterion"])

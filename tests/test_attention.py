@@ -1,4 +1,4 @@
-"""The type of the key decides; what the operator cannot do is de-quantized, counted and said once."""
+"""The type of the key decides the route; a call that the operator cannot do is de-quantized and counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def eager(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 def inputs(store, q_len: int, kv_len: int = 150, dtype=torch.float64, **options):
-    """Queries, stored keys and values, and the same keys and values as they were given."""
+    """Queries, stored keys and values, and the same keys and values before they were stored."""
     key, value = (torch.randn(BATCH, KV_HEADS, kv_len, HEAD_DIM, dtype=dtype) for _ in range(2))
     query = torch.randn(BATCH, HEADS, q_len, HEAD_DIM, dtype=dtype)
     return query, *store(key, value, KEYS, VALUES, **(WINDOWS | options))
@@ -195,7 +195,7 @@ def test_single_queries_need_no_causality(store, mask):
 @pytest.mark.parametrize("heads", [1, HEADS], ids=["bias-shared", "bias-per-head"])
 @every_mask
 def test_position_bias_joins_the_mask(store, q_len, heads, mask):
-    """Against eager attention over what a query reads; the windows are off, so that all queries read the same."""
+    """Compared with eager attention over the columns that are read; without windows all queries read the same."""
     query, keys, values = inputs(store, q_len, sink_length=0, recent_length=0, kv_len=160)
     keys = store(keys.dequantize(), values.dequantize(), VALUES, VALUES)[0]
     bias = torch.randn(1, heads, q_len, 160, dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_position_bias_joins_the_mask(store, q_len, heads, mask):
 @pytest.mark.parametrize("q_len", [16, 17, 25, 32])
 @every_mask
 def test_many_queries_equal_single_steps(store, q_len, mask):
-    """Also across the border of a block."""
+    """The queries may cross the border of a block."""
     query, keys, values = inputs(store, q_len, kv_len=140)
     given = masks(q_len, 140)[mask]
     output, _ = attend(None, query, keys, values, given, dense_attention=forbidden, scaling=SCALING)
@@ -236,7 +236,7 @@ def test_many_queries_equal_single_steps(store, q_len, mask):
 
 @pytest.mark.parametrize("q_len", [2, 20, 32])
 def test_a_mask_may_look_ahead(store, q_len):
-    """As in prefix or image attention: a query reads later columns exactly, and the others as it would alone."""
+    """In prefix or image attention a query reads later columns exactly, and the others as it would alone."""
     query, keys, values = inputs(store, q_len)
     mask = torch.rand(BATCH, 1, q_len, 150) < 0.7
     mask[..., -q_len:] = True
@@ -254,7 +254,7 @@ def test_a_mask_may_look_ahead(store, q_len):
 @pytest.mark.parametrize("preset", ["int4", "int8", "int8-plain", "int4-small", "fp8"])
 @pytest.mark.parametrize("start", [57, 64, 120])
 def test_a_verify_of_sixteen_equals_sixteen_steps(preset, start):
-    """Speculative decoding: appended and read at once or one by one, also across a block's border."""
+    """Speculative decoding: tokens may be appended and read at once or one by one, also across a block's border."""
     config = families.config("llama", num_hidden_layers=1)
     key, value = torch.randn(2, BATCH, KV_HEADS, start + 16, 64, dtype=torch.float64).unbind()
     query = torch.randn(BATCH, HEADS, 16, 64, dtype=torch.float64)
@@ -320,7 +320,7 @@ def test_a_layer_learns_its_route(change, takes):
 
 
 def test_dense_attention_gets_plain_tensors():
-    """What marks the states of the first update is not for others to see."""
+    """The tag on the states of the first update does not reach dense attention."""
     cache = QuantizedCache(families.config("llama"), "int8")
     key, value = torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64)
     seen = []

@@ -1,5 +1,5 @@
-"""What lies outside the contract, in one table: each is refused with one error that names what, its value and what is
-expected, before anything has changed.
+"""A table of arguments outside of the contract. Each is refused with one error that names the argument, its value and
+what is expected, before anything has changed.
 
 Fields of configs one by one are in test_config.py, files of saved caches in test_saving.py.
 """
@@ -272,7 +272,7 @@ TABLE = {
     ),
     "generate with a cache of another batch": (
         lambda: generate(past_key_values=filled())(),
-        # Whichever generate brings first: some versions make a mask.
+        # The error depends on the version, because some versions make a mask first.
         r"attention_mask: batch 1 does not fit the cache's 2|key_states: \(1, 2, 4, 64\) .* does not fit layer 0",
     ),
     # --- scoring
@@ -302,7 +302,7 @@ def test_refused_with_one_clear_error(row, tmp_path):
     [name for name in TABLE if name.startswith(("later", "crop", "beam", "repeats", "row", "generate with a cache"))],
 )
 def test_a_refused_operation_changes_nothing(name, monkeypatch):
-    """The cache that refused goes on."""
+    """The cache can be used after it refused."""
     caches, make = [], filled
 
     def remembered():

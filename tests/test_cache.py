@@ -1,4 +1,4 @@
-"""The cache as storage: what is stored does not depend on how it came, and is counted to the byte."""
+"""The cache as storage: the stored bytes do not depend on how tokens arrive, and are counted exactly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def states(length: int, batch: int = 2, dtype: torch.dtype = torch.float32, seed
 
 
 def feed(cache: QuantizedCache, key: torch.Tensor, value: torch.Tensor, chunks=None, layer_idx: int = 0):
-    """Append in chunks, as a model does whose attention takes the states; returns what the last update returned."""
+    """Append in chunks, like a model whose attention takes the states; return the result of the last update."""
     start, out = 0, None
     for n in chunks or [key.shape[2]]:
         out = cache.update(key[:, :, start : start + n], value[:, :, start : start + n], layer_idx)
@@ -226,7 +226,7 @@ def test_crop_beyond_the_window_is_counted_and_reads_dequantized():
     body = keys.body()
     dense, _ = keys.overrides()
     first = keys.dense_from(179)
-    # Column 179 has just come; the columns before it are copies of the body, and close to what they were.
+    # Column 179 is new; the columns before it are copies of the body, close to their original values.
     assert torch.equal(dense[:, :, first:172], body[:, :, first:172])
     assert torch.equal(dense[:, :, 179], key[:, :, 179])
     torch.testing.assert_close(dense[:, :, first:172], key[:, :, first:172], rtol=0, atol=3.0)
@@ -242,7 +242,7 @@ def test_crop_of_many_short_steps_loses_the_window_too():
 
 
 def test_growth_after_a_long_crop():
-    """At a block's border nothing of the ring is needed; growing must not look for the columns that it lost."""
+    """At a block's border the ring is not needed; growing must not look for the columns that it lost."""
     cache, fresh = new_cache("int8"), new_cache("int8")
     key, value = states(500)
     feed(cache, key[:, :, :256], value[:, :, :256])
@@ -252,7 +252,7 @@ def test_growth_after_a_long_crop():
     feed(fresh, key, value)
     assert_same(cache, fresh)
     assert cache.routes["window_lost"] == 0
-    # What was appended after the crop is in the ring again, so that a short rollback is exact.
+    # Tokens appended after the crop are in the ring again, so that a short rollback is exact.
     cache.crop(-64)
     assert cache.routes["window_lost"] == 0
     feed(cache, key[:, :, 436:], value[:, :, 436:])
@@ -325,7 +325,7 @@ def test_batch_operations_are_moves_of_rows(kv_config):
     assert_same(cache, cache_of(torch.tensor([3, 0])))
     expected = cache_of(torch.tensor([3, 0]))
     assert torch.equal(decode(cache, 90, 16), decode(expected, 90, 16))
-    # The block that holds the last padding is complete now: its statistics know the rows' padding.
+    # The block with the last padding is complete now: its scales ignore the rows' padding.
     for each in (cache, expected):
         feed(each, *(x[:, :, 106:] for x in states(130)))
     assert_same(cache, expected)
@@ -378,7 +378,7 @@ def test_deepcopy_is_independent(kv_config):
 
 
 def test_padding_never_enters_a_block(outlier):
-    """A row with padding has the statistics of its tokens alone."""
+    """The scales of a row with padding depend on its tokens alone."""
     key, value = outlier(1, HEADS, 64, HEAD_DIM), outlier(1, HEADS, 64, HEAD_DIM)
     key[:, :, :20] = 1e4
     mask = torch.ones(1, 64)
@@ -405,7 +405,7 @@ def test_sinks_are_the_first_tokens_of_each_row():
 
 
 def test_stored_columns_keep_their_padding():
-    """A mask that comes later speaks of later columns only, also where the first was shorter than what is stored."""
+    """A later mask concerns later columns only, even if the first mask was shorter than the stored tokens."""
     mask = torch.ones(2, 10)
     mask[0, :4] = 0
     cache, fresh = new_cache("int4", attention_mask=mask), new_cache("int4", attention_mask=mask)
@@ -512,7 +512,7 @@ def expected_bytes(kv_config: KVQuantConfig, tokens: int, head_dim: int) -> int:
     ("name", "at_most"), [("int8-plain", 0.51), ("fp8", 0.51), ("int8", 0.54), ("int4", 0.29), ("int4-small", 0.27)]
 )
 def test_bytes_at_8k_tokens(name, at_most):
-    """The promise of issue and README: BF16, head_dim 128, storage for exactly the tokens of a `generate` call."""
+    """The promise of the README: BF16, head_dim 128, storage for exactly the tokens of a `generate` call."""
     tokens = 8192
     cache = QuantizedCache(families.config("llama", num_hidden_layers=1, head_dim=128), name, max_length=tokens)
     feed(cache, *states(tokens, batch=1, dtype=torch.bfloat16, head_dim=128), [tokens - 1, 1])
@@ -563,7 +563,7 @@ for name in sys.argv[1:]:
 def test_process_memory_falls():
     """Peak resident memory (kilobytes) of processes that fill a cache with 8k tokens, against transformers' own."""
     names = ["dense", "int8-plain", "int4-small"]
-    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, "-c", _PEAK, *names], Path(__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

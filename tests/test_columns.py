@@ -1,4 +1,4 @@
-"""Which columns a cache holds: beside the text's tokens there are image tokens, and windows that hide nothing."""
+"""The columns of a cache: text tokens, image tokens, and windows that hide nothing."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class TestMasks:
 
 
 class TestWideWindows:
-    """A window that no sequence outgrows is no window, for the cache and for attention."""
+    """A window that no sequence outgrows is ignored by the cache and by attention."""
 
     @pytest.mark.parametrize("static", ["", "-static"])
     @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -149,7 +149,7 @@ class TestWideWindows:
             model.generate(families.prompt(), **GREEDY | {"max_new_tokens": 32}, cache_implementation="kvquant-int8")
 
     def test_a_cache_that_outgrows_it_after_all_keeps_the_window(self):
-        """The mask hides what the window hides."""
+        """The mask hides the same columns as the window."""
         model = families.build("mistral", sliding_window=75)
         ids, caches = families.prompt(1, 100), []
         with torch.no_grad(), hf_kvquant.attention(model):
@@ -172,7 +172,7 @@ class TestWideWindows:
 
 
 def test_a_model_that_reads_keys_in_a_step_is_counted():
-    """To ask for its shape reads nothing; each use of its numbers de-quantizes the layer."""
+    """Reading the shape of keys costs nothing; each use of their elements de-quantizes the layer."""
     model, seen = families.build("llama"), []
     attention = model.model.layers[1].self_attn
 
@@ -191,6 +191,6 @@ def test_a_model_that_reads_keys_in_a_step_is_counted():
     assert len(seen) == 5 == routes["decode_dequantized"]
     assert seen[0] > 0
     assert routes["decode_fused"] == 11 * 2
-    # Outside of a call it is anybody's look.
+    # Outside of a call, keys are an ordinary tensor.
     assert type(cache_of(out).layers[1].keys) is torch.Tensor
     assert cache_of(out).routes == routes

@@ -1,4 +1,4 @@
-"""`KVQuantConfig`: presets, round trips, and one clear error for each thing that can be wrong."""
+"""`KVQuantConfig`: presets, round trips, and one clear error for each mistake."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestPresets:
         ("name", "share"), [("int8-plain", 0.51), ("int8", 0.54), ("int4", 0.29), ("int4-small", 0.27)]
     )
     def test_bits_per_element(self, name, share):
-        """Of BF16, at head_dim 128 and without windows; what the presets are sold with."""
+        """The advertised share of BF16 that the presets take, at head_dim 128 and without windows."""
         assert KVQuantConfig.preset(name).bits_per_element(128) <= share * 16
 
     def test_bits_are_the_mean_of_both_sides(self):
@@ -312,7 +312,7 @@ class TestClearErrors:
         assert KVQuantConfig.from_yaml(file).layers == ((0, override), (1, override))
 
     def test_a_config_with_other_specs_for_every_layer(self, tmp_path):
-        """Of the largest models."""
+        """The file for the largest models is within the limits."""
         override = LayerOverride(CHANNEL, INT4)
         config = KVQuantConfig(INT8, INT8, layers=dict.fromkeys(range(160), override))
         config.to_yaml(tmp_path / "large.yaml")

@@ -1,14 +1,14 @@
-"""The contract of a cache: what transformers' maintainers hold every cache to, for each kind of family and preset.
+"""The contract that transformers' maintainers hold every cache to, for each kind of family and preset.
 
 Each behaviour of `generate` is held against two references:
 
 - the same call with the dense cache: the result has the same type, keys, shapes and dtypes, or both calls fail alike;
 - a plain loop: every forward call of the generation is recorded (its tokens, mask and positions, and how long the
   cache was) and done again, with a cache of its own, by calling the model inside `hf_kvquant.attention(model)`. The
-  logits have to be the same. So whatever generation does with the cache, it is what those chunks of tokens make of it.
+  logits have to be the same. So generation does to the cache just what these chunks of tokens do to it.
 
-Beams are moved between calls, which no plain loop does: there each returned text is decoded again as a row of its own,
-and its score is the sum of the log-probabilities found.
+Beam search moves rows between calls, which a plain loop does not: there each returned text is decoded again as a row
+of its own, and its score must be the sum of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ ROLLS_BACK = tuple(name for name in NAMES if name != "mllama")
 PRESETS = KVQuantConfig.preset_names()
 # The prompt ends, and generation crosses, the border of a block of 64.
 PROMPT, STEPS = 60, 6
-# Distance of logits to those of the dense cache, root mean square, as a share of the logits' own spread.
+# The root-mean-square distance of logits from those of the dense cache, as a share of the logits' own spread.
 TOLERANCE = {"int8": 0.03, "int8-plain": 0.03, "fp8": 0.2, "int4": 0.3, "int4-small": 0.45}
 ROUNDING = 1e-4
-# What it changes in the logits if a code rounds the other way: the products of a batch sum in another order.
+# The change of the logits if a code rounds the other way, because the products of a batch sum in another order.
 ONE_CODE = {"int8": 0.005, "int8-plain": 0.005, "fp8": 0.05, "int4": 0.05, "int4-small": 0.05}
 OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
@@ -58,7 +58,7 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """That a model reads de-quantized states is known here, and awaited elsewhere."""
+    """Ignore the warning that a model reads de-quantized states; other tests expect it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -66,8 +66,8 @@ def quiet():
 
 @dataclass
 class Call:
-    """One forward call of a generation: what it was given, how long the cache was, its logits, and how many tokens it
-    fed."""
+    """One forward call of a generation: its arguments, the length of the cache, its logits, and the number of its
+    tokens."""
 
     given: dict
     past: int
@@ -109,7 +109,7 @@ class Host:
         return given
 
     def image_for(self, cache, ids: torch.Tensor) -> dict:
-        """What a plain call with these tokens needs of the image: the mask of all tokens, and at first itself."""
+        """The arguments about the image for a plain call: the mask of all tokens and, in the first call, the image."""
         if not self.sees_images:
             return {}
         past = int(cache.get_seq_length())
@@ -141,7 +141,7 @@ class Host:
 
         def before(module, args, kwargs):
             assert not args
-            # A model that asks for all tokens anew has dropped it.
+            # A model that computes all tokens again has dropped the cache.
             cache = kwargs.get(CACHE)
             given = {k: v for k, v in kwargs.items() if k != CACHE}
             # Until transformers 5.17 a sliding layer's length is a tensor, which later calls change.
@@ -284,7 +284,7 @@ def test_greedy(name, preset):
 @every_family
 @every_preset
 def test_logits_are_the_dense_caches_within_the_tolerance(name, preset):
-    """Also with no cache at all: what a cache is for is to change nothing."""
+    """The dense reference holds without a cache, too: a dense cache changes nothing."""
     subject = host(name)
     inputs, said = subject.inputs(2), families.prompt(2, STEPS, seed=8)
     with_cache = torch.stack(dense(name, inputs, "said", logits_processor=[families.Say(said)]).logits)
@@ -308,7 +308,7 @@ def test_sampling_and_num_return_sequences(name, preset):
 @every_family
 @every_preset
 def test_custom_generate(name, preset):
-    """A user's own loop, as recipes on the hub have it, finds the cache among its arguments."""
+    """A user's own loop, like the recipes on the hub, finds the cache among its arguments."""
     seen = []
 
     def last_but_one(model, input_ids, *, generation_config, **kwargs):
@@ -361,7 +361,7 @@ def test_inputs_embeds(name, preset):
         return
     out = result[0]
     by_ids = subject.generate({"input_ids": ids}, cache_implementation=f"kvquant-{preset}")
-    # Without a prompt in tokens the sequences are the new ones alone.
+    # Without prompt tokens the sequences have the new tokens only.
     assert torch.equal(out.sequences, by_ids.sequences[:, PROMPT:])
 
 
@@ -390,7 +390,7 @@ def scores_of(subject: Host, cache, sequences: torch.Tensor, start: int) -> torc
 def test_beams(name, preset, do_sample):
     subject = host(name)
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "length_penalty": 0.0}
-    # Sampled beams are scored by what was sampled from: leave the distribution as it is.
+    # Sampled beams are scored by the distribution that was sampled from, so these options leave it unchanged.
     options |= {"do_sample": True, "top_k": 0} if do_sample else {}
     inputs = subject.inputs(2)
     torch.manual_seed(0)
@@ -503,7 +503,7 @@ def test_a_row_that_stops_early_does_not_disturb_the_others(name, preset):
 @every_family
 @every_preset
 def test_three_turns(name, preset):
-    """The cache that comes back goes into the next call, which feeds only what is new."""
+    """The returned cache goes into the next call, which feeds only the new tokens."""
     subject = host(name)
     out, calls = held(name, preset, subject.inputs())
     cache = out.past_key_values
@@ -526,7 +526,7 @@ def test_three_turns(name, preset):
 @every_family
 @every_preset
 def test_a_prompt_cache_for_many_continuations(name, preset):
-    """Filled once; each continuation has a copy, alone or as a row of a batch."""
+    """The cache is filled once; each continuation has a copy, alone or as a row of a batch."""
     subject = host(name)
     ids = families.prompt(1, PROMPT, seed=6)
     filled = subject.cache(preset)
@@ -558,7 +558,7 @@ def test_a_prompt_cache_for_many_continuations(name, preset):
 @every_preset
 @pytest.mark.parametrize("removed", [1, 20, 64])
 def test_crop(name, preset, removed):
-    """As if the tokens had never come; where the host's own layers cannot crop, ours fail with them."""
+    """A crop leaves the cache as if the tokens had never come; if transformers' layers cannot crop, ours fail too."""
     subject = host(name)
     ids, other = families.prompt(1, PROMPT + 3, seed=6), families.prompt(1, removed, seed=9)
     cache, fresh = subject.cache(preset), subject.cache(preset)
@@ -634,7 +634,7 @@ def test_offloading_between_steps(name, preset):
 
 @every_family
 def test_training_is_left_alone(name):
-    """Loss and gradients after a quantized generation are those before, also with gradient checkpointing."""
+    """A quantized generation does not change loss and gradients, with gradient checkpointing too."""
     subject = host(name)
     ids = families.prompt(2, 20)
     given = subject.of_ids(ids)
@@ -667,7 +667,7 @@ def test_training_is_left_alone(name):
 @every_family
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_attention_weights(name, preset):
-    """They exist only in dense attention, which then reads de-quantized copies of the same cache."""
+    """Attention weights exist only in dense attention, which then reads de-quantized copies of the same cache."""
     subject = host(name)
     subject.model.set_attn_implementation("eager")
     try:
@@ -683,7 +683,7 @@ def test_attention_weights(name, preset):
 
 
 def test_compiled_forward():
-    """A compiled model generates what the plain one does; the operator is one node of its graph."""
+    """A compiled model generates the same as the plain one; the operator is one node of its graph."""
     subject = Host("qwen2", num_hidden_layers=1)
     inputs = subject.inputs()
     expected = subject.generate(inputs, cache_implementation="kvquant-int4", max_new_tokens=3)

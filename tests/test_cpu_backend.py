@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 LEVELS = cpu.info()["available"]
 
-# Largest error of an output, relative to the largest value, and of a log-sum-exp. FP32: sums in another order.
-# FP16 and BF16: the output is rounded to the query's dtype (2^-11, 2^-9).
+# The largest error of an output, relative to the largest value, and of a log-sum-exp. FP32 sums in another order; FP16
+# and BF16 outputs are rounded to the query's dtype (2^-11, 2^-9).
 TOLERANCE = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (8e-3, 4e-3)}
 
 KEY_SPECS = {
@@ -52,8 +52,8 @@ def no_faults():
 
 
 def make_states(x, spec, *, recent_length=0, sink_length=0, padding=None, slack=5):
-    """States that hold the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, written by the reference; what is
-    not written is NaN (0xff in bytes)."""
+    """States that hold the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, written by the reference. The
+    rest of the storage is NaN (0xff in bytes)."""
     batch, heads, kv_len, head_dim = x.shape
     spec = spec.resolve(head_dim)
     block = spec.block_length if spec.is_channel else 1
@@ -88,7 +88,7 @@ def make_states(x, spec, *, recent_length=0, sink_length=0, padding=None, slack=
 
 
 def random_states(generator, batch, heads, kv_len, head_dim, dtype):
-    """Numbers with outlier channels, outlier tokens and a constant offset per channel, as keys of real models have."""
+    """States with outlier channels, outlier tokens and a constant offset per channel, like keys of real models."""
     x = torch.randn(batch, heads, kv_len, head_dim, generator=generator)
     x = x * (1 + 6 * (torch.rand(1, heads, 1, head_dim, generator=generator) > 0.95))
     x = x * (1 + 4 * (torch.rand(batch, heads, kv_len, 1, generator=generator) > 0.98))
@@ -105,7 +105,7 @@ def problem(
     value = random_states(generator, *shape, v_head_dim or head_dim, dtype)
     window = dict(recent_length=recent_length, sink_length=sink_length, padding=padding)
     keys, values = make_states(key, KEY_SPECS[k], **window), make_states(value, VALUE_SPECS[v], **window)
-    # As a projection gives it: [batch, q_len, heads, head_dim] in memory.
+    # The layout that a projection gives: [batch, q_len, heads, head_dim] in memory.
     query = torch.randn(batch, q_len, num_kv_heads * q_per_kv, head_dim, generator=generator).to(dtype)
     return query.transpose(1, 2), keys, values
 
@@ -166,7 +166,7 @@ def test_few_query_rows(k, v, head_dim, q_per_kv):
 @pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize("k", ["int8", "int8-channel", "int4-rotated", "int4-channel"])
 def test_the_largest_sums(k, head_dim):
-    """Every code and every weight is the largest or smallest there is: the sums of whole numbers must fit."""
+    """Every code and every weight is the largest or smallest possible one: integer sums must not overflow."""
     sign = torch.ones(1, 1, 128, 1)
     sign[:, :, ::3] = -1
     x = (sign * torch.ones(head_dim)).to(torch.bfloat16)
@@ -430,7 +430,7 @@ def test_bytes_equal_the_definition(spec, dtype, level):
         if head_dim % (KEY_SPECS[spec].group_size or 16):
             continue
         x = extreme(dtype, head_dim)
-        # As a projection gives it: [batch, n, heads, head_dim] in memory.
+        # The layout that a projection gives: [batch, n, heads, head_dim] in memory.
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
         expected, states = (make_states(x[:, :, :0], KEY_SPECS[spec], recent_length=8, slack=155) for _ in range(2))
         count, expected_count = no_faults(), no_faults()
@@ -472,20 +472,20 @@ def test_a_long_prompt_on_two_threads():
         same_bytes(a, b)
 
 
-def test_a_level_that_this_processor_lacks_is_refused():
+def test_an_instruction_set_that_this_processor_lacks_is_refused():
     lacking = set(cpu._instruction_sets()[0]) - set(LEVELS)
     if not lacking:
-        pytest.skip("this processor has every level")
+        pytest.skip("this processor has every instruction set")
     for level in lacking:
         message = f"KVQUANT_CPU_ISA: instruction set '{level}' does not run on this processor"
         with pytest.raises(ValueError, match=message):
             cpu.decode_attention(*problem(), scaling=1.0, isa=level)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_avx_vnni_has_its_instruction():
-    """Few machines run this level: that it is more than AVX2 shows in the library."""
+    """Few machines have AVX-VNNI, so this looks for its instruction in the library."""
     assert "avx2_vnni" in cpu._instruction_sets()[0]
     code = subprocess.run(["objdump", "-d", cpu._path()], capture_output=True, text=True, check=True).stdout
     assert re.search(r"\{vex\} vpdpwssd .*%ymm", code)

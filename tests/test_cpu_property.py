@@ -1,4 +1,4 @@
-"""The CPU backend equals the reference for any shape, format, window and mask, and for extreme numbers."""
+"""The CPU backend equals the reference for any shape, format, window and mask, and for extreme elements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fits(spec, head_dim: int) -> bool:
 
 
 def spoil(x: torch.Tensor, how: str, token: int) -> None:
-    """Write what real models rarely have. Scores of a key of 1e4 would be a matter of its last bit, so that is 50."""
+    """Write elements that real models rarely have. Scores of a key of 1e4 would depend on its last bit; it is 50."""
     if how == "zeros":
         x.zero_()
     elif how == "tiny":
@@ -48,7 +48,7 @@ def problems(draw):
     states = []
     for table, name in ((KEY_SPECS, specs[0]), (VALUE_SPECS, specs[1])):
         x = random_states(generator, batch, num_kv_heads, kv_len, head_dim, dtype)
-        # An infinite key that is read exactly has an infinite score, of which nothing is defined.
+        # An infinite key that is read exactly has an infinite score, for which no result is defined.
         extremes = ["", "", "zeros", "tiny", "large", "nan"] + (["inf"] if table is VALUE_SPECS else [])
         spoil(x, draw(st.sampled_from(extremes)), kv_len // 2)
         states.append(make_states(x, table[name], **window))
@@ -67,7 +67,7 @@ def test_equals_the_reference(problem):
     scaling = query.shape[-1] ** -0.5
     expected, expected_lse = reference.decode_attention(query, keys, values, mask, scaling=scaling, softcap=softcap)
     tolerance, lse_tolerance = TOLERANCE[query.dtype]
-    # Where one number is bad, nothing but the pattern of NaN is defined; elsewhere the usual bounds hold.
+    # Where an element is not finite, only the pattern of NaN is defined; elsewhere the usual bounds hold.
     good = expected.isfinite()
     largest = max(expected[good].float().abs().max().item() if good.any() else 0.0, 1e-6)
     for level in LEVELS:

@@ -1,7 +1,7 @@
-"""Files and states from strangers: whatever was changed, with checksums made anew, is refused by one ValueError, or
-the cache is one that could have been saved.
+"""Files and states from strangers: a changed file with valid checksums is refused with one ValueError, or gives a
+cache that could have been saved.
 
-`make sanitize` runs this file on a library that watches addresses, where reading one byte too many ends the process.
+`make sanitize` runs this file under the address sanitizer, where reading one byte too many ends the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, saving
 from hf_kvquant.layers import QuantizedLayer
 
-# Files per kind of cache; a thousand in all.
+# The number of files per kind of cache; there are a thousand in all.
 FILES = 150
 LENGTH, ROWS = 83, 2
 WINDOWS = KVQuantConfig(
@@ -35,8 +35,8 @@ LFM2 = families.Family(
     {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "conv_L_cache": 3},
     without=("head_dim",),
 )  # fmt: skip
-# Of each: the family, the cache's config, and the length of a static cache. Sliding layers of transformers' own, short
-# and full, static too; convolution states; linear states within quantized layers, and beside them.
+# Each has the family, the cache's config, and the length of a static cache. There are transformers' sliding layers,
+# short and full, also static; convolution states; and linear states within quantized layers and beside them.
 CACHES = {
     "int4": ("llama", "int4", None),
     "windows": ("llama", WINDOWS, None),
@@ -74,7 +74,7 @@ def states_of(cache: QuantizedCache) -> list[dict]:
 
 
 def use(cache: QuantizedCache) -> None:
-    """Everything that reads or writes what was loaded, on the compiled backend."""
+    """Do everything that reads or writes the loaded cache, on the compiled backend."""
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, QuantizedLayer):
             layer.takes_states = True
@@ -102,19 +102,19 @@ class Crafted:
         self.header, self.tensors, self.random = json.loads(header), load_file(path), random.Random(seed)
 
     def write(self, path: Path) -> None:
-        """With the checksums that belong to what it now is."""
+        """Write the file with the checksums of its changed content."""
         self.header.pop("header_sha256", None)
         self.header["tensors_sha256"] = saving._tensors_sum(self.tensors.items())
         self.header["header_sha256"] = saving._header_sum(self.header, self.tensors.items())
         save_file(self.tensors, path, {self.key: json.dumps(self.header)})
 
     def change(self) -> str:
-        """Something; returns what."""
+        """Change something, and return a description of it."""
         choices = [self.change_value] * 4 + [self.change_tensor] * 4 + [self.change_names]
         return self.random.choice(choices)()
 
     def places(self) -> list[tuple[list | dict, object]]:
-        """Every place of a value in the metadata: what it stands in, and where."""
+        """Every place of a value in the metadata: its container, and its key or index."""
         found, pending = [], [self.header["state"], self.header["description"]]
         while pending:
             each = pending.pop()
@@ -190,17 +190,17 @@ class Crafted:
         return f"{a}, {b}: renamed, doubled, exchanged or removed"
 
 
-# Numbers that a cache may hold in any number: codes, scales, exact copies and states are what the model computed, and
-# counters are only told. Which columns are padding or sinks is for whoever filled the cache, as far as it is possible.
+# Elements that may have any value: the model computes codes, scales, exact copies and states, and counters are only
+# reported. Any columns may be padding or sinks, as long as that is possible.
 FREE_NUMBERS = ("faults", "routes", "takes_states", "padding", "sink_positions", "has_previous_state", "record_past")
-# Only the model's code knows the shape of linear states, rows apart, and the head_dim of layers that are transformers'
-# own; it refuses another.
+# Only the model's code knows the shape of linear states, except for their rows, and the head_dim of transformers' own
+# layers; it refuses others.
 # Past the window a sliding layer keeps the same states after any number of tokens; but the layers have to agree.
 FREE_LENGTHS = ("cumulative_length",)
 
 
 def assert_possible(got: object, whole: object, where: str = "") -> None:
-    """`got` decides nothing otherwise than `whole`, except by what is free."""
+    """`got` differs from `whole` only in elements that are free."""
     name = where.rpartition(".")[2]
     if (name == "padding" and None in (got, whole)) or (name == "takes_states" and got in (None, False, True)):
         return
@@ -277,7 +277,7 @@ def test_crafted_files_are_refused_or_possible(kind, folder):
         accepted += 1
         try:
             if cache.kv_config != whole.kv_config:
-                # Another config that is allowed, and whose states look the same.
+                # The config is another valid one whose states look the same.
                 assert cache.kv_config == KVQuantConfig.from_dict(file.header["description"]["kv_config"])
             assert_possible(states_of(cache), states_of(whole))
             assert cache.routes.keys() == whole.routes.keys()
@@ -285,16 +285,16 @@ def test_crafted_files_are_refused_or_possible(kind, folder):
         except Exception as error:
             raise AssertionError(f"seed {seed}: {what} was accepted: {error!r}") from error
     for seed, what, message in refusals:
-        # One that names the file or the argument, and does not repeat all that a stranger wrote.
+        # The message names the file or the argument, and does not repeat everything that a stranger wrote.
         assert str(crafted) in message or message.startswith(("max_length: ", "layers.")), (seed, what, message)
         assert len(message) < 3000, (seed, what)
-    # Codes at random, for instance. That none is accepted would mean that the file itself is refused.
+    # Random codes are accepted, for instance. If no file were accepted, the original would be refused too.
     assert FILES // 50 < accepted < FILES // 2
 
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_the_files_themselves(kind, folder):
-    """They are accepted, say the same after a round, and can be used."""
+    """They are accepted, are the same after a round trip, and can be used."""
     whole = load(saved(kind, folder), kind)
     whole.save(folder / "again.safetensors")
     assert (folder / "again.safetensors").read_bytes() == saved(kind, folder).read_bytes()
@@ -403,7 +403,7 @@ def test_nested_without_end(where, depth, folder, tmp_path):
         text = json.dumps({"__metadata__": {}, "x": 0}).replace("0", deep).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text)
     else:
-        # With a checksum where one can be made.
+        # With a valid checksum, if one can be made.
         if where == "state" and depth < 1000:
             file.header["state"] = {"list": functools.reduce(lambda x, _: [{"list": x}], range(depth // 2 - 20), [])}
             file.write(path)
@@ -416,7 +416,7 @@ def test_nested_without_end(where, depth, folder, tmp_path):
 
 
 def test_nested_anywhere(folder, tmp_path):
-    """No message tries to repeat it."""
+    """No message tries to repeat the nested value."""
     path = tmp_path / "crafted.safetensors"
     places = len(Crafted(saved("int4", folder), 0).places())
     for place in range(places):
@@ -457,7 +457,7 @@ def crafted_states(states, chance: random.Random):
 
 @pytest.mark.parametrize("kind", ["int4", "windows"])
 def test_crafted_states_are_refused_or_safe(kind):
-    """Only the compiled backend: the reference is made of torch's operators, which check for themselves."""
+    """Only the compiled backend is tested; the reference uses torch's operators, which check their arguments."""
     cache, refused = filled(kind), 0
     layer = cache.layers[0]
     layer.takes_states = True
@@ -484,7 +484,7 @@ def is_refused(function, *args, **kwargs) -> bool:
 
 
 def attention_arguments(query, keys, values) -> tuple:
-    """Of the operator itself, without the checks that stand before it."""
+    """The arguments of the operator itself, without the checks before it."""
     return (
         query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
         values.zero_point, values.recent, values.sink, keys.sink_positions, None, None, None, keys.spec.code,

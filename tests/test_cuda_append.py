@@ -75,7 +75,7 @@ def macros(call: arguments.Append) -> dict[str, int]:
 
 
 def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800, threads=128):
-    """`reference.quantize_append`, by the kernel."""
+    """The kernel as `reference.quantize_append`."""
     call = arguments.append(key, value, keys, values, faults, padding, start)
     reads = [key, value, padding, keys.device_length]
     writes = [keys.sink_positions, faults]
@@ -87,7 +87,7 @@ def append(key, value, keys, values, faults, padding=None, *, start, parts=3, ar
 
 
 def extreme(dtype, batch, heads, kv_len, head_dim):
-    """Tokens with outliers, zeros, subnormals, constants, NaN and infinities, as a projection gives them."""
+    """Tokens with outliers, zeros, subnormals, constants, NaN and infinities, in the layout of a projection."""
     x = torch.randn(batch, heads, kv_len, head_dim)
     x *= 1 + 6 * (torch.rand(1, heads, 1, head_dim) > 0.95)
     x += torch.randn(1, heads, 1, head_dim)
@@ -112,7 +112,7 @@ def same_bytes(got, expected):
 
 
 def both(store, case, kv_len, *, padding=None, tokens=None, **window):
-    """What the kernel and what the reference store, and both counts of faults."""
+    """The states that the kernel and the reference store, and both counts of faults."""
     k, v, head_dim, v_head_dim, dtype = case
     dtype = DTYPES[dtype]
     make = tokens or functools.partial(extreme, dtype)
@@ -147,7 +147,7 @@ def test_chunks_equal_the_reference(store, case):
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_a_long_append_wraps_around_the_ring(store, parts):
-    """Onto the slots of the columns that complete its first block, which another block of threads reads."""
+    """It wraps onto the slots of the columns that its first block needs, which another block of threads reads."""
     x = torch.randn(1, 1, 500, 64).half()
     kv = (x, x.flip(1), SPECS["int4-channel"], SPECS["int8"])
     chunks, window = (40, 400, 50, 10), dict(recent_length=8, sink_length=2)

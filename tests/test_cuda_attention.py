@@ -12,8 +12,8 @@ from test_cpu_backend import KEY_SPECS, VALUE_SPECS, left_padding, make_states, 
 from hf_kvquant import reference
 from hf_kvquant.backends import cuda, specialisation
 
-# Largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
-# queries, weights and output to the dtype: 2^-11 or 2^-8 of each at most.
+# The largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
+# queries, weights and output to the dtype, by at most 2^-11 or 2^-8 each.
 TOLERANCE = {torch.float16: (2e-3, 3e-3), torch.bfloat16: (8e-3, 3e-3)}
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Two tiles of 32 columns for each warp, four of 16.
@@ -50,7 +50,7 @@ def of(case, **sizes):
 
 
 def attend(*arguments, split=SPLIT, **settings):
-    """The backend's own call in the emulator, with splits so short that there are several."""
+    """The backend's own call in the emulator, with short splits, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specialisation, "SPLIT", split)
         patch.setattr(specialisation, "_made", {})
@@ -126,7 +126,7 @@ def test_complete_masks(dtype, shape):
     hidden = torch.rand(*shape, 140, generator=generator) < 0.4
     mask = ~hidden if dtype == torch.bool else mask.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
     check(*of(FEW[1], batch=2, kv_len=140, q_len=3, recent_length=16, sink_length=2), mask)
-    # Nothing but hidden or 0, as transformers makes it.
+    # Additive masks of transformers hold 0 or hide.
     if dtype.is_floating_point:
         check(*of(FEW[0], batch=2, kv_len=140, q_len=3), mask.masked_fill(~hidden, 0.0))
 
@@ -149,7 +149,7 @@ def test_learned_sinks_and_softcap(case):
 
 
 def poisoned(states, hidden):
-    """The same states with NaN, and codes that are NaN in fp8, in all that is stored for the hidden columns."""
+    """The same states with everything that is stored for the hidden columns replaced by NaN or NaN codes of fp8."""
     data, scale, recent = states.data.clone(), None, None
     columns = hidden.nonzero()[:, 0]
     if states.spec.is_dense:
@@ -173,7 +173,7 @@ def test_hidden_columns_may_hold_anything(case, by_row):
     hidden = torch.zeros(150, dtype=torch.bool)
     hidden[[0, 5, 60, 100, 125, 149]] = True
     mask = ~hidden[None, None, None].repeat(1, 1, 2, 1)
-    if by_row:  # row 1 sees what row 0 does not: it is NaN, and row 0 is not
+    if by_row:  # row 1 sees columns that row 0 does not: row 1 is NaN, row 0 is not
         mask[:, :, 1] = True
     bad = (query, poisoned(keys, hidden), poisoned(values, hidden), mask)
     output, _ = attend(*bad, scaling=0.1)
@@ -182,7 +182,7 @@ def test_hidden_columns_may_hold_anything(case, by_row):
     if by_row:
         assert output[:, :, 1].isnan().any()
         fp8 = "fp8" in (keys.spec.format, values.spec.format)
-        if not fp8:  # codes that are NaN are stored by nobody, and are numbers here
+        if not fp8:  # NaN codes of fp8 are never stored, and are finite here
             check(*bad, scaling=0.1)
 
 
@@ -195,7 +195,7 @@ def test_an_infinite_value_reaches_those_who_see_it():
 
 @few_cases
 def test_what_is_not_written_is_not_read(case):
-    """Storage behind the length is NaN in all of these tests; here the length is on the device, below its limit."""
+    """Storage beyond the length is NaN in all of these tests; here the length is on the device, below its limit."""
     query, keys, values = of(case, kv_len=130, q_len=2, recent_length=16, sink_length=4)
     expected, expected_lse = attend(query, keys, values, scaling=0.1)
     capacity = values.data.shape[2]
@@ -231,7 +231,7 @@ def test_many_light_columns_beside_a_heavy_one(case):
     value = (torch.rand(1, 1, 512, v_head_dim, generator=generator) * 50 + 50).to(dtype)
     query = torch.ones(1, 4, 1, head_dim, dtype=dtype)
     key[:, :, 3], value[:, :, 3] = 14.0 / head_dim, 0.05
-    value[:, :, :40] /= 128  # scales grow from tile to tile, and sums with them
+    value[:, :, :40] /= 128  # scales grow from tile to tile, and so do the sums
     states = make_states(key, KEY_SPECS[k]), make_states(value, VALUE_SPECS[v])
     check(query, *states, scaling=1.0, split=512)
 

@@ -1,4 +1,4 @@
-"""The CUDA backend's Python side through to the kernels, which the emulator runs: what a user's call launches.
+"""The CUDA backend from Python to the kernels, which the emulator runs: the launches of a user's call.
 
 The kernels' own tests are test_cuda_attention.py and test_cuda_append.py; here the arguments, grids, specialisations,
 workspace and refusals are those of `backends/cuda.py`, called as `ops` calls it.
@@ -81,7 +81,7 @@ def check(query, keys, values, *args, device, **options):
 
 @pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
 def test_a_cache_on_the_backend(preset, emulated):
-    """Prompt, steps and attention through the operators: bytes are the reference's, attention is near it."""
+    """Prompt, steps and attention through the operators: bytes equal the reference's, attention is close to it."""
     keys, values = filled(preset, torch.bfloat16, kv_len=140)
     launched = emulated.launches.copy()
     assert [launch[0] for launch in launched] == ["quantize_append_kernel"] * 4
@@ -144,7 +144,7 @@ def test_one_specialisation_serves_all_shapes(device):
 
 
 def test_new_tokens_that_are_not_aligned_are_copied(device):
-    """As slices of a fused projection may be; the kernel reads octets of channels at once."""
+    """Slices of a fused projection may be unaligned; the kernel reads eight channels at once."""
     keys, values = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
     whole = torch.randn(1, 2, 4, 3 * 64 + 1).bfloat16()
     key, value = whole[..., 1:65], whole[..., 65:129]
@@ -216,7 +216,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnAGpu:
-    """What the emulator cannot show: streams, graphs, threads. eval/gpu_suite.py checks every specialisation."""
+    """Streams, graphs and threads, which the emulator does not have; eval/gpu_suite.py checks every specialisation."""
 
     @staticmethod
     def moved(preset: str, kv_len: int):

@@ -1,4 +1,4 @@
-"""Compiling CUDA kernels with NVRTC, which needs no GPU, and what is kept of it on disk.
+"""Compiling CUDA kernels with NVRTC, which needs no GPU, and keeping them on disk.
 
 The kernels here are stand-ins in a temporary folder, so that a test can break or change them.
 """
@@ -202,7 +202,7 @@ class TestKept:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_processes_that_compile_at_once_agree(self, kernels):
-        """Three processes, held up until all are there, each compile and read the same kernels."""
+        """Three processes wait for each other; then each compiles and reads the same kernels."""
         fork = multiprocessing.get_context("fork")
         barrier, results = fork.Barrier(3), fork.Queue()
 
@@ -225,7 +225,7 @@ class TestKept:
         assert codes == codes[:1] * 3
         assert len(set(codes[0])) == len(HEAD_DIMS)
         assert all(cached for result in every for cached, _ in result[1::2])
-        # That they were at it together: more than one process compiled a kernel.
+        # They ran at the same time: more than one process compiled a kernel.
         assert sum(not cached for result in every for cached, _ in result) > len(HEAD_DIMS)
         assert len(kept()) == len(HEAD_DIMS)
         assert all(file.suffix == ".cubin" for file in kept())

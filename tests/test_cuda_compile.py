@@ -1,7 +1,7 @@
 """Every specialisation compiles for every architecture, without spills and within a register budget.
 
-That is all presets, head_dims and dtypes, and formats that no preset has, for six architectures; tests/ptxas.py says
-how. No GPU is needed. It is half of the tests' time: pytest -n shares it out.
+The test compiles all presets, head_dims and dtypes, and formats that no preset has, for six architectures;
+tests/ptxas.py says how. No GPU is needed. This takes half of the time of all tests; pytest -n distributes it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from hf_kvquant.backends.specialisation import Specialisation, specialisation
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PRESETS = KVQuantConfig.preset_names()
-# What is compiled for, in groups that share their PTX: to NVRTC's optimizer, architectures before sm_100 are one, and
-# those from it on another; quantize_append.cu has code of its own from sm_89 on.
+# The architectures, in groups that share their PTX: NVRTC's optimizer does the same for all architectures before
+# sm_100, and the same for all from sm_100 on; quantize_append.cu has code of its own from sm_89 on.
 SAME_PTX = {
     "decode_attention.cu": (("sm_80", "sm_86", "sm_89", "sm_90"), ("sm_100", "sm_120")),
     "quantize_append.cu": (("sm_80", "sm_86"), ("sm_89", "sm_90"), ("sm_100", "sm_120")),
 }
 
-# Registers of a thread, at most, by kernel and largest head_dim. What an SM holds follows: 65536 registers are 5
-# blocks of 128 threads at 96, 3 at 168, 2 at 255. Raise a number only with a measurement on a GPU that says it is
-# worth it.
+# The most registers of a thread, by kernel and largest head_dim. They bound the blocks on an SM: 65536 registers are 5
+# blocks of 128 threads at 96, 3 at 168, 2 at 255. Raise a limit only if a measurement on a GPU shows that it pays.
 BUDGET = {
     "decode_attention_kernel": {128: 168, 192: 255, 256: 255},
     "merge_splits_kernel": {128: 64, 192: 96, 256: 96},
     "quantize_append_kernel": {128: 96, 192: 96, 256: 96},
 }
-# Bytes of a thread's stack: a few at sm_80, which are no spills.
+# The most bytes of a thread's stack: sm_80 uses a few, which are not spills.
 STACK_BYTES = 16
-# Bytes of shared memory of a block, static and dynamic, on the GPUs that have least.
+# The most bytes of shared memory of a block, static and dynamic: the limit of the smallest GPUs.
 SHARED_BYTES = 99 << 10
 
 pytestmark = pytest.mark.skipif(ptxas.missing() is not None, reason=f"{ptxas.missing()}")
@@ -54,7 +53,7 @@ def preset(name: str, head_dim: int, dtype: str = "bfloat16") -> Specialisation:
 
 
 def kinds() -> list[Specialisation]:
-    """Of the presets, then what no preset has: dense sides, other groups and blocks, two head dims."""
+    """The specialisations of the presets, then others: dense sides, other groups and blocks, unequal head dims."""
     dense, fp8, int4 = QuantSpec("dense"), QuantSpec("fp8"), QuantSpec("int4", group_size=32, rotate=True)
     return [
         *(preset(*choice) for choice in product(PRESETS, HEAD_DIMS, ("bfloat16", "float16"))),
@@ -85,7 +84,7 @@ def test_no_spills_and_within_the_budget(source, kind):
 
 
 class TestTheShortWay:
-    """What is compiled above is what users get from NVRTC."""
+    """The shortcut above gives the same machine code as NVRTC gives users."""
 
     @pytest.mark.parametrize("source", nvrtc.SOURCES)
     def test_every_architecture_is_in_one_group(self, source):
@@ -95,7 +94,7 @@ class TestTheShortWay:
 
     @pytest.mark.parametrize("source", nvrtc.SOURCES)
     def test_a_group_shares_its_ptx(self, source):
-        """In fp8, whose conversions are instructions of some architectures."""
+        """The test uses fp8, whose conversions are instructions on some architectures only."""
         for first, *others in SAME_PTX[source]:
             text = ptxas.ptx(source, preset("fp8", 128), first)
             for arch in others:
@@ -123,7 +122,7 @@ def launches(kind: Specialisation) -> dict[str, nvrtc.Launch]:
 
 
 def test_how_attention_is_launched():
-    """The bytes are the layout's in pass.h, counted by hand: tiles, headers, queries, scales, states."""
+    """The bytes follow from the layout in pass.h, counted by hand: tiles, headers, queries, scales, states."""
     tiles = 2 * 4 * (32 * 80 + 32 * 80)  # stages, warps, rows of 64 bytes and a chunk
     queries, scales, states = 256 * 8 + 4 * 16 * 2, 4 * 4 * 32 * 2, 4 * 16 * 8
     found = launches(preset("int8-plain", 64))
@@ -132,7 +131,7 @@ def test_how_attention_is_launched():
 
 
 def test_a_large_tile_gets_fewer_threads():
-    """Shared memory of the smaller GPUs is 99 KB per block."""
+    """Smaller GPUs have 99 KB of shared memory per block."""
     dense = QuantSpec("dense")
     found = launches(kind_of(dense, dense, 256, 256))
     assert found["decode_attention_kernel"].threads == found["merge_splits_kernel"].threads == 64

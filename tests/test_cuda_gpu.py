@@ -1,4 +1,4 @@
-"""Loading and launching on a GPU, against a stand-in for the driver: what reaches `cuLaunchKernel`, and when.
+"""Loading and launching on a GPU, with a stand-in for the driver: the calls that reach the driver, and their order.
 
 cuda-core and cuda-bindings are the real ones; tests/stand_in_driver.cc writes down what they call. It runs in a
 process of its own, because a driver is loaded once.
@@ -119,7 +119,7 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(nvrtc, "source_folder", lambda: folder)
     nvrtc._sources_hash.cache_clear()
-    # Here, because NVRTC looks for a driver too and takes the stand-in for a whole one.
+    # Compiled here, because NVRTC looks for a driver too, and would take the stand-in for a complete one.
     fp8 = QuantSpec("fp8").resolve(64)
     nvrtc.compiled("decode_attention.cu", specialisation(2, fp8, fp8, 64, 64), "sm_90")
 
@@ -140,20 +140,20 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     first = f"grid 3 2 1 threads 128 shared 0 stream 77: aaa bbb, {int(address, 16):x}"
     lines = [line for line in trace.read_text().splitlines() if line != "unload"]
     assert lines == [
-        # Compiled and loaded outside of the capture that was refused, in the GPU's own context; then only launched.
+        # Compiled and loaded after the refused capture, in the GPU's own context; then only launched.
         "context 1000", "kernel decode_attention_kernel", "load 4000, attribute 4", f"launch 4000 {first}",
         f"launch 4000 {first}",
         # A second GPU has a function and a stream of its own, and the first is current again afterwards.
         "context 1001", "context 1001", "kernel decode_attention_kernel", "load 4001, attribute 4",
         f"launch 4001 {first.replace('stream 77', 'stream 78')}", "context 1000",
-        # More than 48 KB of shared memory must be asked for.
+        # More than 48 KB of shared memory must be requested.
         "context 1000", "kernel merge_splits_kernel", f"set 4000, attribute {SHARED_LIMIT} to 60000",
         "load 4000, attribute 4", f"launch 4000 {first.replace('threads 128 shared 0', 'threads 64 shared 60000')}",
-        # What is loaded may be captured.
+        # Loaded kernels may be captured.
         f"launch 4000 {first}",
         # A thread without a context gets one.
         "context 0", "launch without a context", "context 1000", f"launch 4000 {first}",
-        # One whose code is refused.
+        # A kernel whose code the driver refuses.
         "context 1000",
     ]  # fmt: skip
     assert while_capturing.startswith("decode_attention_kernel (bfloat16, head_dim 64, keys fp8 token 64")
@@ -166,9 +166,9 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
 def test_threads_may_compile_first_at_once(tmp_path):
-    """cuda-core, imported by two threads at once, is only half there for one of them."""
+    """Without a lock, one of two threads that import cuda-core at once would find only half of it."""
     done = subprocess.run(
-        # Where the source folder is, it would be imported instead of the package.
+        # Not in the repository's folder, where Python would import the source instead of the installed package.
         [sys.executable, "-W", "ignore", "-c", THREADS],
         cwd=tmp_path,
         capture_output=True,

@@ -15,7 +15,7 @@ EXACT = KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), recent_length=4096)
 AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
-# Of bfloat16 logits, as a share of their spread; a wrong token of the cache moves them by the whole of it.
+# The rounding of bfloat16 logits, as a share of their spread; one wrong cached token moves them by all of it.
 ROUNDING = 0.02
 
 

@@ -1,4 +1,4 @@
-"""The emulator: its primitives mean what the PTX ISA and IEEE 754 say, and it finds one planted fault of each kind."""
+"""The emulator: its primitives follow the PTX ISA and IEEE 754, and it finds one planted fault of each kind."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def words(n: int) -> torch.Tensor:
     return (random & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 
 
-def same_numbers(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bits, or NaN both."""
+def same_values(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Both tensors have the same bits, or NaN."""
     nan = got.isnan() & expected.isnan()
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(bits(got.masked_fill(nan, 0)), bits(expected.masked_fill(nan, 0)))
@@ -87,20 +87,20 @@ def test_words_and_pairs():
 
     x, y, z = (w.view(torch.float16).view(-1, 2) for w in (a, b, c))
     got = [r[:, 4 + i].contiguous().view(torch.float16).view(-1, 2) for i in range(3)]
-    same_numbers(got[0], fused(x, y, z))
-    same_numbers(got[1], x * y)
-    same_numbers(got[2], x - y)
+    same_values(got[0], fused(x, y, z))
+    same_values(got[1], x * y)
+    same_values(got[2], x - y)
     for dtype, unpacked, packed in ((torch.float16, 7, 11), (torch.bfloat16, 9, 12)):
         numbers = r[:, unpacked : unpacked + 2].contiguous().view(torch.float32)
-        same_numbers(numbers, a.view(dtype).view(-1, 2).float())
+        same_values(numbers, a.view(dtype).view(-1, 2).float())
         pairs = r[:, packed].contiguous().view(dtype).view(-1, 2)
-        same_numbers(pairs, torch.stack([b, c], 1).view(torch.float32).to(dtype))
+        same_values(pairs, torch.stack([b, c], 1).view(torch.float32).to(dtype))
 
     small = torch.stack([b, c], 1).view(torch.float32)
     packed = r[:, 13].contiguous().view(torch.uint8).view(-1, 4)[:, :2].contiguous().view(torch.float8_e4m3fn)
-    same_numbers(packed.float(), small.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    same_values(packed.float(), small.clamp(-448, 448).to(torch.float8_e4m3fn).float())
     numbers = a.view(torch.float32)
-    same_numbers(r[:, 14].contiguous().view(torch.float32), 1 / numbers)
+    same_values(r[:, 14].contiguous().view(torch.float32), 1 / numbers)
     power = r[:, 15].contiguous().view(torch.float32)
     expected = numbers.double().exp2()
     expected = torch.where(expected < 2.0**-126, 0.0, expected).float()
@@ -109,7 +109,7 @@ def test_words_and_pairs():
 
 def fused(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """x * y + z with one rounding: exact in fractions of Python's integers."""
-    rounded = (x.double() * y.double() + z.double()).to(x.dtype)  # right where nothing is finite, or the sum is zero
+    rounded = (x.double() * y.double() + z.double()).to(x.dtype)  # correct if nothing is finite, or the sum is zero
     numbers = torch.stack([x, y, z, rounded], -1).double().reshape(-1, 4)
     result = rounded.flatten().clone()
     for i, (a, b, c, d) in enumerate(numbers.tolist()):
@@ -123,7 +123,7 @@ def fused(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
             torch.nextafter(near, -near.new_tensor(torch.inf)),
         ]
         around = [v for v in around if v.isfinite()]
-        # The nearest; of two equally near the one whose last bit is 0.
+        # The nearest value; if two are equally near, the one whose last bit is 0.
         result[i] = min(around, key=lambda v: (abs(Fraction(v.item()) - exact), v.view(torch.int16).item() & 1))
     return result.view(x.shape)
 

@@ -1,6 +1,6 @@
-"""What is left after something goes wrong in the middle: a cache that is whole, or one that says that it is not.
+"""After an error in the middle of a change, a cache is either whole or says that it is not.
 
-And several of everything at once: models, caches, threads and processes share nothing that one of them could spoil.
+The same holds for several models, caches, threads and processes at once: none can spoil what another one uses.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def is_restored(model) -> bool:
 
 
 class raising:
-    """Within this context the forward of a model's part raises at its `at`-th call."""
+    """Within this context the forward of a submodule raises at its `at`-th call."""
 
     def __init__(self, part: torch.nn.Module, error: BaseException, at: int = 1):
         self.part, self.error, self.left = part, error, at
@@ -91,7 +91,7 @@ def is_same(a: QuantizedCache, b: QuantizedCache) -> bool:
 
 @pytest.mark.parametrize("preset", [*PRESETS, "windows"])
 def test_every_allocation_of_growth_may_fail(preset, monkeypatch):
-    """Whichever fails, nothing has changed, and the same append succeeds when there is memory again."""
+    """Whichever allocation fails, nothing changes, and the same append succeeds once there is memory again."""
     windows = {
         "keys": {"format": "int4", "grid": "channel"},
         "values": {"format": "int8"},
@@ -127,7 +127,7 @@ def test_every_allocation_of_growth_may_fail(preset, monkeypatch):
 
 @pytest.mark.parametrize("operation", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
 def test_out_of_memory_in_a_layer_of_a_batch_operation(operation, monkeypatch):
-    """Some layers have other rows than the rest, so that only `reset` helps."""
+    """Some layers then have other rows than the rest, so only `reset` helps."""
     cache, ids = first_turn(build(), batch=2)
     real, calls = layers.QuantizedLayer._transform, []
 
@@ -166,7 +166,7 @@ def test_out_of_memory_in_a_layer_of_a_batch_operation(operation, monkeypatch):
 @every_error
 @pytest.mark.parametrize("layer_idx", [0, 2, LAYERS - 1])
 def test_an_interrupted_call_is_refused_and_taken_back(preset, error, layer_idx):
-    """In generation from a user's cache: the model is as it was, and so is the cache after `crop(0)`."""
+    """An interrupted `generate` with a user's cache restores the model, and `crop(0)` restores the cache."""
     model = build()
     cache, ids = first_turn(model, preset)
     untouched, length = copy.deepcopy(cache), cache.get_seq_length()
@@ -199,7 +199,7 @@ def test_an_interrupted_call_may_be_reset():
 
 
 def test_an_interrupted_first_call():
-    """Later layers hold nothing yet: without a mark they would take a later token for the first of a prompt."""
+    """Later layers are still empty: without a mark they would take a later token for the first one of a prompt."""
     model, ids = build(), families.prompt(1, 40)
     cache = QuantizedCache(model.config, "int4")
     with raising(model.model.layers[3], RuntimeError()), pytest.raises(RuntimeError):
@@ -232,7 +232,7 @@ def test_an_interrupted_plain_call():
 
 @torch.no_grad()
 def test_a_call_outside_of_the_context():
-    """Attention cannot read the states, after the first layer has stored the token: noticed by the lengths."""
+    """Attention cannot read the states, but the first layer has stored the token: the lengths differ."""
     model, ids = build(), families.prompt(1, 60)
     cache = QuantizedCache(model.config, "int4")
     with hf_kvquant.attention(model):
@@ -252,7 +252,7 @@ def test_a_call_outside_of_the_context():
 
 @pytest.mark.parametrize(("length", "can_go_back"), [(10, True), (70, False)], ids=["below", "beyond"])
 def test_sliding_layers_go_back_below_their_window(length, can_go_back):
-    """Beyond it they have lost what they would need."""
+    """Beyond the window the layers have lost the states that they would need."""
     model, ids = build("gemma2"), families.prompt(1, length)
     cache = generate(model, ids, 3, cache_implementation="kvquant-int4").past_key_values
     more = families.prompt(1, length + 3)
@@ -272,7 +272,7 @@ def test_sliding_layers_go_back_below_their_window(length, can_go_back):
 
 
 def test_a_crop_that_a_layer_refuses_changes_nothing():
-    """transformers' sliding layers refuse to go back; the quantized layers must not have gone alone."""
+    """transformers' sliding layers refuse to go back; the quantized layers must not go back without them."""
     model = build("gemma2")
     out = generate(model, families.prompt(1, 70), cache_implementation="kvquant-int4")
     cache = out.past_key_values
@@ -287,7 +287,7 @@ def test_a_crop_that_a_layer_refuses_changes_nothing():
 @pytest.mark.parametrize("n", [1, 64, 120])
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 def test_an_interruption_while_a_layer_stores(preset, n, written, monkeypatch):
-    """Up to 64 tokens are forgotten; more may have taken exact copies with them, which is said."""
+    """Up to 64 tokens can be taken back; with more, exact copies may be lost, and a warning says so."""
     tokens = torch.randn(2, 1, 2, 100 + n, 64)
     cache = QuantizedCache(families.config("llama", num_hidden_layers=1), preset)
     cache.update(*tokens[:, :, :, :100], 0)
@@ -369,7 +369,7 @@ def test_an_exception_in_a_logits_processor(preset, error):
 
 
 def test_two_models_and_two_caches_interleaved():
-    """Step by step in turns, both inside their contexts: the same as one after the other."""
+    """Alternating steps of two models, both inside their contexts, equal one model after the other."""
     models = [build(seed=0), build(seed=1)]
     ids = [families.prompt(1, 60, seed=3), families.prompt(1, 60, seed=4)]
 
@@ -394,7 +394,7 @@ def test_two_models_and_two_caches_interleaved():
 
 
 def test_threads_with_their_own_caches():
-    """Two models, two threads each; one of them fails all the time, which is no business of the others."""
+    """Two models run in two threads each; one thread fails all the time, which does not affect the others."""
     models = [build(seed=0), build(seed=1)]
     prompts = [families.prompt(1, 50, seed=seed) for seed in range(4)]
     expected = [generate(models[i % 2], prompts[i], cache_implementation="kvquant-int4").sequences for i in range(4)]
@@ -477,7 +477,7 @@ if __name__ == "__main__":
 def test_a_forked_child_and_a_spawned_worker(tmp_path):
     script = tmp_path / "processes.py"
     script.write_text(_PROCESSES)
-    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, str(script), str(tmp_path / "prompt")], Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

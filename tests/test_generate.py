@@ -1,7 +1,7 @@
-"""Whole models of every family: generation runs fused in every decode step, and computes what it should.
+"""Whole models of every family: every decode step is fused, and computes the right result.
 
-Three references: the de-quantized route through the model's own attention (same bytes, so nearly equal), each row of a
-batch alone, and the dense cache (within the format's tolerance).
+There are three references: the de-quantized route through the model's own attention (same bytes, so nearly equal),
+each row of a batch alone, and the dense cache (within the format's tolerance).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hf_kvquant.quantization import unpack
 
 PRESETS = ("int8", "fp8", "int4", "int4-small")
 TOKEN_GRIDS = ("int8-plain", "fp8", "int4-small")
-# Distance of logits to those of the dense cache, root mean square over logits, as a share of the logits' own spread.
+# The root-mean-square distance of logits from those of the dense cache, as a share of the logits' own spread.
 TOLERANCE = {"int8": 0.03, "int8-plain": 0.03, "fp8": 0.12, "int4": 0.3, "int4-small": 0.45}
-# Fused and de-quantized attention differ by rounding only; for half precision, by that of a model's worth of layers.
+# Fused and de-quantized attention differ by rounding only; in half precision it adds up over the layers of a model.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 STEPS = 10
 
@@ -135,7 +135,7 @@ def test_fused_equals_dequantized(name, attn, preset):
             expected, got = other(new), fused(new)
             references.append(dense(new))
             outputs.append(got)
-            # A number on the border of two codes may fall on either side; such a step is no comparison.
+            # An element between two codes may round to either; such a step cannot be compared.
             if all(torch.equal(a, b) for a, b in zip(newest_codes(own(fused.cache)), newest_codes(own(other.cache)))):
                 torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING[torch.float32])
             else:
@@ -243,7 +243,7 @@ def test_left_padding_moves_blocks(name, preset):
     assert distance(torch.stack(batch.logits, 1), alone) <= TOLERANCE[preset]
     for layer in batch.past_key_values.quantized_layers:
         assert torch.equal(layer.padding, mask == 0)
-    # The first row has no padding: it is the same bytes.
+    # The first row has no padding, so its bytes are the same.
     torch.testing.assert_close(torch.stack(batch.logits, 1)[0], alone[0], rtol=0, atol=5e-3)
 
 
@@ -270,7 +270,7 @@ def test_left_padding_flips_few_codes(name, preset):
                 if "int4" in preset or "int8" in preset:
                     steps = (unpack(a, side.spec, side.head_dim) - unpack(b, side.spec, side.head_dim)).abs()
                 else:
-                    # e4m3 bytes without their sign are in the order of what they stand for.
+                    # e4m3 bytes without their sign are in the order of their values.
                     steps = ((a & 127).int() - (b & 127).int()).abs()
                 moved += int((steps > 0).sum())
                 largest = max(largest, float(steps.max()))

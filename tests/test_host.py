@@ -1,4 +1,4 @@
-"""The seam to transformers: what is missing is named, and a cache arrives by every way of handing it over."""
+"""The seam to transformers: missing names are reported, and a cache arrives by every way of passing it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TESTED = f"tested with transformers {host.OLDEST} to {host.NEWEST}"
 
 
 def import_anew() -> None:
-    """Import the seam as `import hf_kvquant` does first, without touching the one that is in use."""
+    """Import the seam again, as `import hf_kvquant` does first, without touching the module in use."""
     spec = importlib.util.find_spec("hf_kvquant.host")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def holders(need: host.Need) -> tuple[list[object], str]:
-    """Where the last part of the name lies, and that part: an inherited one in each class that defines it."""
+    """The last part of the name, and the objects that hold it: for an inherited name, each class that defines it."""
     module, _, names = need.path.partition(":")
     *outer, last = names.split(".")
     found = importlib.import_module(f"transformers.{module}")
@@ -45,7 +45,7 @@ def test_a_missing_name_is_named(need, monkeypatch):
         for owner in owners:
             monkeypatch.delattr(owner, name)
     except (AttributeError, TypeError):
-        # Enumerations and types of C keep their members: whatever has the name is replaced.
+        # Members of enumerations and C types cannot be replaced, so the object that has them is.
         module, _, names = need.path.partition(":")
         monkeypatch.setattr(f"transformers.{module}.{names.split('.')[0]}", object())
     with pytest.raises(ImportError) as error:
@@ -66,7 +66,7 @@ def test_a_renamed_parameter_is_named(need, monkeypatch):
 
 def test_a_renamed_cache_is_named(monkeypatch):
     def prepare(self, input_ids, kv_store=None, **kwargs):
-        """As a later version may have it."""
+        """The signature that a later version may have."""
 
     monkeypatch.setattr(transformers.GenerationMixin, "prepare_inputs_for_generation", prepare)
     with pytest.raises(ImportError, match="prepare_inputs_for_generation with the parameter") as error:
@@ -85,7 +85,7 @@ def sources() -> list[Path]:
 
 @pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_only_the_seam_knows_private_names_and_versions(file):
-    """Elsewhere stand public names of the package `transformers` itself, and what generation's users import too."""
+    """Other files may use public names of `transformers` itself, and names that users of generation import too."""
     public = {"transformers", "transformers.utils.logging", "transformers.generation.BaseStreamer"}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
@@ -108,7 +108,7 @@ def model_and_cache(name: str = "llama"):
 
 
 def decode(call, cache: QuantizedCache) -> None:
-    """A prompt and three tokens, each by `call(ids)`."""
+    """Feed a prompt and three tokens, each by `call(ids)`."""
     ids = families.prompt(1, 40)
     with torch.no_grad():
         call(ids[:, :37])
@@ -119,7 +119,7 @@ def decode(call, cache: QuantizedCache) -> None:
 
 
 def keywords() -> list[str]:
-    """The names that the installed version takes; the old one is deprecated, where there are two."""
+    """The names that the installed version takes; if there are two, the old one is deprecated."""
     return ["past_key_values"] if host.CACHE == "past_key_values" else ["cache", "past_key_values"]
 
 
@@ -153,7 +153,7 @@ class TestHandingOver:
         assert cache._unfinished is None
 
     def test_through_a_wrapper_that_takes_anything(self):
-        """As adapters do: the model is an attribute, and generate and forward hand on what they get."""
+        """Adapters do this: the model is an attribute, and generate and forward pass their arguments on."""
         model, cache = model_and_cache()
 
         class Wrapper(torch.nn.Module):
@@ -207,7 +207,7 @@ class TestHandingOver:
         assert cache.routes["decode_dequantized"] == 0
 
     def test_a_cache_that_was_filled_outside_learns_inside(self):
-        """It is told once, with what to do; from the second step inside on nothing is de-quantized."""
+        """One warning says what to do; from the second step inside the context on nothing is de-quantized."""
         model, cache = model_and_cache()
         ids = families.prompt(1, 40)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is added to transformers: names, one context, two wrapped methods; and that all of it can be taken away."""
+"""Our additions to transformers: names, one context, wrapped methods; and how all of it is taken away again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def generate(model, ids=None, **kwargs):
 
 
 def implementations(model) -> list[str]:
-    """Of every config in the model, nested ones too."""
+    """The attention implementation of every config in the model, nested ones included."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return [config._attn_implementation for config in configs.values()]
 
@@ -132,7 +132,7 @@ def test_contexts_nest(model):
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_generate_inside_the_context_of_an_encoder_decoder_model(name):
-    """Their flat configs answer with a copy when asked for the text config; a copy is nobody's."""
+    """Their flat configs return a copy as the text config; no module reads a copy."""
     model = families.build(name)
     before = implementations(model)
     expected = generate(model, cache_implementation="kvquant-int4").sequences
@@ -169,7 +169,7 @@ def test_attention_and_its_mask_are_registered(model):
 
 
 def test_a_registered_attention_stays_the_prefill_path():
-    """A base that the user registered, as Hub kernels do, is what prefill calls, and finds its name in the config."""
+    """Prefill calls a base that the user registered, as Hub kernels do, and the base finds its name in the config."""
     seen = []
 
     def mine(module, query, key, value, attention_mask, **kwargs):
@@ -213,7 +213,7 @@ def test_a_base_that_is_registered_again_is_the_new_one():
 
 
 def test_threads_share_a_model(model):
-    """One thread decodes quantized, two dense and one with another preset; each gets what it gets alone."""
+    """One thread decodes quantized, two dense and one with another preset; each gets the same result as alone."""
     wanted = [{"cache_implementation": name} if name else {} for name in ("kvquant-int4", None, "kvquant-int8", None)]
     alone = [generate(model, families.prompt(seed=i), max_new_tokens=12, **given) for i, given in enumerate(wanted)]
     together: list = [None] * len(wanted)
@@ -399,7 +399,7 @@ def test_an_assistant_uses_its_own_choice(model, target_choice, assistant_choice
     out = generate(model, assistant_model=assistant, **given)
     assert target.types == {QuantizedCache if target_choice == "kvquant-int8" else DynamicCache}
     assert seen.types == {QuantizedCache if assistant_choice else DynamicCache}
-    # The assistant proposes, the target decides: the text is the target's own.
+    # The assistant proposes and the target decides, so the text is the target's own.
     assert torch.equal(out.sequences, generate(model, **given).sequences)
     for cache in (*seen.caches, *target.caches):
         if isinstance(cache, QuantizedCache):
@@ -419,7 +419,7 @@ def test_an_assistant_does_not_inherit_the_cache_config(model):
 
 
 def test_an_assistants_cache_grows_in_few_steps(model):
-    """It is asked for a few tokens at a time; its storage must not move each time."""
+    """An assistant generates a few tokens at a time; its storage must not move each time."""
     assistant = assistant_of(model)
     assistant.generation_config.cache_implementation = "kvquant-int8-plain"
     capacities = set()
@@ -456,7 +456,7 @@ def test_encoder_decoder_models(model):
 
 
 def test_padding_of_the_decoder_is_the_decoders():
-    """The encoder's mask says nothing about the decoder's columns."""
+    """The encoder's mask does not apply to the decoder's columns."""
     t5 = families.build("t5")
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[0, 40:] = 0

@@ -1,4 +1,4 @@
-"""The model matrix: a sample of it is measured again, and the documents say what its results say."""
+"""The model matrix: a sample of it is measured again, and the documents match its results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def matrix():
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    """Those of the newest transformers, which the documents show."""
+    """The results with the newest transformers, which the documents show."""
     return json.loads((RESULTS / "model_matrix.json").read_text(encoding="utf-8"))
 
 
@@ -71,7 +71,7 @@ def test_every_family_is_there(matrix, results):
     ("file", "known"),
     [
         ("model_matrix.json", set()),
-        # There transformers' sdpa leaves out the softcap of this model, which the operator knows.
+        # In this version transformers' sdpa leaves out the softcap of this model, which the operator applies.
         ("model_matrix_oldest.json", {"VaultGemmaForCausalLM"}),
     ],
     ids=["newest", "oldest"],

@@ -1,4 +1,4 @@
-"""What a model keeps of a generation outside of its cache goes with the cache: to a file, and back to the model."""
+"""The state that a model keeps outside of its cache goes with the cache: to a file, and back to the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two operators as torch sees them (schema, fake, mutation), their clear errors, and who runs them."""
+"""The two operators as torch sees them (schema, fake, mutation), their clear errors, and their backends."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class TestFake:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("v_format", ["int8", "int4", "fp8", "dense"])
     def test_attention(self, v_format, dtype):
-        """Shapes without a number computed: values have a head_dim of their own."""
+        """The fake gives shapes without computing elements; values have a head_dim of their own."""
         rows = {"int8": 48, "int4": 24, "fp8": 48, "dense": 48}
         with FakeTensorMode():
             query = torch.empty(2, 6, 3, 64, dtype=dtype)
@@ -142,7 +142,7 @@ class TestCalls:
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
     @by_pair
     def test_attention_passes_everything_on(self, pair, mask, setting):
-        """Each argument changes the result, so that none may be lost or swapped on the way."""
+        """Each argument changes the result, so losing or swapping one would show."""
         query, keys, values = setting(pair)
         masks = {"none": None, "padding": torch.rand(2, 40) < 0.5, "additive": torch.randn(2, 4, 2, 40)}
         arguments = (query, keys, values, masks[mask], torch.randn(4))
@@ -168,7 +168,7 @@ class TestCalls:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_auto_equals_the_reference(self, setting):
-        """Whichever backend `auto` picks here."""
+        """This holds for whichever backend `auto` picks here."""
         query, keys, values = setting(backend="auto")
         tolerance = TOLERANCE[torch.float32]
         for q in (query, query[:, :, :1]):
@@ -186,13 +186,13 @@ BACKENDS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestLengthOnTheDevice:
-    """The number of columns as a tensor; the host knows only how many there can be."""
+    """The number of columns is a tensor; the host knows only its limit."""
 
     @pytest.mark.parametrize("length", [16, 31, 40])
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
     @by_pair
     def test_attention(self, backend, pair, mask, length, outlier, store):
-        """What lies behind the length is not read, and neither is the mask of it."""
+        """Columns beyond the length are not read, and neither is their mask."""
         x, query = outlier(2, 2, 40, 32), torch.randn(2, 4, 3, 32)
         options = {"sink_length": 2, "recent_length": 5, "append": reference.quantize_append, "backend": backend}
         states = store(x[:, :, :length], x[:, :, :length], *pair, capacity=40, **options)
@@ -337,7 +337,7 @@ class TestBackends:
         [("cpu", torch.float64), ("cuda", torch.float64), ("meta", torch.float32), ("mps", torch.float32)],
     )
     def test_auto_picks_the_reference_elsewhere(self, device, dtype, monkeypatch):
-        """For numbers and devices that no compiled backend knows, even where all of them run."""
+        """`auto` picks the reference for dtypes and devices without a compiled backend, even if all backends run."""
         monkeypatch.setattr(ops, "backend_status", lambda name: None)
         assert ops.choose_backend.__wrapped__(AUTO, device, dtype) == "reference"
 
@@ -366,20 +366,20 @@ class TestBackends:
             ops.choose_backend.__wrapped__("cuda", "cuda", torch.float32)
 
     def test_a_second_import_says_why_it_cannot_be(self):
-        """torch registers operators once in a process; its own message names a line of ours only."""
+        """torch registers operators once per process; its own message only names a line of our code."""
         again = (
             "import sys, hf_kvquant\n"
             "for name in [name for name in sys.modules if name.startswith('hf_kvquant')]: del sys.modules[name]\n"
             "import hf_kvquant\n"
         )
-        # Not in the repository's folder, where the source would be imported instead of what is installed.
+        # Not in the repository's folder, where Python would import the source instead of the installed package.
         command, folder = [sys.executable, "-c", again], Path(__file__).parent
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert "ImportError: hf_kvquant was imported before in this process and has left sys.modules" in done.stderr
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
     def test_no_silent_fallback(self, setting):
-        """States that ask for a backend which cannot run raise in the operator; they are not served by another one."""
+        """States that ask for a backend that cannot run make the operator raise; no other backend steps in."""
         query, keys, values = setting()
         keys, values = (dataclasses.replace(s, backend="cuda") for s in (keys, values))
         with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):

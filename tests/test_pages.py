@@ -1,4 +1,4 @@
-"""Large storage asks the system for huge pages; small storage, and what lies beside it, does not."""
+"""Large storage asks the system for huge pages; small storage, and memory beside large storage, does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def asks_for_huge_pages(address: int) -> bool:
 
 
 def fresh(nbytes: int) -> torch.Tensor:
-    """Memory that nobody had before: what an allocator gives again may have asked already."""
+    """Memory that was not used before: reused memory may have asked for huge pages already."""
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The stored bytes: hand-computed cases, a second implementation in NumPy, and what must hold for any input."""
+"""The stored bytes: hand-computed cases, a second implementation in NumPy, and properties of any input."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CHANNEL = {
 SPECS = {**TOKEN, **CHANNEL}
 HEAD_DIMS = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256]
 TOLERANCE = {
-    "rotate": 1e-5,  # of the vector's norm: a few float32 roundings per butterfly
-    "half step": 1.002,  # half a step, times what rounding the scale to FP16 (2^-11) and float32 arithmetic add
+    "rotate": 1e-5,  # a share of the vector's norm: a few float32 roundings per butterfly
+    "half step": 1.002,  # half a step, plus the roundings of the scale to FP16 (2^-11) and of float32 arithmetic
 }
 
 
@@ -59,10 +59,10 @@ def same_bytes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 
 
 class TestByHand:
-    """Every number here follows from the rules on paper; nothing was copied from a run."""
+    """Every figure here was derived from the rules on paper; none was copied from a run."""
 
     def test_int8_token(self):
-        # absmax 127, times 1/127 = 1.0: scale 0x3c00 (1.0), so codes are the numbers, halves to even.
+        # absmax 127, times 1/127 = 1.0: scale 0x3c00 (1.0), so codes are the elements, halves to even.
         x = one_token(127, -127, 0, 1, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 63.5, 64.5, 126.49, -126.51, 3, -3)
         q = quantize(x, QuantSpec("int8"))
         assert fp16_bits(q.scale) == [0x3C00]
@@ -135,7 +135,7 @@ class TestByHand:
         assert hex_of(q.data[0, 0, :4, 5]) == "fe 38 b0 00"
 
     def test_zero_point_above_the_minimum(self):
-        # 1000.3 lies between the FP16 neighbours 1000.0 and 1000.5: zero is above every number of the channel. The
+        # 1000.3 lies between the FP16 neighbours 1000.0 and 1000.5: zero is above every element of the channel. The
         # scale is -0.2 / 255 = -0.00078436 = -1.60637 * 2^-11, mantissa 620.93 -> 621 = 0x26d: 0x926d; 254.988 -> 255.
         x = torch.full((1, 1, 16, 16), 1000.3)
         q = quantize(x, QuantSpec("int8", "channel", block_length=16))
@@ -152,8 +152,8 @@ class TestByHand:
         assert torch.equal(q.dequantize(), torch.zeros(1, 2, 3, 32))
 
     def test_subnormal_scales(self):
-        # FP16's smallest number is 2^-24 (0x0001); 2^-25 is a tie with 0 (even), 3 * 2^-25 a tie of 1 and 2 (even: 2).
-        # A scale that becomes 0 stores the code of 0 whatever the number.
+        # FP16's smallest value is 2^-24 (0x0001); 2^-25 is a tie with 0 (even), 3 * 2^-25 a tie of 1 and 2 (even: 2).
+        # A scale that becomes 0 stores the code of 0 for every element.
         exponents = {2.0**-24: 0x0001, 2.0**-25: 0x0000, 3 * 2.0**-25: 0x0002, 2.0**-15: 0x0200}
         for scale, bits in exponents.items():
             q = quantize(one_token(127 * scale, -64 * scale), QuantSpec("int8"))
@@ -182,7 +182,7 @@ class TestByHand:
     @pytest.mark.parametrize(("format", "zero"), [("int8", 0x00), ("fp8", 0x00), ("int4", 0x8)])
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_nonfinite_group_on_the_token_grid(self, format, zero, bad):
-        # The group with the bad number: scale NaN (0x7e00), codes of zero. The other group does not notice.
+        # The group with the NaN or infinity has scale NaN (0x7e00) and codes of zero. The other group is unaffected.
         x = one_token(*[1.0] * 32, head_dim=32)
         clean = quantize(x, QuantSpec(format, group_size=16))
         x[..., 3] = bad
@@ -197,7 +197,7 @@ class TestByHand:
         assert q.dequantize()[..., :16].isnan().all()
 
     def test_nonfinite_numbers_on_the_channel_grid(self):
-        # Statistics of the finite numbers 0 and 255: scale 1. Infinity takes the nearest code, NaN code 0.
+        # Statistics of the finite elements 0 and 255: scale 1. Infinity takes the nearest code, NaN code 0.
         x = torch.zeros(1, 1, 16, 16)
         x[0, 0, :4, 0] = torch.tensor([255.0, math.inf, -math.inf, math.nan])
         q = quantize(x, QuantSpec("int8", "channel", block_length=16))
@@ -209,7 +209,7 @@ class TestByHand:
         assert q.dequantize().abs().max() == 0
 
     def test_negative_zero_is_zero(self):
-        # Which of -0 and +0 a search finds first is chance: the zero point is +0 (0x0000) in either order.
+        # A search may find -0 or +0 first: the zero point is +0 (0x0000) in either order.
         for first in (0, 1):
             x = torch.zeros(1, 1, 16, 16)
             x[0, 0, first::2] = -0.0
@@ -249,7 +249,7 @@ class TestByHand:
 
 
 def e4m3_values() -> np.ndarray:
-    """The numbers of the codes 0x00 .. 0x7e."""
+    """The values of the codes 0x00 .. 0x7e."""
     return np.array([(c & 7) * 2.0**-9 if c < 8 else (8 + (c & 7)) * 2.0 ** ((c >> 3) - 10) for c in range(127)])
 
 
@@ -361,8 +361,8 @@ def numpy_bytes(x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor) -> tupl
 
 
 def harsh(kind: str, x: torch.Tensor) -> torch.Tensor:
-    """Inputs at the ends of the number range, and with numbers that are none."""
-    if kind == "tiny":  # scales below FP16's normal numbers, some of them zero
+    """Inputs at the ends of the range of floats, and with NaN and infinities."""
+    if kind == "tiny":  # scales below FP16's normal range, some of them zero
         return x * 10.0 ** -torch.randint(3, 9, (*x.shape[:-1], 1))
     if kind == "huge":  # scales above FP16's largest
         return x * 10.0 ** torch.randint(3, 30, (*x.shape[:-1], 1))
@@ -396,14 +396,14 @@ class TestAgainstNumPy:
 
     @by_id({name: SPECS[name] for name in ("int8", "int4", "int8-b16", "int4-b32")})
     def test_ties_are_decided_by_the_product_with_the_reciprocal(self, spec):
-        """Numbers half-way between two codes, in every scale from 1 to 2: x * (1 / scale) and x / scale do not always
-        go to the same code. A library or compiler that replaces one by the other is found here."""
+        """For elements half-way between two codes, in every scale from 1 to 2, x * (1 / scale) and x / scale do not
+        always give the same code. This test finds a library or compiler that replaces one by the other."""
         length = spec.block_length or 32
         scale = (1 + torch.arange(1024) / 1024)[:, None]
         if spec.is_channel:
             levels, middle = LEVELS[spec.format], 0.0
             codes = torch.randint(0, levels, (1024, length)) + 0.5
-            codes[:, :2] = torch.tensor([0.0, levels])  # the smallest and largest number set zero point and scale
+            codes[:, :2] = torch.tensor([0.0, levels])  # the smallest and largest element set zero point and scale
         else:
             reach, middle = REACH[spec.format], 7.5 if spec.format == "int4" else 0.0
             codes = torch.randint(-int(reach), int(reach), (1024, length)) + (0.5 - middle % 1)
@@ -515,7 +515,7 @@ class TestRoundTrip:
     def test_error_on_the_token_grid(self, spec, outlier):
         x = outlier(2, 2, 130, 64)
         error = (quantize(x, spec).dequantize() - x).double()
-        if spec.rotate:  # there the numbers are stored
+        if spec.rotate:  # the rotated elements are stored
             x, error = rotate(x), rotate(error.float()).double()
         absmax = x.unflatten(-1, (-1, spec.group_size or 64)).abs().amax(-1, keepdim=True)
         step = absmax / REACH[spec.format]
@@ -523,7 +523,7 @@ class TestRoundTrip:
             limit = torch.maximum(x.abs().unflatten(-1, (step.shape[-2], -1)) * 2**-4, step * 2**-10)
         else:
             limit = (step / 2).expand(*step.shape[:-1], spec.group_size or 64)
-        rounding = 1e-6 * absmax if spec.rotate else 0  # of rotating back and forth
+        rounding = 1e-6 * absmax if spec.rotate else 0  # the rounding of rotating back and forth
         assert (error.abs() <= (limit * TOLERANCE["half step"] + rounding).flatten(-2)).all()
 
     @by_id(CHANNEL)
@@ -543,7 +543,7 @@ class TestRoundTrip:
 
     @by_id(SPECS)
     def test_decoding_and_encoding_again_changes_little(self, spec, outlier):
-        """Decoded numbers lie on the grid: a second round trip moves them by far less than a step."""
+        """Decoded elements lie on the grid: a second round trip moves them by far less than a step."""
         once = quantize(outlier(1, 2, 128, 64), spec).dequantize()
         twice = quantize(once, spec).dequantize()
         assert (twice - once).norm() < 2e-3 * once.norm()
@@ -559,7 +559,7 @@ class TestPacking:
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     @by_id({"int8 token": TOKEN["int8"], "int8 channel": CHANNEL["int8-b64"], "fp8": TOKEN["fp8"]})
     def test_bytes(self, spec, head_dim):
-        """Every byte that is a number comes back as the same byte."""
+        """Every byte that is not NaN comes back as the same byte."""
         data = torch.randint(0, 256, (3, 2, 5, head_dim), dtype=torch.uint8)
         if spec.format == "fp8":
             data[(data & 0x7F) == 0x7F] = 0

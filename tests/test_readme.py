@@ -1,4 +1,4 @@
-"""What the READMEs say: their Python blocks run when pasted, their links lead somewhere, their figures are the JSON's.
+"""The READMEs: their Python blocks run when pasted, their links lead somewhere, their figures are those of the JSON.
 
 The blocks of one README run in order in one fresh process, in an empty folder outside of the repository. A block that
 cannot run everywhere has `<!-- not run: REASON -->` on the line before it.
@@ -58,7 +58,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def run(code: list[Block], folder: Path) -> subprocess.CompletedProcess:
-    # Without the repository's folder on the path: there Python finds the source, not what is installed.
+    # Without the repository's folder on the path, where Python would find the source, not the installed package.
     path = os.pathsep.join(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))
     return subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps([(block.number, block.code) for block in code]), cwd=folder,

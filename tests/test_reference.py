@@ -23,7 +23,7 @@ CHANNEL = {
     "fp8-channel": QuantSpec("fp8", "channel", block_length=32),
     "int4-channel": QuantSpec("int4", "channel", block_length=16),
 }
-# Keys and values: every format and grid on either side.
+# Pairs of specs for keys and values: every format and grid on either side.
 PAIRS = {
     "int8": (TOKEN["int8"], TOKEN["int8"]),
     "fp8": (TOKEN["fp8"], TOKEN["fp8"]),
@@ -41,8 +41,8 @@ MASKS = ["none", "padding", "bool", "bool, one head", "float, min", "float, -inf
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-5,
-    torch.bfloat16: 2e-2,  # of outputs up to about 2: the last rounding
-    "lse": 1e-5,  # relative; it is float32 whatever the queries are
+    torch.bfloat16: 2e-2,  # the last rounding of outputs up to about 2
+    "lse": 1e-5,  # relative; it is float32 for every dtype of queries
 }
 SCALING = 0.2
 
@@ -68,7 +68,7 @@ def make_mask(kind: str, padding: torch.Tensor, num_heads: int, q_len: int, dtyp
         return (~padding).long()
     if kind == "bool, one head":
         return seen
-    # Beyond the usual: each head hides other columns, but never a query's own token.
+    # Unlike usual masks, each head hides other columns, but never a query's own token.
     hidden = torch.rand(batch, num_heads, q_len, kv_len) < 0.2
     hidden &= torch.arange(kv_len) != torch.arange(kv_len - q_len, kv_len)[:, None]
     seen = seen & ~hidden
@@ -83,7 +83,7 @@ def make_mask(kind: str, padding: torch.Tensor, num_heads: int, q_len: int, dtyp
 
 
 def visible(mask: torch.Tensor | None, q_len: int, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which columns each query sees and what is added, from any mask, `[.., q_len, kv_len]`."""
+    """Which columns each query sees, and the bias of each, from any mask, `[.., q_len, kv_len]`."""
     causal = torch.arange(kv_len) <= torch.arange(kv_len - q_len, kv_len)[:, None]
     zero = torch.zeros((), dtype=torch.float64)
     if mask is None:
@@ -97,7 +97,7 @@ def visible(mask: torch.Tensor | None, q_len: int, kv_len: int) -> tuple[torch.T
 
 
 def sdpa(query, keys, values, mask=None) -> torch.Tensor:
-    """torch's attention, query by query over what that query reads."""
+    """torch's attention, query by query over the keys and values that each query reads."""
     num_heads, q_len, kv_len = query.shape[1], query.shape[2], keys.length
     q_per_kv = num_heads // keys.shape[1]
     seen, bias = visible(mask, q_len, kv_len)
@@ -138,7 +138,7 @@ def eager(query, keys, values, mask=None, s_aux=None, softcap=0.0) -> tuple[torc
 
 @pytest.fixture
 def setting(outlier, store):
-    """Queries, and states of keys and values in poisoned storage, of a size."""
+    """Makes queries, and states of keys and values in poisoned storage, of a given size."""
 
     def make(
         pair, window=(0, 0), *, kv_len=130, q_len=1, heads=(6, 2), batch=2, head_dim=32, dtype=torch.float64,
@@ -219,7 +219,7 @@ class TestEqualsSDPA:
     def test_dtypes(self, pair, dtype, setting):
         query, keys, values = setting(pair, (4, 7), q_len=2, dtype=dtype)
         output, lse = reference.decode_attention(query, keys, values, scaling=SCALING)
-        # States keep their dtype; what they hold is computed with in float32.
+        # States keep their dtype; the computation is in float32.
         assert (output.dtype, lse.dtype) == (dtype, torch.float32)
         wide = [dataclasses.replace(s, dtype=torch.float32) for s in (keys, values)]
         expected, _ = eager(query, *wide)
@@ -241,7 +241,7 @@ class TestEqualsSDPA:
 
 
 class TestScores:
-    """What torch's attention has no argument for, against the formula written out."""
+    """Features that torch's attention has no argument for, compared with the formula written out."""
 
     @pytest.mark.parametrize("kind", MASKS)
     @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -257,7 +257,7 @@ class TestScores:
         torch.testing.assert_close(lse.double(), expected_lse, rtol=TOLERANCE["lse"], atol=TOLERANCE["lse"])
 
     def test_softcap_comes_before_the_mask_and_s_aux(self, setting):
-        """A bias or a learned sink is not capped: with a cap of 1e-3 all scores are equal, but for the bias."""
+        """A bias or a learned sink is not capped: with a cap of 1e-3 all scores are equal except for the bias."""
         query, keys, values = setting(PAIRS["int8"], kv_len=4, batch=1, heads=(1, 1))
         bias = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
         _, lse = reference.decode_attention(
@@ -343,7 +343,7 @@ class TestSixteenQueries:
 
 
 class TestPoison:
-    """Storage that was never written, or that no query reads, is NaN here; results are finite and the same."""
+    """Storage that was never written, or that no query reads, is NaN here; results stay finite and the same."""
 
     @by_window
     @by_pair
@@ -371,7 +371,7 @@ class TestPoison:
 
     @by_pair
     def test_hidden_columns_may_hold_nan(self, pair, setting):
-        """What a mask hides is skipped before arithmetic: NaN there reaches nobody."""
+        """Hidden columns are skipped before arithmetic: NaN in them reaches no output."""
         query, keys, values = setting(pair, kv_len=80, q_len=2)
         mask = torch.ones(2, 80, dtype=torch.long)
         mask[1, :16] = 0
@@ -459,7 +459,7 @@ class TestAppend:
             assert torch.equal(side.scale[:, :, :rows], expected.scale[:, :, :rows])
             if side.zero_point is not None:
                 assert torch.equal(side.zero_point[:, :, :rows], expected.zero_point[:, :, :rows])
-            # Nothing was written beyond: the poison is still there.
+            # Nothing was written beyond these columns: the poison is still there.
             assert (side.data[:, :, columns:] == 0xFF).all()
             assert side.scale[:, :, rows:].isnan().all()
 
@@ -501,7 +501,7 @@ class TestAppend:
 
     @by_pair
     def test_nonfinite_is_counted(self, pair, outlier, store):
-        """Token vectors, of each head and side, that hold a NaN or infinity; not the numbers in them."""
+        """Token vectors of each head and side with a NaN or infinity are counted, not the elements in them."""
         key, value = outlier(2, 2, 40, 32), outlier(2, 2, 40, 32)
         key[0, 0, 3, :5] = math.nan
         key[1, :, 20, 0] = math.inf

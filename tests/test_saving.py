@@ -35,8 +35,8 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     "one-dense-layer": KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), layers={1: LayerOverride(DENSE, DENSE)}),
 }  # fmt: skip
 every_config = pytest.mark.parametrize("kv_config", CONFIGS.values(), ids=CONFIGS.keys())
-# Two with sliding layers of transformers' own, one with convolution states, one with linear states in quantized
-# layers, two that read de-quantized copies.
+# Two families have transformers' sliding layers, one convolution states, one linear states in quantized layers, and
+# two read de-quantized copies.
 HYBRIDS = ["gemma2", "gpt_oss", "lfm2", "falcon_h1", "gptj", "deepseek_v3"]
 LFM2 = families.Family(
     "Lfm2Config", "Lfm2ForCausalLM",
@@ -79,7 +79,7 @@ def file(path) -> Path:
 
 
 def tensors_of(layer) -> dict[str, object]:
-    """What a layer holds, with the storage of its sides cut to what is in use."""
+    """The tensors of a layer, with the storage of its sides cut to the part in use."""
     return layer.state() if isinstance(layer, QuantizedLayer) else vars(layer)
 
 
@@ -223,7 +223,7 @@ class TestFile:
             assert str(file) in maps
         cache.crop(-10)
         for layer_idx in (0, 1):
-            # Fits into what is mapped, so it is written there.
+            # This fits into the mapped storage, so it is written there.
             cache.update(*torch.randn(2, 2, 2, 5, 64), layer_idx)
             assert cache.layers[layer_idx]._keys.capacity == 161
         cache.reset()
@@ -239,7 +239,7 @@ class TestFile:
         assert_equal(tensors_of(QuantizedCache.load(file, model).layers[0]), state)
 
     def test_nothing_uninitialised_is_written(self, path, monkeypatch):
-        """Two caches of one content make one file, whatever was in memory before."""
+        """Two caches of the same content make the same file, whatever was in memory before."""
         contents = []
         for fill in (0.0, float("nan")):
             real = torch.empty
@@ -342,7 +342,7 @@ class TestRefusals:
             file.write_bytes(content)
 
     def test_verify_may_be_left_out(self, file):
-        """Then only the metadata is checked."""
+        """Without verification only the metadata is checked."""
         flip(1.0, file)
         QuantizedCache.load(file, build(), verify=False)
         edit(other_length, file)
@@ -365,7 +365,7 @@ class TestRefusals:
             twin.model.layers[1].self_attn.v_proj.weight.mul_(1.001)
         with pytest.raises(ValueError, match="same config, other weights"):
             QuantizedCache.load(file, twin)
-        # Who gives the config only is told of no weights.
+        # Without the model itself, weights are not compared.
         assert QuantizedCache.load(file, twin.config).get_seq_length() == 161
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -385,7 +385,7 @@ class TestRefusals:
         assert saving.identity(model)["weights"] == before
 
     def test_what_does_not_matter(self, file):
-        """A name, a special token, or that the model is in use."""
+        """A model's name, a special token, or being in use makes no difference."""
         config = families.config("llama", eos_token_id=5, use_cache=False, _name_or_path="elsewhere")
         assert QuantizedCache.load(file, config).get_seq_length() == 161
         with hf_kvquant.attention(build()):
@@ -398,7 +398,7 @@ class TestRefusals:
             QuantizedCache.load(path, build())
 
     def test_the_fields_of_another_transformers(self, file):
-        """Fields that only one version knows are no difference, but only between versions."""
+        """Fields that only one version has make no difference, if the versions differ."""
 
         def older(header, tensors):
             header["transformers_version"] = "5.0"
@@ -615,7 +615,7 @@ class TestAdapters:
             QuantizedCache.load(path, model)
 
     def test_a_file_that_does_not_know_of_adapters(self, model, file):
-        """From before adapters were noted."""
+        """Files of the first versions have no entry for adapters."""
         edit(lambda header, _: header["description"]["model"].pop("adapters"), file, repair=True)
         with model.disable_adapter():
             assert QuantizedCache.load(file, model).get_seq_length() == 161
@@ -638,14 +638,14 @@ class TestPaths:
                 bound.bind(str(path))
         else:
             try:
-                # What /dev/null is.
+                # The device number of /dev/null.
                 os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
             except PermissionError:
                 pytest.skip("only root makes devices")
 
     @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
     def test_what_is_no_file(self, kind, cache, monkeypatch, tmp_path):
-        # The name of a socket is short.
+        # The path of a socket must be short.
         monkeypatch.chdir(tmp_path)
         path = Path(kind)
         self.make(kind, path)
@@ -708,12 +708,12 @@ while os.getppid() != 1:
 
 
 def test_a_file_that_is_replaced_while_it_is_loaded(file):
-    """Each load finds one file, whole."""
+    """Each load reads one whole file."""
     one, other = file.with_name("one"), file.with_name("other")
     one.write_bytes(file.read_bytes())
     cache = QuantizedCache.load(file, build().config)
     for layer in cache.layers:
-        # The same table of tensors, other bytes.
+        # The tensors have the same names and shapes, and other bytes.
         layer._keys.data ^= 1
     cache.save(other, build())
     caches = [[tensors_of(layer) for layer in QuantizedCache.load(each, build()).layers] for each in (one, other)]
@@ -785,12 +785,12 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_leaves_the_old_file_or_the_new_one(file):
-    """Killed when half is written, before the new name, and after it."""
+    """The process is killed when half is written, before the rename, and after it."""
     before = file.read_bytes()
     half, replace, after = (file.with_name(name) for name in ("half", "replace", "after"))
     for path in (half, replace, after):
         path.write_bytes(before)
-    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, "-c", _KILLED, str(half), str(replace), str(after)], Path(__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -798,7 +798,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(file):
         assert path.read_bytes() == before
         [left] = file.parent.glob(f".{path.name}.*")
         with saving._temporary(path) as live:
-            # Of another process: locked while it is written.
+            # A file of another process, which is locked while it is written.
             live.write_bytes(b"half")
             filled(build(), "int8")[0].save(path)
             assert not left.exists() and live.exists()

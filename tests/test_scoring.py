@@ -1,4 +1,4 @@
-"""Decode-faithful scoring equals real decode: the licence of every accuracy figure."""
+"""Decode-faithful scoring equals real decode: every accuracy figure rests on this."""
 
 from unittest import mock
 
@@ -21,7 +21,7 @@ from hf_kvquant import (
 from hf_kvquant.scoring import ScoredStates
 
 LENGTH, CONTEXT = 100, 58
-# Three chunks of the shortest allowed length, the last one neither whole nor a whole number of blocks.
+# Three chunks of the shortest allowed length; the last one is shorter, and not a whole number of blocks.
 LONG, LONG_CONTEXT, CHUNK = 601, 200, 256
 # float64: the quantized inputs of both ways agree to rounding, so codes do, and logits agree to accumulated rounding.
 FLOAT64_TOLERANCE = 1e-5
@@ -65,7 +65,7 @@ def tiny(family: str | object, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(1)
     if not isinstance(family, str):
         return AutoModelForCausalLM.from_config(family, dtype=dtype).eval()
-    # The grouped matrix product of experts does not know float64.
+    # The grouped matrix product of experts does not support float64.
     options = {"experts_implementation": "eager"} if family.startswith("gpt-oss") else {}
     model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype, **options).eval()
     for parameter in model.parameters():
@@ -145,7 +145,7 @@ def test_context_lengths_per_row():
 
 @torch.no_grad()
 def test_float32_agrees_up_to_flipped_codes():
-    """In float32 the two ways may round a number to either side of a step; that may happen to few codes only, so that
+    """In float32 the two ways may round an element to different codes. This may happen to few codes only, so that
     nearly all logits agree closely and the mean divergence is far below the format's own."""
     model = tiny("llama-gqa", torch.float32)
     ids, _ = text(padded=False)
@@ -161,7 +161,7 @@ def test_float32_agrees_up_to_flipped_codes():
 
 
 def test_scoring_needs_no_gradients():
-    """Called as the README shows it, outside torch.no_grad, on parameters that require gradients."""
+    """It is called as in the README, outside torch.no_grad, on parameters that require gradients."""
     model = tiny("llama-gqa", torch.float32)
     assert next(model.parameters()).requires_grad
     assert not score(model, text(padded=False)[0], CONTEXT, "int8").requires_grad
@@ -276,7 +276,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", ["int4", "none"])
 def test_memory_of_a_long_text(config):
-    """Nothing is as large as the square of the length, or as length times vocabulary."""
+    """No tensor is as large as the square of the length, or as length times vocabulary."""
     length, vocab, heads = 8192, 4096, 4
     shape = SHAPE | {"num_hidden_layers": 1, "vocab_size": vocab, "max_position_embeddings": length}
     model = tiny(
@@ -289,7 +289,7 @@ def test_memory_of_a_long_text(config):
     assert log_probs.shape == is_greedy.shape == (1, length - 1)
     assert largest.numel <= 2**24
     assert min(heads * length**2, vocab * length) > 1.5 * 2**24, "this text is too short to show anything"
-    # What it does hold: attention scores or logits of a chunk.
+    # The attention scores or logits of a chunk are that large.
     assert largest.numel >= 512 * length
 
 
@@ -330,7 +330,7 @@ class TestDecodeTail:
         )
 
     def test_the_share_says_so(self):
-        # One answer token after a context of ten: prefill's, or after a tail of one the cache's.
+        # One answer token after a context of ten is predicted by prefill, or from the cache with a tail of one.
         assert cache_read_share([10], [10], [11]) == 0.0
         assert cache_read_share([10], [10], [11], decode_tail=1) == 1.0
         assert cache_read_share([10, 10], [10, 10], [14, 14], decode_tail=0) == 0.75
@@ -342,7 +342,7 @@ class TestDecodeTail:
 
 
 def test_padding_on_the_right_needs_no_mask():
-    """Rows of different lengths in one batch, as lm-eval makes them: a row's logits are those that it has alone."""
+    """In a batch of rows of different lengths, as lm-eval makes them, a row has the same logits as alone."""
     model = tiny("llama-gqa", torch.float64)
     ids, _ = text(padded=True)
     for config in CONFIGS.values():
@@ -364,7 +364,7 @@ def test_a_broken_cache_shows_where_it_is_read_and_only_there(monkeypatch):
         scoring, "quantize", lambda x, s, padding: quantize(2 * x if s.format == "int8" else x, s, padding)
     )
     changed = (score(model, ids, contexts, config) != whole).any(-1)
-    # The last row predicts a token that is not there.
+    # The last row predicts a token beyond the text.
     share = changed[:, :-1].float().mean().item()
     assert share == pytest.approx(cache_read_share(contexts, [1] * 3, [LENGTH] * 3))
     assert changed[:, -1].all()
@@ -372,7 +372,7 @@ def test_a_broken_cache_shows_where_it_is_read_and_only_there(monkeypatch):
 
 
 def test_cache_read_share():
-    # Row c reads the cache first; it predicts token c + 1. Token c itself is predicted by prefill.
+    # Row c is the first to read the cache; it predicts token c + 1. Prefill predicts token c itself.
     assert cache_read_share([10], [10], [11]) == 0.0
     assert cache_read_share([10], [10], [12]) == 0.5
     assert cache_read_share([10, 10], [11, 10], [21, 11]) == 10 / 11
@@ -380,7 +380,7 @@ def test_cache_read_share():
 
 
 def test_attention_asks_scored_states_what_it_asks_cached_ones():
-    """What cannot be scored says what can; a bias by position joins the mask, as in decode."""
+    """The error about a model that cannot be scored names the way that works; a position bias joins the mask."""
     exact, query = torch.randn(1, 2, 40, 16), torch.randn(1, 4, 9, 16)
     states = ScoredStates(exact, (), QuantSpec("dense"), None)
     with pytest.warns(UserWarning, match="dropout"), pytest.raises(ValueError, match="use score_by_decoding"):

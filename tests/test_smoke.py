@@ -1,6 +1,6 @@
-"""What must work with every supported release of transformers: import, generate, routes, save and load, score.
+"""The features that must work with every supported release of transformers: import, generate, routes, saving, scoring.
 
-`make smoke` runs it on releases between the oldest and the newest, which run the whole suite.
+`make smoke` runs this file on releases between the oldest and the newest, which have larger suites of their own.
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ def test_score_is_decode(model, prompt, preset):
     out = generate(model, prompt, NEW, cache_implementation=f"kvquant-{preset}")
     with torch.no_grad():
         scored = hf_kvquant.score(model, out.sequences, PROMPT, preset)
-    # One row per token that was read: the last token was written, and never read.
+    # One row per token that was fed: the last token was generated, and never fed.
     decoded = torch.stack(out.logits, 1)
     torch.testing.assert_close(scored[:, PROMPT - 1 : -1], decoded, rtol=1e-3, atol=1e-3)

@@ -1,8 +1,8 @@
-"""Random sequences of everything that a cache can do, against a list of tokens.
+"""Random sequences of all operations of a cache, checked against a list of tokens.
 
-The oracle keeps the tokens of every row and knows only the rules of the design: which columns the next query reads
+The oracle keeps the tokens of every row and follows the rules of the design only: which columns the next query reads
 exactly, and that a block or a token is quantized once, when it is complete. After every step the cache must hold the
-same bytes, and its next query must read the same numbers.
+same bytes, and its next query must read the same keys and values.
 
     python tests/test_stateful.py --minutes 30            # a soak with seeds of its own, printed as they start
     python tests/test_stateful.py --minutes 1 --seed 17   # again from a seed that failed
@@ -60,9 +60,9 @@ CONFIGS |= {
     f"{name}-static": dataclasses.replace(CONFIGS[name], static=True)
     for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition")
 }
-# Of a static cache: nothing that is done here needs more.
+# The max_length of static caches; no sequence here needs more.
 ROOM = 480
-# What each token's key and value are: an ordinary vector, one with outliers, or zeros.
+# The number of different keys and values of a token: ordinary vectors, vectors with outliers, and zeros.
 VOCAB = 48
 _generator = torch.Generator().manual_seed(5)
 VECTORS = torch.randn(VOCAB, 2, HEADS, HEAD_DIM, generator=_generator)
@@ -73,17 +73,17 @@ steps = 0
 
 
 class Side:
-    """Keys or values by the rules; numbers `[batch, HEADS, columns, HEAD_DIM]`."""
+    """Keys or values by the rules; tensors are `[batch, HEADS, columns, HEAD_DIM]`."""
 
     def __init__(self, spec: QuantSpec, recent_length: int, batch: int):
         self.spec, self.recent_length = spec.resolve(HEAD_DIM), recent_length
         self.tokens = torch.zeros(batch, HEADS, 0, HEAD_DIM)
-        # What stands in the window for a column: the token, or its de-quantized value where a long crop lost it.
+        # The window's copy of each column: the token, or its de-quantized value if a long crop lost it.
         self.window = self.tokens
         self.window_start = 0
-        # Of the columns that are quantized: the bytes, and the numbers that they stand for.
+        # The bytes of the quantized columns, and their de-quantized elements.
         self.stored: dict[str, torch.Tensor] = {}
-        self.numbers = self.tokens
+        self.elements = self.tokens
 
     @property
     def length(self) -> int:
@@ -106,29 +106,29 @@ class Side:
     def append(self, new: torch.Tensor, padding: torch.Tensor) -> None:
         self.tokens, self.window = (torch.cat([x, new], 2) for x in (self.tokens, self.window))
         self.make_way(self.length)
-        start, end = self.numbers.shape[2], self.whole(self.length)
+        start, end = self.elements.shape[2], self.whole(self.length)
         if not self.spec.is_dense and start < end:
             made = quantize(self.window[:, :, start:end], self.spec, padding[:, start:end])
-            self.numbers = torch.cat([self.numbers, made.dequantize()], 2)
+            self.elements = torch.cat([self.elements, made.dequantize()], 2)
             for name in ("data", "scale", "zero_point"):
                 part = getattr(made, name)
                 if part is not None:
                     self.stored[name] = torch.cat([self.stored[name], part], 2) if name in self.stored else part
 
     def whole(self, length: int) -> int:
-        """So many of the columns belong to blocks that are complete."""
+        """The number of columns that belong to complete blocks."""
         return length // self.spec.block_length * self.spec.block_length if self.spec.is_channel else length
 
     def make_way(self, end: int) -> None:
-        """The window keeps so many columns before `end`."""
+        """Drop the columns that the window no longer keeps when the length is `end`."""
         kept = max(self.recent_length, self.spec.block_length or 0) + ROLLBACK
         self.window_start = max(self.window_start, end - kept)
 
     def crop(self, length: int) -> bool:
-        """Whether exact copies were lost."""
-        before = self.numbers
+        """Crop to `length`; returns whether exact copies were lost."""
+        before = self.elements
         self.tokens, self.window = self.tokens[:, :, :length], self.window[:, :, :length].clone()
-        self.numbers = self.numbers[:, :, : self.whole(length)]
+        self.elements = self.elements[:, :, : self.whole(length)]
         rows = self.whole(length) // (self.spec.block_length or 1)
         for name, part in self.stored.items():
             self.stored[name] = part[:, :, : self.whole(length) if name == "data" else rows]
@@ -140,21 +140,21 @@ class Side:
         return True
 
     def select(self, rows: torch.Tensor) -> None:
-        self.tokens, self.window, self.numbers = (x[rows] for x in (self.tokens, self.window, self.numbers))
+        self.tokens, self.window, self.elements = (x[rows] for x in (self.tokens, self.window, self.elements))
         self.stored = {name: part[rows] for name, part in self.stored.items()}
 
     def read(self, position: int, is_sink: torch.Tensor) -> torch.Tensor:
-        """What the query at `position` reads."""
+        """The elements that the query at `position` reads."""
         if self.spec.is_dense:
             return self.tokens
         near = torch.arange(self.length) >= self.dense_from(position)
-        body = torch.nn.functional.pad(self.numbers, (0, 0, 0, self.length - self.numbers.shape[2]))
+        body = torch.nn.functional.pad(self.elements, (0, 0, 0, self.length - self.elements.shape[2]))
         return torch.where(is_sink[:, None, :, None], self.tokens, torch.where(near[:, None], self.window, body))
 
 
 class CacheMachine(RuleBasedStateMachine):
     def start(self, batch: int) -> None:
-        """An empty oracle."""
+        """Empty the oracle."""
         config = self.cache.kv_config
         self.batch, self.length = batch, 0
         self.padding = torch.zeros(batch, 0, dtype=torch.bool)
@@ -213,7 +213,7 @@ class CacheMachine(RuleBasedStateMachine):
     def append(self, n, seed, takes_states, traced=False):
         start, new = self.length, self.states(n, seed)
         past = self.reads(start) if start else None
-        # As in a compiled step of a static cache: only the device knows the length.
+        # This acts like a compiled step of a static cache: only the device knows the length.
         with mock.patch.object(static, "is_traced", return_value=traced):
             returned = self.cache.update(*new, 0)
         if takes_states:
@@ -234,7 +234,7 @@ class CacheMachine(RuleBasedStateMachine):
             expected = [torch.cat(pair, 2) for pair in zip(past, new)]
             self.routes["decode_dequantized"] += 1
         if self.is_static:
-            # Of all the storage; what is not in use is zero.
+            # They cover all of the storage; the unused part is zero.
             assert not any(x[:, :, self.length :].any() for x in returned)
             returned = [x[:, :, : self.length] for x in returned]
         for got, right in zip(returned, expected):
@@ -314,7 +314,7 @@ class CacheMachine(RuleBasedStateMachine):
         before = path.read_bytes()
         max_length = ROOM if self.is_static else max_length
         self.cache, old = QuantizedCache.load(path, MODEL, max_length=max_length), self.cache
-        # What later steps do to the copy must not reach the file, which is mapped.
+        # Later changes of the copy must not reach the file, which is mapped.
         self.saved = (path, before)
         assert old.routes == self.cache.routes
 
@@ -326,7 +326,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(n=st.integers(1, 40), seed=st.integers(0, 2**16))
     def deepcopy(self, n, seed):
-        """Go on with the copy; what happens to the original must not reach it."""
+        """Go on with the copy; changes of the original must not reach it."""
         original, self.cache = self.cache, copy.deepcopy(self.cache)
         original.update(*self.states(n, seed), 0)
         original.crop(-(n // 2))
@@ -365,7 +365,7 @@ class CacheMachine(RuleBasedStateMachine):
         if before and before + n <= LONGEST:
             self.append(n, seed, False)
             self.length = before
-            # At most `ROLLBACK` tokens: as if they had never come.
+            # A crop of up to `ROLLBACK` tokens leaves the cache as if they had never come.
             assert [side.crop(before) for side in self.sides] == [False, False]
             with pytest.raises(ValueError, match="middle of a forward call"):
                 self.cache.begin(FORWARD)
@@ -393,7 +393,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def assert_equal(got: torch.Tensor, right: torch.Tensor, what: str) -> None:
-    # Equal numbers, not bits: a stored -0 may be read as 0.
+    # Equal values, not bits: a stored -0 may be read as 0.
     assert got.shape == right.shape, (what, got.shape, right.shape)
     if not torch.equal(got, right):
         columns = (got != right).any(-1).any(1).nonzero().tolist()
@@ -411,7 +411,7 @@ QUIET = {
 
 
 def run(seed: int, examples: int, phases: tuple[Phase, ...] = (Phase.generate,)) -> None:
-    """So many sequences of 60 steps from a seed; Phase.shrink makes a failure shorter, in minutes."""
+    """Run `examples` sequences of 60 steps from a seed; Phase.shrink makes a failure shorter, which takes minutes."""
     machine = hypothesis.seed(seed)(type("SeededCacheMachine", (CacheMachine,), {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""`QuantizedStates`: which columns a query reads exactly, held against the rule written out token by token."""
+"""`QuantizedStates`: which columns a query reads exactly, compared with the rule written out token by token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSE = QuantSpec("dense")
 
 
 def reads_exactly(t: int, i: int, row: list[bool], spec: QuantSpec, sink_length: int, recent_length: int) -> bool:
-    """DESIGN.md's rule, said once more: does the query at position i read column t exactly? `row`: is it padding?"""
+    """The rule for one pair: whether the query at position i reads column t exactly. `row`: the padding."""
     if spec.is_dense:
         return True
     if not row[t] and row[:t].count(False) < sink_length:
@@ -37,7 +37,7 @@ class TestDenseFrom:
             (CHANNEL, 0, 15, 0),  # the last query of block 0
             (CHANNEL, 0, 16, 16),  # the first one of block 1
             (CHANNEL, 4, 16, 13),  # the recent tokens reach across the border
-            (CHANNEL, 4, 25, 16),  # the block reaches further than they do
+            (CHANNEL, 4, 25, 16),  # the block reaches further back than they do
             (CHANNEL, 32, 40, 9),
         ],
         ids=lambda value: value.code if isinstance(value, QuantSpec) else str(value),
@@ -86,7 +86,7 @@ class TestDequantize:
 
     @pytest.mark.parametrize("spec", [INT8, INT4, CHANNEL, DENSE], ids=lambda spec: spec.code)
     def test_columns_after_the_position_are_read_too(self, spec, outlier, store):
-        """The de-quantized route passes its first query's position: later columns are there, exact or quantized."""
+        """The de-quantized route passes its first query's position: later columns are read too, exact or quantized."""
         x = outlier(1, 2, 40, 32)
         keys, _ = store(x, x, spec, INT8)
         for i in (30, 33, 39):
@@ -108,7 +108,7 @@ class TestDequantize:
         assert exact_values.nonzero()[:, 0].tolist() == [37, 38, 39]
 
     def test_an_earlier_length_reads_as_before(self, outlier, store):
-        """States of an earlier length read what they read then."""
+        """States made at an earlier length still read the same as then."""
         x = outlier(1, 2, 70, 32)
         later, _ = store(x, x, CHANNEL, INT8, sink_length=2, recent_length=5)
         for length in (40, 48, 49, 69):
@@ -131,7 +131,7 @@ class TestDequantize:
 
 
 class TestHost:
-    """What transformers and accelerate ask of states that pass through a model."""
+    """The attributes and methods that transformers and accelerate use on states that pass through a model."""
 
     @pytest.fixture
     def states(self, outlier, store) -> QuantizedStates:

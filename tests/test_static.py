@@ -1,4 +1,4 @@
-"""The static cache: it is the growing one in storage of a fixed size, and its steps compile, once."""
+"""The static cache: it equals the growing one, in storage of a fixed size, and its steps compile once."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ WINDOWS = KVQuantConfig(
     recent_length=9,
 )  # fmt: skip
 EAGER = ("gemma2", "gpt_oss", "gptj")
-# One of every kind of layer that a model may have beside ours, and models that read de-quantized states.
+# Families with every kind of layer that a model may have beside ours, and some that read de-quantized states.
 FAMILIES = ["llama", "gemma3", "gpt_oss", "jamba", "falcon_h1", "bart", "falcon", "deepseek_v3"]
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Compiled code of other tests is forgotten; that some models read de-quantized states is known here."""
+    """Forget compiled code of other tests, and ignore the warning that some models read de-quantized states."""
     torch._dynamo.reset()
     counters.clear()
     with warnings.catch_warnings():
@@ -54,8 +54,8 @@ def build(name: str = "llama", dtype: torch.dtype = torch.float32, **options):
 
 
 def on_the_cpu(backend: str = "eager") -> CompileConfig:
-    """`generate` compiles on a CPU only if it is asked to; a graph break is an error. What is traced,
-    and how often, is the same for every backend."""
+    """Lets `generate` compile on a CPU, where it must be asked to; a graph break is an error. Tracing is the same for
+    every backend."""
     config = CompileConfig(fullgraph=True, backend=backend, mode="default")
     config._compile_all_devices = True
     return config
@@ -93,7 +93,7 @@ def graphs() -> int:
 
 
 def stored(cache: QuantizedCache) -> dict[str, torch.Tensor]:
-    """What the cache would save, by name: bytes, windows and sinks."""
+    """The tensors that the cache would save, by name: bytes, windows and sinks."""
     found = {}
     for i, layer in enumerate(cache.quantized_layers):
         state = layer.state()
@@ -181,7 +181,7 @@ def test_equals_the_growing_cache_to_the_bit(config, chunk, padded):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_growing_cache_in_every_kind_of_model(name):
-    """Models that read de-quantized states see all of the storage, which sums in another order."""
+    """Models that read de-quantized states read all of the storage, and so sum in another order."""
     model = build(name)
     grown = generate(model, cache_implementation="kvquant-int4")
     fixed = generate(model, cache_implementation="kvquant-int4-static")
@@ -206,7 +206,7 @@ def test_other_ways_to_generate(mode):
 @pytest.mark.parametrize("padded", [0, 5], ids=["plain", "padded"])
 @pytest.mark.parametrize(("name", "dense"), [("llama", 0), ("llama", 1), ("falcon", 1), ("t5", 1)])
 def test_beside_layers_that_stay_dense(name, dense, padded):
-    """Which are transformers' own: they return all of the storage, also of a prefill, and one mask serves all."""
+    """Dense static layers return all of the storage, also after a prefill, and one mask serves all layers."""
     model = build(name)
     config = dataclasses.replace(WINDOWS, layers=((dense, LayerOverride(QuantSpec("dense"), QuantSpec("dense"))),))
     options = {"given": prompt(padded=padded), "cache_implementation": "kvquant"}
@@ -247,7 +247,7 @@ def test_padding_and_a_shorter_prompt_need_no_other_graph():
 
 
 def test_prompts_that_need_more_room_need_no_graph_each():
-    """The second length says that it varies. (So does, on the channel grid, a second number of blocks.)"""
+    """The second length shows that lengths vary. (On the channel grid, so does a second number of blocks.)"""
     model, name, needed = build(), "kvquant-int8-plain", []
     for length in (40, 47, 55, 90):
         given = prompt(length)
@@ -259,7 +259,7 @@ def test_prompts_that_need_more_room_need_no_graph_each():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_as_many_graphs_as_transformers_static_cache(name):
-    """Sliding layers of transformers' own are compiled once more when they are full."""
+    """transformers' sliding layers are compiled once more when they are full."""
     kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     model = build(name, **(kinds if name in ("gemma3", "gpt_oss") else {}))
     needed = []
@@ -277,7 +277,7 @@ def test_as_many_graphs_as_transformers_static_cache(name):
 
 @pytest.mark.parametrize("config", ["int4", WINDOWS], ids=["int4", "windows"])
 def test_compiled_for_the_processor(config):
-    """By inductor, in float64: to rounding; the growing cache is the measure."""
+    """Compiled by inductor in float64, it equals the growing cache up to rounding."""
     model, config = build(dtype=torch.float64), KVQuantConfig.load(config)
     expected = generate(model, cache_implementation="kvquant", cache_config=config)
     config = dataclasses.replace(config, static=True)
@@ -314,7 +314,7 @@ def test_a_prefill_in_chunks_is_compiled_too(chunk):
 
 
 def loop(model, forward, cache, n: int = 20):
-    """Prefill and n steps of a user's own; `forward` takes the steps."""
+    """A user's own loop: prefill and n steps; `forward` takes the steps."""
     given = prompt()
     with torch.no_grad(), hf_kvquant.attention(model):
         out = model(**given, past_key_values=cache)
@@ -336,7 +336,7 @@ def test_a_loop_of_a_users_own():
         assert graphs() == compiled
         assert (logits - expected).abs().max() <= ROUNDING[torch.float32]
         assert cache.get_seq_length() == 90
-    # Back in plain calls it goes on where the compiled ones stopped.
+    # Plain calls go on where the compiled ones stopped.
     with torch.no_grad(), hf_kvquant.attention(model):
         for c in (grown, cache):
             c.crop(-3)
@@ -345,8 +345,8 @@ def test_a_loop_of_a_users_own():
 
 
 def test_export():
-    """The program of a step runs, with the operators in it. Strict, because the other way of torch.export takes
-    what a cache holds (transformers' StaticCache too) for constants."""
+    """The exported program of a step runs, with the operators in it. It is strict, because the other mode of
+    torch.export treats the tensors of a cache as constants (of transformers' StaticCache too)."""
     model = build()
     caches = [QuantizedCache(model.config, "int4-static", max_length=90) for _ in range(2)]
 
@@ -412,7 +412,7 @@ def test_caches_that_cannot_be_exported(name, preset):
 
 
 def test_lengths_and_counters_are_no_python_numbers():
-    """What a step reads is on the device, and stays where it is."""
+    """Everything that a step reads is on the device, and stays at its address."""
     model = build()
     cache = QuantizedCache(model.config, "int4-static", max_length=100)
     forward = torch.compile(model.forward, fullgraph=True, backend="eager")
@@ -482,7 +482,7 @@ def test_a_compiled_step_drops_what_has_no_room_and_the_next_call_says_so():
 
 
 def test_a_given_cache_that_is_too_short():
-    """Before its first token too: layers of transformers' own would stay as they are."""
+    """It is refused before its first token, too: transformers' layers would stay as short as they are."""
     model = build()
     for cache in (own(generate(model, n=2, cache_implementation="kvquant-int4-static")), None):
         cache = QuantizedCache(model.config, "int4-static", max_length=71) if cache is None else cache
@@ -504,7 +504,7 @@ def append(cache: QuantizedCache, n: int, traced: bool, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("config", ["int4", "int8-plain", WINDOWS], ids=["int4", "int8-plain", "windows"])
 def test_what_a_compiled_step_stored_can_be_cropped(config):
-    """Also further than the exact window reaches, which the host has to find out first."""
+    """The crop may reach beyond the exact window, and the host has to read the length first."""
     model_config = families.config("llama", num_hidden_layers=1)
     config = KVQuantConfig.load(config)
     grown = QuantizedCache(model_config, config)
@@ -538,7 +538,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_a_file_can_be_loaded_in_inference_mode(tmp_path):
-    """Its tensors are written outside of it."""
+    """The tensors of the file can then be written outside of inference mode."""
     model, path = build("gemma3"), tmp_path / "cache.safetensors"
     own(generate(model, cache_implementation="kvquant-int4-static", n=2)).save(path, model)
     with torch.inference_mode():
@@ -550,7 +550,7 @@ def test_a_file_can_be_loaded_in_inference_mode(tmp_path):
 
 
 def test_a_file_whose_window_hid_nothing_becomes_longer(tmp_path):
-    """The window of 24 tokens was none in a cache for 20; in a longer one the masks keep it."""
+    """A window of 24 tokens hides nothing in a cache for 20; in a longer one the masks apply it."""
     model, path = build("gemma3"), tmp_path / "cache.safetensors"
     ids, logits = families.prompt(2, 34), []
     cache = QuantizedCache(model.config, "int8-static", max_length=20)
@@ -568,7 +568,7 @@ def test_a_file_whose_window_hid_nothing_becomes_longer(tmp_path):
 
 
 def test_new_tensors_are_marked_as_staying_in_place(tmp_path):
-    """Else CUDA graphs would copy them at every step."""
+    """Without the mark CUDA graphs would copy them at every step."""
     model, path = build("gemma3"), tmp_path / "cache.safetensors"
     cache = own(generate(model, cache_implementation="kvquant-int4-static", n=2))
 
@@ -598,7 +598,7 @@ def test_what_was_interrupted_is_forgotten_on_the_device_too():
 
 
 def test_the_states_can_be_looked_at_in_a_compiled_step():
-    """As Mllama does, to see whether there are any."""
+    """Mllama does this to see whether there are any."""
     cache = QuantizedCache(families.config("llama", num_hidden_layers=1), "int4-static", max_length=90)
     with mock.patch.object(static, "is_traced", return_value=True):
         assert cache.layers[0].keys is None
@@ -637,7 +637,7 @@ def test_refusals():
 @pytest.mark.parametrize("assistant_preset", [None, "int8-plain", "int8-plain-static"])
 @pytest.mark.parametrize("preset", ["int8-plain", "int8-plain-static"])
 def test_assisted_decoding(preset, assistant_preset):
-    """An assistant lives as long as its target; its static cache has room for all that it will be asked for."""
+    """An assistant's cache lives as long as its target's; a static one has room for the whole generation."""
     model, assistant = build(), build(num_hidden_layers=1)
     prompt = {"input_ids": families.prompt(1, 70)}
     plain = generate(model, prompt, cache_implementation=f"kvquant-{preset}", n=40)
@@ -683,7 +683,7 @@ def test_beside_a_cross_attention_cache_of_its_own():
 
 
 class Recorded(TorchDispatchMode):
-    """What a CUDA graph cannot record: numbers that the device is asked for, and tensors made of the host's."""
+    """Records operations that a CUDA graph cannot capture: reads from the device, and tensors made from host data."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         asks = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "aten::equal")
@@ -695,7 +695,7 @@ class Recorded(TorchDispatchMode):
     "kv_config", [*(f"{name}-static" for name in PRESETS), dataclasses.replace(WINDOWS, static=True)], ids=str
 )
 def test_a_captured_step_asks_nothing_of_the_device(kv_config, monkeypatch):
-    """As torch.cuda.graph(..) records it, without torch.compile; a whole step of the model, hooks included."""
+    """A whole step of the model, hooks included, as torch.cuda.graph(..) captures it without torch.compile."""
     model = build().eval()
     cache = QuantizedCache(config=model.config, kv_config=kv_config, max_length=60)
     token = torch.tensor([[3]])

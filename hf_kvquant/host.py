@@ -66,7 +66,7 @@ NEEDS = (
     Need("generation.utils:GenerationMixin.init_continuous_batching", ("generation_config",)),
     Need("modeling_utils:PreTrainedModel.get_compiled_call", ("compile_config",)),
     Need("generation.configuration_utils:ALL_CACHE_IMPLEMENTATIONS"),
-    # What we ask a model.
+    # Methods and attributes of models and configs that we read.
     Need("generation.utils:GenerationMixin.prepare_inputs_for_generation", ("input_ids",)),
     Need("generation.utils:GenerationMixin._supports_default_dynamic_cache"),
     Need("generation.utils:GenerationMixin._get_static_cache_init_shape"),

@@ -1,9 +1,9 @@
-// A CUDA driver without a GPU: what hf_kvquant/backends/gpu.py and cuda-core call, written down as
-// lines of the file that STAND_IN_TRACE names. Built as libcuda.so.1; everything else it refuses.
+// A CUDA driver without a GPU. It writes the calls of hf_kvquant/backends/gpu.py and cuda-core as
+// lines to the file that STAND_IN_TRACE names, and refuses all others. It is built as libcuda.so.1.
 //
-// Contexts are 0x1000 + device, functions 0x4000 + device. A launch without a context fails as a
-// thread's does that has not called the runtime; one on stream 0xbad fails always. Code that
-// begins with "too new" is not loaded.
+// Contexts are 0x1000 + device, functions 0x4000 + device. A launch without a context fails like
+// that of a thread which has not called the runtime; a launch on stream 0xbad always fails. Code
+// that begins with "too new" is not loaded.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -77,7 +77,7 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuGetErrorName(int, const char** name) { return *name = "A_STAND_IN_ERROR", kSuccess; }
 int cuGetErrorString(int, const char** text) { return *text = "refused", kSuccess; }
 
-// The first words of both parameters: of a struct by value, and of an address.
+// The first words of both parameters: a struct by value, and an address.
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned,
                    unsigned, unsigned shared, void* stream, void** parameters, void**) {
   const auto* first = static_cast<const unsigned long*>(parameters[0]);

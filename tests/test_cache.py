@@ -289,7 +289,7 @@ def test_positive_crop_keeps_so_many():
     assert cache.get_seq_length() == 70
 
 
-@pytest.mark.skipif(POSITIVE_CROP_IS_ALLOWED, reason="until transformers 5.17 it keeps so many tokens")
+@pytest.mark.skipif(POSITIVE_CROP_IS_ALLOWED, reason="up to transformers 5.17 it keeps that many tokens")
 def test_positive_crop_raises():
     cache = new_cache("int4")
     feed(cache, *states(100))

@@ -200,7 +200,7 @@ void copy_wait(int groups_in_flight) {
 
 }  // namespace kvquant::emulator
 
-// What the launches of this library may touch: the addresses of the caller's tensors.
+// The memory that launches of this library may touch: the addresses of the caller's tensors.
 extern "C" __attribute__((visibility("default"))) void kvquant_emulate_allow(void* base,
                                                                              int64_t bytes,
                                                                              int writable) {

@@ -1,6 +1,7 @@
-// What the emulator remembers of every byte of memory that a launch may write: who wrote it and who
-// read it since which barrier. Two accesses of one byte, one of them a write, by different threads
-// are ordered by a block barrier between them, or within a warp by a warp barrier; else they race.
+// The emulator's record of every byte of memory that a launch may write: which thread wrote it,
+// which thread read it, and since which barriers. Two accesses of one byte by different threads,
+// at least one of them a write, are ordered by a block barrier between them, or within a warp by a
+// warp barrier; otherwise they race.
 #pragma once
 
 #include <stddef.h>

@@ -1,4 +1,4 @@
-// What the scheduler (machine.cc) and the memory (memory.cc) of the emulated machine share.
+// State that the scheduler (machine.cc) and the memory (memory.cc) of the emulated machine share.
 #pragma once
 
 #include <vector>

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +21,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from . import expected, saving
+from .changes import WholeChanges
 from .config import KVQuantConfig
-from .cross_attention import CROSS_ATTENTION, CrossAttentionLayer, StaticCrossAttentionLayer
+from .cross_attention import CrossAttentionLayer, StaticCrossAttentionLayer
 from .host import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
     context_length,
@@ -41,10 +40,9 @@ from .layers import QuantizedLayer
 from .message import told
 from .route import ROUTES, Routes, say_once
 from .states import hides_columns
-from .static import DeviceRoutes, StaticQuantizedLayer, is_traced, keep_in_place
+from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
 from .storage import storage_nbytes
 
-FORWARD = "forward call"
 # Models whose code takes the columns of a storage for tokens: with transformers' StaticCache they fail or give wrong
 # logits too. (BLOOM does not, but wants the first states in all of the storage.)
 _NEVER_STATIC = frozenset({
@@ -52,7 +50,7 @@ _NEVER_STATIC = frozenset({
 })  # fmt: skip
 
 
-class QuantizedCache(DynamicCache):
+class QuantizedCache(WholeChanges, DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
@@ -100,7 +98,6 @@ class QuantizedCache(DynamicCache):
         # What the model keeps of this generation outside of its cache; see `host.GENERATION_STATE`.
         self.model_state: dict[str, torch.Tensor | int | None] = {}
         self._routes = Routes()
-        self._unfinished: str | None = None
         self._max_length = max_length
         self._reach = reach or min((n for n in (max_length, context_length(config)) if n), default=None)
         layers = self._native_layers()
@@ -230,8 +227,7 @@ class QuantizedCache(DynamicCache):
         """
         if not any(self._lengths()):
             raise ValueError("the quantized cache is empty; expected at least one token to save")
-        with self._change("save"):
-            pass
+        self.check_finished()
         who = saving.identity(self._config if model is None else model)
         if who["config"] != saving.identity(self._config)["config"]:
             raise ValueError("model: its config is not the cache's; expected the model that computed the cache")
@@ -338,58 +334,6 @@ class QuantizedCache(DynamicCache):
         if len(rows) != 1:
             raise ValueError(f"{path}: has tensors of {sorted(rows)} rows; expected one batch")
 
-    def begin(self, what: str) -> None:
-        """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or
-        lack of memory, the next use is refused, for layers may disagree about their tokens.
-
-        Raises:
-            ValueError: an earlier change did not reach its end.
-        """
-        if is_traced():
-            return
-        gained = self._gained()
-        if self._unfinished is not None and (any(gained.values()) or not self._can_go_back()):
-            repair = "" if self._unfinished != FORWARD else "; cache.crop(0) forgets the tokens of that call"
-            raise ValueError(
-                f"the quantized cache was left in the middle of a {self._unfinished}{repair}; cache.reset() empties it"
-            )
-        if len(set(gained.values())) > 1:
-            raise ValueError(
-                f"the layers of the quantized cache disagree: since the last whole call they gained {gained} tokens; "
-                "cache.crop(0) goes back to what all of them have, cache.reset() empties it"
-            )
-        self._unfinished, self._whole = what, self._lengths()
-        self._routes.in_call = what == FORWARD
-
-    def end(self) -> None:
-        """The change that `begin` noted is complete."""
-        # While a CUDA graph is captured nothing happens, and nothing can be asked of the device.
-        if is_traced():
-            return
-        self._unfinished, self._whole = None, self._lengths()
-        self._routes.in_call = False
-
-    def _lengths(self) -> list[int]:
-        lengths = []
-        for layer in self.layers:
-            if isinstance(layer, QuantizedLayer):
-                lengths.append(layer.length)
-            else:
-                counts = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CROSS_ATTENTION)
-                lengths.append(int(layer.get_seq_length()) if counts else 0)
-        return lengths
-
-    def gained(self) -> dict[int, int]:
-        """By how many tokens each quantized layer grew since the last complete change."""
-        now = self._lengths()
-        quantized = (isinstance(layer, QuantizedLayer) for layer in self.layers)
-        return {i: new - old for i, (new, old, ours) in enumerate(zip(now, self._whole, quantized)) if ours}
-
-    def _gained(self) -> dict[int, int]:
-        """By how many tokens each layer in use grew since the last complete change."""
-        now = self._lengths()
-        return {i: new - old for i, (new, old) in enumerate(zip(now, self._whole)) if new or old}
-
     def take_over(self, other: DynamicCache) -> None:
         """Become a quantized copy of a dense cache with the same layers; this cache is empty.
 
@@ -409,17 +353,6 @@ class QuantizedCache(DynamicCache):
         for layer in self.quantized_layers:
             # No attention saw what these updates returned.
             layer.was_offered = False
-        self.end()
-
-    def _can_go_back(self) -> bool:
-        """Whether a forward call is all that was interrupted, of layers whose tokens are known by their length."""
-        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
-        return self._unfinished in (None, FORWARD) and not linear
-
-    @contextmanager
-    def _change(self, what: str) -> Iterator[None]:
-        self.begin(what)
-        yield
         self.end()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -446,26 +379,6 @@ class QuantizedCache(DynamicCache):
                 if self._lengths() == self._whole:
                     self._unfinished = None
                 raise
-
-    def _forget_unfinished(self) -> None:
-        """Take back the tokens that some layers have of a forward call that did not reach all of them."""
-        for layer in self.quantized_layers:
-            layer.recover()
-        gained = self._gained()
-        if self._unfinished is None and len(set(gained.values())) <= 1:
-            return
-        target = 0 if self._unfinished else min(gained.values())
-        ahead = {layer_idx: tokens - target for layer_idx, tokens in gained.items() if tokens > target}
-        try:
-            if not self._can_go_back():
-                raise RuntimeError("the state of its layers before that is not known")
-            for layer_idx, tokens in ahead.items():
-                self.layers[layer_idx].crop(-tokens)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the quantized cache was interrupted and cannot go back ({error}); cache.reset() empties it"
-            ) from None
-        self.end()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._choose_rows("beam_idx", lambda rows: rows.index_select(0, beam_idx.cpu()))

@@ -32,7 +32,8 @@ from transformers import (
 
 from . import host
 from .attention import attend
-from .cache import FORWARD, QuantizedCache
+from .cache import QuantizedCache
+from .changes import FORWARD
 from .config import KVQuantConfig
 from .route import switched_attention
 

@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, layers, ops, storage
-from hf_kvquant.cache import FORWARD
+from hf_kvquant.changes import FORWARD
 
 LAYERS = 6
 PRESETS = ("int8", "int8-plain", "int4")

@@ -36,7 +36,7 @@ from hypothesis.stateful import (
 )
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec, ops, quantize, static
-from hf_kvquant.cache import FORWARD
+from hf_kvquant.changes import FORWARD
 from hf_kvquant.ops import MAX_Q_LEN
 from hf_kvquant.route import learn_route
 from hf_kvquant.storage import ROLLBACK

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_kvquant.pages import with_huge_pages
+from hf_kvquant.huge_pages import with_huge_pages
 
 MIN_ROUNDS = 3
 WARM_UP_ROUNDS = 2

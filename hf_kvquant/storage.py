@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from .expected import COUNT
-from .pages import with_huge_pages
+from .huge_pages import with_huge_pages
 from .quantization import QuantSpec
 from .states import QuantizedStates
 

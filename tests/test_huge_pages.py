@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_kvquant.pages import LARGE_BYTES, with_huge_pages
+from hf_kvquant.huge_pages import LARGE_BYTES, with_huge_pages
 from hf_kvquant.quantization import QuantSpec
 from hf_kvquant.storage import Side
 

@@ -325,10 +325,8 @@ def _check_call(name: str, call: Callable, query, key, value, stored: dict) -> d
 
 
 def _part(states: QuantizedStates, rows: slice, heads: slice) -> QuantizedStates:
-    parts = {name: getattr(states, name) for name in ("data", "scale", "zero_point", "recent", "sink")}
-    parts = {name: None if x is None else x[rows, heads] for name, x in parts.items()}
     positions = None if states.sink_positions is None else states.sink_positions[rows]
-    return replace(states, **parts, sink_positions=positions)
+    return replace(states, stored=states.stored.transformed(lambda x: x[rows, heads]), sink_positions=positions)
 
 
 # ---- append and prefill --------------------------------------------------------------------------------------------

@@ -173,9 +173,8 @@ def reference_attention(
     """The reference backend in float32 over the stored bytes; one KV head at a time, for it makes large copies."""
 
     def head(states: QuantizedStates, i: int) -> QuantizedStates:
-        parts = {part: getattr(states, part) for part in ("data", "scale", "zero_point", "recent", "sink")}
-        parts = {part: None if x is None else x[:, i : i + 1] for part, x in parts.items()}
-        return replace(states, **parts, dtype=torch.float32, backend="reference")
+        stored = states.stored.transformed(lambda x: x[:, i : i + 1])
+        return replace(states, stored=stored, dtype=torch.float32, backend="reference")
 
     q_per_kv = query.shape[1] // keys.shape[1]
     parts = [

@@ -17,7 +17,7 @@ from .expected import COUNT, Bounds, meta
 from .host import DynamicLayer
 from .lazy import LazyStates
 from .route import Routes, attention_is_switched, say_once, tagged
-from .states import QuantizedStates, autocast, is_autocast
+from .states import QuantizedStates, Stored, autocast, is_autocast
 from .storage import ROLLBACK, Side
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -103,23 +103,20 @@ class QuantizedLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
         key_states, value_states = self._admitted(key_states, value_states)
-        start, n = self.length, key_states.shape[2]
-        if start == 0:
-            self._append(key_states, value_states)
+        n, is_first = key_states.shape[2], not self.is_filled
+        is_long = n > ops.MAX_Q_LEN and not is_first
+        past = [states.dequantize(states.position(0)) for states in self._views()] if is_long else []
+        self._append(key_states, value_states)
+        if is_first:
             self.routes.count("prefill_dense")
             return self._offered(self._first(key_states), self._first(value_states), first=True)
-        if n <= ops.MAX_Q_LEN:
-            self._append(key_states, value_states)
-            states = self._states(self._keys), self._states(self._values)
-            if self.takes_states:
-                return states
-            self.routes.count("decode_dequantized")
-            self._say_dequantized()
-            return self._offered(*(s.dequantize(position=start) for s in states))
-        past = [self._states(side).dequantize(position=start) for side in (self._keys, self._values)]
-        self._append(key_states, value_states)
+        if not is_long and self.takes_states:
+            return self._views()
         self.routes.count("decode_dequantized")
-        return self._offered(*(torch.cat(pair, dim=2) for pair in zip(past, (key_states, value_states))))
+        if is_long:
+            return self._offered(*map(self._joined, past, (key_states, value_states)))
+        self._say_dequantized()
+        return self._offered(*(states.dequantize(states.position(n)) for states in self._views()))
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, checked and in the dtype of attention; the first ones allocate the storage."""
@@ -141,9 +138,17 @@ class QuantizedLayer(DynamicLayer):
         if self.padding is not None and self.padding_is_of_last and self.padding.shape[1] < n:
             self.padding = torch.nn.functional.pad(self.padding, (n - self.padding.shape[1], 0))
 
+    def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
+        """Keys and values as attention reads them."""
+        return self._states(self._keys), self._states(self._values)
+
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         """What attention gets for the first states."""
         return states
+
+    def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """What attention gets for the past, de-quantized, and many new states."""
+        return torch.cat([past, new], dim=2)
 
     def _offered(self, *states: torch.Tensor, first: bool = False) -> tuple[torch.Tensor, ...]:
         """Dense keys and values, by which attention can learn the layer's route (see `route`): the first ones, and if
@@ -195,22 +200,32 @@ class QuantizedLayer(DynamicLayer):
             )
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        start, end = self.length, self.length + key_states.shape[2]
-        self.reserve(end, exact=False)
+        n = key_states.shape[2]
+        self._make_room(n)
+        keys, values = self._views()
         self.storing = True
         # Before the ring is written, so that an interruption cannot leave it promising what it lost.
-        self._make_way(end)
+        self._make_way(n)
+        start = keys.length if keys.device_length is None else 0
         ops.quantize_append(
-            key_states.detach(), value_states.detach(), self._states(self._keys), self._states(self._values),
-            self.faults, self.padding, start=start,
-        )  # fmt: skip
-        self.length = end
+            key_states.detach(), value_states.detach(), keys, values, self.faults, self.padding, start=start
+        )
+        self._advance(n)
         self.storing = False
         self._say_nonfinite()
 
-    def _make_way(self, end: int) -> None:
+    def _make_room(self, n: int) -> None:
+        """The storage gets room for `n` more tokens."""
+        self.reserve(self.length + n, exact=False)
+
+    def _make_way(self, n: int) -> None:
+        """`n` more tokens are about to be stored: the rings lose what lies too far back then."""
         for side in (self._keys, self._values):
-            side.make_way(end)
+            side.make_way(self.length + n)
+
+    def _advance(self, n: int) -> None:
+        """`n` tokens have been stored."""
+        self.length += n
 
     def _say_nonfinite(self) -> None:
         if self.device.type == "cpu" and self.faults[0]:
@@ -244,9 +259,9 @@ class QuantizedLayer(DynamicLayer):
     ) -> QuantizedStates:
         """All columns so far, or those below `length` of which `device_length` are in use."""
         return QuantizedStates(
-            side.spec, side.data, side.scale, side.zero_point, side.recent, side.sink, self.sink_positions,
-            self.length if length is None else length, self.kv_config.recent_length, side.head_dim, self.dtype,
-            self.kv_config.backend, self.routes, device_length,
+            side.spec, side.stored, self.sink_positions, self.length if length is None else length,
+            self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
+            device_length,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
@@ -336,17 +351,19 @@ class QuantizedLayer(DynamicLayer):
                 return
             sink_positions = select(self.sink_positions)
             self._transform(select)
-            self._put(self, {"padding": padding, "sink_positions": sink_positions})
+            self.padding = self._placed(self.padding, padding)
+            self.sink_positions = self._placed(self.sink_positions, sink_positions)
 
     def _transform(self, function) -> None:
         """Apply `function` to the storage of both sides, or, if there is no memory for that, to none."""
         with torch.inference_mode(False):
-            sides = [(side, side.transformed(function)) for side in (self._keys, self._values)]
-        for side, tensors in sides:
-            self._put(side, tensors)
+            sides = [(side, side.stored.transformed(function)) for side in (self._keys, self._values)]
+        for side, new in sides:
+            side.stored = Stored(*map(self._placed, side.stored, new))
 
-    def _put(self, owner: object, tensors: dict[str, torch.Tensor | None]) -> None:
-        vars(owner).update(tensors)
+    def _placed(self, old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+        """The tensor that takes the place of `old` and holds what `new` does."""
+        return new
 
     def reset(self) -> None:
         """Empty the layer; the next update allocates anew, for whatever batch comes."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from importlib import import_module
+from itertools import zip_longest
 
 import torch
 
 from . import reference
 from .backends import AUTO, NAMES
 from .quantization import QuantSpec
-from .states import QuantizedStates
+from .states import QuantizedStates, Stored
 
 # The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
 MAX_Q_LEN = 32
@@ -36,10 +37,10 @@ except RuntimeError as error:
 
 def _side(name: str, written: str = "") -> str:
     """One side's storage as arguments of a schema; `written`: a letter per tensor, if the operator writes them."""
-    tensors = zip(("data", "scale", "zero_point", "recent", "sink"), written or " " * 5)
+    optional = Stored._field_defaults
     return ", ".join(
-        f"Tensor{'' if letter == ' ' else f'({letter}!)'}{'' if tensor == 'data' else '?'} {name}_{tensor}"
-        for tensor, letter in tensors
+        f"Tensor{f'({letter}!)' if letter else ''}{'?' if tensor in optional else ''} {name}_{tensor}"
+        for tensor, letter in zip_longest(Stored._fields, written)
     )
 
 
@@ -110,43 +111,40 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _decode_attention(
-    query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, v_scale, v_zero_point, v_recent, v_sink,
-    sink_positions, length, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend,
-):  # fmt: skip
+def _decode_attention(query, *args):
+    k_stored, v_stored, others = _sides(args)
+    sink_positions, length, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend = others
     keys, values = (
         QuantizedStates.of_operator(
-            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=sink,
-            sink_positions=sink_positions, length=kv_len, recent_length=recent_length, head_dim=head_dim,
-            dtype=query.dtype, device_length=length,
+            spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=kv_len,
+            recent_length=recent_length, head_dim=head_dim, dtype=query.dtype, device_length=length,
         )
-        for spec, data, scale, zero_point, recent, sink, head_dim in (
-            (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, query.shape[-1]),
-            (v_spec, v_data, v_scale, v_zero_point, v_recent, v_sink, _head_dim(v_spec, v_data)),
+        for spec, stored, head_dim in (
+            (k_spec, k_stored, query.shape[-1]),
+            (v_spec, v_stored, _head_dim(v_spec, v_stored.data)),
         )
     )  # fmt: skip
     attend = _implementation(backend, query.device.type, query.dtype).decode_attention
     return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
-def _quantize_append(
-    key, value, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, v_scale, v_zero_point, v_recent, v_sink,
-    sink_positions, faults, padding, length, k_spec, v_spec, start, backend,
-):  # fmt: skip
+def _quantize_append(key, value, *args):
+    k_stored, v_stored, (sink_positions, faults, padding, length, k_spec, v_spec, start, backend) = _sides(args)
     keys, values = (
         QuantizedStates.of_operator(
-            spec=QuantSpec.from_code(spec), data=data, scale=scale, zero_point=zero_point, recent=recent, sink=sink,
-            sink_positions=sink_positions, length=start, recent_length=0, head_dim=x.shape[-1], dtype=x.dtype,
-            device_length=length,
+            spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=start,
+            recent_length=0, head_dim=x.shape[-1], dtype=x.dtype, device_length=length,
         )
-        for spec, data, scale, zero_point, recent, sink, x in (
-            (k_spec, k_data, k_scale, k_zero_point, k_recent, k_sink, key),
-            (v_spec, v_data, v_scale, v_zero_point, v_recent, v_sink, value),
-        )
+        for spec, stored, x in ((k_spec, k_stored, key), (v_spec, v_stored, value))
     )  # fmt: skip
     _implementation(backend, key.device.type, key.dtype).quantize_append(
         key, value, keys, values, faults, padding, start=start
     )
+
+
+def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
+    """The storage of keys, the storage of values, and the arguments of an operator that follow them."""
+    return Stored._make(args[:5]), Stored._make(args[5:10]), args[10:]
 
 
 @lru_cache(maxsize=None)
@@ -165,9 +163,9 @@ _library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("kvquant::decode_attention", lib=_library)
-def _(query, k_data, k_scale, k_zero_point, k_recent, k_sink, v_data, *args):
-    v_spec = args[9]
-    shape = (*query.shape[:-1], _head_dim(v_spec, v_data))
+def _(query, *args):
+    _, v_stored, (*_, v_spec, _, _, _, _, _) = _sides(args)
+    shape = (*query.shape[:-1], _head_dim(v_spec, v_stored.data))
     return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
@@ -193,8 +191,7 @@ def decode_attention(
     """
     _check(query, keys, values, mask, s_aux)
     return torch.ops.kvquant.decode_attention.default(
-        query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
-        values.zero_point, values.recent, values.sink, keys.sink_positions, keys.device_length, mask, s_aux,
+        query, *keys.stored, *values.stored, keys.sink_positions, keys.device_length, mask, s_aux,
         keys.spec.code, values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
     )  # fmt: skip
 
@@ -211,18 +208,18 @@ def quantize_append(
 ) -> None:
     """`reference.quantize_append` (which see) on the backend that the states name."""
     torch.ops.kvquant.quantize_append.default(
-        key, value, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
-        values.zero_point, values.recent, values.sink, keys.sink_positions, faults, padding, keys.device_length,
+        key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
         keys.spec.code, values.spec.code, start, keys.backend,
     )  # fmt: skip
 
 
 def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -> None:
     batch, num_heads, q_len, head_dim = query.shape
-    stored, length = keys.data.shape, keys.length
+    stored, length = keys.stored.data.shape, keys.length
     fits = (
         head_dim == keys.head_dim and query.dtype == keys.dtype and batch == stored[0] and num_heads % stored[1] == 0
-        and 1 <= q_len <= min(MAX_Q_LEN, length) and values.data.shape[:2] == stored[:2] and values.length == length
+        and 1 <= q_len <= min(MAX_Q_LEN, length) and values.stored.data.shape[:2] == stored[:2]
+        and values.length == length
     )  # fmt: skip
     if not fits:
         raise ValueError(_misfit(query, keys, values))

@@ -12,7 +12,10 @@ The rule belongs to the query, not to the update, so sixteen queries at once equ
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -53,6 +56,44 @@ def is_captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+class Stored(NamedTuple):
+    """The tensors that store keys or values of one layer, in the order in which the operators take them.
+
+    data: body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) model dtype `[batch,
+        num_kv_heads, capacity, head_dim]`. Columns that no token has reached, and on the channel grid those of a block
+        not yet complete, hold nothing.
+    scale, zero_point: float16, as in `QuantizedTensor`, for the whole capacity.
+    recent: ring `[batch, num_kv_heads, ring_length, head_dim]` of the last tokens in model dtype, column t in slot
+        `t % ring_length`; None where no query reads it.
+    sink: `[batch, num_kv_heads, sink_length, head_dim]` exact copies of the columns in `sink_positions`.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
+
+    def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
+        """`function` of every tensor."""
+        return Stored(*(None if tensor is None else function(tensor) for tensor in self))
+
+    def __deepcopy__(self, memo: dict) -> Stored:
+        # torch.compile, which traces copies of caches (see `export`), cannot take a tuple's own way.
+        return Stored(*(copy.deepcopy(tensor, memo) for tensor in self))
+
+
+class HasStored:
+    """Gives the tensors of `stored` by their names."""
+
+    stored: Stored
+    data = property(lambda self: self.stored.data)
+    scale = property(lambda self: self.stored.scale)
+    zero_point = property(lambda self: self.stored.zero_point)
+    recent = property(lambda self: self.stored.recent)
+    sink = property(lambda self: self.stored.sink)
+
+
 def _not_a_tensor(what: object) -> str:
     return (
         f"{what} was called on the quantized states of a KV cache. Run the model through generate(), or inside "
@@ -61,18 +102,12 @@ def _not_a_tensor(what: object) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedStates:
+class QuantizedStates(HasStored):
     """Keys or values of one layer, as stored.
 
     Args:
         spec: resolved `QuantSpec` of the body.
-        data: body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) model dtype
-            `[batch, num_kv_heads, capacity, head_dim]`. Columns from `length` on, and on the channel grid those of a
-            block not yet complete, hold nothing.
-        scale, zero_point: float16, as in `QuantizedTensor`, for the whole capacity.
-        recent: ring `[batch, num_kv_heads, ring_length, head_dim]` of the last tokens in model dtype, column t in slot
-            `t % ring_length`; None where no query reads it.
-        sink: `[batch, num_kv_heads, sink_length, head_dim]` exact copies of the columns in `sink_positions`.
+        stored: the tensors; columns of the body from `length` on hold nothing.
         sink_positions: int32 `[batch, sink_length]`, -1 where a row has no such token yet.
         length: number of columns (kv_len).
         recent_length: see the module's docstring.
@@ -84,11 +119,7 @@ class QuantizedStates:
     """
 
     spec: QuantSpec
-    data: torch.Tensor
-    scale: torch.Tensor | None
-    zero_point: torch.Tensor | None
-    recent: torch.Tensor | None
-    sink: torch.Tensor | None
+    stored: Stored
     sink_positions: torch.Tensor | None
     length: int
     recent_length: int
@@ -130,10 +161,14 @@ class QuantizedStates:
             raise ValueError(f"dtype: quantized states of {self.dtype} cannot become {dtype}; dequantize them")
         if device is None or device == self.device:
             return self
-        tensors = ("data", "scale", "zero_point", "recent", "sink", "sink_positions", "device_length")
-        moved = {name: getattr(self, name) for name in tensors}
-        moved = {n: None if t is None else t.to(device, non_blocking=non_blocking) for n, t in moved.items()}
-        return replace(self, **moved)
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self, stored=self.stored.transformed(move), sink_positions=move(self.sink_positions),
+            device_length=move(self.device_length),
+        )  # fmt: skip
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 
 import torch
 
-from . import ops
 from .config import KVQuantConfig
 from .layers import QuantizedLayer
 from .route import ROUTES, Routes
@@ -76,7 +75,7 @@ class StaticQuantizedLayer(QuantizedLayer):
                     f"layer {self.layer_idx}, and that are lost; cache.reset() empties the cache"
                 )
             self._length = int(self.device_length)
-            self._make_way(self._length)
+            self._make_way(0)
         return self._length
 
     @length.setter
@@ -113,67 +112,59 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def _tensors(self) -> list[torch.Tensor]:
         """Everything that steps read or write in place."""
-        stored = [t for side in (self._keys, self._values) for t in side.transformed(lambda t: t).values()]
+        stored = [t for side in (self._keys, self._values) for t in side.stored if t is not None]
         return [*stored, *self._small_tensors()]
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route).
+    def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states, checked, and whether there is room for them.
 
         Raises:
-            ValueError: there is no room for n tokens; nothing was stored. In a compiled step nothing is stored
-                either, and the next call outside of it raises.
+            ValueError: there is no room; nothing was stored. In a compiled step nothing is stored either, and the next
+                call outside of it raises.
         """
-        if is_traced():
-            return self._update_whole(key_states, value_states)
-        length = self.length + key_states.shape[2]
-        self._check_room(length)
-        is_first = not self.is_filled
-        if not self.is_beside_dense and (is_first or self.takes_states):
-            states = super().update(key_states, value_states)
-            if not is_first:
-                for x in states:
-                    if isinstance(x, torch.Tensor):
-                        # A past and a long turn, under a mask for all of the storage; `QuantizedStates` know theirs.
-                        x.capacity = self.max_length
-            return states
-        # Who attends has a mask for all of the storage.
-        states = self._update_whole(key_states, value_states)
-        self._length = length
-        self._say_nonfinite()
-        if not is_first:
-            self._say_dequantized()
-        return states
-
-    def _update_whole(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        """`QuantizedLayer.update`, with the length where it is, and states of all of the storage."""
-        key_states, value_states = self._admitted(key_states, value_states)
-        n, is_first, is_long = key_states.shape[2], not self.is_filled, key_states.shape[2] > ops.MAX_Q_LEN
         if not is_traced():
-            self._make_way(self.length + n)
-        if is_long and not is_first:
-            past = [states.dequantize(self.device_length) for states in self._whole_states()]
-        self.storing = True
-        ops.quantize_append(
-            key_states.detach(), value_states.detach(), *self._whole_states(), self.faults, self.padding, start=0
-        )
+            self._check_room(self.length + key_states.shape[2])
+        return super()._admitted(key_states, value_states)
+
+    def _is_whole(self) -> bool:
+        """Whether attention gets all columns of the storage: in a compiled step, and where its mask has them all."""
+        return is_traced() or self.is_beside_dense or (self.is_filled and not self.takes_states)
+
+    def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
+        return self._whole_states() if self._is_whole() else super()._views()
+
+    def _make_room(self, n: int) -> None:
+        """There is room, or `_admitted` has said that there is none."""
+
+    def _make_way(self, n: int) -> None:
+        if not is_traced():
+            super()._make_way(n)
+
+    def _advance(self, n: int) -> None:
         self.device_length += n
-        self._length, self._is_filled = None, True
-        self.storing = False
-        if is_first:
-            self.routes.count("prefill_dense")
-            return self._offered(self._first(key_states), self._first(value_states), first=True)
-        if not is_long and self.takes_states:
-            return self._whole_states()
-        self.routes.count("decode_dequantized")
-        if not is_long:
-            start = self.device_length - n
-            return self._offered(*(states.dequantize(start) for states in self._whole_states()))
-        return self._offered(*(self._with_newest(old, new) for old, new in zip(past, (key_states, value_states))))
+        self._length = None if is_traced() else self._length + n
+        self._is_filled = True
+
+    def _say_nonfinite(self) -> None:
+        if not is_traced():
+            super()._say_nonfinite()
+
+    def _say_dequantized(self) -> None:
+        if not is_traced():
+            super()._say_dequantized()
 
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         if self.is_beside_dense:
             states = torch.nn.functional.pad(states, (0, 0, 0, self.max_length - states.shape[2]))
         return states
+
+    def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self._is_whole():
+            return self._with_newest(past, new)
+        joined = super()._joined(past, new)
+        # The mask is for all of the storage; `QuantizedStates` know theirs.
+        joined.capacity = self.max_length
+        return joined
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
         """What the next query reads, in a compiled step with columns for all of the storage."""
@@ -224,13 +215,12 @@ class StaticQuantizedLayer(QuantizedLayer):
         """The first states are returned as they are, later ones in all of the storage."""
         return (self.max_length if self.is_filled or self.is_beside_dense else query_length), 0
 
-    def _put(self, owner: object, tensors: dict[str, torch.Tensor | None]) -> None:
+    def _placed(self, old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
         """Tensors that keep their shape keep their place."""
-        for name, new in tensors.items():
-            old = getattr(owner, name)
-            in_place = new is not None and new.shape == old.shape and new.device == old.device
-            setattr(owner, name, old.copy_(new) if in_place else new)
-            keep_in_place([] if in_place or new is None else [new])
+        if new is not None and new.shape == old.shape and new.device == old.device:
+            return old.copy_(new)
+        keep_in_place([] if new is None else [new])
+        return new
 
     def recover(self) -> None:
         if self.storing:

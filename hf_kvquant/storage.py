@@ -9,16 +9,14 @@ import torch
 from .expected import COUNT
 from .huge_pages import with_huge_pages
 from .quantization import QuantSpec
-from .states import QuantizedStates
+from .states import HasStored, QuantizedStates, Stored
 
 # How far a rollback may go back and still find exact copies of what its next query reads.
 ROLLBACK = 64
 
 
-class Side:
+class Side(HasStored):
     """Storage of keys or of values: the body, and the exact copies that override its columns."""
-
-    _tensors = ("data", "scale", "zero_point", "recent", "sink")
 
     def __init__(self, spec: QuantSpec, states: torch.Tensor, capacity: int, sink_length: int, recent_length: int):
         batch, num_kv_heads, _, self.head_dim = states.shape
@@ -27,8 +25,8 @@ class Side:
         self.recent_start = 0
         window = max(recent_length, spec.block_length or 0)
         self._ring_length = 0 if spec.is_dense or window == 0 else window + ROLLBACK
-        self.sink = None if spec.is_dense or sink_length == 0 else self._empty(batch, num_kv_heads, sink_length)
-        vars(self).update(self._allocated(batch, num_kv_heads, capacity))
+        sink = None if spec.is_dense or sink_length == 0 else self._empty(batch, num_kv_heads, sink_length)
+        self.stored = self._allocated(batch, num_kv_heads, capacity)._replace(sink=sink)
 
     def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         # Never inside inference mode: its tensors could not be written outside of it later.
@@ -36,8 +34,8 @@ class Side:
             new = torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
         return with_huge_pages(new)
 
-    def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> dict[str, torch.Tensor | None]:
-        """Storage for `capacity` columns, by attribute. Whoever runs out of memory here has changed nothing."""
+    def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> Stored:
+        """Storage for `capacity` columns, without sinks. If memory runs out here, nothing has changed."""
         spec, heads = self.spec, (batch, num_kv_heads)
         scale = zero_point = recent = None
         if spec.is_dense:
@@ -50,7 +48,7 @@ class Side:
             zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
         if self._ring_length:
             recent = self._empty(*heads, min(self._ring_length, capacity))
-        return {"data": data, "scale": scale, "zero_point": zero_point, "recent": recent}
+        return Stored(data, scale, zero_point, recent)
 
     @property
     def capacity(self) -> int:
@@ -64,16 +62,15 @@ class Side:
     def grow(self, capacity: int, length: int) -> None:
         """Move the first `length` columns into larger storage."""
         new = self._allocated(*self.data.shape[:2], capacity)
-        new["data"][:, :, :length] = self.data[:, :, :length]
-        for name in ("scale", "zero_point"):
-            old = getattr(self, name)
+        new.data[:, :, :length] = self.data[:, :, :length]
+        for wider, old in ((new.scale, self.scale), (new.zero_point, self.zero_point)):
             if old is not None:
-                new[name][:, :, : old.shape[2]] = old
+                wider[:, :, : old.shape[2]] = old
         if self.recent is not None:
             columns = torch.arange(self.recent_start, length, device=self.device)
-            ring, old = new["recent"], self.recent
+            ring, old = new.recent, self.recent
             ring[:, :, columns % ring.shape[2]] = old[:, :, columns % old.shape[2]]
-        vars(self).update(new)
+        self.stored = new._replace(sink=self.sink)
 
     def make_way(self, end: int) -> None:
         """Columns up to `end` are about to be stored: the ring loses what lies further back than its length."""
@@ -90,11 +87,6 @@ class Side:
         self.recent[:, :, columns % self.recent.shape[2]] = states.body(self.dtype)[:, :, columns]
         self.recent_start = needed
         return True
-
-    def transformed(self, function) -> dict[str, torch.Tensor]:
-        """`function` of every tensor, by attribute."""
-        tensors = {name: getattr(self, name) for name in self._tensors}
-        return {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
 
     def state(self, length: int, is_sink: torch.Tensor) -> dict:
         """The first `length` columns as a layer's `state` holds them; what was never written is zero."""
@@ -123,7 +115,7 @@ class Side:
     def expected(self, states: QuantizedStates, recent_start: int) -> dict:
         """The pattern (see `expected.py`) for a `state`, from a side on meta whose capacity is its length."""
         starts = range(1)
-        pattern = self.transformed(lambda tensor: tensor)
+        pattern = {name: tensor for name, tensor in self.stored._asdict().items() if tensor is not None}
         if self.recent is not None:
             # The ring holds what the next query reads, and no more than its length.
             starts = range(max(0, states.length - self._ring_length), states.dense_from(states.length) + 1)
@@ -132,14 +124,13 @@ class Side:
 
     def restore(self, state: dict, length: int) -> None:
         """Take over a `state` as it is; only the ring is laid out anew, since its slots depend on the capacity."""
-        self.data, self.recent_start = state["data"], state["recent_start"]
-        self.scale, self.zero_point = state.get("scale"), state.get("zero_point")
-        if "sink" in state:
-            self.sink = state["sink"].clone()
+        self.recent_start = state["recent_start"]
+        recent, sink = None, state["sink"].clone() if "sink" in state else None
         if self._ring_length:
-            self.recent = self._empty(*self.data.shape[:2], min(self._ring_length, length))
+            recent = self._empty(*self.data.shape[:2], min(self._ring_length, length))
             columns = torch.arange(self.recent_start, length, device=self.device)
-            self.recent[:, :, columns % self.recent.shape[2]] = state["recent"]
+            recent[:, :, columns % recent.shape[2]] = state["recent"]
+        self.stored = Stored(state["data"], state.get("scale"), state.get("zero_point"), recent, sink)
 
     def memory_report(self, length: int) -> Counter:
         batch, num_kv_heads, _ = self.shape

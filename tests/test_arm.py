@@ -10,7 +10,8 @@ import ctypes
 import arm_library
 import pytest
 import torch
-from test_cpu_backend import check, extreme, left_padding, make_states, no_faults, random_states, same_bytes
+from levels import check
+from stored import extreme, left_padding, make_states, no_faults, random_states, same_bytes
 
 from hf_kvquant import KVQuantConfig, reference
 from hf_kvquant.backends import arguments, cpu

@@ -17,6 +17,7 @@ import torch
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, ops, quantize
 from hf_kvquant.route import learn_route
+from hf_kvquant.states import Stored
 
 INT8 = QuantSpec("int8")
 CONFIG = families.config("llama")
@@ -74,7 +75,7 @@ def from_yaml(text: str) -> Callable:
 
 def other_heads(keys, values):
     return keys, hf_kvquant.QuantizedStates(
-        INT8.resolve(64), values.data[:, :1], values.scale[:, :1], None, None, None, None, 7, 0, 64, torch.float32
+        INT8.resolve(64), Stored(values.data[:, :1], values.scale[:, :1]), None, 7, 0, 64, torch.float32
     )
 
 

@@ -10,119 +10,28 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from extremes import put_extremes
+from levels import LEVELS, check
+from stored import (
+    KEY_SPECS,
+    VALUE_SPECS,
+    extreme,
+    left_padding,
+    make_states,
+    no_faults,
+    problem,
+    random_states,
+    same_bytes,
+)
 
 from hf_kvquant import reference
 from hf_kvquant.backends import cpu
 from hf_kvquant.quantization import QuantSpec
-from hf_kvquant.states import QuantizedStates
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-
-LEVELS = cpu.info()["available"]
-
-# The largest error of an output, relative to the largest value, and of a log-sum-exp. FP32 sums in another order; FP16
-# and BF16 outputs are rounded to the query's dtype (2^-11, 2^-9).
-TOLERANCE = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (8e-3, 4e-3)}
-
-KEY_SPECS = {
-    "int8": QuantSpec("int8"),
-    "int8-group16": QuantSpec("int8", group_size=16),
-    "int8-rotated": QuantSpec("int8", group_size=32, rotate=True),
-    "int8-channel": QuantSpec("int8", "channel"),
-    "int8-channel16": QuantSpec("int8", "channel", block_length=16),
-    "fp8": QuantSpec("fp8"),
-    "fp8-rotated": QuantSpec("fp8", rotate=True),
-    "fp8-channel32": QuantSpec("fp8", "channel", block_length=32),
-    "int4": QuantSpec("int4", group_size=32),
-    "int4-group16": QuantSpec("int4", group_size=16),
-    "int4-rotated": QuantSpec("int4", rotate=True),
-    "int4-channel": QuantSpec("int4", "channel"),
-    "int4-channel256": QuantSpec("int4", "channel", block_length=256),
-    "dense": QuantSpec("dense"),
-}
-VALUE_SPECS = {name: spec for name, spec in KEY_SPECS.items() if not spec.is_channel}
-
-
-def no_faults():
-    return torch.zeros(2, dtype=torch.int64)
-
-
-def make_states(x, spec, *, recent_length=0, sink_length=0, padding=None, slack=5):
-    """States that hold the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, written by the reference. The
-    rest of the storage is NaN (0xff in bytes)."""
-    batch, heads, kv_len, head_dim = x.shape
-    spec = spec.resolve(head_dim)
-    block = spec.block_length if spec.is_channel else 1
-    capacity = -(-(kv_len + slack) // block) * block
-
-    def fresh(*shape, dtype):
-        raw = torch.full((*shape[:-1], shape[-1] * dtype.itemsize), 0xFF, dtype=torch.uint8)
-        return raw.view(dtype)
-
-    scale = zero_point = None
-    if spec.is_dense:
-        data = fresh(batch, heads, capacity, head_dim, dtype=x.dtype)
-    else:
-        data = fresh(batch, heads, capacity, spec.row_bytes(head_dim), dtype=torch.uint8)
-        rows = capacity // block if spec.is_channel else capacity
-        scale = fresh(batch, heads, rows, spec.num_scales(head_dim), dtype=torch.float16)
-        if spec.has_zero_point:
-            zero_point = fresh(batch, heads, rows, head_dim, dtype=torch.float16)
-    ring_length = max(block, recent_length) + 64
-    has_ring = not spec.is_dense and (spec.is_channel or recent_length > 0)
-    recent = fresh(batch, heads, ring_length, head_dim, dtype=x.dtype) if has_ring else None
-    sink = positions = None
-    if sink_length:
-        positions = torch.full((batch, sink_length), -1, dtype=torch.int32)
-        sink = fresh(batch, heads, sink_length, head_dim, dtype=x.dtype)
-    states = QuantizedStates(
-        spec, data, scale, zero_point, recent, sink, positions, kv_len, recent_length, head_dim, x.dtype
-    )
-    if kv_len:
-        reference.quantize_append(x, x, states, states, no_faults(), padding, start=0)
-    return states
-
-
-def random_states(generator, batch, heads, kv_len, head_dim, dtype):
-    """States with outlier channels, outlier tokens and a constant offset per channel, like keys of real models."""
-    x = torch.randn(batch, heads, kv_len, head_dim, generator=generator)
-    x = x * (1 + 6 * (torch.rand(1, heads, 1, head_dim, generator=generator) > 0.95))
-    x = x * (1 + 4 * (torch.rand(batch, heads, kv_len, 1, generator=generator) > 0.98))
-    return (x + torch.randn(1, heads, 1, head_dim, generator=generator)).to(dtype)
-
-
-def problem(
-    k="int8", v="int8", *, seed=0, batch=1, num_kv_heads=2, q_per_kv=2, q_len=1, kv_len=130, head_dim=64,
-    v_head_dim=None, dtype=torch.float32, recent_length=0, sink_length=0, padding=None,
-):  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, num_kv_heads, kv_len)
-    key = random_states(generator, *shape, head_dim, dtype)
-    value = random_states(generator, *shape, v_head_dim or head_dim, dtype)
-    window = dict(recent_length=recent_length, sink_length=sink_length, padding=padding)
-    keys, values = make_states(key, KEY_SPECS[k], **window), make_states(value, VALUE_SPECS[v], **window)
-    # The layout that a projection gives: [batch, q_len, heads, head_dim] in memory.
-    query = torch.randn(batch, q_len, num_kv_heads * q_per_kv, head_dim, generator=generator).to(dtype)
-    return query.transpose(1, 2), keys, values
-
-
-def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, levels=LEVELS):
-    scaling = query.shape[-1] ** -0.5
-    arguments = (query, keys, values, mask, s_aux)
-    expected, expected_lse = reference.decode_attention(*arguments, scaling=scaling, softcap=softcap)
-    tolerance, lse_tolerance = TOLERANCE[query.dtype]
-    for level in levels:
-        output, lse = cpu.decode_attention(*arguments, scaling=scaling, softcap=softcap, isa=level)
-        assert output.dtype == expected.dtype and output.shape == expected.shape
-        assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
-        largest = max(expected.float().abs().max().item(), 1e-6)
-        error = (output.float() - expected.float()).abs().max().item()
-        assert error <= tolerance * largest, (level, error, largest)
-        torch.testing.assert_close(lse, expected_lse, rtol=lse_tolerance, atol=lse_tolerance, msg=level)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -232,10 +141,6 @@ def test_windows_across_blocks(k, v, window, kv_len):
     )  # fmt: skip
 
 
-def left_padding(kv_len, *lengths):
-    return torch.arange(kv_len) < torch.tensor(lengths)[:, None]
-
-
 def test_sink_ring_of_rows_that_have_no_sink_yet():
     padding = left_padding(66, 0, 64)
     mask = (~padding).long()
@@ -324,14 +229,7 @@ def test_threads_and_batch_do_not_change_a_bit(k, v, level):
     query, keys, values = problem(k, v, **arguments)
 
     def run(rows):
-        parts = [
-            QuantizedStates(
-                s.spec, s.data[rows], s.scale[rows], None if s.zero_point is None else s.zero_point[rows],
-                None if s.recent is None else s.recent[rows], None, None, s.length, s.recent_length, s.head_dim,
-                s.dtype,
-            )
-            for s in (keys, values)
-        ]  # fmt: skip
+        parts = [replace(s, stored=s.stored.transformed(lambda x: x[rows])) for s in (keys, values)]
         return cpu.decode_attention(query[rows], *parts, scaling=0.125, isa=level)
 
     threads = torch.get_num_threads()
@@ -404,21 +302,6 @@ def test_after_fork():
         same = cpu.decode_attention(*arguments, scaling=0.125)[0].view(torch.int16).numpy().tobytes() == expected
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-def same_bytes(a: QuantizedStates, b: QuantizedStates) -> None:
-    for name in ("data", "scale", "zero_point", "recent"):
-        x, y = getattr(a, name), getattr(b, name)
-        if x is not None:
-            x, y = x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)
-            different = (x != y).nonzero()
-            assert not len(different), (name, len(different), different[0].tolist(), x[x != y][:4], y[x != y][:4])
-
-
-def extreme(dtype, head_dim=64, kv_len=150):
-    generator = torch.Generator().manual_seed(5)
-    x = random_states(generator, 2, 2, kv_len, head_dim, torch.float32)
-    return put_extremes(x, dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

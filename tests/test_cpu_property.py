@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_backend import KEY_SPECS, LEVELS, TOLERANCE, VALUE_SPECS, make_states, random_states
+from levels import LEVELS, TOLERANCE
+from stored import KEY_SPECS, VALUE_SPECS, make_states, random_states
 
 from hf_kvquant import reference
 from hf_kvquant.backends import cpu

@@ -19,9 +19,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stored import replaced
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, saving
 from hf_kvquant.layers import QuantizedLayer
+from hf_kvquant.states import Stored
 
 # The number of files per kind of cache; there are a thousand in all.
 FILES = 150
@@ -432,12 +434,9 @@ def test_nested_anywhere(folder, tmp_path):
 # --- states that never were in a file
 
 
-TENSORS = ("data", "scale", "zero_point", "recent", "sink", "sink_positions")
-
-
 def crafted_states(states, chance: random.Random):
     """States with one field changed."""
-    name = chance.choice([*TENSORS, "length", "spec", "head_dim"])
+    name = chance.choice([*Stored._fields, "sink_positions", "length", "spec", "head_dim"])
     if name == "length":
         return dataclasses.replace(states, length=chance.choice([0, -1, states.length + 500, 1 << 40]))
     if name == "spec":
@@ -452,7 +451,9 @@ def crafted_states(states, chance: random.Random):
     others = [tensor.double(), tensor.to(torch.uint8), tensor.flatten(), tensor.transpose(0, -1)]
     missing = tensor if name == "data" else None
     changed = chance.choice([*parts, *others, tensor[:1].expand_as(tensor), missing])
-    return dataclasses.replace(states, **{name: changed})
+    if name == "sink_positions":
+        return dataclasses.replace(states, sink_positions=changed)
+    return replaced(states, **{name: changed})
 
 
 @pytest.mark.parametrize("kind", ["int4", "windows"])
@@ -486,7 +487,6 @@ def is_refused(function, *args, **kwargs) -> bool:
 def attention_arguments(query, keys, values) -> tuple:
     """The arguments of the operator itself, without the checks before it."""
     return (
-        query, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink, values.data, values.scale,
-        values.zero_point, values.recent, values.sink, keys.sink_positions, None, None, None, keys.spec.code,
+        query, *keys.stored, *values.stored, keys.sink_positions, None, None, None, keys.spec.code,
         values.spec.code, keys.length, keys.recent_length, 0.25, 0.0, "cpu",
     )  # fmt: skip

@@ -10,6 +10,7 @@ import emulator
 import pytest
 import torch
 from extremes import put_extremes
+from stored import replaced
 
 from hf_kvquant import QuantSpec, reference
 from hf_kvquant.backends import arguments
@@ -80,7 +81,7 @@ def append(key, value, keys, values, faults, padding=None, *, start, parts=3, ar
     reads = [key, value, padding, keys.device_length]
     writes = [keys.sink_positions, faults]
     for states in (keys, values):
-        writes += [states.data, states.scale, states.zero_point, states.recent, states.sink]
+        writes += states.stored
     grid = (parts, 2 * call.num_kv_heads, call.batch)
     compiled_for = {**macros(call), "KVQUANT_THREADS": threads}
     emulator.Device(arch).launch("quantize_append_kernel", compiled_for, grid, call, reads=reads, writes=writes)
@@ -187,7 +188,7 @@ def test_the_length_is_the_devices_and_tokens_without_room_are_dropped(store, n,
     got, expected = (with_length(s, torch.tensor(89)) for s in stored(store, 89))
     for states in (got, expected):
         i = short == "values"
-        states[i] = dataclasses.replace(states[i], data=states[i].data[:, :, :129])
+        states[i] = replaced(states[i], data=states[i].data[:, :, :129])
     new = torch.randn(2, 1, n, 64).bfloat16()
     new[0, 0, 0, 0] = torch.inf
     faults = [torch.tensor([7, 9]) for _ in range(2)]
@@ -240,7 +241,7 @@ def test_any_sequence_of_appends_and_crops(store, seed):
 
 def test_nothing_outside_of_the_storage_is_written(store):
     (keys, values), _ = stored(store, 100)
-    short = dataclasses.replace(values, data=values.data[:, :, :100], scale=values.scale[:, :, :100])
+    short = replaced(values, data=values.data[:, :, :100], scale=values.scale[:, :, :100])
     new, count = torch.randn(2, 1, 3, 64).bfloat16(), torch.zeros(2, dtype=torch.int64)
     call = arguments.append(new, new, keys, values, count, None, 100)
     reads, writes = [new], [keys.data, keys.recent, short.data[1], short.scale[1], count]

@@ -7,7 +7,7 @@ import dataclasses
 import emulator
 import pytest
 import torch
-from test_cpu_backend import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states
+from stored import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states, replaced
 
 from hf_kvquant import reference
 from hf_kvquant.backends import cuda, specialisation
@@ -163,7 +163,7 @@ def poisoned(states, hidden):
     if states.recent is not None:
         recent = states.recent.clone()
         recent[:, :, columns[columns >= len(hidden) - recent.shape[2]] % recent.shape[2]] = torch.nan
-    return dataclasses.replace(states, data=data, scale=scale, recent=recent)
+    return replaced(states, data=data, scale=scale, recent=recent)
 
 
 @pytest.mark.parametrize("by_row", [False, True], ids=["all-rows", "some-rows"])
@@ -214,9 +214,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch(case):
     output, lse = attend(query, keys, values, scaling=0.1)
 
     def row(states):
-        fields = ("data", "scale", "zero_point", "recent", "sink", "sink_positions")
-        only = {f: getattr(states, f)[1:2] for f in fields if getattr(states, f) is not None}
-        return dataclasses.replace(states, **only)
+        stored = states.stored.transformed(lambda x: x[1:2])
+        return dataclasses.replace(states, stored=stored, sink_positions=states.sink_positions[1:2])
 
     alone, alone_lse = attend(query[1:2], row(keys), row(values), scaling=0.1)
     assert torch.equal(alone[0], output[1]) and torch.equal(alone_lse[0], lse[1])

@@ -11,6 +11,7 @@ import dataclasses
 import emulator
 import pytest
 import torch
+from stored import replaced
 from transformers import LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
@@ -150,7 +151,7 @@ def test_new_tokens_that_are_not_aligned_are_copied(device):
     key, value = whole[..., 1:65], whole[..., 65:129]
     faults = torch.zeros(2, dtype=torch.int64)
     cuda.quantize_append(key, value, keys, values, faults, start=70, device=device)
-    expected = [dataclasses.replace(s, data=s.data.clone(), scale=s.scale.clone()) for s in (keys, values)]
+    expected = [replaced(s, data=s.data.clone(), scale=s.scale.clone()) for s in (keys, values)]
     reference.quantize_append(key, value, *expected, faults, start=70)
     for ours, theirs in zip((keys, values), expected):
         assert torch.equal(ours.data[:, :, :74], theirs.data[:, :, :74])
@@ -160,7 +161,7 @@ class TestRefusals:
     def test_storage_that_is_not_aligned(self, device):
         keys, values = filled("int8-plain", torch.bfloat16, kv_len=70, batch=1)
         memory = torch.empty(keys.data.numel() + 1, dtype=torch.uint8)[1:]
-        moved = dataclasses.replace(values, data=memory.view_as(values.data))
+        moved = replaced(values, data=memory.view_as(values.data))
         with pytest.raises(
             ValueError, match=r"values data: address \d+ is not allowed; expected a multiple of 16 bytes"
         ):
@@ -178,7 +179,7 @@ class TestRefusals:
             ValueError, match=r"keys scale: stride \d+ is not allowed; expected a multiple of 16 bytes"
         ):
             cuda.decode_attention(
-                torch.randn(1, 2, 1, 64).bfloat16(), dataclasses.replace(keys, scale=scale, zero_point=scale), values,
+                torch.randn(1, 2, 1, 64).bfloat16(), replaced(keys, scale=scale, zero_point=scale), values,
                 scaling=1.0, device=device,
             )  # fmt: skip
 
@@ -189,7 +190,7 @@ class TestRefusals:
 
     def test_values_with_copies_that_channel_keys_lack(self, device):
         keys, values = filled("int4", torch.bfloat16, kv_len=70, batch=1)
-        bare = dataclasses.replace(keys, recent=None)
+        bare = replaced(keys, recent=None)
         with pytest.raises(ValueError, match="keys recent: None is not allowed; expected copies"):
             cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), bare, values, scaling=1.0, device=device)
 

@@ -40,9 +40,7 @@ def setting(outlier, store):
 def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
     """The operator's arguments, as the schema lists them."""
     return (
-        query,
-        *(keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink),
-        *(values.data, values.scale, values.zero_point, values.recent, values.sink),
+        *(query, *keys.stored, *values.stored),
         *(keys.sink_positions, keys.device_length, mask, s_aux, keys.spec.code, values.spec.code),
         *(keys.length, keys.recent_length),
         *(0.2, 0.0, keys.backend),
@@ -51,8 +49,7 @@ def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
 
 def append_arguments(key, value, keys, values, padding=None) -> tuple:
     return (
-        *(key, value, keys.data, keys.scale, keys.zero_point, keys.recent, keys.sink),
-        *(values.data, values.scale, values.zero_point, values.recent, values.sink, keys.sink_positions),
+        *(key, value, *keys.stored, *values.stored, keys.sink_positions),
         *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, keys.spec.code, values.spec.code),
         *(keys.length, keys.backend),
     )

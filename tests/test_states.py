@@ -160,7 +160,8 @@ class TestHost:
 
     def test_to_another_device_moves_every_tensor(self, states):
         moved = states.to("meta", non_blocking=True)
-        tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
+        values = (*moved.stored, *vars(moved).values())
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
         assert len(tensors) == 6
         assert all(t.device.type == "meta" for t in tensors)
         assert (moved.device.type, moved.shape, moved.routes) == ("meta", states.shape, states.routes)

@@ -104,7 +104,6 @@ def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: 
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
     rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
     scales = f"{heads}, {rows} or more, {num_scales} of torch.float16" if num_scales else "None"
-    found = {field: getattr(states, field) for field in ("data", "scale", "zero_point", "recent", "sink")}
     expected = {
         "data": f"{heads}, {columns} or more, {row} of {torch.uint8 if num_scales else states.dtype}",
         "scale": scales,
@@ -113,7 +112,7 @@ def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: 
         "sink": f"{heads}, {num_sinks}, {states.head_dim} or None",
     }
     told = []
-    for field, t in found.items():
+    for field, t in states.stored._asdict().items():
         has = "None" if t is None else f"{tuple(t.shape)} of {t.dtype} on {t.device}"
         told.append(f"{field} {has} (expected {expected[field]})")
     return f"{name}: the stored tensors do not fit: {'; '.join(told)}, all on one device"
@@ -137,9 +136,7 @@ def _side(
     Args:
         columns: the number of columns to read or write, or None for all columns of `data`.
     """
-    data, scale, zero_point, recent, sink = (
-        states.data, states.scale, states.zero_point, states.recent, states.sink,
-    )  # fmt: skip
+    data, scale, zero_point, recent, sink = states.stored
     head_dim, device = states.head_dim, data.get_device()
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, head_dim)
     _, _, capacity, _ = shape = data.shape
@@ -175,7 +172,7 @@ def _side(
 def _sink_positions(keys, values, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
     positions = keys.sink_positions
-    if positions is None or (keys.sink is None and values.sink is None):
+    if positions is None or (keys.stored.sink is None and values.stored.sink is None):
         return 0, 0, 0
     num_sinks = positions.shape[-1]
     _check_small("sink_positions", positions, keys.data, torch.int32, batch, num_sinks)
@@ -206,9 +203,9 @@ def attention(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    dtype = query.dtype
+    dtype, k, v = query.dtype, keys.stored, values.stored
     code = _check_dtypes(
-        dtype, query, keys.recent, keys.sink, values.recent, values.sink, _dense(keys), _dense(values),
+        dtype, query, k.recent, k.sink, v.recent, v.sink, _dense(keys), _dense(values),
         names="query keys keys values values keys values",
     )  # fmt: skip
     if values.spec.grid == "channel":
@@ -217,9 +214,9 @@ def attention(
         query = query.contiguous()
     batch, num_heads, q_len, head_dim = query.shape
     positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
-    kv_len, num_kv_heads = keys.length, keys.data.size(1)
+    kv_len, num_kv_heads = keys.length, k.data.size(1)
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim
-    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or query.get_device() != keys.data.get_device():
+    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or query.get_device() != k.data.get_device():
         raise ValueError(_misfit_of_query(query, keys, values))
     _check_small("length", keys.device_length, query, torch.int64)
     batch_stride, head_stride, row_stride, _ = query.stride()
@@ -276,8 +273,9 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
+    k, v = keys.stored, values.stored
     code = _check_dtypes(
-        key.dtype, key, value, keys.recent, values.recent, keys.sink, values.sink, _dense(keys), _dense(values),
+        key.dtype, key, value, k.recent, v.recent, k.sink, v.sink, _dense(keys), _dense(values),
         names="key value keys values keys values keys values",
     )  # fmt: skip
     batch, num_kv_heads = key.shape[:2]
@@ -298,12 +296,12 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
         raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected contiguous elements")
     sides, alive = [], [padding]
     for name, x, states in (("key", key, keys), ("value", value, values)):
-        itemsize, end = x.element_size(), start + x.shape[2]
-        if x.shape[3] != states.head_dim or (knows_end and end > states.data.shape[2]):
-            room = (batch, num_kv_heads, states.data.shape[2] - start, states.head_dim)
+        itemsize, end, data = x.element_size(), start + x.shape[2], states.stored.data
+        if x.shape[3] != states.head_dim or (knows_end and end > data.shape[2]):
+            room = (batch, num_kv_heads, data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
-        if not x.get_device() == key.get_device() == states.data.get_device():
-            raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {states.data.device}")
+        if not x.get_device() == key.get_device() == data.get_device():
+            raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {data.device}")
         if states.spec.grid == "channel" and states.recent is None and start % states.spec.block_length:
             raise ValueError(f"{name}s recent: None is not allowed when a block is continued at column {start}")
         if x.stride(3) != 1:

@@ -162,5 +162,4 @@ def _check_alignment(name: str, call, side: int, states) -> None:
 
 
 def _tensors(states) -> tuple[torch.Tensor | None, ...]:
-    storage = (states.data, states.scale, states.zero_point, states.recent, states.sink)
-    return (*storage, states.sink_positions, states.device_length)
+    return (*states.stored, states.sink_positions, states.device_length)

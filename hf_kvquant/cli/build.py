@@ -1,6 +1,6 @@
-"""`hf-kvquant build`: compile the CUDA kernels ahead of time, so that the first token need not wait for it.
+"""`hf-kvquant build`: compile the CUDA kernels ahead of time, so that the first token does not wait for them.
 
-What is compiled is kept where the backend looks for it. No GPU is needed.
+The compiled kernels are kept where the backend looks for them. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file to compile, and how its row in the table begins."""
+    """One source file to compile, and the first cells of its row in the table."""
 
     arch: str
     source: str
@@ -44,8 +44,8 @@ def build(
         list[str] | None, typer.Option("--arch", help="Such as sm_90; repeat for more.", show_default="the GPUs here")
     ] = None,
     head_dims: Annotated[list[int] | None, typer.Option("--head-dim", help="Repeat for more.")] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Of the model; repeat for more.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once.", show_default="cores")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Dtype of the model; repeat for more.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Parallel compilations.", show_default="cores")] = None,
 ) -> None:
     """Compile the CUDA kernels ahead of time (default: head_dim 64 and 128, bfloat16)."""
     if reason := nvrtc.missing():
@@ -88,7 +88,7 @@ def kinds(configs: list[str], head_dims: list[int], dtypes: list[str]) -> list[S
     """The different specialisations that these configs need, their layers' overrides included.
 
     Raises:
-        typer.BadParameter: an unknown config, head_dim or dtype.
+        typer.BadParameter: a config, head_dim or dtype is unknown.
     """
     found: dict[Specialisation, None] = {}
     for dtype in dtypes:
@@ -134,7 +134,7 @@ def _table(results: list[tuple[Unit, nvrtc.Compiled]]) -> Table:
     for column in ("registers", "spills", "shared", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for unit, found in results:
-        # A file's kernels are compiled together.
+        # The kernels of one file are compiled together, so only the first row has these cells.
         whole = str(unit.kind), "cached" if found.cached else f"{found.seconds:.2f}"
         for kernel, usage in sorted(found.usage.items()):
             numbers = (usage.registers, usage.spills, usage.shared)

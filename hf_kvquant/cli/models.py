@@ -1,4 +1,4 @@
-"""Models and cache configs as named on the command line; whatever is wrong with a name ends in one clear line."""
+"""Models and cache configs as named on the command line; an error about a name is one clear line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
-        typer.BadParameter: neither can be loaded, or there is no such device.
+        typer.BadParameter: the model or the tokenizer cannot be loaded, or there is no such device.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -74,7 +74,7 @@ def load_config(preset: str, file: Path | None) -> KVQuantConfig | None:
     """The cache's config: a YAML file if given, else a preset; None for the dense cache.
 
     Raises:
-        typer.BadParameter: no such preset, or a file that is not a config.
+        typer.BadParameter: there is no such preset, or the file is not a config.
     """
     if file is None and preset == DENSE:
         return None
@@ -90,7 +90,7 @@ def backend_of(config: KVQuantConfig | None, model: PreTrainedModel) -> str | No
     """The backend that reads the model's cache; None for the dense cache.
 
     Raises:
-        typer.BadParameter: the config asks for one that cannot run here.
+        typer.BadParameter: the config asks for a backend that cannot run here.
     """
     if config is None:
         return None

@@ -4,8 +4,8 @@
     with hf_kvquant.attention(model):
         model(input_ids, cache=cache)  # past_key_values= before transformers 5.24
 
-Its layers (`layers.py`) store and return the states; what is here concerns all of them: their lengths agree, changes
-are whole, and the cache can be saved. Layers without full attention stay transformers' own.
+Its layers (`layers.py`) store and return the states. This file has what concerns all layers: making them, whole
+changes, and saving. Layers without full attention stay transformers' own.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
 from .storage import storage_nbytes
 
-# Models whose code takes the columns of a storage for tokens: with transformers' StaticCache they fail or give wrong
-# logits too. (BLOOM does not, but wants the first states in all of the storage.)
+# Models whose code treats all of the storage as tokens: with transformers' StaticCache, too, they fail or give wrong
+# logits. (BLOOM does not, but needs the first states in all of the storage.)
 _NEVER_STATIC = frozenset({
     "bloom", "encoder-decoder", "fsmt", "git", "gpt_neo", "inkling2_text", "inkling_text", "led", "prophetnet",
 })  # fmt: skip
@@ -54,16 +54,16 @@ class QuantizedCache(WholeChanges, DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
-    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token is none.
+    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token is ignored.
 
     Args:
         config: the model's config.
         kv_config: `KVQuantConfig`, a preset's name, a YAML path or a dict.
-        max_length: tokens to allocate storage for at once; None grows it geometrically. A static cache needs it, and
-            holds no more.
-        attention_mask: `[batch, kv_len]`, 0 where the first tokens are padding; see `set_padding`.
-        reach: a sliding window as wide as this many tokens is none, and its layer has full attention; None:
-            `max_length`, or as many tokens as the model was made for.
+        max_length: the number of tokens to allocate storage for at once; None grows it geometrically. A static cache
+            needs it, and holds no more.
+        attention_mask: `[batch, kv_len]`, 0 for padding among the first tokens; see `set_padding`.
+        reach: a sliding window of at least this many tokens is ignored, and its layer counts as full attention; None:
+            `max_length` or the context length of the model, whichever is less.
 
     Raises:
         ValueError: the model has no full-attention layer or cannot have a static cache, or the config overrides a
@@ -93,9 +93,9 @@ class QuantizedCache(WholeChanges, DynamicCache):
                 f"static: True is not allowed for a model of type {min(kind)!r}, whose code takes all columns of "
                 "a storage for tokens; expected a cache that grows"
             )
-        # The cache of the unconditional pass, where generation is guided; counted with this one.
+        # The cache of the unconditional pass in guided generation; it is counted with this one.
         self.unconditional: QuantizedCache | None = None
-        # What the model keeps of this generation outside of its cache; see `host.GENERATION_STATE`.
+        # State of this generation that the model keeps outside of its cache; see `host.GENERATION_STATE`.
         self.model_state: dict[str, torch.Tensor | int | None] = {}
         self._routes = Routes()
         self._max_length = max_length
@@ -174,11 +174,12 @@ class QuantizedCache(WholeChanges, DynamicCache):
     def set_padding(self, attention_mask: torch.Tensor, of_last: bool = False) -> None:
         """Say which columns are padding, `[batch, kv_len]` with 0 for padding; columns beyond the mask are tokens.
 
-        Padding never enters a block's statistics and is no sink. Columns that are stored already keep what was said.
+        Padding does not influence the scales of blocks, and is never a sink. Columns that are stored already keep the
+        padding that was set before.
 
         Args:
-            of_last: where the first update stores more columns than the mask has, it is the mask of the last ones:
-                models put the tokens of an image or of a learned prompt before those of the text.
+            of_last: if the first update stores more columns than the mask has, the mask is for the last of them,
+                because models put the tokens of an image or of a learned prompt before those of the text.
 
         Raises:
             ValueError: the mask is not 2-D, is additive, or its batch differs from the cache's.
@@ -206,23 +207,23 @@ class QuantizedCache(WholeChanges, DynamicCache):
             layer.takes_states = False
 
     def save(self, path: str | Path, model: torch.nn.Module | PreTrainedConfig | None = None) -> None:
-        """Write the cache to a safetensors file, as a whole or not at all: what `path` held before stays until then.
+        """Write the cache to a safetensors file, as a whole or not at all: until it is complete, an old file stays.
 
-        A file that is replaced gives its permissions and, where the system allows it, its owner to the new one. A
-        symbolic link is followed: the file that it leads to is replaced. What killed processes left of an earlier
-        `save` to this path is removed.
+        A file that is replaced gives its permissions and, if the system allows it, its owner to the new one. A
+        symbolic link is followed, and the file behind it is replaced. Temporary files that killed processes left of
+        an earlier `save` to this path are removed.
 
-        Of an encoder-decoder model's cache this is the self-attention part; the cross-attention part is computed
-        anew from the encoder's inputs.
+        This saves the self-attention cache of an encoder-decoder model; cross-attention is computed anew from the
+        encoder's inputs.
 
         Args:
-            model: what computed the cache, perhaps in a `PeftModel`. Its weights are sampled, so that `load` can tell
-                it from a fine-tuned twin, and its active adapters are noted; without it, or with its config, only the
-                config is recorded.
+            model: the model that computed the cache, perhaps in a `PeftModel`. Its weights are sampled, so that
+                `load` can tell it from a fine-tuned twin, and its active adapters are recorded. Without it, or with
+                its config, only the config is recorded.
 
         Raises:
-            ValueError: the cache is empty or was interrupted, `path` is not possible, `model` has another config or
-                weights that cannot be read, or a layer of transformers' own holds something that cannot be stored.
+            ValueError: the cache is empty or was interrupted, `path` is not allowed, `model` has another config or
+                weights that cannot be read, or one of transformers' own layers holds something that cannot be stored.
             OSError: the file cannot be written.
         """
         if not any(self._lengths()):
@@ -236,7 +237,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         kinds = [type(layer).__name__ for layer in self.layers]
         state = {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())}
         packed = saving.pack(state | {"reach": self._reach, "model_state": self.model_state})
-        # What `load` would refuse shall not be written.
+        # A file that `load` would refuse must not be written.
         fresh = QuantizedCache(self._config, self.kv_config, self._max_length, reach=self._reach)
         for i, (layer, state) in enumerate(zip(fresh.layers, layers)):
             expected.check(state, partial(_expected, layer, state), f"layers.{i}")
@@ -254,24 +255,25 @@ class QuantizedCache(WholeChanges, DynamicCache):
         verify: bool = True,
         mmap: bool = True,
     ) -> QuantizedCache:
-        """The cache that `save` wrote: the same to the byte, and ready to go on.
+        """The cache that `save` wrote, with the same bytes, ready for more tokens.
 
         The file is mapped, not read: on the CPU the quantized body stays in the map until the first append needs room.
-        A mapped file may be replaced (as `save` does) or deleted, but must not be cut short where it lies: reading
-        what is no longer there ends the process (SIGBUS). `mmap=False` reads the file at once, and is safe from that.
+        A mapped file may be replaced (as `save` does) or deleted, but must not be shortened in place: reading the
+        missing part ends the process (SIGBUS). `mmap=False` reads the file at once, and is safe from that.
 
         Args:
-            config: the model that shall use the cache, perhaps in a `PeftModel`, or its config; given the model, its
+            config: the model that will use the cache, perhaps in a `PeftModel`, or its config. If it is the model, its
                 weights and active adapters are compared too.
-            max_length: tokens to make room for at once; this reads the body into memory. A static cache needs it.
-            device: where its layers go; None: the model's device, or the CPU if a config is given.
+            max_length: the number of tokens to make room for at once; this reads the body into memory. A static cache
+                needs it.
+            device: the device of the layers; None: the model's device, or the CPU if a config is given.
             verify: compare the checksum of the tensors, which reads the file once; False trusts the disk.
             mmap: map the file; False reads it into memory.
 
         Raises:
-            ValueError: the file cannot be read, was cut short or damaged, has another format version, holds what no
-                cache of its config holds, or was computed by another model or with other adapters; or a static layer
-                of transformers' own was saved for another `max_length`.
+            ValueError: the file cannot be read, was cut short or damaged, has another format version, does not fit a
+                cache of its config, or was computed by another model or with other adapters; or one of transformers'
+                static layers was saved for another `max_length`.
         """
         file = saving.read(path, mmap)
         file.check_model(config)
@@ -286,7 +288,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         except ValueError as error:
             raise ValueError(f"{path}: kv_config.{error}") from None
         state = file.state(device)
-        # Files of the first version have neither.
+        # Files of the first version have neither of these.
         added = {"reach": frozenset({None, expected.COUNT}), "model_state": dict}
         added = {name: pattern for name, pattern in added.items() if isinstance(state, dict) and name in state}
         if "reach" in added:
@@ -326,7 +328,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         return cache
 
     def _check_whole(self, state: dict, length: int, path: str | Path) -> None:
-        """Whether the layers of a file agree about tokens and rows."""
+        """Check that the layers of a file agree about tokens and rows."""
         lengths = {tokens for tokens in self._lengths() if tokens}
         if lengths != {length} or self.get_seq_length() != length:
             raise ValueError(f"{path}: has layers of {sorted(lengths)} tokens; expected {length}, as its length says")
@@ -335,13 +337,13 @@ class QuantizedCache(WholeChanges, DynamicCache):
             raise ValueError(f"{path}: has tensors of {sorted(rows)} rows; expected one batch")
 
     def take_over(self, other: DynamicCache) -> None:
-        """Become a quantized copy of a dense cache with the same layers; this cache is empty.
+        """Turn this empty cache into a quantized copy of a dense cache with the same layers.
 
         Raises:
-            ValueError: a layer of it is of another kind than the model's.
+            ValueError: one of its layers is of another kind than the model's.
         """
         for layer in self.quantized_layers:
-            # The columns of a mask that was known so far begin behind these tokens.
+            # A mask that is already set is dropped, because its columns come after these tokens.
             layer.padding = None
         for layer_idx, (layer, dense) in enumerate(zip(self.layers, other.layers)):
             if not isinstance(dense, DynamicLayer) or not isinstance(layer, DynamicLayer):
@@ -351,7 +353,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
             if dense.is_initialized:
                 layer.update(dense.keys, dense.values)
         for layer in self.quantized_layers:
-            # No attention saw what these updates returned.
+            # No attention saw the return values of these updates.
             layer.was_offered = False
         self.end()
 
@@ -361,18 +363,18 @@ class QuantizedCache(WholeChanges, DynamicCache):
         A forward call that was interrupted is forgotten first, so that `crop(0)` makes the cache usable again.
 
         Raises:
-            ValueError: not an integer, or what was interrupted cannot be undone: only `reset` helps.
-            RuntimeError: a layer of transformers' own cannot be cropped; nothing has changed.
+            ValueError: the argument is not an integer, or an interrupted change cannot be undone: only `reset` helps.
+            RuntimeError: one of transformers' own layers cannot be cropped; nothing has changed.
         """
         try:
-            # Some versions of transformers give a tensor.
+            # Some versions of transformers pass a tensor.
             tokens_to_remove = operator.index(tokens_to_remove)
         except TypeError:
             raise ValueError(f"tokens_to_remove: {tokens_to_remove!r} is not allowed; expected an integer") from None
         self._forget_unfinished()
         with self._change("crop"):
             try:
-                # Those that may refuse come first.
+                # Layers that may refuse come first.
                 for layer in sorted(self.layers, key=lambda layer: isinstance(layer, QuantizedLayer)):
                     layer.crop(tokens_to_remove)
             except Exception:
@@ -397,7 +399,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
             super().batch_select_indices(indices)
 
     def _choose_rows(self, name: str, select: Callable) -> None:
-        """Whether `select` picks rows of the batch: tried on what is small, before any layer is changed."""
+        """Check, before any layer is changed, that `select` picks rows of the batch; apply it to the model's state."""
         layer = next((layer for layer in self.quantized_layers if layer.is_initialized), None)
         if layer is None:
             return
@@ -426,9 +428,9 @@ class QuantizedCache(WholeChanges, DynamicCache):
     def memory_report(self) -> dict[str, int]:
         """Bytes of the cache's tensors.
 
-        `codes` and `scales` (with zero points) of the tokens stored, `dense` (rings, sinks and their positions,
-        padding, and whatever is not quantized), `slack` (allocated, unused), their `total`, and `dense_equivalent`:
-        the same tokens in the model's dtype.
+        `codes` and `scales` (with zero points) of the stored tokens, `dense` (rings, sinks and their positions,
+        padding, and everything that is not quantized), `slack` (allocated, unused), their `total`, and
+        `dense_equivalent`: the size of the same tokens in the model's dtype.
         """
         report = Counter(dict.fromkeys(("codes", "scales", "dense", "slack", "total", "dense_equivalent"), 0))
         for layer in self.layers:
@@ -443,19 +445,19 @@ class QuantizedCache(WholeChanges, DynamicCache):
 
 
 def _expected(layer: CacheLayerMixin, state: dict) -> dict:
-    """The pattern for the state of a layer that is like `layer`, a fresh one."""
+    """The pattern for the state of a layer of the same kind as `layer`, which is fresh."""
     return layer.expected(state) if isinstance(layer, QuantizedLayer) else expected.native(layer, state)
 
 
 def _check_attributes(
     layer: CacheLayerMixin, layer_idx: int, saved: dict, path: str | Path, max_length: int | None
 ) -> None:
-    """What differs between versions of transformers and static lengths has messages of its own."""
+    """Check attributes and static lengths, which depend on the version of transformers, with messages of their own."""
     missing = sorted(vars(layer).keys() - saved.keys())
     if missing:
         raise ValueError(f"{path}: lacks {missing} of a {type(layer).__name__} of this version of transformers")
     columns, room = saved.get("max_cache_len"), getattr(layer, "max_cache_len", None)
-    # A static layer of an image is as long as its image, and has no room before.
+    # A static layer for an image is as long as its image, and has no room before the image comes.
     if room != 0 and columns != room:
         raise ValueError(
             f"max_length: {max_length} is not allowed; layer {layer_idx}, a {type(layer).__name__}, has "

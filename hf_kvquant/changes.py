@@ -1,8 +1,8 @@
-"""Changes of a cache that concern all of its layers are whole: one that was interrupted is noticed, and taken back.
+"""Detects interrupted changes of a cache, and takes them back.
 
 A forward call, a crop or a choice of rows changes layer after layer. An exception, Ctrl-C or lack of memory between
-two layers leaves a cache whose layers disagree, and attention would go on without a word. So each change is noted when
-it begins and when it ends; the next one refuses to begin where the last one did not end.
+two layers leaves layers with different numbers of tokens, and attention would go on in silence. So the beginning and
+the end of each change are noted, and the next change refuses to begin if the last one did not end.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FORWARD = "forward call"
 
 
 class WholeChanges:
-    """What a cache with `layers` knows about its changes."""
+    """The part of a cache that keeps track of changes of its `layers`."""
 
     layers: list[CacheLayerMixin]
     _routes: Routes
-    # The change that has begun and not ended, and the tokens of each layer after the last one that ended.
+    # The change that has begun and not ended, and the number of tokens of each layer after the last one that ended.
     _unfinished: str | None = None
     _whole: list[int]
 
     def begin(self, what: str) -> None:
         """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or
-        lack of memory, the next use is refused, for layers may disagree about their tokens.
+        lack of memory, the next use is refused, because layers may have different numbers of tokens.
 
         Raises:
             ValueError: see `check_finished`.
@@ -42,10 +42,10 @@ class WholeChanges:
         self._routes.in_call = what == FORWARD
 
     def check_finished(self) -> None:
-        """Whether layers agree about their tokens.
+        """Check that layers agree about their tokens.
 
         Raises:
-            ValueError: an earlier change did not reach its end, or some layers gained other tokens than the rest.
+            ValueError: an earlier change did not reach its end, or layers gained different numbers of tokens.
         """
         gained = self._gained()
         if self._unfinished is not None and (any(gained.values()) or not self._can_go_back()):
@@ -60,8 +60,8 @@ class WholeChanges:
             )
 
     def end(self) -> None:
-        """The change that `begin` noted is complete."""
-        # While a CUDA graph is captured nothing happens, and nothing can be asked of the device.
+        """Note that the change that has begun is complete."""
+        # While a CUDA graph is captured nothing runs, and nothing can be read from the device.
         if is_traced():
             return
         self._unfinished, self._whole = None, self._lengths()
@@ -78,18 +78,18 @@ class WholeChanges:
         return lengths
 
     def gained(self) -> dict[int, int]:
-        """By how many tokens each quantized layer grew since the last complete change."""
+        """The number of tokens that each quantized layer gained since the last complete change."""
         now = self._lengths()
         quantized = (isinstance(layer, QuantizedLayer) for layer in self.layers)
         return {i: new - old for i, (new, old, ours) in enumerate(zip(now, self._whole, quantized)) if ours}
 
     def _gained(self) -> dict[int, int]:
-        """By how many tokens each layer in use grew since the last complete change."""
+        """The number of tokens that each layer in use gained since the last complete change."""
         now = self._lengths()
         return {i: new - old for i, (new, old) in enumerate(zip(now, self._whole)) if new or old}
 
     def _can_go_back(self) -> bool:
-        """Whether a forward call is all that was interrupted, of layers whose tokens are known by their length."""
+        """Whether only a forward call was interrupted, and no layer has linear states, which cannot go back."""
         linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         return self._unfinished in (None, FORWARD) and not linear
 
@@ -100,7 +100,7 @@ class WholeChanges:
         self.end()
 
     def _forget_unfinished(self) -> None:
-        """Take back the tokens that some layers have of a forward call that did not reach all of them."""
+        """Remove the tokens of a forward call that reached only some of the layers."""
         for layer in self.quantized_layers:
             layer.recover()
         gained = self._gained()

@@ -1,9 +1,9 @@
 """Huge pages for large storage in main memory.
 
 A cache is read from end to end in every step. With pages of 4 KB the processor looks up addresses for much of that
-time, on virtual machines above all; pages of 2 MB need a 512th of the look-ups. Linux gives them to memory that asks
-before it is first written (`madvise(2)`, where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise`, as most
-systems do).
+time, above all on virtual machines; pages of 2 MB need a 512th of the look-ups. Linux gives them to memory for which
+they are requested before it is first written (`madvise(2)`; most systems have the setting `madvise` in
+`/sys/kernel/mm/transparent_hugepage/enabled`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-# Less would hold hardly a whole huge page.
+# Smaller tensors hold hardly one whole huge page.
 LARGE_BYTES = 4 << 20
 
 
@@ -27,11 +27,11 @@ def _madvise():
 
 
 def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor, new and not yet written, on huge pages where the system has them: nothing else changes."""
+    """Return `tensor`, which is new and not yet written, after asking the system to put it on huge pages."""
     if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BYTES and sys.platform == "linux":
-        # Whole pages only: the first and the last may belong to others, too.
+        # Whole pages only, because other memory may share the first and the last.
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        # It is advice: a system without huge pages refuses it, and no harm is done.
+        # This is advice: a system without huge pages refuses it, which does no harm.
         _madvise()(start, end - start, mmap.MADV_HUGEPAGE)
     return tensor

@@ -1,8 +1,8 @@
 """`QuantizedLayer`: one layer's keys and values, stored quantized; `update` decides how attention reads them.
 
-The type that it returns is the route: a tensor means dense attention, a `QuantizedStates` the fused operator. The
-first update returns the states it was given (prefill is exact); a later one of at most `ops.MAX_Q_LEN` tokens returns
-`QuantizedStates` where the model takes them; a longer one the de-quantized past and the new states.
+The type of the return value is the route: a tensor means dense attention, `QuantizedStates` the fused operator. The
+first update returns the states that it was given (prefill is exact). A later one of at most `ops.MAX_Q_LEN` tokens
+returns `QuantizedStates` if the model takes them. A longer one returns the de-quantized past and the new states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST_CAPACITY = 256
 
 
 class QuantizedLayer(DynamicLayer):
-    """The keys and values of one layer, each in a `Side`: a `DynamicLayer` that stores them elsewhere."""
+    """A `DynamicLayer` that stores the keys and the values of one layer quantized, each in a `Side`."""
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
         super().__init__()
@@ -39,10 +39,10 @@ class QuantizedLayer(DynamicLayer):
         self.padding: torch.Tensor | None = None
         self.padding_is_of_last = False
         self.length = 0
-        # True while an append writes: what finds it True knows that the last append was interrupted.
+        # True while an append writes; if it is still True afterwards, the append was interrupted.
         self.storing = False
 
-    # `DynamicLayer` keeps its states in these two attributes; here they are a de-quantized copy for who looks inside.
+    # `DynamicLayer` keeps its states in these two attributes; here they return de-quantized copies.
     @property
     def keys(self) -> torch.Tensor | None:
         return self._next_read(self._keys)
@@ -64,7 +64,7 @@ class QuantizedLayer(DynamicLayer):
         return self.length > 0
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
-        """What the next query reads: the one before might look for exact copies that a long crop has lost."""
+        """The states that the next query reads. (The last query may read exact copies that a long crop has lost.)"""
         if self.shared_routes.in_call and self.is_filled and not torch.compiler.is_compiling():
             states, position = self._states(side), self.length
 
@@ -101,7 +101,7 @@ class QuantizedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return what attention shall read (the route)."""
+        """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return the states for attention (the route)."""
         key_states, value_states = self._admitted(key_states, value_states)
         n, is_first = key_states.shape[2], not self.is_filled
         is_long = n > ops.MAX_Q_LEN and not is_first
@@ -119,11 +119,11 @@ class QuantizedLayer(DynamicLayer):
         return self._offered(*(states.dequantize(states.position(n)) for states in self._views()))
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states, checked and in the dtype of attention; the first ones allocate the storage."""
+        """The states, checked and in the dtype of attention. The first ones allocate the storage."""
         if is_autocast(key_states):
             key_states, value_states = autocast(key_states), autocast(value_states)
             if self.is_initialized:
-                # It may have been filled without autocast.
+                # The layer may have been filled without autocast.
                 key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         if not self.is_filled:
             self._align_padding(key_states.shape[2])
@@ -134,7 +134,7 @@ class QuantizedLayer(DynamicLayer):
         return key_states, value_states
 
     def _align_padding(self, n: int) -> None:
-        """The first update stores `n` columns; see `QuantizedCache.set_padding`."""
+        """Extend a mask of the last columns to all `n` columns of the first update (`QuantizedCache.set_padding`)."""
         if self.padding is not None and self.padding_is_of_last and self.padding.shape[1] < n:
             self.padding = torch.nn.functional.pad(self.padding, (n - self.padding.shape[1], 0))
 
@@ -143,16 +143,16 @@ class QuantizedLayer(DynamicLayer):
         return self._states(self._keys), self._states(self._values)
 
     def _first(self, states: torch.Tensor) -> torch.Tensor:
-        """What attention gets for the first states."""
+        """The tensor that attention gets for the first states."""
         return states
 
     def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """What attention gets for the past, de-quantized, and many new states."""
+        """The tensor that attention gets for the de-quantized past and many new states."""
         return torch.cat([past, new], dim=2)
 
     def _offered(self, *states: torch.Tensor, first: bool = False) -> tuple[torch.Tensor, ...]:
-        """Dense keys and values, by which attention can learn the layer's route (see `route`): the first ones, and if
-        attention was not ours then, the next ones when it is."""
+        """Dense keys and values, tagged so that attention can learn the layer's route (see `route`): the first
+        ones and, if attention was not ours then, the first ones once it is."""
         is_ours = attention_is_switched()
         if self.takes_states is not None or self.was_offered or not (first or is_ours):
             return states
@@ -160,7 +160,7 @@ class QuantizedLayer(DynamicLayer):
         return tuple(tagged(x, self) for x in states)
 
     def _check_new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """What the first states of a layer must be; later ones must be like them."""
+        """Check the first states of a layer; `_check` compares later ones with them."""
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if states.ndim != 4:
                 shape = "[batch, num_kv_heads, n, head_dim]"
@@ -204,7 +204,7 @@ class QuantizedLayer(DynamicLayer):
         self._make_room(n)
         keys, values = self._views()
         self.storing = True
-        # Before the ring is written, so that an interruption cannot leave it promising what it lost.
+        # Before the ring is written, so that after an interruption it does not claim columns that it lost.
         self._make_way(n)
         start = keys.length if keys.device_length is None else 0
         ops.quantize_append(
@@ -215,16 +215,16 @@ class QuantizedLayer(DynamicLayer):
         self._say_nonfinite()
 
     def _make_room(self, n: int) -> None:
-        """The storage gets room for `n` more tokens."""
+        """Make room for `n` more tokens in the storage."""
         self.reserve(self.length + n, exact=False)
 
     def _make_way(self, n: int) -> None:
-        """`n` more tokens are about to be stored: the rings lose what lies too far back then."""
+        """Note that `n` more tokens are about to be stored, for which the rings lose their oldest ones."""
         for side in (self._keys, self._values):
             side.make_way(self.length + n)
 
     def _advance(self, n: int) -> None:
-        """`n` tokens have been stored."""
+        """Note that `n` tokens have been stored."""
         self.length += n
 
     def _say_nonfinite(self) -> None:
@@ -235,7 +235,7 @@ class QuantizedLayer(DynamicLayer):
         """Forget an append that was interrupted, if everything that later queries read is still there.
 
         Raises:
-            ValueError: it is not.
+            ValueError: exact copies that later queries read may be lost.
         """
         if not self.storing:
             return
@@ -257,7 +257,7 @@ class QuantizedLayer(DynamicLayer):
     def _states(
         self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None
     ) -> QuantizedStates:
-        """All columns so far, or those below `length` of which `device_length` are in use."""
+        """States of all columns so far, or of those below `length`, the first `device_length` of which are in use."""
         return QuantizedStates(
             side.spec, side.stored, self.sink_positions, self.length if length is None else length,
             self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
@@ -265,7 +265,7 @@ class QuantizedLayer(DynamicLayer):
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
-        """Why a step reads de-quantized states, unless attention learns from this one that it need not."""
+        """Warn that a step reads de-quantized states, and why, unless attention can learn from it not to."""
         if self.takes_states is not None:
             return
         if attention_is_switched():
@@ -281,7 +281,7 @@ class QuantizedLayer(DynamicLayer):
             )
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
-        """Make room for `max_length` tokens; not exact: at least half as much again, so that growing is amortised."""
+        """Make room for `max_length` tokens. If not `exact`, grow by at least half, so that the cost is amortised."""
         if not self.is_initialized:
             self.max_length = max(max_length, self.max_length or 0)
             return
@@ -311,8 +311,8 @@ class QuantizedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
 
-        Up to `ROLLBACK` tokens the cache is as if they had never come; beyond, exact copies that its queries would
-        read are replaced by their de-quantized values (`routes["window_lost"]`).
+        After a crop of up to `ROLLBACK` tokens the cache is as if they had never come. After a longer one, some exact
+        copies that queries would read are replaced by de-quantized values (`routes["window_lost"]`).
         """
         if not self.is_initialized:
             return
@@ -355,18 +355,18 @@ class QuantizedLayer(DynamicLayer):
             self.sink_positions = self._placed(self.sink_positions, sink_positions)
 
     def _transform(self, function) -> None:
-        """Apply `function` to the storage of both sides, or, if there is no memory for that, to none."""
+        """Apply `function` to the storage of both sides, or to neither if memory runs out."""
         with torch.inference_mode(False):
             sides = [(side, side.stored.transformed(function)) for side in (self._keys, self._values)]
         for side, new in sides:
             side.stored = Stored(*map(self._placed, side.stored, new))
 
     def _placed(self, old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-        """The tensor that takes the place of `old` and holds what `new` does."""
+        """The tensor that replaces `old`, with the elements of `new`."""
         return new
 
     def reset(self) -> None:
-        """Empty the layer; the next update allocates anew, for whatever batch comes."""
+        """Empty the layer; the next update allocates anew, for a batch of any size."""
         if self.is_initialized:
             self.max_length = self._keys.capacity
         self._keys = self._values = self.padding = None
@@ -383,7 +383,7 @@ class QuantizedLayer(DynamicLayer):
         return state
 
     def restore(self, state: dict, device: torch.device | str) -> None:
-        """Become the layer, on `device`, whose `state` this is; the layer is new."""
+        """Turn this new layer into the one whose `state` this is, on `device`."""
         self.takes_states, self.padding = state["takes_states"], state["padding"]
         if not state["length"]:
             return
@@ -395,12 +395,12 @@ class QuantizedLayer(DynamicLayer):
         self.lazy_initialization(*like)
         for side, saved in zip((self._keys, self._values), sides):
             side.restore(saved, state["length"])
-        # Copies, because these are written in place and small.
+        # Copies, because these tensors are small, and written in place.
         self.sink_positions, self.faults = state["sink_positions"].clone(), state["faults"].clone()
         self.length = state["length"]
 
     def expected(self, state: dict) -> dict:
-        """The pattern (see `expected.py`) for a `state` that `restore` may take; its tensors tell the sizes."""
+        """The pattern (see `expected.py`) for a `state` that `restore` may take; its tensors determine the sizes."""
         length, padding = state["length"], state["padding"]
         pattern = {"length": COUNT, "takes_states": frozenset({None, False, True}), "padding": None}
         if padding is not None:
@@ -445,5 +445,5 @@ class QuantizedLayer(DynamicLayer):
         return report + Counter({"dense": extra, "total": extra})
 
     def _small_tensors(self) -> list[torch.Tensor | None]:
-        """What is kept beside the sides."""
+        """The tensors that are kept beside the sides."""
         return [self.sink_positions, self.padding, self.faults]

@@ -1,7 +1,7 @@
 """The two operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
 
 This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA
-graphs see every storage that is read or written; the two functions at the bottom are how Python calls them.
+graphs see every storage that is read or written. Python calls the operators through the two functions at the bottom.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from .backends import AUTO, NAMES
 from .quantization import QuantSpec
 from .states import QuantizedStates, Stored
 
-# The longest update that is read as stored: decode, speculative verify, short chunks. Part of the cache's definition.
+# The longest update that is read as stored: decode, speculative verify, short chunks. The cache's definition has this
+# limit.
 MAX_Q_LEN = 32
-# Of queries and exact copies, by compiled backend; the reference takes every dtype.
+# The dtypes of queries and exact copies that each compiled backend takes; the reference takes every dtype.
 DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
@@ -36,7 +37,7 @@ except RuntimeError as error:
 
 
 def _side(name: str, written: str = "") -> str:
-    """One side's storage as arguments of a schema; `written`: a letter per tensor, if the operator writes them."""
+    """The storage of keys or values as arguments of a schema; `written`: a letter per tensor, if it is written to."""
     optional = Stored._field_defaults
     return ", ".join(
         f"Tensor{f'({letter}!)' if letter else ''}{'?' if tensor in optional else ''} {name}_{tensor}"
@@ -44,8 +45,8 @@ def _side(name: str, written: str = "") -> str:
     )
 
 
-# `length`: the number of stored columns as an int64 on the device. Where it is given, `kv_len` is the width of the
-# mask, and `start` is ignored.
+# `length`: the number of stored columns as an int64 on the device. If it is given, `kv_len` is the width of the mask,
+# and `start` is ignored.
 _library.define(
     f"decode_attention(Tensor query, {_side('k')}, {_side('v')}, Tensor? sink_positions, Tensor? length, "
     "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, SymInt kv_len, int recent_length, float scaling, "
@@ -77,10 +78,10 @@ def backend_status(name: str) -> str | None:
 
 @lru_cache(maxsize=None)
 def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs for states of `dtype` on `device_type`; only "auto" chooses.
+    """The backend that runs for states of `dtype` on `device_type`: the requested one, or a choice if it is "auto".
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: the backend is unknown.
         RuntimeError: the requested backend cannot run here, with the reason.
     """
     compiled = {"cpu": "cpu", "cuda": "cuda"}.get(device_type)
@@ -143,7 +144,7 @@ def _quantize_append(key, value, *args):
 
 
 def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
-    """The storage of keys, the storage of values, and the arguments of an operator that follow them."""
+    """The arguments of an operator as the storage of keys, the storage of values, and the rest."""
     return Stored._make(args[:5]), Stored._make(args[5:10]), args[10:]
 
 
@@ -184,10 +185,10 @@ def decode_attention(
     scaling: float,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.decode_attention` (which see) on the backend that the states name; q_len is 1 to 32.
+    """Same as `reference.decode_attention`, on the backend that the states name; q_len is 1 to 32.
 
     Raises:
-        ValueError: shapes, dtypes or lengths that do not fit together, each by name.
+        ValueError: a shape, dtype or length does not fit the others; it is named.
     """
     _check(query, keys, values, mask, s_aux)
     return torch.ops.kvquant.decode_attention.default(
@@ -206,7 +207,7 @@ def quantize_append(
     *,
     start: int,
 ) -> None:
-    """`reference.quantize_append` (which see) on the backend that the states name."""
+    """Same as `reference.quantize_append`, on the backend that the states name."""
     torch.ops.kvquant.quantize_append.default(
         key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
         keys.spec.code, values.spec.code, start, keys.backend,
@@ -237,7 +238,7 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
 
 
 def _misfit(query, keys: QuantizedStates, values: QuantizedStates) -> str:
-    """Names the first thing that does not fit; `_check` asks the same questions without making the answers."""
+    """The message about the first thing that does not fit. `_check` makes the same checks faster, without messages."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, most = keys.shape[1], min(MAX_Q_LEN, keys.length)
     for name, value, expected, fits in (

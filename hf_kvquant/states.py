@@ -1,7 +1,7 @@
-"""`QuantizedStates`: what `cache.update()` returns when attention shall read the cache as stored.
+"""`QuantizedStates`: the return value of `cache.update()` that makes attention read the cache as stored.
 
-A frozen value of views, one for keys and one for values; making one copies nothing. It knows which columns a query
-reads from exact (dense) copies instead of the quantized body:
+It is a frozen value of views, one for keys and one for values; making one copies nothing. It knows which columns a
+query reads from exact (dense) copies instead of the quantized body:
 
     query i reads column t dense  iff  t is one of the row's first `sink_length` unpadded tokens,
                                   or   i - t < recent_length,
@@ -24,7 +24,7 @@ from .route import Routes
 
 
 def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int) -> int | torch.Tensor:
-    """The first column that the query at `position` reads exactly because it is near (sinks apart)."""
+    """The first column, sinks aside, that the query at `position` reads exactly."""
     if spec.is_dense:
         return position + 1
     back = recent_length - 1
@@ -36,13 +36,13 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
 
 
 def hides_columns(sliding_window: int | None, length: int | None) -> bool:
-    """Whether a sliding window hides a column from some query of a sequence of this length (None: of any length); a
-    wide one is no window at all."""
+    """Whether a sliding window hides a column from any query in a sequence of this length (None: of unknown length).
+    A wide window hides nothing."""
     return sliding_window is not None and (length is None or sliding_window < length)
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype in which attention computes: autocast's, where that is on."""
+    """The tensor in autocast's dtype, in which attention then computes; unchanged if autocast is off."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x
 
 
@@ -52,19 +52,19 @@ def is_autocast(x: torch.Tensor) -> bool:
 
 
 def is_captured() -> bool:
-    """Whether what runs now is recorded in a CUDA graph."""
+    """Whether operations are now being recorded in a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Stored(NamedTuple):
     """The tensors that store keys or values of one layer, in the order in which the operators take them.
 
-    data: body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) model dtype `[batch,
-        num_kv_heads, capacity, head_dim]`. Columns that no token has reached, and on the channel grid those of a block
-        not yet complete, hold nothing.
+    data: the body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) elements in the model's
+        dtype `[batch, num_kv_heads, capacity, head_dim]`. Columns without a token, and on the channel grid those of a
+        block that is not yet complete, are not written.
     scale, zero_point: float16, as in `QuantizedTensor`, for the whole capacity.
-    recent: ring `[batch, num_kv_heads, ring_length, head_dim]` of the last tokens in model dtype, column t in slot
-        `t % ring_length`; None where no query reads it.
+    recent: a ring `[batch, num_kv_heads, ring_length, head_dim]` of the last tokens in the model's dtype, column t in
+        slot `t % ring_length`; None if no query reads it.
     sink: `[batch, num_kv_heads, sink_length, head_dim]` exact copies of the columns in `sink_positions`.
     """
 
@@ -75,16 +75,16 @@ class Stored(NamedTuple):
     sink: torch.Tensor | None = None
 
     def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
-        """`function` of every tensor."""
+        """The result of `function` for every tensor."""
         return Stored(*(None if tensor is None else function(tensor) for tensor in self))
 
     def __deepcopy__(self, memo: dict) -> Stored:
-        # torch.compile, which traces copies of caches (see `export`), cannot take a tuple's own way.
+        # torch.compile traces copies of caches (see `export`), and cannot trace the default copy of a tuple.
         return Stored(*(copy.deepcopy(tensor, memo) for tensor in self))
 
 
 class HasStored:
-    """Gives the tensors of `stored` by their names."""
+    """Attributes for the tensors of `stored`."""
 
     stored: Stored
     data = property(lambda self: self.stored.data)
@@ -107,15 +107,15 @@ class QuantizedStates(HasStored):
 
     Args:
         spec: resolved `QuantSpec` of the body.
-        stored: the tensors; columns of the body from `length` on hold nothing.
-        sink_positions: int32 `[batch, sink_length]`, -1 where a row has no such token yet.
-        length: number of columns (kv_len).
+        stored: the tensors; columns of the body from `length` on are not written.
+        sink_positions: int32 `[batch, sink_length]`, -1 for sinks that a row does not have yet.
+        length: the number of columns (kv_len).
         recent_length: see the module's docstring.
-        head_dim, dtype: of the states that were stored.
-        device_length: int64 scalar on the device, or None. Where it is given, it is the number of columns, and
-            `length` only a limit of it: what a compiled step, which may not ask the device, knows.
+        head_dim, dtype: those of the states before they were stored.
+        device_length: int64 scalar on the device, or None. If it is given, it is the number of columns, and `length`
+            is only its upper limit, which is all that a compiled step knows, since it cannot read from the device.
         backend: the operator's backend, "auto" or a name.
-        routes: the cache's route counter, so that attention can count what it did.
+        routes: the cache's route counter, in which attention counts its calls.
     """
 
     spec: QuantSpec
@@ -131,9 +131,9 @@ class QuantizedStates(HasStored):
 
     @classmethod
     def of_operator(cls, **fields) -> QuantizedStates:
-        """The states that an operator was given, without `backend` and `routes`.
+        """States from the arguments of an operator, without `backend` and `routes`.
 
-        The constructor of a frozen dataclass takes longer than a short kernel.
+        This is not the constructor, because that of a frozen dataclass takes longer than a short kernel.
         """
         states = object.__new__(cls)
         states.__dict__.update(fields)
@@ -155,7 +155,7 @@ class QuantizedStates(HasStored):
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args, **kwargs) -> QuantizedStates:
-        """Moves the storage to another device, as accelerate's hooks do; a change of dtype is refused."""
+        """Move the storage to another device, as accelerate's hooks do; a change of dtype is refused."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype != self.dtype:
             raise ValueError(f"dtype: quantized states of {self.dtype} cannot become {dtype}; dequantize them")
@@ -182,18 +182,18 @@ class QuantizedStates(HasStored):
 
     @property
     def capacity(self) -> int:
-        """The columns of the storage."""
+        """The number of columns that the storage has room for."""
         return self.data.shape[2]
 
     def position(self, q_len: int) -> int | torch.Tensor:
-        """Where the first of the newest `q_len` queries stands."""
+        """The position of the first of the newest `q_len` queries."""
         return (self.length if self.device_length is None else self.device_length) - q_len
 
     def asked_length(self) -> int:
-        """The device's length as a number; waits for the device.
+        """The device's length as an integer; waits for the device.
 
         Raises:
-            RuntimeError: a CUDA graph is captured, in which nothing can be asked of the device.
+            RuntimeError: a CUDA graph is being captured, in which nothing can be read from the device.
         """
         if is_captured():
             raise RuntimeError(
@@ -211,11 +211,11 @@ class QuantizedStates(HasStored):
 
     def dense_from(self, position: int | torch.Tensor) -> int | torch.Tensor:
         """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""
-        # Without a ring even columns after the query, which a complete mask may show, are read from the body.
+        # Without a ring, columns after the query, which a complete mask may show, are read from the body too.
         return self.length if self.recent is None else dense_from(position, self.spec, self.recent_length)
 
     def body(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The de-quantized body `[batch, num_kv_heads, length, head_dim]`; columns never written are arbitrary."""
+        """The de-quantized body `[batch, num_kv_heads, length, head_dim]`; columns not yet written are arbitrary."""
         data = self.data[:, :, : self.length]
         if self.spec.is_dense:
             return data.to(dtype)
@@ -227,7 +227,7 @@ class QuantizedStates(HasStored):
 
     def overrides(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact copies by column, `[batch, num_kv_heads, length, head_dim]`, and which columns are sinks,
-        bool `[batch, length]`. Columns that no query may read dense are arbitrary."""
+        bool `[batch, length]`. Columns that no query reads exactly are arbitrary."""
         columns = torch.arange(self.length, device=self.device)
         batch = self.data.shape[0]
         if self.recent is None:
@@ -243,9 +243,9 @@ class QuantizedStates(HasStored):
         return dense, is_sink
 
     def dequantize(self, position: int | torch.Tensor | None = None) -> torch.Tensor:
-        """What the query at `position` (default: the last) reads, `[batch, num_kv_heads, length, head_dim]`, `dtype`.
+        """The states `[batch, num_kv_heads, length, head_dim]` that the query at `position` (default: the last) reads.
 
-        For several queries pass the first one's position: later ones then read a few columns more exactly than they
+        For several queries pass the position of the first: the others then read a few more columns exactly than they
         would one by one. Columns from `device_length` on are zero.
         """
         position = self.position(1) if position is None else position

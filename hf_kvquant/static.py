@@ -2,10 +2,10 @@
 
     cache = QuantizedCache(config=model.config, kv_config="int8-static", max_length=4096)
 
-Outside of a compiled step it is a `QuantizedLayer` that does not grow: same bytes, same routes, same numbers. Inside,
-nothing is asked of the device and no Python number changes, for either would wait or compile anew: the length, the
-routes and the tokens that found no room are counted in small tensors, and attention gets all columns of the storage
-with the length beside them. What is different is the storage that a call sees, not what a query reads.
+Outside of compiled steps it is a `QuantizedLayer` that does not grow: same bytes, same routes, same results. Inside,
+nothing is read from the device, which would wait, and no Python number changes, which would compile anew. The length,
+the routes and the tokens without room are counted in small tensors, and attention gets all columns of the storage with
+the length beside them. So a call sees more storage, but a query reads the same.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .storage import Side
 
 
 def is_traced() -> bool:
-    """Whether what runs now is recorded, to be repeated with other tensors: nothing may depend on their values."""
+    """Whether operations are now recorded, to be repeated on other tensors: nothing may depend on their values."""
     return torch.compiler.is_compiling() or is_captured()
 
 
 def keep_in_place(tensors: Iterable[torch.Tensor]) -> None:
-    """Say that steps write to these tensors where they are: CUDA graphs write where they were recorded."""
+    """Mark tensors that steps write in place: a CUDA graph always writes to the addresses that it recorded."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -45,24 +45,24 @@ class DeviceRoutes:
         self.counts[ROUTES.index(route)] += 1
 
     def known(self) -> Counter:
-        """The counts as numbers; waits for the device."""
+        """The counts as integers; waits for the device."""
         return Counter(dict(zip(ROUTES, self.counts.tolist())))
 
 
 class StaticQuantizedLayer(QuantizedLayer):
-    """A `QuantizedLayer` with room for `max_length` tokens, no more and no less."""
+    """A `QuantizedLayer` with room for exactly `max_length` tokens."""
 
     is_compileable = True
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int):
         self.device_length: torch.Tensor | None = None
-        # Set by the cache: beside a layer that returns all of its storage, as transformers' own do, so does this one.
+        # Set by the cache: if another layer returns all of its storage, as transformers' own do, this one does too.
         self.is_beside_dense = False
         super().__init__(kv_config, layer_idx, routes, max_length)
 
     @property
     def length(self) -> int:
-        """The number of tokens; after a compiled step only the device knows it, and this waits for the answer.
+        """The number of tokens. After a compiled step only the device knows it, and this waits for the device.
 
         Raises:
             ValueError: a compiled step found no room for its tokens.
@@ -111,30 +111,30 @@ class StaticQuantizedLayer(QuantizedLayer):
         return [*super()._small_tensors(), self.device_length, self.routes.counts]
 
     def _tensors(self) -> list[torch.Tensor]:
-        """Everything that steps read or write in place."""
+        """All tensors that steps read, or write in place."""
         stored = [t for side in (self._keys, self._values) for t in side.stored if t is not None]
         return [*stored, *self._small_tensors()]
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states, checked, and whether there is room for them.
+        """The states, after checking them and the room for them.
 
         Raises:
-            ValueError: there is no room; nothing was stored. In a compiled step nothing is stored either, and the next
-                call outside of it raises.
+            ValueError: there is no room; nothing was stored. A compiled step does not store them either, and the next
+                call outside of compiled steps raises.
         """
         if not is_traced():
             self._check_room(self.length + key_states.shape[2])
         return super()._admitted(key_states, value_states)
 
     def _is_whole(self) -> bool:
-        """Whether attention gets all columns of the storage: in a compiled step, and where its mask has them all."""
+        """Whether attention gets all columns of the storage: in a compiled step, or if its mask has them all."""
         return is_traced() or self.is_beside_dense or (self.is_filled and not self.takes_states)
 
     def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
         return self._whole_states() if self._is_whole() else super()._views()
 
     def _make_room(self, n: int) -> None:
-        """There is room, or `_admitted` has said that there is none."""
+        """Do nothing: `_admitted` has checked the room."""
 
     def _make_way(self, n: int) -> None:
         if not is_traced():
@@ -162,12 +162,12 @@ class StaticQuantizedLayer(QuantizedLayer):
         if self._is_whole():
             return self._with_newest(past, new)
         joined = super()._joined(past, new)
-        # The mask is for all of the storage; `QuantizedStates` know theirs.
+        # The mask covers all of the storage; `QuantizedStates` have this attribute already.
         joined.capacity = self.max_length
         return joined
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
-        """What the next query reads, in a compiled step with columns for all of the storage."""
+        """The states that the next query reads; in a compiled step they cover all of the storage."""
         if not is_traced():
             return super()._next_read(side)
         if not (self.is_initialized and self.is_filled):
@@ -203,7 +203,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             self.padding = kept.copy_(self._whole_padding(self.padding))
 
     def get_seq_length(self) -> int | torch.Tensor:
-        """The number of tokens; a tensor where asking the device would make it wait, as in a `StaticLayer`."""
+        """The number of tokens; a tensor if an integer would have to wait for the device, as in a `StaticLayer`."""
         if not self.is_initialized or not self.is_filled:
             return 0
         return self.device_length if is_traced() or self._length is None else self._length
@@ -212,11 +212,11 @@ class StaticQuantizedLayer(QuantizedLayer):
         return self.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The first states are returned as they are, later ones in all of the storage."""
+        """The mask is as wide as the first states, which are returned as they are, and later as all of the storage."""
         return (self.max_length if self.is_filled or self.is_beside_dense else query_length), 0
 
     def _placed(self, old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-        """Tensors that keep their shape keep their place."""
+        """A tensor that keeps its shape also keeps its address."""
         if new is not None and new.shape == old.shape and new.device == old.device:
             return old.copy_(new)
         keep_in_place([] if new is None else [new])
@@ -225,7 +225,7 @@ class StaticQuantizedLayer(QuantizedLayer):
     def recover(self) -> None:
         if self.storing:
             super().recover()
-            # The interruption may have come between the two.
+            # The interruption may have come between the updates of the two lengths.
             self.device_length.fill_(self.length)
 
     def restore(self, state: dict, device: torch.device | str) -> None:

@@ -1,4 +1,4 @@
-"""Where keys or values of one layer are stored: the quantized body, and the exact copies that override its columns."""
+"""The storage of one layer's keys or values: the quantized body, and the exact copies that override its columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .huge_pages import with_huge_pages
 from .quantization import QuantSpec
 from .states import HasStored, QuantizedStates, Stored
 
-# How far a rollback may go back and still find exact copies of what its next query reads.
+# The most tokens that a crop may remove without losing exact copies that the next query reads.
 ROLLBACK = 64
 
 
@@ -29,13 +29,13 @@ class Side(HasStored):
         self.stored = self._allocated(batch, num_kv_heads, capacity)._replace(sink=sink)
 
     def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        # Never inside inference mode: its tensors could not be written outside of it later.
+        # Not in inference mode, because its tensors could not be written outside of it later.
         with torch.inference_mode(False):
             new = torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
         return with_huge_pages(new)
 
     def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> Stored:
-        """Storage for `capacity` columns, without sinks. If memory runs out here, nothing has changed."""
+        """New storage for `capacity` columns, without sinks. If memory runs out here, nothing has changed."""
         spec, heads = self.spec, (batch, num_kv_heads)
         scale = zero_point = recent = None
         if spec.is_dense:
@@ -73,12 +73,12 @@ class Side(HasStored):
         self.stored = new._replace(sink=self.sink)
 
     def make_way(self, end: int) -> None:
-        """Columns up to `end` are about to be stored: the ring loses what lies further back than its length."""
+        """Note that columns up to `end` are about to be stored: the ring then loses all but the last `ring_length`."""
         if self.recent is not None:
             self.recent_start = max(self.recent_start, end - self.recent.shape[2])
 
     def refill(self, states: QuantizedStates) -> bool:
-        """After a crop: put de-quantized values where the next query reads the ring, but the ring lost the column."""
+        """After a crop, put de-quantized values into the ring for lost columns that the next query reads."""
         needed = states.dense_from(states.length)
         self.recent_start = min(self.recent_start, states.length)
         if self.recent is None or needed >= self.recent_start:
@@ -89,7 +89,7 @@ class Side(HasStored):
         return True
 
     def state(self, length: int, is_sink: torch.Tensor) -> dict:
-        """The first `length` columns as a layer's `state` holds them; what was never written is zero."""
+        """The first `length` columns for a layer's `state`; elements that were never written are zero."""
         whole, block = length, 1
         if self.spec.is_channel:
             block = self.spec.block_length
@@ -117,13 +117,13 @@ class Side(HasStored):
         starts = range(1)
         pattern = {name: tensor for name, tensor in self.stored._asdict().items() if tensor is not None}
         if self.recent is not None:
-            # The ring holds what the next query reads, and no more than its length.
+            # The ring holds the columns that the next query reads, and no more columns than its length.
             starts = range(max(0, states.length - self._ring_length), states.dense_from(states.length) + 1)
             pattern["recent"] = self._empty(*self.data.shape[:2], states.length - recent_start)
         return pattern | {"head_dim": COUNT, "recent_start": starts}
 
     def restore(self, state: dict, length: int) -> None:
-        """Take over a `state` as it is; only the ring is laid out anew, since its slots depend on the capacity."""
+        """Take over a `state` unchanged, except that the ring is laid out anew: its slots depend on the capacity."""
         self.recent_start = state["recent_start"]
         recent, sink = None, state["sink"].clone() if "sink" in state else None
         if self._ring_length:

@@ -1,4 +1,4 @@
-"""The instruction sets of the CPU backend that run here, and how near attention on each has to be to the reference."""
+"""The instruction sets of the CPU backend that run here, and the tolerance of attention against the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hf_kvquant import reference
 from hf_kvquant.backends import cpu
 
 LEVELS = cpu.info()["available"]
-# Largest error of an output, relative to the largest value, and of a log-sum-exp. FP32: sums in another order.
-# FP16 and BF16: the output is rounded to the query's dtype (2^-11, 2^-9).
+# The largest error of an output, relative to the largest value, and of a log-sum-exp. FP32 sums in another order; FP16
+# and BF16 outputs are rounded to the query's dtype (2^-11, 2^-9).
 TOLERANCE = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (8e-3, 4e-3)}
 
 

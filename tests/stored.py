@@ -1,4 +1,4 @@
-"""States for tests, in memory that was poisoned before, so that reading what nobody wrote shows in the result."""
+"""States for tests, in memory that was poisoned before, so that reading unwritten storage shows in the result."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def poisoned(
     x: torch.Tensor, spec: QuantSpec, capacity: int, sink_positions: torch.Tensor, recent_length: int = 0,
     backend: str = "auto",
 ) -> QuantizedStates:  # fmt: skip
-    """States for the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, whose storage holds NaN alone (0xff in
-    bytes, which is NaN in fp8 too)."""
+    """States for the columns of `x` `[batch, num_kv_heads, kv_len, head_dim]`, whose storage holds nothing but NaN
+    (0xff in bytes, which is NaN in fp8 too)."""
     side = Side(spec.resolve(x.shape[3]), x, capacity, sink_positions.shape[1], recent_length)
     side.stored.transformed(lambda tensor: tensor.view(torch.uint8).fill_(0xFF))
     return QuantizedStates(
@@ -100,7 +100,7 @@ def make_states(x, spec, *, recent_length=0, sink_length=0, padding=None, slack=
 
 
 def replaced(states: QuantizedStates, **tensors: torch.Tensor | None) -> QuantizedStates:
-    """The states with other tensors, by name."""
+    """The states with some tensors replaced, by name."""
     return dataclasses.replace(states, stored=states.stored._replace(**tensors))
 
 
@@ -129,7 +129,7 @@ def problem(
     value = random_states(generator, *shape, v_head_dim or head_dim, dtype)
     window = dict(recent_length=recent_length, sink_length=sink_length, padding=padding)
     keys, values = make_states(key, KEY_SPECS[k], **window), make_states(value, VALUE_SPECS[v], **window)
-    # As a projection gives it: [batch, q_len, heads, head_dim] in memory.
+    # The layout that a projection gives: [batch, q_len, heads, head_dim] in memory.
     query = torch.randn(batch, q_len, num_kv_heads * q_per_kv, head_dim, generator=generator).to(dtype)
     return query.transpose(1, 2), keys, values
 

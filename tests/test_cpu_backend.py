@@ -79,7 +79,7 @@ def test_the_largest_sums(k, head_dim):
     sign = torch.ones(1, 1, 128, 1)
     sign[:, :, ::3] = -1
     x = (sign * torch.ones(head_dim)).to(torch.bfloat16)
-    # Rotated, one channel holds everything.
+    # After rotation one channel holds the whole vector.
     states = (
         make_states(x, KEY_SPECS[k]),
         make_states(x, KEY_SPECS["int8" if k.startswith("int8") else "int4-rotated"]),

@@ -200,6 +200,12 @@ class QuantizedCache(WholeChanges, DynamicCache):
         for layer in self.quantized_layers:
             layer.reserve(max_length)
 
+    def enable_fused(self) -> None:
+        """Give attention the states as they are stored from now on, as a prefill through the model would have found
+        out that it can: for caches that are filled without one."""
+        for layer in self.quantized_layers:
+            layer.takes_states = True
+
     def disable_fused(self, reason: str) -> None:
         """Read de-quantized states from now on, through the model's own attention."""
         say_once(f"The quantized KV cache is read through de-quantized copies: {reason}.")

@@ -94,7 +94,7 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
         "tensors_sha256": _tensors_sum(tensors.items()),
     }
     header["header_sha256"] = _header_sum(header, tensors.items())
-    with _temporary(path) as temporary:
+    with whole_file(path) as temporary:
         # A file that safetensors makes is readable by its owner only; this one has the permissions of any new file.
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -106,9 +106,6 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
             mode = stat.S_IMODE(old.st_mode)
             _give(temporary, old)
         os.chmod(temporary, mode)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
 
 
 def _give(path: Path, old: os.stat_result) -> None:
@@ -118,6 +115,17 @@ def _give(path: Path, old: os.stat_result) -> None:
             with suppress(OSError):
                 os.chown(path, owner, old.st_gid)
                 return
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A name to write to. It becomes `path` when the context is left, flushed to the disk, and not after an error."""
+    path = Path(path)
+    with _temporary(path) as temporary:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
 
 
 @contextmanager
@@ -292,7 +300,7 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     fields = json.loads(json.dumps(config.get_text_config(decoder=True).to_dict(), default=str))
     return {
         "config": {name: value for name, value in fields.items() if name not in _IRRELEVANT},
-        "weights": _weights_sum(model) if is_model else None,
+        "weights": weights_sum(model) if is_model else None,
         "adapters": _adapters(model, base) if is_model else None,
     }
 
@@ -339,7 +347,12 @@ def _told_adapters(adapters: object) -> str:
     )
 
 
-def _weights_sum(model: torch.nn.Module) -> str:
+def weights_sum(model: torch.nn.Module) -> str:
+    """A hash over the weights, see `identity`; it tells a fine-tuned twin.
+
+    Raises:
+        ValueError: weights that are not in memory or cannot be read.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         try:

@@ -150,14 +150,25 @@ class Side(HasStored):
         return Counter(report | {"total": sum(report.values()), "dense_equivalent": equivalent})
 
 
-def storage_nbytes(attributes: dict) -> int:
-    """Bytes of the distinct storages behind the tensors in a layer's attributes, and in their lists and dicts."""
-    storages, pending = {}, list(attributes.values())
+def storage_nbytes(root: object) -> int:
+    """Bytes of the distinct storages behind the tensors that are reachable from an object: through attributes, lists
+    and dicts, and through the tensors that a subclass of tensors (quanto's) is made of."""
+    storages, seen, pending = {}, set(), [root]
     while pending:
-        value = pending.pop()
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, (dict, list, tuple)):
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, type) or callable(item):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if hasattr(item, "__tensor_flatten__"):
+                pending.extend(getattr(item, name) for name in item.__tensor_flatten__()[0])
+            else:
+                storage = item.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+        else:
+            pending.extend(getattr(item, "__dict__", {}).values())
     return sum(storages.values())

@@ -18,17 +18,15 @@ import argparse
 import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import _bench
 import torch
-from bench_decode import DTYPES, fill, packed
-from torch.nn.functional import scaled_dot_product_attention
 
-from hf_kvquant import KVQuantConfig, QuantizedStates
-from hf_kvquant.backends import cpu
+from hf_kvquant import KVQuantConfig
+from hf_kvquant.measure import operator
+from hf_kvquant.measure.benchmark import DTYPES, Benchmark, integers, new_parser, take_threads
+from hf_kvquant.measure.checks import at_most, relative_error
 
 HEADS, KV_HEADS = 8, 2
 SPREADS = (0.1, 1.0, 3.0, 10.0)
@@ -43,22 +41,20 @@ LIMIT = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    runs = cpu.info()["available"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = operator.cpu_levels()
+    parser = new_parser(__doc__)
     parser.add_argument("--levels", default=f"{runs[0]},{runs[-1]}", help="of machine instructions; these run here: "
                         + ",".join(runs))  # fmt: skip
-    parser.add_argument("--lengths", default="129,1001,4097", help="cached tokens")
-    parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--lengths", type=integers, default="129,1001,4097", help="cached tokens")
+    parser.add_argument("--head-dims", type=integers, default="64,128")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args(argv)
     args.levels = args.levels.split(",")
-    args.lengths, args.head_dims = ([int(n) for n in words.split(",")] for words in (args.lengths, args.head_dims))
     if unknown := [level for level in args.levels if level not in runs]:
         parser.error(f"--levels: {unknown[0]!r} does not run here; expected some of {','.join(runs)}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    take_threads(args)
+    args.heads, args.kv_heads, args.backend_chosen = HEADS, KV_HEADS, "cpu"
+    args.configs = {name: replace(KVQuantConfig.preset(name), backend="cpu") for name in KVQuantConfig.preset_names()}
     return args
 
 
@@ -81,7 +77,7 @@ def samples(args: argparse.Namespace) -> Iterator[tuple[float, torch.Tensor, tor
 
 def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """`[1, KV_HEADS, HEADS / KV_HEADS, length]`."""
-    return packed(query, KV_HEADS) @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return operator.packed(query, KV_HEADS) @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
 
 
 def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -89,22 +85,16 @@ def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     return (scores(query.double(), key.double()).softmax(-1) @ value.double()).reshape(query.shape)
 
 
-def dequantized(states: QuantizedStates) -> torch.Tensor:
-    return replace(states, dtype=torch.float32).dequantize()
-
-
 def errors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, configs: dict[str, KVQuantConfig], levels: list[str]
 ) -> Iterator[tuple[str, str | None, float]]:
     """Name, level and error of the baseline and of every cache on every level."""
-    output = scaled_dot_product_attention(packed(query, KV_HEADS), key, value).reshape_as(query)
-    yield BASELINE, None, _bench.relative_error(output, exact(query, key, value))
+    yield BASELINE, None, relative_error(operator.sdpa(query, key, value), exact(query, key, value))
     for name, config in configs.items():
-        keys, values = fill(config, key, value, 1, 0)
-        expected = exact(query, dequantized(keys), dequantized(values))
+        states = operator.fill(config, key, value)
+        expected = exact(query, *map(operator.dequantized, states))
         for level in levels:
-            output, _ = cpu.decode_attention(query, keys, values, scaling=query.shape[-1] ** -0.5, isa=level)
-            yield name, level, _bench.relative_error(output, expected)
+            yield name, level, relative_error(operator.attention_on(level, query, *states), expected)
 
 
 def measure(args: argparse.Namespace, configs: dict[str, KVQuantConfig]) -> dict[tuple, list[tuple[float, float]]]:
@@ -137,33 +127,18 @@ def row(name: str, dtype: str, level: str | None, found: list[tuple[float, float
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    began = time.perf_counter()
-    configs = {name: replace(KVQuantConfig.preset(name), backend="cpu") for name in KVQuantConfig.preset_names()}
+    benchmark = Benchmark("error", argv, args, ("rows",))
     with torch.inference_mode():
-        rows = [row(*key, found) for key, found in measure(args, configs).items()]
+        rows = [row(*key, found) for key, found in measure(args, args.configs).items()]
     checks = []
     for r in rows:
-        if config := configs.get(r["name"]):
+        if config := args.configs.get(r["name"]):
             r["limit"] = max(LIMIT[r["dtype"]][side.format] for side in (config.keys, config.values))
             what = f"largest error with {r['dtype']} queries, {r['level']}"
-            checks.append(_bench.at_most(r["name"], what, r["largest"], r["limit"]))
-    if _bench.refused(checks):
+            checks.append(at_most(r["name"], what, r["largest"], r["limit"]))
+    if not benchmark.add({"rows": rows, "checks": checks}):
         return 1
-    result = _bench.document(
-        "error",
-        argv,
-        {k: v for k, v in vars(args).items() if k != "out"} | {"heads": HEADS, "kv_heads": KV_HEADS},
-        backend="cpu",
-        configs={name: config.to_dict() for name, config in configs.items()},
-        tolerance=LIMIT,
-        checks=checks,
-        rows=rows,
-        seconds=time.perf_counter() - began,
-    )
-    show(result)
-    if args.out:
-        _bench.write_json(args.out, result)
-    return 0
+    return benchmark.finish(show, tolerance=LIMIT)
 
 
 def show(result: dict) -> None:

@@ -6,9 +6,11 @@ eval/results/accuracy/README.md from it.
     python eval/compare.py --from runs/mine      # publish a finished run of `hf-kvquant eval`
     python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, for no table
     python eval/compare.py --readme              # only write the tables again
+    python eval/compare.py --variants --model MODEL --text FILE --to eval/results/presets
 
-All options but --from, --to and --readme are those of `hf-kvquant eval`, which does the work (see its --help). The
-JSON goes to eval/results/accuracy/<model>.json; it holds, for every cache:
+All other options are those of `hf-kvquant eval`, which does the work (see its --help). With --variants its caches are
+the presets and the int4 presets with one field changed: what each choice behind them costs. The JSON goes to
+eval/results/accuracy/<model>.json, or into the folder --to; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
     kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99
@@ -28,11 +30,13 @@ import itertools
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+from hf_kvquant import KVQuantConfig
 from hf_kvquant.cli import app
-from hf_kvquant.comparison import markdown_table
-from hf_kvquant.comparison.tables import three_digits
+from hf_kvquant.measure import markdown_table
+from hf_kvquant.measure.tables import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
@@ -47,7 +51,8 @@ _DIGITS = 6
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
-    parser.add_argument("--to", type=Path, help="folder for the JSON of --from; default: eval/results/accuracy")
+    parser.add_argument("--to", type=Path, help="folder for the JSON; default: eval/results/accuracy")
+    parser.add_argument("--variants", action="store_true", help="compare the presets with one field changed")
     parser.add_argument(
         "--readme", action="store_true", help="only write the tables of eval/results/accuracy/README.md"
     )
@@ -59,14 +64,42 @@ def main(argv: list[str] | None = None) -> None:
             publish(folder, args.to)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else Path(temporary)
+            if args.variants:
+                rest += ["--presets", ",".join(write_variants(Path(temporary)))]
+            folder = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else Path(temporary) / "run"
             try:
                 app(["eval", *rest, *([] if "--out" in rest else ["--out", str(folder)])])
             except SystemExit as done:
                 if done.code:
                     raise
-            publish(folder)
+            publish(folder, args.to)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), published()), encoding="utf-8")
+
+
+def variants() -> dict[str, KVQuantConfig]:
+    """Every preset, and the int4 presets with one field changed."""
+    int4, small = KVQuantConfig.preset("int4"), KVQuantConfig.preset("int4-small")
+    found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
+
+    def both(**fields) -> KVQuantConfig:
+        return replace(small, keys=replace(small.keys, **fields), values=replace(small.values, **fields))
+
+    for length in (16, 32, 64, 128):
+        found[f"int4-block-{length}"] = replace(int4, keys=replace(int4.keys, block_length=length))
+    for size in (16, 32, 64, None):
+        found[f"int4-value-group-{size or 'head'}"] = replace(int4, values=replace(int4.values, group_size=size))
+        found[f"int4-small-group-{size or 'head'}"] = both(group_size=size)
+    found["int4-plain-values"] = replace(int4, values=replace(int4.values, rotate=False))
+    found["int4-small-plain"] = both(rotate=False)
+    found |= {f"int4-sink-{n}": replace(int4, sink_length=n) for n in (0, 1, 4, 8)}
+    return found | {f"int4-recent-{n}": replace(int4, recent_length=n) for n in (0, 16, 32, 64, 128)}
+
+
+def write_variants(folder: Path) -> list[str]:
+    """`variants` as files in `folder`; their paths."""
+    for name, config in variants().items():
+        config.to_yaml(folder / f"{name}.yaml")
+    return [str(folder / f"{name}.yaml") for name in variants()]
 
 
 def publish(folder: Path, to: Path | None = None) -> Path:

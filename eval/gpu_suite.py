@@ -22,14 +22,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import _bench
-import _gpu_operator
-import _gpu_step
 import torch
-from _gpu import Deadline, DeviceLost, Gpu, Report
+
+from hf_kvquant.measure.checks import is_true
+from hf_kvquant.measure.facts import document, write_json
+from hf_kvquant.measure.gpu import operator, step
+from hf_kvquant.measure.gpu.clock import Gpu
+from hf_kvquant.measure.gpu.points import Deadline, DeviceLost, Plan, Report
+from hf_kvquant.measure.step import build_model
+from hf_kvquant.measure.tables import print_table
 
 RESULT = "gpu_suite.json"
 # Of a process that lost the device.
@@ -39,53 +43,27 @@ PATIENCE, GRACE = 150.0, 15.0
 MAX_PROCESSES = 12
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured. `max_bytes` bounds the memory of one point, `cache_bytes` the caches compared at equal memory;
-    `seconds` the whole suite, `seconds_per_point` the rounds of one group of timings."""
-
-    presets: tuple[str, ...] = ("int8", "fp8", "int4")
-    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 131072)
-    batches: tuple[int, ...] = (1, 8, 32)
-    q_per_kv: tuple[int, ...] = (1, 8, 4)
-    kv_heads: int = 8
-    head_dim: int = 128
-    other_head_dims: tuple[int, ...] = (64, 80, 96, 112, 192, 256)
-    prompts: tuple[int, ...] = (4096, 16384)
-    step_contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
-    layers: int = 32
-    hidden: int = 4096
-    intermediate: int = 14336
-    heads: int = 32
-    vocabulary: int = 128256
-    memory_context: int = 8192
-    max_bytes: int = 64 << 30
-    cache_bytes: int = 16 << 30
-    seconds: float = 460.0
-    seconds_per_point: float = 1.5
-
-
 def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
     """By name: the share of the time after which a section takes up nothing more, and the section."""
     found = {
-        "correctness": (0.35, _gpu_operator.correctness),
-        "attention": (0.6, _gpu_operator.attention),
-        "append": (0.65, _gpu_operator.append),
-        "prefill": (0.7, _gpu_operator.prefill),
+        "correctness": (0.35, operator.correctness),
+        "attention": (0.6, operator.attention),
+        "append": (0.65, operator.append),
+        "prefill": (0.7, operator.prefill),
     }
     models = []
 
     def with_model(section: Callable) -> Callable:
         def run(machine, plan, report, deadline):
             if not models:
-                models.append(_gpu_step.build_model(machine, plan))
+                models.append(build_model(plan.shape(machine), plan.longest))
             section(machine, plan, report, deadline, models[0])
 
         return run
 
-    found["step"] = (0.85, with_model(_gpu_step.step))
-    found["prefill_step"] = (0.9, with_model(_gpu_step.prefill_step))
-    found["throughput"] = (1.0, with_model(_gpu_step.throughput))
+    found["step"] = (0.85, with_model(step.step))
+    found["prefill_step"] = (0.9, with_model(step.prefill_step))
+    found["throughput"] = (1.0, with_model(step.throughput))
     return found
 
 
@@ -103,15 +81,15 @@ def run(
     """
     began = time.time() if began is None else began
     kept = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
-    document = _bench.document("gpu_suite", [], {"sections": names})
-    document["command"] = "python eval/gpu_suite.py" + (f" --sections {','.join(names)}" if names else "")
-    document |= {"gpu": machine.facts(), "plan": asdict(plan), "backend": machine.backend, "complete": False}
+    found = document("gpu_suite", [], {"sections": names})
+    found["command"] = "python eval/gpu_suite.py" + (f" --sections {','.join(names)}" if names else "")
+    found |= {"gpu": machine.facts(), "plan": asdict(plan), "backend": machine.backend, "complete": False}
 
     def save() -> None:
         seconds["all"] = time.time() - began
-        document.update(report.state(), goals=goals(report.rows), seconds=seconds)
+        found.update(report.state(), goals=goals(report.rows), seconds=seconds)
         if file is not None:
-            _bench.write_json(file, document)
+            write_json(file, found)
 
     seconds, report = kept.get("seconds", {}), Report(machine, save, kept)
     whole = sections(machine, plan)
@@ -128,9 +106,9 @@ def run(
             report.fault({"section": name}, name, error)
         gc.collect()
         seconds[name] = before + time.time() - start
-    document["complete"] = True
+    found["complete"] = True
     save()
-    return document
+    return found
 
 
 def goals(rows: dict[str, list[dict]]) -> list[dict]:
@@ -152,9 +130,9 @@ def goals(rows: dict[str, list[dict]]) -> list[dict]:
         mine = [row for row in long if row["name"] == name]
         goal(f"{name}: time over the best BF16 kernel", time_limit, [row["time_over_best_bf16"] for row in mine])
         goal(f"{name}: share of copy bandwidth", share, [row["share_of_copy_bandwidth"] for row in mine], True)
-        captured = f"{name}-static, captured"
+        captured = f"{name}-static-captured"
         steps = [row for row in rows.get("step", []) if row["name"] == captured and row["context"] >= 4096]
-        goal(f"{name}: decode step faster than dynamic", 1.0, [row["faster_than_dynamic"] for row in steps], True)
+        goal(f"{name}: decode step faster than dense", 1.0, [row["faster_than_dense"] for row in steps], True)
         prompts = [row for row in rows.get("prefill_step", []) if row["name"] == name and row["length"] >= 4096]
         goal(f"{name}: prefill overhead", 0.02, [row["overhead"] for row in prompts])
     return found
@@ -168,7 +146,7 @@ def show(result: dict) -> None:
         "attention": ["us", "gb_per_s", "share_of_copy_bandwidth", "time_over_best_bf16", "host_us"],
         "append": ["us_per_token", "host_us"],
         "prefill": ["us", "share_of_prefill_attention", "over_copy"],
-        "step": ["ms", "faster_than_dynamic"],
+        "step": ["ms", "faster_than_dense"],
         "prefill_step": ["ms", "overhead"],
         "throughput": ["ms", "tokens_per_s", "cache_gib"],
     }
@@ -180,7 +158,7 @@ def show(result: dict) -> None:
             [str(row.get("name", row.get("preset"))), *(_short(row.get(c)) for c in places + columns[section])]
             for row in rows
         ]
-        _bench.print_table(section, ["", *places, *columns[section]], table)
+        print_table(section, ["", *places, *columns[section]], table)
     for row in result["goals"]:
         print(f"{'met' if row['met'] else 'NOT MET'}: {row['goal']}: {row['worst']:.3g} (goal {row['limit']:g})")
     for row in result["skipped"]:
@@ -205,16 +183,16 @@ def watch(command: list[str], file: Path, seconds: float) -> dict | None:
     for _ in range(MAX_PROCESSES):
         points = len(_read(file).get("points", []))
         why = _watch_one(command, file, end + GRACE)
-        document = _read(file)
-        if document.get("complete"):
-            return document
-        if not document:
+        found = _read(file)
+        if found.get("complete"):
+            return found
+        if not found:
             return None
-        last = document["points"][-1] if document["points"] else {"section": "start"}
-        check = _bench.is_true(last.get("name", last.get("preset", last["section"])), f"the process {why}", False)
-        document["checks"].append({**last, **check})
-        _bench.write_json(file, document)
-        if time.time() > end or len(document["points"]) == points:
+        last = found["points"][-1] if found["points"] else {"section": "start"}
+        check = is_true(last.get("name", last.get("preset", last["section"])), f"the process {why}", False)
+        found["checks"].append({**last, **check})
+        write_json(file, found)
+        if time.time() > end or len(found["points"]) == points:
             break
     return _read(file)
 

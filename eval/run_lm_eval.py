@@ -4,8 +4,8 @@
     python eval/run_lm_eval.py --model meta-llama/Llama-3.1-8B --kv_config none int4 --tasks gsm8k --batch_size auto
     accelerate launch eval/run_lm_eval.py ...                                # requests shared out among processes
 
-Every format is one run of lm-eval with the model `hf-kvquant` (`hf_kvquant/lm_eval.py`), whose own result files land
-in a folder per format under --out; options that are not listed here go to lm-eval as they are (--log_samples,
+Every format is one run of lm-eval with the model `hf-kvquant` (`measure/lm_eval.py`), whose own result files land in a
+folder per format under --out; options that are not listed here go to lm-eval as they are (--log_samples,
 --num_fewshot, --apply_chat_template, ...). The tasks in eval/tasks need no hub, all others are lm-eval's own.
 
 How to read the table:
@@ -27,15 +27,13 @@ import json
 import os
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from hf_kvquant.cli.models import BUNDLED, bundled_model
-from hf_kvquant.lm_eval import DECODE_TAIL, MODEL_NAME, ROLLING_CONTEXT
-from hf_kvquant.lm_eval import main as lm_eval
+from hf_kvquant.measure.lm_eval import DECODE_TAIL, MODEL_NAME, ROLLING_CONTEXT
+from hf_kvquant.measure.lm_eval import main as lm_eval
+from hf_kvquant.measure.tables import BLIND, print_table
+from hf_kvquant.measure.tasks import read_tasks
+from hf_kvquant.measure.text import BUNDLED, bundled_model
 
 TASKS = Path(__file__).resolve().parent / "tasks"
-SHARE = "cache_read_share"
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -59,31 +57,21 @@ def newest_results(folder: Path) -> dict:
 
 def show(results: dict[str, dict]) -> None:
     """A row per task and metric, a column per format."""
-    table = Table(title=f"value ± stderr; {SHARE} says how much of a score saw the cache")
-    for header in ("task", "metric", *results):
-        table.add_column(header)
-    first = next(iter(results.values()))["results"]
-    shares = {
-        config: {task: m.get(f"{SHARE},none") for task, m in r["results"].items()} for config, r in results.items()
-    }
-    for task, metrics in first.items():
-        for key in metrics:
-            name, _, kind = key.partition(",")
-            if not kind or name.endswith("_stderr") or name == SHARE:
-                continue
-            cells = [cell(r["results"][task], name, kind) for r in results.values()]
-            table.add_row(task, name, *cells)
-        seen = [shares[config][task] for config in results]
-        if any(share is not None for share in seen):
-            table.add_row(
-                "", SHARE, *("" if s is None else f"{s:.2f}" if s else "does not see the cache" for s in seen)
-            )
-    Console().print(table)
+    found = {config: {(s["task"], s["metric"]): s for s in read_tasks(result)} for config, result in results.items()}
+    rows, first = [], next(iter(found.values()))
+    for task in dict.fromkeys(task for task, _ in first):
+        scores = [key for key in first if key[0] == task]
+        rows += [[*key, *(cell(of[key]) for of in found.values())] for key in scores]
+        shares = [of[scores[0]]["cache_read_share"] for of in found.values()]
+        if any(share is not None for share in shares):
+            seen = ["" if share is None else f"{share:.2f}" if share else BLIND for share in shares]
+            rows.append(["", "cache_read_share", *seen])
+    title = "value ± stderr; cache_read_share says how much of a score saw the cache"
+    print_table(title, ["task", "metric", *results], rows, left=range(len(results) + 2))
 
 
-def cell(metrics: dict, name: str, kind: str) -> str:
-    value, error = metrics[f"{name},{kind}"], metrics.get(f"{name}_stderr,{kind}")
-    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+def cell(score: dict) -> str:
+    return f"{score['value']:.4f}" + (f" ± {score['se']:.4f}" if score["se"] is not None else "")
 
 
 def main() -> None:

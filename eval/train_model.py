@@ -19,15 +19,22 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hf_kvquant.cli.source_text import SKIPPED_FOLDERS, is_held_out
+import numpy
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_kvquant.measure.facts import machine, versions, whole_file
+from hf_kvquant.measure.report.style import PRINT, new_figure
+from hf_kvquant.measure.text import SKIPPED_FOLDERS, is_held_out
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 PROMPTS = ("import os\n\n\ndef ", "class Stack:\n", 'def read_lines(path):\n    """', "for name in sorted(")
@@ -151,9 +158,6 @@ def synthetic_sequence(rng, tokenizer, length: int) -> list[int]:
 
 def train_tokenizer(texts: list[str], recipe: Recipe):
     """A byte-level BPE: any text comes back exactly, and nothing is added to it (no prefix space, no BOS)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -171,8 +175,6 @@ def train_tokenizer(texts: list[str], recipe: Recipe):
 
 def token_stream(texts: list[str], tokenizer):
     """All texts in one int64 array, each between BOS and EOS."""
-    import numpy
-
     return numpy.concatenate([[tokenizer.bos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]
                               for text in texts])  # fmt: skip
 
@@ -214,8 +216,6 @@ class Sequences:
 
 
 def build_model(recipe: Recipe, tokenizer):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
@@ -236,8 +236,6 @@ def build_model(recipe: Recipe, tokenizer):
 
 def build_optimizers(model, recipe: Recipe) -> list:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
-    import torch
-
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(
@@ -266,9 +264,6 @@ class Progress:
 
 def train(model, tokenizer, stream, held_out, recipe: Recipe, args) -> tuple[Progress, list[dict]]:
     """Train until the time budget is spent; returns where it ended and the loss curve (a point every 20 steps)."""
-    import torch
-    import torch.nn.functional as F
-    from tqdm import tqdm
 
     def loss_of(ids):
         with torch.autocast("cpu", torch.bfloat16):
@@ -332,12 +327,10 @@ def train(model, tokenizer, stream, held_out, recipe: Recipe, args) -> tuple[Pro
 
 
 def save_checkpoint(path: Path, model, optimizers, progress: Progress, curve: list[dict]) -> None:
-    import torch
-
     state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "progress": asdict(progress), "curve": curve}  # fmt: skip
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 # ---- measurement ---------------------------------------------------------------------------------------------------
@@ -345,9 +338,6 @@ def save_checkpoint(path: Path, model, optimizers, progress: Progress, curve: li
 
 def window_losses(model, stream, length: int):
     """Loss in nats of every token, [windows, length], over consecutive windows that start from an empty context."""
-    import torch
-    import torch.nn.functional as F
-
     windows = (len(stream) - 1) // length
     losses = []
     with torch.no_grad():
@@ -360,8 +350,6 @@ def window_losses(model, stream, length: int):
 
 def measure(model, tokenizer, train_stream, held_out, recipe: Recipe, seed: int) -> dict:
     """Held-out loss of the saved model: against the unigram baseline, by position, and on recall exercises."""
-    import numpy
-
     length = recipe.max_position_embeddings
     losses = window_losses(model, held_out, length)
     targets = held_out[1 : losses.numel() + 1]
@@ -393,9 +381,6 @@ def measure(model, tokenizer, train_stream, held_out, recipe: Recipe, seed: int)
 
 def lookup_accuracy(model, tokenizer, items: int, seed: int, tables: int = 40) -> float:
     """Share of dict lookups answered exactly by greedy decoding, over fresh tables of `items` four-digit values."""
-    import numpy
-    import torch
-
     right = 0
     for table_seed in range(tables):
         rng = numpy.random.default_rng([seed, items, table_seed, 2])
@@ -411,8 +396,6 @@ def lookup_accuracy(model, tokenizer, items: int, seed: int, tables: int = 40) -
 
 
 def write_samples(model, tokenizer, seed: int) -> list[dict]:
-    import torch
-
     samples = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -427,12 +410,8 @@ def write_samples(model, tokenizer, seed: int) -> list[dict]:
 
 def plot(curve: list[dict], measured: dict, path: Path) -> None:
     """Training and held-out loss over tokens, beside the held-out loss by position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(PRINT, (11, 4.2))
+    left, right = figure.subplots(1, 2)
     held_out = [point for point in curve if "held_out_loss" in point]
     left.plot([p["tokens"] / 1e6 for p in curve], [p["train_loss"] for p in curve], lw=0.8, label="training")
     left.plot([p["tokens"] / 1e6 for p in held_out], [p["held_out_loss"] for p in held_out], "o-", ms=4,
@@ -451,14 +430,6 @@ def plot(curve: list[dict], measured: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def machine() -> dict:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "architecture": platform.machine(), "cores": len(os.sched_getaffinity(0))}
-
-
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -472,12 +443,6 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "stdlib-nano.pt")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     args = parser.parse_args()
-
-    import numpy
-    import tokenizers
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe = Recipe()
     torch.manual_seed(args.seed)
@@ -508,8 +473,7 @@ def main() -> None:
         "command": f"python eval/train_model.py --minutes {args.minutes:g} --seed {args.seed}",
         "seed": args.seed,
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "versions": versions(["tokenizers"]),
         "recipe": asdict(recipe),
         "parameters": model.num_parameters(),
         "train": {"files": len(train_texts), "tokens": len(stream)},

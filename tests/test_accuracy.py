@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from hf_kvquant import KVQuantConfig
-from hf_kvquant.cli.models import BUNDLED, load_model
-from hf_kvquant.comparison import BLIND, PEERS
-from hf_kvquant.comparison.runner import fingerprint
+from hf_kvquant.cli.models import load_model
+from hf_kvquant.measure import BLIND, PEERS
+from hf_kvquant.measure.text import BUNDLED
+from hf_kvquant.saving import weights_sum
 
 ROOT = Path(__file__).parent.parent
 # Of the formats that must be near-lossless, in nats; and above zero, or the cache was not read.
@@ -27,7 +28,7 @@ def script(name: str):
     return module
 
 
-compare, perplexity = script("compare"), script("perplexity")
+compare = script("compare")
 RESULTS = {result["plan"]["model"]: result for result in compare.published()}
 README = compare.README.read_text(encoding="utf-8")
 
@@ -38,7 +39,7 @@ class TestPublished:
 
     def test_the_bundled_model_is_published_as_it_is_shipped(self):
         model, _ = load_model(BUNDLED, "float32", "cpu")
-        assert RESULTS[BUNDLED]["plan"]["weights"] == fingerprint(model), "its weights changed: run eval/compare.py"
+        assert RESULTS[BUNDLED]["plan"]["weights"] == weights_sum(model), "its weights changed: run eval/compare.py"
 
     @pytest.mark.parametrize("name", RESULTS)
     def test_every_cache_is_there_and_was_read(self, name):
@@ -114,19 +115,31 @@ class TestScripts:
         with pytest.raises(ValueError, match="README.md: expected the lines"):
             compare.with_tables("no markers", [])
 
-    def test_perplexity_as_decode_reads_it(self, capsys):
-        perplexity.main(ARGUMENTS)
-        printed = capsys.readouterr().out
-        assert "100.0%" in printed and BLIND not in printed
+    def test_variants_are_compared(self, tmp_path, monkeypatch):
+        """All of them are valid configs, and the comparison gets them by their names."""
+        called = []
+        monkeypatch.setattr(compare, "app", lambda arguments: called.append(arguments))
+        monkeypatch.setattr(compare, "publish", lambda *_: None)
+        monkeypatch.setattr(compare, "README", tmp_path / "README.md")
+        compare.README.write_text(README, encoding="utf-8")
+        compare.main(["--variants", "--documents", "2"])
+        names = called[0][called[0].index("--presets") + 1].split(",")
+        assert [Path(name).stem for name in names] == list(compare.variants())
+        assert {KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} < set(compare.variants().values())
 
-    def test_perplexity_in_one_pass_does_not_see_the_cache(self, capsys):
-        perplexity.main([*ARGUMENTS, "--one-pass"])
-        assert capsys.readouterr().out.count(BLIND) == 2
+    @pytest.mark.parametrize(("options", "share"), [([], "100.0%"), (["--one-pass"], "none read the cache")])
+    def test_perplexity_as_decode_reads_it_and_in_one_pass(self, tmp_path, capsys, monkeypatch, options, share):
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as done:
+            compare.app(["eval", *ARGUMENTS, *options, "--out", str(tmp_path)])
+        assert done.value.code == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert share in printed
+        assert printed.count(BLIND) == (2 if options else 0)
 
-    @pytest.mark.parametrize("module", [compare, perplexity], ids=["compare", "perplexity"])
-    def test_help_explains_the_numbers(self, module, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "argv", [module.__name__])
+    def test_help_explains_the_numbers(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["compare"])
         with pytest.raises(SystemExit):
-            module.main(["--help"])
+            compare.main(["--help"])
         printed = capsys.readouterr().out
         assert "KL divergence" in printed and "standard error" in printed

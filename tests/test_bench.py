@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from matplotlib.text import Text
 from transformers import DynamicCache, LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
-from hf_kvquant.report import style
+from hf_kvquant.backends import cpu
+from hf_kvquant.measure import caches, clock, facts, llama_cpp, operator, process_memory, step
+from hf_kvquant.measure.report import style
+from hf_kvquant.measure.weighing import tensor_bytes
 
 EVAL = Path(__file__).parents[1] / "eval"
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
@@ -134,9 +138,9 @@ def test_generate_result(tmp_path):
     result, text = run("bench_generate.py", GENERATE, tmp_path / "generate.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}
-    rivals = {"static", "hf-quanto-int4", "hf-hqq-int4", "hf-hqq-int8", "hf-fp8"}
+    rivals = {"dense-static", "quanto-int4", "hqq-int4", "hqq-int8", "transformers-fp8"}
     skipped = {row["name"]: row["reason"] for row in result["skipped"]}
-    assert set(rows) | set(skipped) == {"dynamic", "dynamic-float32", *rivals, *KVQuantConfig.preset_names()}
+    assert set(rows) | set(skipped) == {"dense", "dense-float32", *rivals, *KVQuantConfig.preset_names()}
     assert set(skipped) <= rivals
     assert not set(rows) & set(skipped)
     for name, why in skipped.items():
@@ -145,10 +149,10 @@ def test_generate_result(tmp_path):
     for row in rows.values():
         assert set(row["ms"]) == SUMMARY
         assert row["ms"]["n"] == 2
-        assert row["faster_than_dynamic"] == pytest.approx(rows["dynamic"]["ms"]["median"] / row["ms"]["median"])
+        assert row["faster_than_dense"] == pytest.approx(rows["dense"]["ms"]["median"] / row["ms"]["median"])
     # Two layers, keys and values, two heads.
-    assert rows["dynamic"]["cache_bytes"] == 2 * 2 * 2 * 70 * 32 * 2
-    assert rows["dynamic-float32"]["cache_bytes"] == 2 * rows["dynamic"]["cache_bytes"]
+    assert rows["dense"]["cache_bytes"] == 2 * 2 * 2 * 70 * 32 * 2
+    assert rows["dense-float32"]["cache_bytes"] == 2 * rows["dense"]["cache_bytes"]
     assert rows["int8-plain"]["cache_bytes"] == rows["int8-plain"]["memory_report"]["total"]
     done = {check["check"] for check in result["checks"] if check["name"] == "int4"}
     assert {"every step took the fused route", "memory_report counts every tensor", "logits are finite"} <= done
@@ -161,12 +165,12 @@ def test_generate_compiled(bench, tmp_path):
     assert bench("bench_generate").main(arguments) == 0
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["steps"]}
-    fixed = {"static", "int8-static", "int4-static"}
-    assert set(rows) == {"dynamic", "dynamic-float32", "int8", "int4", *fixed, *(f"{name}-compiled" for name in fixed)}
+    fixed = {"dense-static", "int8-static", "int4-static"}
+    assert set(rows) == {"dense", "dense-float32", "int8", "int4", *fixed, *(f"{name}-compiled" for name in fixed)}
     for name in fixed:
         assert rows[f"{name}-compiled"]["cache_bytes"] == rows[name]["cache_bytes"]
     # Two layers, keys and values, two rows of two heads.
-    assert rows["dynamic"]["cache_bytes"] == 2 * 2 * 2 * 2 * 70 * 32 * 2
+    assert rows["dense"]["cache_bytes"] == 2 * 2 * 2 * 2 * 70 * 32 * 2
     checks = {(check["name"], check["check"]) for check in result["checks"]}
     assert ("compiled", "graphs that were compiled while steps were timed") in checks
     assert ("int4-static-compiled", "every step took the fused route") in checks
@@ -178,81 +182,67 @@ def test_process_memory_grows_by_the_cache(bench):
     shape = ["--heads", "4", "--kv-heads", "4", "--head-dim", "64", "--layers", "2", "--threads", "1"]
     args = generate.parse(["--length", "8192", *shape, "--presets", "int8-plain"])
     cache_bytes = 2 * 2 * 4 * 8192 * 64 * 2
-    found = generate.measure_memory(args, 8192, ["dynamic", "dynamic-float32", "int8-plain"])
-    assert found["dynamic"]["cache_mb"] == pytest.approx(cache_bytes / 1e6, rel=0.25)
-    assert found["dynamic-float32"]["cache_mb"] == pytest.approx(2 * cache_bytes / 1e6, rel=0.25)
+    chosen = [c for c in generate.candidates(args) if c.name in ("dense", "dense-float32", "int8-plain")]
+    torch.set_num_threads(1)
+    found = process_memory.measure_memory(generate.shape_of(args), chosen, 8192, 18)
+    assert found["dense"]["cache_mb"] == pytest.approx(cache_bytes / 1e6, rel=0.25)
+    assert found["dense-float32"]["cache_mb"] == pytest.approx(2 * cache_bytes / 1e6, rel=0.25)
     # A step of DynamicCache copies keys of a layer before it drops the old ones.
-    assert found["dynamic"]["step_peak_mb"] >= found["dynamic"]["cache_mb"]
-    assert found["int8-plain"]["cache_mb"] < 0.8 * found["dynamic"]["cache_mb"]
+    assert found["dense"]["step_peak_mb"] >= found["dense"]["cache_mb"]
+    assert found["int8-plain"]["cache_mb"] < 0.8 * found["dense"]["cache_mb"]
 
 
-def test_error_refuses_wrong_attention(bench, monkeypatch, capsys, tmp_path):
-    error = bench("bench_error")
-    monkeypatch.setattr(error.cpu, "decode_attention", _wrong_output(error.cpu.decode_attention))
-    arguments = ["--lengths", "67", "--head-dims", "32", "--seeds", "1", "--out", str(tmp_path / "error.json")]
-    assert error.main(arguments) == 1
-    expect_refusal(capsys.readouterr().out, tmp_path / "error.json")
+@pytest.fixture
+def refuses(bench, capsys, tmp_path):
+    """Runs a benchmark that has to refuse: it says so and why, shows no figures and writes no file."""
+
+    def run(name: str, arguments: list[str], *said: str) -> None:
+        out = tmp_path / "result.json"
+        assert bench(name).main([*arguments, "--out", str(out)]) == 1
+        text = capsys.readouterr().out
+        assert all(what in text for what in ("REFUSED", *said)), text
+        assert "checks passed" not in text
+        assert " ms " not in text
+        assert not out.exists()
+
+    return run
 
 
-def expect_refusal(text: str, out: Path) -> None:
-    """It says so, shows no figures and writes no file."""
-    assert "REFUSED" in text
-    assert "checks passed" not in text
-    assert " ms " not in text
-    assert not out.exists()
+def changed(call, output=lambda x: x, logsumexp=lambda x: x, but=None):
+    """The operator with other results, but not on the backend `but`."""
 
-
-def _wrong_output(decode_attention):
-    def wrong(*args, **kwargs):
-        output, logsumexp = decode_attention(*args, **kwargs)
-        return output * 1.02, logsumexp
-
-    return wrong
-
-
-def _nan_output(decode_attention):
-    def wrong(*args, **kwargs):
-        output, logsumexp = decode_attention(*args, **kwargs)
-        return output * torch.nan, logsumexp
+    def wrong(query, keys, *args, **kwargs):
+        found = call(query, keys, *args, **kwargs)
+        return found if keys.backend == but else (output(found[0]), logsumexp(found[1]))
 
     return wrong
 
 
-def _wrong_logsumexp(decode_attention):
-    def wrong(*args, **kwargs):
-        output, logsumexp = decode_attention(*args, **kwargs)
-        return output, logsumexp + 0.1
+WRONG = {
+    "output": {"output": lambda x: x * 1.02},
+    "not a number": {"output": lambda x: x * torch.nan},
+    "log-sum-exp": {"logsumexp": lambda x: x + 0.1},
+}
 
-    return wrong
+
+def test_error_refuses_wrong_attention(refuses, monkeypatch):
+    monkeypatch.setattr(cpu, "decode_attention", changed(cpu.decode_attention, **WRONG["output"]))
+    refuses("bench_error", ["--lengths", "67", "--head-dims", "32", "--seeds", "1"])
 
 
-@pytest.mark.parametrize("wrong", [_wrong_output, _nan_output, _wrong_logsumexp])
-def test_decode_refuses_wrong_attention(bench, monkeypatch, capsys, tmp_path, wrong):
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_decode_refuses_wrong_attention(refuses, monkeypatch, wrong):
     """The reference is what every other backend is compared with: with another reference nothing fits."""
-    monkeypatch.setattr(reference, "decode_attention", wrong(reference.decode_attention))
-    out = tmp_path / "decode.json"
-    assert bench("bench_decode").main([*DECODE, "--presets", "int8", "--backend", "auto", "--out", str(out)]) == 1
-    expect_refusal(capsys.readouterr().out, out)
+    monkeypatch.setattr(reference, "decode_attention", changed(reference.decode_attention, **wrong))
+    refuses("bench_decode", [*DECODE, "--presets", "int8", "--backend", "auto"])
 
 
-def test_decode_refuses_wrong_operator(bench, monkeypatch, capsys, tmp_path):
-    decode = bench("bench_decode")
-    right = ops.decode_attention
-
-    def wrong(query, keys, values, *args, **kwargs):
-        output, logsumexp = right(query, keys, values, *args, **kwargs)
-        return (output if keys.backend == "reference" else output * 1.02), logsumexp
-
-    monkeypatch.setattr(ops, "decode_attention", wrong)
-    out = tmp_path / "decode.json"
-    assert decode.main([*DECODE, "--presets", "int4-small", "--out", str(out)]) == 1
-    text = capsys.readouterr().out
-    assert "attention against the reference" in text
-    expect_refusal(text, out)
+def test_decode_refuses_wrong_operator(refuses, monkeypatch):
+    monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"], but="reference"))
+    refuses("bench_decode", [*DECODE, "--presets", "int4-small"], "attention against the reference")
 
 
-def test_decode_refuses_wrong_bytes(bench, monkeypatch, capsys, tmp_path):
-    decode = bench("bench_decode")
+def test_decode_refuses_wrong_bytes(refuses, monkeypatch):
     right = ops.quantize_append
 
     def wrong(key, value, keys, values, *args, **kwargs):
@@ -261,107 +251,87 @@ def test_decode_refuses_wrong_bytes(bench, monkeypatch, capsys, tmp_path):
             values.data[0, 0, kwargs["start"], 0] ^= 1
 
     monkeypatch.setattr(ops, "quantize_append", wrong)
-    out = tmp_path / "decode.json"
-    assert decode.main([*DECODE, "--presets", "int8", "--out", str(out)]) == 1
-    text = capsys.readouterr().out
-    assert "appended values" in text
-    expect_refusal(text, out)
+    refuses("bench_decode", [*DECODE, "--presets", "int8"], "appended values")
 
 
-def test_generate_refuses_wrong_operator(bench, monkeypatch, capsys, tmp_path):
+def test_generate_refuses_wrong_operator(refuses, monkeypatch):
     """Off by 2 %: no more than int8 loses, so only the comparison with the de-quantized route can tell."""
-    monkeypatch.setattr(ops, "decode_attention", _wrong_output(ops.decode_attention))
-    out = tmp_path / "generate.json"
-    arguments = [*GENERATE, "--presets", "int8", "--out", str(out)]
-    assert bench("bench_generate").main(arguments) == 1
-    text = capsys.readouterr().out
-    assert "fused against the de-quantized" in text
-    expect_refusal(text, out)
+    monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"]))
+    refuses("bench_generate", [*GENERATE, "--presets", "int8"], "fused against the de-quantized")
 
 
-def test_generate_refuses_a_cache_that_is_not_read_fused(bench, monkeypatch, capsys, tmp_path):
-    generate = bench("bench_generate")
-    fill = generate.fill
+def test_generate_refuses_a_cache_that_is_not_read_fused(refuses, monkeypatch):
+    fill = step.fill
 
-    def unlearned(cache, *args, **kwargs):
-        fill(cache, *args, **kwargs)
+    def unlearned(*args, **kwargs):
+        cache = fill(*args, **kwargs)
         for layer in getattr(cache, "quantized_layers", []):
             layer.takes_states = False
+        return cache
 
-    monkeypatch.setattr(generate, "fill", unlearned)
-    out = tmp_path / "generate.json"
-    assert generate.main([*GENERATE, "--presets", "int8", "--out", str(out)]) == 1
-    text = capsys.readouterr().out
-    assert "fused route" in text
-    expect_refusal(text, out)
+    monkeypatch.setattr(step, "fill", unlearned)
+    refuses("bench_generate", [*GENERATE, "--presets", "int8"], "fused route")
 
 
 def test_generate_names_the_reason_of_a_rival_that_cannot_run(bench, monkeypatch):
-    import transformers
-
     def broken(backend, *args, **kwargs):
         raise ImportError(f"no {backend} in /some/where/site-packages/{backend}.py")
 
-    monkeypatch.setattr(transformers, "QuantizedCache", broken)
+    monkeypatch.setattr(caches.transformers, "QuantizedCache", broken)
     generate = bench("bench_generate")
     args = generate.parse([*GENERATE, "--presets", "int8"])
     found = generate.bench_length(args, 70)
     reasons = {row["name"]: row["reason"] for row in found["skipped"]}
-    assert reasons["hf-fp8"] == "ImportError: no fp8 in fp8.py"
-    assert {row["name"] for row in found["steps"]} == {"dynamic", "dynamic-float32", "static", "int8"}
+    assert reasons["transformers-fp8"] == "ImportError: no fp8 in fp8.py"
+    assert {row["name"] for row in found["steps"]} == {"dense", "dense-float32", "dense-static", "int8"}
 
 
-def test_tensor_bytes_counts_storages_once(bench):
+def test_tensor_bytes_counts_storages_once():
     """A view of a large storage keeps all of it alive; two views of it are one."""
-    generate = bench("bench_generate")
     cache = DynamicCache()
     whole = torch.zeros(2, 1, 1, 10, 16)
     cache.update(whole[0], whole[1], 0)
     cache.layers[0].keys, cache.layers[0].values = whole[0, :, :, :5], whole[1, :, :, :5]
-    assert generate.tensor_bytes(cache) == whole.nbytes
+    assert tensor_bytes(cache) == whole.nbytes
 
 
 @pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
-def test_tensor_bytes_of_ours_is_the_memory_report(bench, preset):
-    generate = bench("bench_generate")
+def test_tensor_bytes_of_ours_is_the_memory_report(preset):
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
     cache = QuantizedCache(config, preset)
     for layer_idx in range(2):
         cache.update(*torch.randn(2, 3, 2, 130, 32), layer_idx)
-    assert generate.tensor_bytes(cache) == cache.memory_report()["total"]
+    assert tensor_bytes(cache) == cache.memory_report()["total"]
 
 
-def test_bytes_read_of_the_channel_grid_with_windows(bench):
+def test_bytes_read_of_the_channel_grid_with_windows():
     """int4 preset at 130 tokens: keys 98 columns in two blocks (recent_length 32) and so on, counted by hand."""
-    decode = bench("bench_decode")
-    keys, values = decode.fill(KVQuantConfig.preset("int4"), *torch.randn(2, 1, 2, 130, 32).bfloat16(), 1, 0)
+    keys, values = operator.fill(KVQuantConfig.preset("int4"), *torch.randn(2, 1, 2, 130, 32).bfloat16(), 1, 0)
     exact = 32 * 32 * 2 + 4 * 32 * 2
-    assert decode.bytes_read(keys) == 2 * (98 * 16 + 2 * (32 + 32) * 2 + exact)
-    assert decode.bytes_read(values) == 2 * (98 * 16 + 98 * 2 + exact)
+    assert operator.bytes_read(keys) == 2 * (98 * 16 + 2 * (32 + 32) * 2 + exact)
+    assert operator.bytes_read(values) == 2 * (98 * 16 + 98 * 2 + exact)
 
 
-def test_command_and_reasons_carry_no_folders(bench):
-    _bench = bench("_bench")
+def test_command_and_reasons_carry_no_folders():
     argv = ["--lengths", "1,2", "--presets", "/somewhere/mine.yaml", "--out", "/tmp/x.json", "--rounds", "3"]
-    assert _bench.command("decode", argv) == (
+    assert facts.command("decode", argv) == (
         "python eval/bench_decode.py --lengths 1,2 --presets mine.yaml --rounds 3"
     )
-    assert _bench.command("decode", ["--out=/tmp/x.json"]) == "python eval/bench_decode.py"
-    assert _bench.without_paths("see https://a.b/c/d and kv_len/2") == "see https://a.b/c/d and kv_len/2"
+    assert facts.command("decode", ["--out=/tmp/x.json"]) == "python eval/bench_decode.py"
+    assert facts.without_paths("see https://a.b/c/d and kv_len/2") == "see https://a.b/c/d and kv_len/2"
 
 
-def test_rounds_are_interleaved_and_bounded(bench):
-    _bench = bench("_bench")
+def test_rounds_are_interleaved_and_bounded():
     calls = []
     tasks = {name: lambda name=name: calls.append(name) for name in "AB"}
-    samples = _bench.time_interleaved(tasks, rounds=5, seconds=60, before=lambda: calls.append("-"))
+    samples = clock.time_interleaved(tasks, rounds=5, seconds=60, before=lambda: calls.append("-"))
     rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
     # Each round has all, in an order of its own.
-    assert len(rounds) == 5 + _bench.WARM_UP_ROUNDS
+    assert len(rounds) == 5 + clock.WARM_UP_ROUNDS
     assert set(rounds) == {"-A-B", "-B-A"}
     assert {name: len(s) for name, s in samples.items()} == {"A": 5, "B": 5}
-    samples = _bench.time_interleaved(tasks, rounds=50, seconds=0, before=lambda: None)
-    assert {name: len(s) for name, s in samples.items()} == {"A": _bench.MIN_ROUNDS, "B": _bench.MIN_ROUNDS}
+    samples = clock.time_interleaved(tasks, rounds=50, seconds=0, before=lambda: None)
+    assert {name: len(s) for name, s in samples.items()} == {"A": clock.MIN_ROUNDS, "B": clock.MIN_ROUNDS}
 
 
 LLAMA_CPP = ["--lengths", "70", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--layers", "2"]
@@ -369,20 +339,20 @@ LLAMA_CPP += ["--hidden", "32", "--rounds", "2", "--presets", "int8-plain,int4-s
 
 
 @pytest.fixture
-def llama_cpp():
+def installed():
     """No dependency of the tests: it takes minutes to build."""
     pytest.importorskip("gguf", reason="gguf is not installed: see eval/bench_llama_cpp.py")
     return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: see eval/bench_llama_cpp.py")
 
 
 def test_llama_cpp_says_how_to_install_it(bench, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(llama_cpp, "MISSING", "No module named 'llama_cpp'")
     with pytest.raises(SystemExit):
         bench("bench_llama_cpp").main([])
     assert "pip install gguf" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.usefixtures("installed")
 def test_llama_cpp_result(tmp_path):
     result, text = run("bench_llama_cpp.py", LLAMA_CPP, tmp_path / "llama_cpp.json")
     check_common(result, text)
@@ -409,37 +379,23 @@ def test_llama_cpp_result(tmp_path):
     assert ("int4-small", "every step took the fused route") in done
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("omitted", ["rotate", "interleaved"])
-def test_llama_cpp_refuses_a_cache_that_holds_something_else(bench, monkeypatch, capsys, tmp_path, omitted):
-    benchmark = bench("bench_llama_cpp")
-    monkeypatch.setattr(benchmark, omitted, lambda x: x)
-    out = tmp_path / "llama_cpp.json"
-    assert benchmark.main([*LLAMA_CPP, "--threads", "1", "--out", str(out)]) == 1
-    text = capsys.readouterr().out
-    assert "logits near float32" in text
-    expect_refusal(text, out)
+def test_llama_cpp_refuses_a_cache_that_holds_something_else(refuses, monkeypatch, omitted):
+    monkeypatch.setattr(llama_cpp, omitted, lambda x: x)
+    refuses("bench_llama_cpp", [*LLAMA_CPP, "--threads", "1"], "logits near float32")
 
 
-@pytest.mark.usefixtures("llama_cpp")
-def test_llama_cpp_refuses_another_model(bench, monkeypatch, capsys, tmp_path):
-    benchmark = bench("bench_llama_cpp")
-    right = benchmark.loaded
+@pytest.mark.usefixtures("installed")
+def test_llama_cpp_refuses_another_model(refuses, monkeypatch):
+    right = llama_cpp.loaded
 
-    def wider(model, args):
-        args.hidden *= 2
-        try:
-            config = benchmark.model_config(args, 70)
-            return right(benchmark.build_model(config, args, torch.bfloat16), args)
-        finally:
-            args.hidden //= 2
+    def wider(model, shape):
+        shape = replace(shape, hidden=2 * shape.hidden, intermediate=2 * shape.intermediate)
+        return right(step.build_model(shape, 70), shape)
 
-    monkeypatch.setattr(benchmark, "loaded", wider)
-    out = tmp_path / "llama_cpp.json"
-    assert benchmark.main([*LLAMA_CPP, "--threads", "1", "--out", str(out)]) == 1
-    text = capsys.readouterr().out
-    assert "weights" in text
-    expect_refusal(text, out)
+    monkeypatch.setattr(llama_cpp, "loaded", wider)
+    refuses("bench_llama_cpp", [*LLAMA_CPP, "--threads", "1"], "weights")
 
 
 class TestPlots:
@@ -449,10 +405,10 @@ class TestPlots:
         return [text.get_text() for axes in figure.axes for text in axes.texts]
 
     def test_overview(self, bench):
-        overview = bench("plot_overview")
+        overview = bench("plot")
         common, rows = overview.read(overview.FILES)
         found = {(row["name"], row["length"]): row for row in rows}
-        labels = self.labels(overview.draw(common, rows))
+        labels = self.labels(overview.draw_overview(common, rows))
         last = max(row["length"] for row in rows)
         assert f"kvquant-int4 {found['int4', last]['ms']['median']:.3g} ms" in labels
         assert f"kvquant-int4 {found['int4', last]['cache_bytes'] / 1e6:.3g} MB" in labels
@@ -460,7 +416,7 @@ class TestPlots:
         assert len(labels) == 2 * len(overview.LINES) - 1
 
     def test_overview_of_two_machines(self, bench, tmp_path):
-        overview = bench("plot_overview")
+        overview = bench("plot")
         other = json.loads(overview.FILES[1].read_text(encoding="utf-8"))
         other["arguments"]["kv_heads"] = 4
         (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
@@ -468,10 +424,10 @@ class TestPlots:
             overview.read([overview.FILES[0], tmp_path / "other.json"])
 
     def test_decode(self, bench):
-        plot = bench("plot_decode")
+        plot = bench("plot")
         result = json.loads((EVAL / "results" / "bench_decode.json").read_text(encoding="utf-8"))
         rows = [row for row in result["decode"] if row["kv_heads"] == result["arguments"]["kv_heads"]]
-        labels = self.labels(plot.draw(rows, "title"))
+        labels = self.labels(plot.draw_decode(rows, "title"))
         assert len(labels) == len({row["name"] for row in rows}) + 1
         assert any(label.startswith("int4-small: ") for label in labels)
 

@@ -23,11 +23,12 @@ from typer.testing import CliRunner
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, ops
-from hf_kvquant.cli import app, demo, demo_report, evaluate, info, report
-from hf_kvquant.cli.demo_report import DENSE
-from hf_kvquant.cli.models import bundled_model
-from hf_kvquant.cli.running import NOISE_BOUND, Speed, run
-from hf_kvquant.cli.source_text import held_out_files, windows
+from hf_kvquant.cli import app, demo, evaluate, report
+from hf_kvquant.measure import facts as measured
+from hf_kvquant.measure.caches import DENSE
+from hf_kvquant.measure.generation import NOISE_BOUND, Speed, run
+from hf_kvquant.measure.text import bundled_model, held_out_files, windows
+from hf_kvquant.scoring import DENSE as NOT_QUANTIZED
 
 ROOT = Path(__file__).parent.parent
 PRESETS = KVQuantConfig.preset_names()
@@ -74,7 +75,7 @@ class TestInfo:
         assert facts["backends"]["cpu"]["chosen"] == ops.choose_backend("auto", "cpu", torch.float32)
         assert facts["versions"]["torch"] == torch.__version__
         assert facts["versions"]["python"].split(".") == [str(n) for n in sys.version_info[:3]]
-        assert facts["machine"]["torch_threads"] == torch.get_num_threads()
+        assert facts["machine"]["threads"] == torch.get_num_threads()
         assert (facts["machine"]["gpu"] == "none") == (not torch.cuda.is_available())
         assert list(facts["presets"]) == PRESETS
         for name, preset in facts["presets"].items():
@@ -115,7 +116,7 @@ class TestInfo:
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        assert info.openmp().startswith(said)
+        assert measured.openmp().startswith(said)
         assert said in " ".join(call("info", columns=250).stdout.split())
 
 
@@ -180,12 +181,12 @@ def continuation(folder: Path, cache: str | None, new_tokens: int, prompt: str =
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("preset", [*PRESETS, DENSE])
+    @pytest.mark.parametrize("preset", [*PRESETS, NOT_QUANTIZED])
     def test_text_bytes_and_routes(self, folder, preset):
         result = call("generate", folder, PROMPT, "--preset", preset, "--max-new-tokens", 40)
-        text, cache = continuation(folder, None if preset == DENSE else f"kvquant-{preset}", 40)
+        text, cache = continuation(folder, None if preset == NOT_QUANTIZED else f"kvquant-{preset}", 40)
         assert result.stdout.strip() == text.strip()
-        if preset == DENSE:
+        if preset == NOT_QUANTIZED:
             nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             assert f"{nbytes:,}, 1.000 of a dense cache" in result.stderr
             assert "routes" not in result.stderr
@@ -214,7 +215,9 @@ class TestGenerate:
         assert texts[0] == texts[1] != texts[2]
 
     def test_dtype(self, folder):
-        result = call("generate", folder, PROMPT, "--preset", DENSE, "--dtype", "float16", "--max-new-tokens", 2)
+        result = call(
+            "generate", folder, PROMPT, "--preset", NOT_QUANTIZED, "--dtype", "float16", "--max-new-tokens", 2
+        )
         tokens = len(PROMPT) + 1
         assert f"({LAYERS * 2 * tokens * 32 * 2:,} in float16)" in result.stderr
 
@@ -300,8 +303,8 @@ def finished(folder, tmp_path_factory):
     arguments = "--positions", 250, "--new-tokens", 20, "--prompt-tokens", 100
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        show = demo_report.show
-        patch.setattr(demo_report, "show", lambda *given: (shown.append(given[:2]), show(*given)))
+        show = demo.show
+        patch.setattr(demo, "show", lambda *given: (shown.append(given[:2]), show(*given)))
         result = call("demo", "--model", folder, "--out", out, *arguments, columns=80)
     return result.stdout, json.loads((out / "demo.json").read_text()), out, shown[0]
 
@@ -311,7 +314,7 @@ class TestDemo:
         text, figures, *_ = finished
         table = text[text.index("Every cache") :].splitlines()
         for name, cache in figures["caches"].items():
-            row = next(line.split() for line in table if line.split()[:1] == ["dense" if name == DENSE else name])
+            row = next(line.split() for line in table if line.split()[:1] == [name])
             expected = [
                 f"{cache['bits_at_long_context']:g}",
                 f"{cache['memory']['total'] / 1e3:,.0f}",
@@ -396,7 +399,7 @@ class TestDemo:
         slow = {name: Speed([20.0, 7.0, 101.0, 21.0, 99.0]) for name in ("int8",)}
         calm = {name: Speed([100.0, 98.0, 101.0, 99.0, 40.0]) for name in report.decode}
         console = Console(width=80, record=True, file=io.StringIO())
-        demo_report.show(replace(report, prefill=calm, decode=calm | slow), tokenizer, console)
+        demo.show(replace(report, prefill=calm, decode=calm | slow), tokenizer, console)
         text = console.export_text()
         table = text[text.index("Every cache") :].splitlines()
         rows = {line.split()[0]: line.split() for line in table if line.split()[:1] and len(line.split()) >= 9}
@@ -406,7 +409,7 @@ class TestDemo:
         figures = replace(report, prefill=calm, decode=calm | slow).figures()
         assert figures["caches"]["int8"]["decode_tokens_per_second"] is None
         assert figures["caches"]["int8"]["decode_rounds"] == [20.0, 7.0, 101.0, 21.0, 99.0]
-        demo_report.plot(figures, tmp_path / "noisy.png")
+        demo.plot(figures, tmp_path / "noisy.png")
         assert (tmp_path / "noisy.png").stat().st_size > 10_000
 
     def test_speed(self):
@@ -451,7 +454,7 @@ class TestDemo:
             assert (part[..., :3] < 0.9).any(-1).float().mean() > 0.02
 
     def test_without_matplotlib_there_is_no_plot_and_it_says_so(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(demo_report, "find_spec", lambda name: None)
+        monkeypatch.setattr(demo, "find_spec", lambda name: None)
         arguments = "--positions", 8, "--new-tokens", 2, "--prompt-tokens", 8
         result = call("demo", "--model", folder, "--out", tmp_path, *arguments)
         assert "matplotlib is not installed" in result.stdout

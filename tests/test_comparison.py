@@ -13,27 +13,26 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedTensor, QuantSpec, quantize, score_by_decoding
-from hf_kvquant.comparison import (
+from hf_kvquant.measure import (
     BLIND,
     Peer,
     Preset,
     Settings,
+    caches,
     compare,
     markdown_table,
-    methods,
     metrics,
     notes,
-    peer_caches,
     peers,
     presets,
     read_tasks,
     rich_table,
     task_table,
 )
-from hf_kvquant.comparison.layer_errors import layer_errors
-from hf_kvquant.comparison.methods import Dense
-from hf_kvquant.comparison.tables import rows, three_digits, with_error
-from hf_kvquant.comparison.weighing import LONG, bytes_per_element, bytes_per_element_long, held_bytes
+from hf_kvquant.measure.caches import Dense
+from hf_kvquant.measure.layer_errors import layer_errors
+from hf_kvquant.measure.tables import rows, three_digits, with_error
+from hf_kvquant.measure.weighing import LONG, bytes_per_element, bytes_per_element_long, held_bytes
 
 LENGTH, CONTEXT, LAYERS, HEAD_DIM = 90, 40, 2, 32
 SETTINGS = Settings(context=CONTEXT, greedy_tokens=12)
@@ -231,7 +230,7 @@ class StepwiseDense(Peer):
     def settings(self):
         return {}
 
-    def empty_cache(self, config, max_length):
+    def build(self, config, max_length):
         return DynamicCache(config=config)
 
 
@@ -249,14 +248,14 @@ class TestPeers:
         def missing(**options):
             raise ImportError("You need to install a package.\nSecond line.")
 
-        monkeypatch.setattr(peer_caches.transformers, "QuantizedCache", missing)
+        monkeypatch.setattr(caches.transformers, "QuantizedCache", missing)
         result = run(model, documents, *peers())
         assert result["skipped"] == {peer.name: "ImportError: You need to install a package." for peer in peers()}
         assert list(result["caches"]) == ["dense"]
         assert "quanto-int2 was left out: ImportError: You need to install" in " ".join(notes(result))
 
     def test_a_preset_that_fails_is_an_error(self, model, documents, monkeypatch):
-        monkeypatch.setattr(methods, "score", lambda *_, **__: pytest.fail("broken"))
+        monkeypatch.setattr(caches, "score", lambda *_, **__: pytest.fail("broken"))
         with pytest.raises(pytest.fail.Exception, match="broken"):
             run(model, documents, *presets(["int8"]))
 
@@ -291,11 +290,11 @@ class TestBytes:
         ("preset", "expected"), [("int8-plain", 1 + 2 / 32), ("fp8", 1 + 2 / 32), ("int4-small", 0.5 + 2 / 32)]
     )
     def test_token_grids_by_hand(self, model, preset, expected):
-        method = presets([preset])[0]
+        candidate = presets([preset])[0]
         # Two counters of faults per layer, whatever the length.
         counters = 2 * 8 * LAYERS / (2 * LAYERS * HEAD_DIM)
-        assert bytes_per_element(model, method, LENGTH - 1, LENGTH) == pytest.approx(expected + counters / LENGTH)
-        assert bytes_per_element_long(model, method) == pytest.approx(expected, rel=1e-3)
+        assert bytes_per_element(model, candidate, LENGTH - 1, LENGTH) == pytest.approx(expected + counters / LENGTH)
+        assert bytes_per_element_long(model, candidate) == pytest.approx(expected, rel=1e-3)
 
     def test_dense_ones(self, model):
         assert bytes_per_element(model, Dense(), CONTEXT, LENGTH) == 4.0
@@ -311,9 +310,8 @@ class TestBytes:
             cache.update(torch.randn(1, 1, 70, HEAD_DIM), torch.randn(1, 1, 70, HEAD_DIM), layer_idx)
         walked = 0
         for layer in cache.layers:
-            parts = [layer._keys, layer._values, layer]
-            tensors = [t for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor)]
-            walked += sum(t.untyped_storage().nbytes() for t in tensors)
+            held = [*layer._keys.stored, *layer._values.stored, *vars(layer).values()]
+            walked += sum(t.untyped_storage().nbytes() for t in held if isinstance(t, torch.Tensor))
         assert held_bytes(cache) == walked == cache.memory_report()["total"]
 
     def test_the_walk_counts_a_storage_once(self):
@@ -339,10 +337,10 @@ class Counting(Preset):
 
 
 def counting(dies_at=None) -> Counting:
-    method = Counting("int4", INT4)
-    object.__setattr__(method, "calls", [])
-    object.__setattr__(method, "dies_at", dies_at)
-    return method
+    candidate = Counting("int4", INT4)
+    candidate.calls = []
+    candidate.dies_at = dies_at
+    return candidate
 
 
 class TestResuming:
@@ -421,7 +419,7 @@ class TestPresets:
     def test_names_files_and_fp16(self, tmp_path):
         INT4.to_yaml(tmp_path / "mine.yaml")
         found = presets(["fp16", " int8", str(tmp_path / "mine.yaml")])
-        assert [method.name for method in found] == ["fp16", "int8", "mine"]
+        assert [candidate.name for candidate in found] == ["fp16", "int8", "mine"]
         assert found[2].config == INT4
 
     @pytest.mark.parametrize(

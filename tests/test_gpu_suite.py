@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_kvquant import KVQuantConfig, ops
+from hf_kvquant.measure.caches import grids
+from hf_kvquant.measure.gpu import clock, operator, points, step
+from hf_kvquant.measure.step import build_model
 
 EVAL = Path(__file__).parents[1] / "eval"
 
 
 class StandIn:
-    """What `_gpu.Gpu` is to the suite, on the processor; `graphed` counts what was captured."""
+    """What `gpu.clock.Gpu` is to the suite, on the processor; `graphed` counts what was captured."""
 
     backend = "cpu"
     device = torch.device("cpu")
@@ -55,13 +59,10 @@ class StandIn:
 
 @pytest.fixture
 def suite(monkeypatch):
-    """The suite's modules, imported as a script would import them, with few host calls."""
+    """The suite, imported as a script would be, with few host calls."""
     monkeypatch.syspath_prepend(str(EVAL))
-    for name in ("gpu_suite", "_gpu", "_gpu_operator", "_gpu_step", "bench_decode"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    module = __import__("gpu_suite")
-    monkeypatch.setattr(sys.modules["_gpu"], "HOST_CALLS", 2)
-    return module
+    monkeypatch.setattr(clock, "HOST_CALLS", 2)
+    return __import__("gpu_suite")
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_the_result(suite, tiny, tmp_path, capsys):
 
     rows = result["rows"]
     # Every format and grid in both dtypes with every case, presets at the other head_dim.
-    variants = len(sys.modules["bench_decode"].variants())
+    variants = len(grids())
     assert len(rows["correctness"]) == 2 * variants + len(KVQuantConfig.preset_names())
     assert {row["head_dim"] for row in rows["correctness"]} == {32, 48}
     assert all(row["largest_error"] < 0.004 for row in rows["correctness"])
@@ -126,11 +127,11 @@ def test_the_result(suite, tiny, tmp_path, capsys):
 
     assert {row["name"] for row in rows["append"]} == {"static cache", *tiny.presets}
     assert {row["name"] for row in rows["prefill"]} == {"prefill attention", "copy of K and V", *tiny.presets}
-    captured = {f"{name}-static, captured" for name in tiny.presets}
-    assert {row["name"] for row in rows["step"]} >= {"dynamic", "static, captured", *tiny.presets, *captured}
-    assert {row["name"] for row in rows["prefill_step"]} == {"dynamic", *tiny.presets}
+    captured = {f"{name}-static-captured" for name in tiny.presets}
+    assert {row["name"] for row in rows["step"]} >= {"dense", "dense-static-captured", *tiny.presets, *captured}
+    assert {row["name"] for row in rows["prefill_step"]} == {"dense", *tiny.presets}
     largest = {row["name"]: row["batch"] for row in rows["throughput"]}
-    assert largest["fp8-static, captured"] > largest["static, captured"]
+    assert largest["fp8-static-captured"] > largest["dense-static-captured"]
     for row in rows["throughput"]:
         assert row["cache_gib"] * 2**30 <= tiny.cache_bytes
         assert row["batch"] <= row["largest_batch"]
@@ -219,7 +220,7 @@ def test_a_step_that_reads_wrong_keys_has_no_figures(suite, tiny, tmp_path, monk
     monkeypatch.setattr(ops, "decode_attention", wrong)
     result = run(suite, tiny, tmp_path, "--sections", "step", code=1)
     assert ("step", "logits near DynamicCache") in failures(result)
-    assert "dynamic" in {row["name"] for row in result["rows"]["step"]}
+    assert "dense" in {row["name"] for row in result["rows"]["step"]}
     assert not {row["name"] for row in result["rows"]["step"]} & set(tiny.presets)
 
 
@@ -254,16 +255,17 @@ def test_an_error_ends_its_candidate_alone(suite, tiny, tmp_path, monkeypatch):
 WORKER = """
 import os, sys
 sys.path[:0] = [{eval!r}, {tests!r}]
-import gpu_suite, _gpu, _gpu_operator, test_gpu_suite
-_gpu.HOST_CALLS = 2
-point = _gpu_operator._attention_point
+import gpu_suite, test_gpu_suite
+from hf_kvquant.measure.gpu import clock, operator
+clock.HOST_CALLS = 2
+point = operator._attention_point
 
 def dies(machine, plan, report, facts, where):
     if where == dict(batch=1, context=200):
         os._exit(5)
     point(machine, plan, report, facts, where)
 
-_gpu_operator._attention_point = dies
+operator._attention_point = dies
 plan = gpu_suite.Plan(presets=("fp8",), contexts=(130, 200), batches=(1, 2), q_per_kv=(1,), kv_heads=2, head_dim=32,
                       seconds_per_point=0.01)
 sys.exit(gpu_suite.main(sys.argv[1:], test_gpu_suite.StandIn(), plan))
@@ -286,7 +288,7 @@ def test_a_process_that_ends_is_followed_by_another(suite, tmp_path, capsys):
 
 def test_a_process_that_lost_the_device_ends(suite, tiny, tmp_path, monkeypatch):
     """With what it has, and the next one leaves out the point at which that happened."""
-    operator, machine, calls = sys.modules["_gpu_operator"], StandIn(), []
+    machine, calls = StandIn(), []
 
     def lost(*_):
         calls.append(1)
@@ -337,21 +339,20 @@ def test_a_process_that_hangs_is_ended(suite, tmp_path, monkeypatch):
 
 def test_large_batches_are_compared_with_a_dense_cache_of_a_few(suite, tiny, monkeypatch):
     """A dense cache of the batch that only int4 has room for would not fit beside the model."""
-    step = sys.modules["_gpu_step"]
     monkeypatch.setattr(step, "CHECKED_ROWS", 2)
-    machine, report = StandIn(), sys.modules["_gpu"].Report()
-    model, seen, update = step.build_model(machine, tiny), [], step.DynamicCache.update
+    machine, report = StandIn(), points.Report()
+    model, seen, update = build_model(tiny.shape(machine), tiny.longest), [], DynamicCache.update
 
     def note(cache, key_states, *args, **options):
         seen.append((type(cache), key_states.shape[0]))
         return update(cache, key_states, *args, **options)
 
-    monkeypatch.setattr(step.DynamicCache, "update", note)
-    candidate = next(c for c in step.candidates(machine, tiny) if c.name == "fp8-static, captured")
+    monkeypatch.setattr(DynamicCache, "update", note)
+    candidate = next(c for c in step.candidates(machine, tiny) if c.name == "fp8-static-captured")
     where = {"batch": 5, "context": 130}
     with torch.no_grad():
         step._throughput_point(machine, model, tiny, report, where, candidate, 1000)
-    assert {batch for cache, batch in seen if cache is step.DynamicCache} == {2}
+    assert {batch for cache, batch in seen if cache is DynamicCache} == {2}
     assert [row["batch"] for row in report.rows["throughput"]] == [5]
     assert all(check["passed"] for check in report.checks)
 
@@ -389,8 +390,8 @@ def test_goals_are_judged_by_their_worst_row(suite):
 def test_static_caches_are_captured(suite, tiny, tmp_path):
     machine = StandIn()
     assert suite.main(["--out", str(tmp_path), "--sections", "step"], machine, tiny) == 0
-    step = sys.modules["_gpu_step"]
-    assert machine.captured == sum(c.captured for c in step.candidates(machine, tiny)) == 1 + len(tiny.presets)
+    candidates = step.candidates(machine, tiny)
+    assert machine.captured == sum(c.steps == "captured" for c in candidates) == 1 + len(tiny.presets)
 
 
 def test_an_unknown_section_is_named(suite, tmp_path, capsys):

@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, score_by_decoding, scoring
 from hf_kvquant.cli import app
-from hf_kvquant.lm_eval import KVQuantLM, main, simple_evaluate
+from hf_kvquant.measure import lm_eval
+from hf_kvquant.measure.lm_eval import KVQuantLM, main, simple_evaluate
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "eval" / "tasks"
@@ -189,9 +190,11 @@ class TestLoglikelihood:
     def test_one_token_answers_of_a_context_share_one_pass(self, monkeypatch):
         lm = load(batch_size=8)
         rows = []
-        real = hf_kvquant.lm_eval.score_chunks
+        real = lm_eval.score_chunks
         monkeypatch.setattr(
-            hf_kvquant.lm_eval, "score_chunks", lambda m, ids, *a, **k: rows.append(len(ids)) or real(m, ids, *a, **k)
+            lm_eval,
+            "score_chunks",
+            lambda m, ids, *a, **k: rows.append(len(ids)) or real(m, ids, *a, **k),
         )
         lm.loglikelihood(instances([(CONTEXT, ANSWER), (CONTEXT, OTHER_ANSWER), (CONTEXT[6:], ANSWER)]), True)
         assert rows == [2]
@@ -338,7 +341,7 @@ class TestBatchSizeAuto:
 
     def test_is_found_on_the_quantized_path(self, monkeypatch):
         lm, lengths = load(batch_size="auto", max_batch_size=4), []
-        real = hf_kvquant.lm_eval.score
+        real = lm_eval.score
 
         def out_of_memory_at_four(model, ids, *args):
             lengths.append(tuple(ids.shape))
@@ -346,7 +349,7 @@ class TestBatchSizeAuto:
                 raise RuntimeError("CUDA out of memory.")
             return real(model, ids, *args)
 
-        monkeypatch.setattr(hf_kvquant.lm_eval, "score", out_of_memory_at_four)
+        monkeypatch.setattr(lm_eval, "score", out_of_memory_at_four)
         lm.loglikelihood(instances(PAIRS), True)
         assert lengths[0] == (4, MAX_LENGTH)
         assert lm.batch_sizes == {0: 2}
@@ -458,7 +461,7 @@ class TestCommandLine:
         # With --cpu accelerate would start one process only, unless MPI is there.
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-                  "-m", "hf_kvquant.lm_eval"]  # fmt: skip
+                  "-m", "hf_kvquant.measure.lm_eval"]  # fmt: skip
         run = subprocess.run(
             [sys.executable, *launch, *self.command(tmp_path, self.TASKS)],
             cwd=tmp_path, env=process_environment() | {"ACCELERATE_USE_CPU": "1"},

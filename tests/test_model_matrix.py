@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from hf_kvquant.measure import families as checks
+from hf_kvquant.measure import tiny_models
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"
 # One of each status and kind of layer.
@@ -64,7 +67,7 @@ def test_a_sample_is_as_published(name, measured, results):
 def test_every_family_is_there(matrix, results):
     if results["versions"]["transformers"] != transformers.__version__:
         pytest.skip(f"the results are of transformers {results['versions']['transformers']}")
-    assert list(results["families"]) == list(matrix.families())
+    assert list(results["families"]) == list(tiny_models.families())
 
 
 @pytest.mark.parametrize(
@@ -85,11 +88,11 @@ def test_results_keep_their_promises(matrix, results):
     acting = {name: f for name, f in results["families"].items() if f["status"] in ACTS}
     assert sum(f["status"] == "fused" for f in acting.values()) >= 180
     for name, found in acting.items():
-        assert max(found["exact"].values()) <= matrix.EXACT_LIMIT, name
-        assert set(found["presets"]) == set(matrix.PRESETS), name
+        assert max(found["exact"].values()) <= checks.EXACT_LIMIT, name
+        assert set(found["presets"]) == set(checks.PRESETS), name
         for preset, figures in found["presets"].items():
-            assert figures["fused"] <= matrix.FUSED_LIMIT, (name, preset)
-            assert figures["distance"] <= matrix.DISTANCE_LIMIT[preset], (name, preset)
+            assert figures["fused"] <= checks.FUSED_LIMIT, (name, preset)
+            assert figures["distance"] <= checks.DISTANCE_LIMIT[preset], (name, preset)
             fused = figures["routes"].get("decode_fused", 0)
             assert (fused > 0) == (found["status"] != "de-quantized"), (name, preset)
             if found["status"] == "fused":
@@ -122,11 +125,11 @@ def test_a_wrong_operator_fails_the_matrix(matrix, monkeypatch):
         ops, "decode_attention",
         lambda *args, scaling, **kwargs: original(*args, scaling=scaling * 1.01, **kwargs),
     )  # fmt: skip
-    subject, compared = matrix.Subject(matrix.families()["LlamaForCausalLM"]), matrix.Compared()
+    subject, compared = checks.Subject(tiny_models.families()["LlamaForCausalLM"]), checks.Compared()
     with torch.no_grad(), context(subject.model, compared, name="kvquant-compared"):
         cache = hf_kvquant.QuantizedCache(subject.model.config, "int8")
         ids = subject.inputs["input_ids"]
         subject.model(ids, past_key_values=cache)
         subject.model(ids[:, :1], past_key_values=cache)
     assert compared.calls == 2
-    assert compared.largest > matrix.FUSED_LIMIT
+    assert compared.largest > checks.FUSED_LIMIT

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_kvquant.comparison import BLIND, Settings, compare, presets
-from hf_kvquant.comparison.tables import rows
-from hf_kvquant.report import PAGE, plots, style, write
+from hf_kvquant.measure import BLIND, Settings, compare, presets
+from hf_kvquant.measure.report import PAGE, plots, style, write
+from hf_kvquant.measure.tables import rows
 
 TASKS = [{"model": "nano", "cache": "int4", "task": "mmlu", "metric": "acc", "value": 0.25, "se": 0.02,
           "cache_read_share": 0.0}]  # fmt: skip

@@ -20,7 +20,7 @@ pytest.importorskip("datasets")
 
 from lm_eval.tasks import TaskManager
 
-from hf_kvquant.cli.source_text import held_out_files
+from hf_kvquant.measure.text import held_out_files
 
 TASKS = Path(__file__).parent.parent / "eval" / "tasks"
 MODEL = str(files("hf_kvquant") / "models" / "stdlib-nano")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 import datasets
 
-from hf_kvquant.cli.source_text import held_out_files
+from hf_kvquant.measure.text import held_out_files
 
 COUNT = 100
 DEPTHS = (10, 50, 90)

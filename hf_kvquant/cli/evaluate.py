@@ -5,7 +5,6 @@ Without any option: the bundled model on source text that it was not trained on.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +13,16 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from ..comparison import Settings, compare, notes, peers, presets, read_tasks, rich_table, task_table
-from ..comparison.store import RESULT, write_json
-from ..comparison.tables import columns
 from ..config import KVQuantConfig
-from .info import HEAD_DIM, machine, versions
-from .models import BUNDLED, Device, Dtype, load_model
-from .source_text import file_windows, windows
+from ..measure import Settings, compare, notes, peers, presets, read_tasks, rich_table, task_table
+from ..measure.facts import PEER_PACKAGES, machine, read_json, versions, write_json
+from ..measure.store import RESULT
+from ..measure.tables import columns
+from ..measure.text import BUNDLED, file_windows, windows
+from .info import HEAD_DIM
+from .models import Device, Dtype, load_model
 
 STANDARD_LIBRARY = "held-out source of Python's standard library"
-_PEER_PACKAGES = ("optimum-quanto", "hqq")
 
 
 def evaluate(
@@ -46,6 +45,14 @@ def evaluate(
     window: Annotated[int, typer.Option(min=3, help="Tokens of a piece.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Of a piece, tokens that are prefilled; others decode.")] = 128,
     greedy_tokens: Annotated[int, typer.Option(min=0, help="Length of the greedy texts that are compared.")] = 64,
+    one_pass: Annotated[
+        bool,
+        typer.Option(
+            "--one-pass",
+            help="Prefill whole pieces, the usual way to measure perplexity: no logit reads the cache, so every "
+            "format looks perfect, and the table says so.",
+        ),
+    ] = False,
     dtype: Annotated[
         Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
     ] = Dtype.float32,
@@ -60,6 +67,8 @@ def evaluate(
     """Compare caches with the dense one: perplexity, KL divergence, agreement, text, bytes."""
     console = Console()
     settings = Settings(context=context, greedy_tokens=greedy_tokens)
+    if one_pass:
+        settings = Settings(context=window, first_scored=1, greedy_tokens=0)
     try:
         methods = [
             *presets(default_presets() if preset_names is None else preset_names.split(",")),
@@ -71,7 +80,7 @@ def evaluate(
     lm, tokenizer = load_model(model, dtype.value, device.value)
     try:
         ids, source = read_documents(tokenizer, text, documents, window)
-        facts = {"model": model_name(model), "text": source, "versions": all_versions(), "machine": machine()}
+        facts = {"model": model_name(model), "text": source, "versions": versions(PEER_PACKAGES), "machine": machine()}
         result = compare(lm, ids, methods, settings, facts, folder=out)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -104,19 +113,6 @@ def read_documents(
 def model_name(model: str) -> str:
     """How results name a model: a folder by its own name, a hub id as it is."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def all_versions() -> dict[str, str]:
-    """Of everything that a figure depends on."""
-    return versions(_PEER_PACKAGES)
-
-
-def read_json(file: Path) -> dict:
-    """Raises `ValueError`: the file is not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as JSON: {error}") from error
 
 
 def show(result: dict, console: Console) -> None:

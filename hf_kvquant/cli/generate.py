@@ -16,9 +16,10 @@ from transformers import TextStreamer
 
 from ..config import KVQuantConfig
 from ..host import context_length
+from ..measure.generation import Run, run
+from ..measure.text import BUNDLED
 from ..scoring import DENSE
-from .models import BUNDLED, Device, Dtype, backend_of, load_config, load_model
-from .running import Run, run
+from .models import Device, Dtype, backend_of, load_config, load_model
 
 # The first calls load libraries and fill torch's caches; they are not what the figures should show.
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3

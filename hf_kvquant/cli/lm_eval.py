@@ -14,6 +14,6 @@ def lm_eval(context: typer.Context) -> None:
     """Run lm-eval with a quantized cache: --model hf-kvquant --model_args pretrained=...,kv_config=int4 ..."""
     if find_spec("lm_eval") is None:
         raise typer.BadParameter("lm-eval is not installed; pip install 'hf_kvquant[eval]'")
-    from ..lm_eval import main
+    from ..measure.lm_eval import main
 
     main(context.args)

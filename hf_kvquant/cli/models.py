@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -13,9 +12,8 @@ from transformers.utils import logging
 
 from .. import ops
 from ..config import KVQuantConfig
+from ..measure.text import BUNDLED, bundled_model
 from ..scoring import DENSE
-
-BUNDLED = "stdlib-nano"
 
 
 class Dtype(str, Enum):
@@ -29,11 +27,6 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-def bundled_model() -> Path:
-    """The folder of the small model that ships with the package."""
-    return Path(str(resources.files(__package__.partition(".")[0]))) / "models" / BUNDLED
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .. import report as pages
-from ..comparison import is_lm_eval, is_result, read_tasks
-from ..comparison.store import RESULT
-from .evaluate import read_json
+from ..measure import is_lm_eval, is_result, read_tasks
+from ..measure import report as pages
+from ..measure.facts import read_json
+from ..measure.store import RESULT
 
 
 def report(

@@ -1,10 +1,11 @@
-"""The comparison as a table: one definition of the columns for the terminal, Markdown and the HTML report."""
+"""Tables: of a comparison, one definition of the columns for terminal, Markdown and HTML report; and of any rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 BLIND = "does not see the cache"
@@ -99,11 +100,15 @@ def notes(result: Mapping) -> list[str]:
 
 def rich_table(result: Mapping) -> Table:
     """For the terminal."""
-    table = Table(title=f"{result['plan']['model']}: what each cache costs", title_justify="left", box=SIMPLE_HEAD,
-                  collapse_padding=True, pad_edge=False)  # fmt: skip
-    for i, header in enumerate(columns(result)):
-        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for cells in rows(result).values():
+    return new_table(f"{result['plan']['model']}: what each cache costs", columns(result), rows(result).values())
+
+
+def new_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+    """For the terminal, of any cells; the columns `left` begin at the left, all others end at the right."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for i, header in enumerate(columns):
+        table.add_column(header, justify="left" if i in left else "right", no_wrap=i == 0)
+    for cells in rows:
         table.add_row(*cells)
     return table
 
@@ -144,9 +149,12 @@ def _seen(share: float | None) -> str:
 
 def task_table(tasks: Sequence[Mapping]) -> Table:
     """For the terminal."""
-    table = Table(title="Task scores", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for i, header in enumerate(TASK_COLUMNS):
-        table.add_column(header, justify="right" if i == 4 else "left")
-    for cells in task_rows(tasks):
-        table.add_row(*cells)
-    return table
+    return new_table("Task scores", TASK_COLUMNS, task_rows(tasks), left=(0, 1, 2, 3, 5))
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """Print `new_table`, wide enough where the output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 140))
+    console.print(new_table(title, columns, rows, left))

@@ -1,4 +1,4 @@
-"""What the GPU suite needs of a GPU: facts, times by CUDA events, copy bandwidth, CUDA graphs, free memory.
+"""How long calls take on a GPU: the rounds of `measure.clock` by CUDA events; its facts, bandwidth, graphs and memory.
 
 A time is of the device alone: before every call the suite reads a buffer larger than the L2 cache, which also gives
 the host time to enqueue the call, so that launches are not what is measured. It reads, because lines that were written
@@ -8,15 +8,14 @@ How long the host takes for a call is measured apart (`host_seconds`).
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import lru_cache
 
-import _bench
 import torch
 
-from hf_kvquant.backends import nvrtc
+from ...backends import nvrtc
+from ..clock import seconds_of, summary
 
 ROUNDS, MIN_ROUNDS, WARM_UP_ROUNDS = 25, 5, 3
 HOST_CALLS = 200
@@ -62,7 +61,7 @@ class Gpu:
         source = torch.ones(nbytes // 4, device=self.device)
         target = torch.empty_like(source)
         samples = self.samples({"copy": lambda: target.copy_(source), "read": lambda: source.sum()}, seconds=5)
-        copy, read = (statistics.median(samples[name]) for name in ("copy", "read"))
+        copy, read = (median(samples[name]) for name in ("copy", "read"))
         return {"copy_gb_per_s": 2 * source.nbytes / copy / 1e9, "read_gb_per_s": source.nbytes / read / 1e9}
 
     def samples(
@@ -135,102 +134,10 @@ def host_seconds(machine, call: Callable[[], object]) -> float:
         # The queue of a device is finite: a full one would be measured instead.
         if i % 50 == 0:
             machine.synchronize()
-        start = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - start)
+        samples.append(seconds_of(call))
     machine.synchronize()
-    return statistics.median(samples[10:])
+    return median(samples[10:])
 
 
-class Deadline:
-    """Seconds that are left for the whole suite."""
-
-    def __init__(self, seconds: float):
-        self._end = time.perf_counter() + seconds
-
-    def left(self) -> float:
-        return self._end - time.perf_counter()
-
-
-class DeviceLost(Exception):
-    """Nothing works on the device any more in this process."""
-
-
-class Report:
-    """Checks, rows and what was left out. A row is kept only if all checks of its candidate passed.
-
-    Work comes in points, each on its own: what goes wrong in one is a failed check, and the others go on, in another
-    process if this one cannot.
-
-    Args:
-        machine: tells whether the device still works.
-        save: called before and after every point.
-        kept: `state()` of a process that ended, to go on from.
-    """
-
-    def __init__(self, machine=None, save: Callable[[], object] = lambda: None, kept: dict | None = None):
-        kept = kept or {}
-        self._machine, self._save = machine, save
-        self.checks: list[dict] = kept.get("checks", [])
-        self.skipped: list[dict] = kept.get("skipped", [])
-        self.rows: dict[str, list[dict]] = kept.get("rows", {})
-        self.points: list[dict] = kept.get("points", [])
-        self._earlier = list(self.points)
-
-    def state(self) -> dict:
-        return {"rows": self.rows, "checks": self.checks, "skipped": self.skipped, "points": self.points}
-
-    def attempt(self, where: dict, work: Callable[[], object]) -> None:
-        """Do the work of one point, unless an earlier process has begun it.
-
-        Raises:
-            DeviceLost: it was the last that this process can do.
-        """
-        if where in self._earlier:
-            return
-        self.points.append(where)
-        self._save()
-        try:
-            work()
-        except DeviceLost:
-            self._save()
-            raise
-        except Exception as error:
-            self.fault(where, where.get("name", where["section"]), error)
-        self._save()
-
-    def fault(self, where: dict, name: str, error: Exception) -> None:
-        """Notes what a candidate of ours raised; memory that does not suffice is no fault.
-
-        Raises:
-            DeviceLost: nothing else can be done after it.
-        """
-        reason = _reason(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            self.skip(where["section"], {**where, "name": name}, reason)
-        else:
-            self.accept(where, [_bench.is_true(name, f"runs: {reason}", False)])
-        if self._machine is not None and not self._machine.is_alive():
-            self._save()
-            raise DeviceLost(reason)
-
-    def accept(self, where: dict, checks: list[dict]) -> set[str]:
-        """Notes the checks, made at `where`; the names of the candidates that passed all of theirs."""
-        self.checks += [{**where, **check} for check in checks]
-        names = {check["name"] for check in checks}
-        return names - {check["name"] for check in checks if not check["passed"]}
-
-    def add(self, section: str, rows: list[dict]) -> None:
-        self.rows.setdefault(section, []).extend(rows)
-
-    def skip(self, section: str, where: dict, reason: str | Exception) -> None:
-        where = {key: value for key, value in where.items() if key != "section"}
-        self.skipped.append(
-            {"section": section, **where, "reason": reason if isinstance(reason, str) else _reason(reason)}
-        )
-
-
-def _reason(error: Exception) -> str:
-    """In one line: a log of a compiler has thousands."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return _bench.without_paths(text if len(text) < 600 else f"{text[:400]} .. {text[-200:]}")
+def median(samples: list[float]) -> float:
+    return summary(samples, 1.0)["median"]

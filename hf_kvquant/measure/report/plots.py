@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..comparison import REFERENCE
+from ..caches import DENSE
 from .style import COLORS, PEER_COLORS, WIDE, Theme, dress, label_points, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MILLI = 1000
@@ -32,7 +33,7 @@ def line_styles(result: Mapping) -> dict[str, dict]:
     """Colour, marker and dashes of every cache but the reference: ours solid and round, others dashed and square."""
     found, ours, others = {}, 0, 0
     for name, cache in result["caches"].items():
-        if name == REFERENCE:
+        if name == DENSE:
             continue
         if cache["kind"] == "peer":
             found[name] = {"color": PEER_COLORS[others % len(PEER_COLORS)], "marker": "s", "ls": (0, (3, 2)), "ms": 5}
@@ -48,7 +49,12 @@ def line_styles(result: Mapping) -> dict[str, dict]:
 def pareto(result: Mapping, theme: Theme, width: float) -> Figure:
     """KL divergence over bytes per number."""
     figure = new_figure(theme, (width, 4.6))
-    axes = figure.subplots()
+    draw_pareto(figure.subplots(), result, theme)
+    return figure
+
+
+def draw_pareto(axes: Axes, result: Mapping, theme: Theme) -> None:
+    """The same, as one panel of a figure."""
     caches, styles = result["caches"], line_styles(result)
     points, lines = [], []
     for name, style in styles.items():
@@ -74,7 +80,6 @@ def pareto(result: Mapping, theme: Theme, width: float) -> Figure:
     axes.set(xlabel="bytes per cached number", ylabel="KL divergence from the dense cache (0.001 nats)")
     dress(axes, theme)
     label_points(axes, sorted(points, key=lambda point: point[1]), lines)
-    return figure
 
 
 def _inside(x: float, limits: tuple[float, float]) -> bool:

@@ -1,8 +1,8 @@
 """One self-contained HTML page (and PNG plots) of comparisons: what `hf-kvquant report` writes.
 
-    from hf_kvquant.report import write
+    from hf_kvquant.measure.report import write
 
-    write([result], tasks=[], folder=Path("kvquant-report"))   # result: what `comparison.compare` gives
+    write([result], tasks=[], folder=Path("kvquant-report"))   # result: what `measure.compare` gives
 
 The page needs no network and no script, opens from disk, and follows the reader's light or dark theme. Plots are drawn
 once, by matplotlib, and stand in the page as SVG whose colours are the page's own.
@@ -24,8 +24,8 @@ def write(results: Sequence[Mapping], tasks: Sequence[Mapping], folder: Path) ->
     """Write the page and, beside it, each plot as `<model>-<plot>.png`; returns the page's path.
 
     Args:
-        results: of `comparison.compare`, in the order to show them.
-        tasks: scores, as `comparison.read_tasks` gives them.
+        results: of `measure.compare`, in the order to show them.
+        tasks: scores, as `measure.read_tasks` gives them.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -10,10 +10,12 @@ Every file is written beside its place and moved there, so that a file that exis
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
+
+from ..saving import whole_file
+from .facts import write_json
 
 PLAN, RESULT = "plan.json", "result.json"
 
@@ -60,10 +62,8 @@ class Store:
         if self.folder is not None:
             file = self._file(name, document)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            with partial.open("wb") as stream:
+            with whole_file(file) as temporary, temporary.open("wb") as stream:
                 np.savez_compressed(stream, **part)
-            os.replace(partial, file)
 
     def finish(self, result: dict) -> None:
         if self.folder is not None:
@@ -71,13 +71,6 @@ class Store:
 
     def _file(self, name: str, document: int) -> Path:
         return self.folder / "documents" / name / f"{document}.npz"
-
-
-def write_json(file: Path, data: dict) -> None:
-    """Write it whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
 
 
 def _changes(before: object, after: object, where: str = "") -> list[str]:

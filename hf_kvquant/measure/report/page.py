@@ -10,8 +10,7 @@ from importlib import resources
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..comparison import BLIND, notes
-from ..comparison.tables import TASK_COLUMNS, columns, rows, task_rows, three_digits
+from ..tables import BLIND, TASK_COLUMNS, columns, notes, rows, task_rows, three_digits
 from .plots import PLOTS
 from .style import NARROW, PAGE, WIDE, to_svg
 

@@ -44,12 +44,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 from tqdm import tqdm
 
-from .cache import QuantizedCache
-from .config import KVQuantConfig
-from .host import CACHE, cache_inputs
-from .integration import NAME, attention
-from .ops import MAX_Q_LEN
-from .scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
+from ..cache import QuantizedCache
+from ..config import KVQuantConfig
+from ..host import CACHE, cache_inputs
+from ..integration import NAME, attention
+from ..ops import MAX_Q_LEN
+from ..scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
 
 MODEL_NAME = "hf-kvquant"
 DECODE_TAIL = 1

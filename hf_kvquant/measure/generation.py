@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
 from ..host import cache_of
 from ..integration import NAME
+from .weighing import held_bytes
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,12 @@ def run(
     cache = cache_of(output)
     quantized = isinstance(cache, QuantizedCache)
     assert quantized or config is None, type(cache)
+    parts = "dense", "total", "dense_equivalent"
     return Run(
         tokens=output.sequences[0, input_ids.shape[1] :].tolist(),
         prompt_length=input_ids.shape[1],
         prefill_seconds=first - start,
         decode_seconds=clock.times[-1] - first,
-        memory=cache.memory_report() if quantized else _dense_memory(cache),
+        memory=cache.memory_report() if quantized else dict.fromkeys(parts, held_bytes(cache)),
         routes=cache.routes if quantized else None,
     )
-
-
-def _dense_memory(cache: Cache) -> dict[str, int]:
-    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    nbytes = sum(t.nbytes for t in tensors)
-    return {"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes}

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..scoring import DENSE
-from .methods import Dense
+from ..scoring import DENSE as NOT_QUANTIZED
+from .caches import DENSE
 
 _SHARE = "cache_read_share"
 
@@ -30,7 +30,7 @@ def read_tasks(data: Mapping) -> list[dict]:
     if not is_lm_eval(data):
         raise ValueError(f"lm-eval result: {sorted(data)} is not allowed; expected a mapping with `results`")
     arguments = _arguments((data.get("config") or {}).get("model_args"))
-    cache = Path(str(arguments.get("kv_config", DENSE))).stem
+    cache = Path(str(arguments.get("kv_config", NOT_QUANTIZED))).stem
     found = []
     for task, scores in data["results"].items():
         for key, value in scores.items():
@@ -43,7 +43,7 @@ def read_tasks(data: Mapping) -> list[dict]:
             found.append(
                 {
                     "model": Path(str(arguments.get("pretrained", data.get("model_name", "")))).name,
-                    "cache": Dense.name if cache == DENSE else cache,
+                    "cache": DENSE if cache == NOT_QUANTIZED else cache,
                     "task": task,
                     "metric": metric if filtered == "none" else f"{metric} ({filtered})",
                     "value": value,

@@ -1,6 +1,6 @@
-"""Text that every machine has: Python source from the running interpreter's standard library.
+"""What every machine has: the bundled model, and Python source from the running interpreter's standard library.
 
-The bundled model was trained on most of it, so only files that it has not seen are taken. `is_held_out` is the rule,
+The model was trained on most of it, so only files that it has not seen are taken. `is_held_out` is the rule,
 and `eval/train_model.py` follows it (strictly so under the Python that it was trained on: others move text from file
 to file).
 """
@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from importlib import resources
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+BUNDLED = "stdlib-nano"
 # Not the library's, or no typical source: tests and tables.
 SKIPPED_FOLDERS = frozenset({
     "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__",
 })  # fmt: skip
 _HELD_OUT_ONE_IN = 20
+
+
+def bundled_model() -> Path:
+    """The folder of the small model that ships with the package."""
+    return Path(str(resources.files(__package__.partition(".")[0]))) / "models" / BUNDLED
 
 
 def is_held_out(name: str) -> bool:

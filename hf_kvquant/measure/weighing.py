@@ -12,14 +12,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import QuantizedCache
 from ..host import DynamicLayer, cache_inputs
-from .methods import Method
+from ..storage import storage_nbytes
+from .caches import Candidate
 
 # Long enough that windows of exact tokens weigh little. Half of a peer's window of 128 tokens is decoded.
 LONG, _LONG_DECODED = 8192, 64
 _SAMPLES = 8
 
 
-def bytes_per_element(model: PreTrainedModel, method: Method, context: int, length: int) -> float:
+def bytes_per_element(model: PreTrainedModel, candidate: Candidate, context: int, length: int) -> float:
     """Bytes per number of a text of `length` tokens, the first `context` prefilled: the mean while the others decode.
 
     The mean, because some caches gather exact tokens and then quantize them at once. Only full-attention layers count.
@@ -28,18 +29,18 @@ def bytes_per_element(model: PreTrainedModel, method: Method, context: int, leng
     """
     decoded = length - context
     lengths = sorted({context - -decoded * (i + 1) // _SAMPLES for i in range(_SAMPLES)})
-    return sum(_weigh(model, method, context, lengths)) / len(lengths)
+    return sum(_weigh(model, candidate, context, lengths)) / len(lengths)
 
 
-def bytes_per_element_long(model: PreTrainedModel, method: Method) -> float:
+def bytes_per_element_long(model: PreTrainedModel, candidate: Candidate) -> float:
     """The same after `LONG` tokens."""
-    return _weigh(model, method, LONG - _LONG_DECODED, [LONG])[0]
+    return _weigh(model, candidate, LONG - _LONG_DECODED, [LONG])[0]
 
 
-def _weigh(model: PreTrainedModel, method: Method, context: int, lengths: list[int]) -> list[float]:
+def _weigh(model: PreTrainedModel, candidate: Candidate, context: int, lengths: list[int]) -> list[float]:
     """Bytes per number at each of the (rising) lengths."""
     dtype, shapes = model.dtype, _shapes(model)
-    if not method.weighed_in_model_dtype and dtype.itemsize != 2:
+    if not candidate.weighed_in_model_dtype and dtype.itemsize != 2:
         dtype = torch.float16
 
     def append(cache: Cache, n: int) -> None:
@@ -50,9 +51,9 @@ def _weigh(model: PreTrainedModel, method: Method, context: int, lengths: list[i
     per_token = sum(heads * head_dim for sides in shapes.values() for heads, head_dim in sides)
     found, cache, held = [], None, 0
     for length in lengths:
-        if cache is None or not method.weighed_by_token:
-            cache = method.empty_cache(model.config, length)
-            held = context if method.weighed_by_token else length
+        if cache is None or not candidate.weighed_by_token:
+            cache = candidate.build(model.config, length)
+            held = context if candidate.weighed_by_token else length
             append(cache, held)
         for _ in range(held, length):
             append(cache, 1)
@@ -74,20 +75,9 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of a cache: as it reports them if it is ours, else of every distinct storage it refers to."""
     if isinstance(cache, QuantizedCache):
         return cache.memory_report()["total"]
-    storages, seen, pending = {}, set(), [vars(layer) for layer in cache.layers]
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            if hasattr(item, "__tensor_flatten__"):
-                # quanto's tensors are made of others.
-                pending.extend(getattr(item, name) for name in item.__tensor_flatten__()[0])
-            elif item.numel():
-                storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            pending.extend(item)
-    return sum(storages.values())
+    return tensor_bytes(cache)
+
+
+def tensor_bytes(cache: Cache) -> int:
+    """Bytes of every distinct storage that is reachable from a cache: codes, scales, windows, spare room."""
+    return storage_nbytes(cache)

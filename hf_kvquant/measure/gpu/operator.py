@@ -6,36 +6,27 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
-import _bench
-import bench_decode
 import torch
-from _gpu import Deadline, Report, host_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_kvquant import KVQuantConfig, QuantizedStates, ops
+from ...backends import nvrtc
+from ...backends.arguments import DTYPES as CODES
+from ...backends.specialisation import specialisation
+from ...config import KVQuantConfig
+from .. import operator
+from ..caches import grids
+from ..checks import at_most, is_true, relative_error
+from ..clock import summary
+from .clock import host_seconds, median
+from .points import Deadline, Report
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION_LIMIT, LOGSUMEXP_LIMIT = 0.004, 0.01
 BASELINE_LIMIT = {"sdpa": 0.01, "flashinfer-bfloat16": 0.01, "flashinfer-fp8": 0.1}
 # What the memory of one point of the attention section comes to, over that of its BF16 cache.
 MEMORY_FACTOR = 5.0
-
-
-def states_like(machine, dtype: torch.dtype, batch: int, heads: int, length: int, head_dim: int, seed: int = 0):
-    """K and V `[batch, heads, length, head_dim]` on the device; keys have biased and outlier channels."""
-    generator = torch.Generator(machine.device).manual_seed(seed)
-    size = (batch, heads, length, head_dim)
-    key, value = (torch.randn(size, generator=generator, device=machine.device, dtype=dtype) for _ in range(2))
-    key += torch.randn(head_dim, generator=generator, device=machine.device, dtype=dtype)
-    key[..., :: head_dim // 4] *= 4
-    return key, value
-
-
-def queries_like(machine, dtype: torch.dtype, batch: int, heads: int, q_len: int, head_dim: int) -> torch.Tensor:
-    generator = torch.Generator(machine.device).manual_seed(1)
-    return torch.randn(batch, heads, q_len, head_dim, generator=generator, device=machine.device, dtype=dtype)
 
 
 # ---- correctness ---------------------------------------------------------------------------------------------------
@@ -70,7 +61,7 @@ CASES = [
 
 def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
     """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
-    for name, config in bench_decode.variants().items():
+    for name, config in grids().items():
         for dtype in DTYPES:
             yield name, config, plan.head_dim, dtype, CASES
     for head_dim in plan.other_head_dims:
@@ -85,17 +76,11 @@ def correctness(machine, plan, report: Report, deadline: Deadline) -> None:
     report.add("correctness", [])
     for name, config, head_dim, dtype, cases in work:
         where = {"preset": name, "head_dim": head_dim, "dtype": dtype}
-        if deadline.left() < 0:
-            report.skip("correctness", where, "no time left")
-            continue
         config = replace(config, backend=machine.backend)
-        report.attempt(
-            {"section": "correctness", **where},
-            lambda where=where, config=config, cases=cases: _correct(machine, report, where, config, cases),
-        )
+        report.each("correctness", [where], deadline, partial(_correct, machine, report, config, cases))
 
 
-def _correct(machine, report: Report, where: dict, config, cases: list[Case]) -> None:
+def _correct(machine, report: Report, config, cases: list[Case], where: dict) -> None:
     worst, passed = 0.0, 0
     for case in cases:
         here = {"section": "correctness", **where, "case": str(case)}
@@ -114,10 +99,6 @@ def precompile(machine, work) -> None:
     """All kernels at once, on all cores: one after the other they would take longer than everything else."""
     if machine.backend != "cuda":
         return
-    from hf_kvquant.backends import nvrtc
-    from hf_kvquant.backends.arguments import DTYPES as CODES
-    from hf_kvquant.backends.specialisation import specialisation
-
     arch = nvrtc.architecture(*torch.cuda.get_device_capability(machine.device))
     kinds = {
         specialisation(CODES[DTYPES[dtype]], config.keys.resolve(d), config.values.resolve(d), d, d)
@@ -134,25 +115,23 @@ def precompile(machine, work) -> None:
 
 
 def _check(machine, name: str, config, head_dim: int, dtype: str, case: Case) -> tuple[list[dict], float]:
-    key, value = states_like(machine, DTYPES[dtype], case.batch, 2, case.kv_len, head_dim)
-    query = queries_like(machine, DTYPES[dtype], case.batch, 2 * case.q_per_kv, min(case.q_len, case.kv_len), head_dim)
-    keys, values = bench_decode.fill(config, key, value, min(3, case.kv_len - 1), 0)
-    expected = bench_decode.fill(replace(config, backend="reference"), key.cpu(), value.cpu(), 1, 0)
-    checks = bench_decode.check_bytes(name, (keys.to("cpu"), values.to("cpu")), expected)
-    arguments = _mask(case, query), _sinks(case, query)
-    options = {"scaling": head_dim**-0.5, "softcap": case.softcap}
-    output, logsumexp = ops.decode_attention(query, keys, values, *arguments, **options)
-    reference = [replace(s, dtype=torch.float32, backend="reference") for s in (keys, values)]
-    exact, exact_logsumexp = ops.decode_attention(query.float(), *reference, *arguments, **options)
-    error = _bench.relative_error(output, exact)
-    difference = (logsumexp - exact_logsumexp).abs().max().nan_to_num(torch.inf).item()
-    again = ops.decode_attention(query, keys, values, *arguments, **options)
-    checks += [
-        _bench.at_most(name, "attention against the reference", error, ATTENTION_LIMIT),
-        _bench.at_most(name, "log-sum-exp against the reference", difference, LOGSUMEXP_LIMIT),
-        _bench.is_true(name, "a second call gives the same bits", torch.equal(output, again[0])),
-    ]
-    return checks, error
+    on = {"dtype": DTYPES[dtype], "device": machine.device}
+    key, value = operator.random_states(case.batch, 2, case.kv_len, head_dim, **on)
+    query = operator.random_query(case.batch, 2 * case.q_per_kv, min(case.q_len, case.kv_len), head_dim, **on)
+    states = operator.fill(config, key, value, min(3, case.kv_len - 1))
+    checks = _check_bytes(name, states, config, key, value)
+    attend = partial(operator.attention, mask=_mask(case, query), s_aux=_sinks(case, query), softcap=case.softcap)
+    output = attend(query, *states)
+    exact = attend(query.float(), *(replace(s, dtype=torch.float32, backend="reference") for s in states))
+    same = torch.equal(output[0], attend(query, *states)[0])
+    checks += operator.check_output(name, output, exact)
+    checks.append(is_true(name, "a second call gives the same bits", same))
+    return checks, relative_error(output[0], exact[0])
+
+
+def _check_bytes(name: str, states: operator.Sides, config, key: torch.Tensor, value: torch.Tensor) -> list[dict]:
+    expected = operator.reference_fill(config, key, value)
+    return operator.check_bytes(name, tuple(side.to("cpu") for side in states), expected)
 
 
 def _mask(case: Case, query: torch.Tensor) -> torch.Tensor | None:
@@ -185,25 +164,18 @@ def attention(machine, plan, report: Report, deadline: Deadline) -> None:
             if dense_bytes * MEMORY_FACTOR > room:
                 needs = f"needs {dense_bytes * MEMORY_FACTOR / 2**30:.0f} GiB of {room / 2**30:.0f}"
                 report.skip("attention", where, needs)
-            elif deadline.left() < 0:
-                report.skip("attention", where, "no time left")
             else:
-                report.attempt(
-                    {"section": "attention", **where},
-                    lambda where=where: _attention_point(machine, plan, report, facts, where),
-                )
+                report.each("attention", [where], deadline, partial(_attention_point, machine, plan, report, facts))
 
 
 def _attention_point(machine, plan, report: Report, facts: dict, where: dict) -> None:
     batch, context = where["batch"], where["context"]
-    key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, context, plan.head_dim)
-    stored = {
-        name: bench_decode.fill(replace(KVQuantConfig.preset(name), backend=machine.backend), key, value, 1, 0)
-        for name in plan.presets
-    }
+    on = {"dtype": torch.bfloat16, "device": machine.device}
+    key, value = operator.random_states(batch, plan.kv_heads, context, plan.head_dim, **on)
+    stored = {name: operator.fill(config, key, value) for name, config in plan.configs(machine).items()}
     for q_per_kv in plan.q_per_kv:
         here = {**where, "q_per_kv": q_per_kv}
-        query = queries_like(machine, torch.bfloat16, batch, plan.kv_heads * q_per_kv, 1, plan.head_dim)
+        query = operator.random_query(batch, plan.kv_heads * q_per_kv, 1, plan.head_dim, **on)
         calls, nbytes = {}, {}
         for name, call in dense_calls(query, key, value).items():
             calls[name], nbytes[name] = call, key.nbytes + value.nbytes
@@ -214,8 +186,8 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
             except Exception as error:
                 report.skip("attention", {**here, "name": name}, error)
         for name, (keys, values) in stored.items():
-            calls[name] = _ours(query, keys, values)
-            nbytes[name] = bench_decode.bytes_read(keys) + bench_decode.bytes_read(values)
+            calls[name] = lambda q=query, k=keys, v=values: operator.attention(q, k, v)[0]
+            nbytes[name] = operator.bytes_read(keys) + operator.bytes_read(values)
         checks = []
         for name in list(calls):
             try:
@@ -229,39 +201,29 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
         passed = report.accept({"section": "attention", **here}, checks)
         calls = {name: call for name, call in calls.items() if name in passed}
         samples = machine.samples(calls, plan.seconds_per_point)
-        best = min((_median(samples[n]) for n in calls if n not in stored and "fp8" not in n), default=None)
+        best = min((median(samples[n]) for n in calls if n not in stored and "fp8" not in n), default=None)
         rows = []
         for name in calls:
-            median = _median(samples[name])
+            seconds = median(samples[name])
             row = {**here, "name": name, "kind": "ours" if name in stored else "rival", "bytes_read": nbytes[name]}
-            row |= {"us": _bench.summary(samples[name], 1e-6), "gb_per_s": nbytes[name] / median / 1e9}
+            row |= {"us": summary(samples[name], 1e-6), "gb_per_s": nbytes[name] / seconds / 1e9}
             row |= {"share_of_copy_bandwidth": row["gb_per_s"] / facts["copy_gb_per_s"]}
-            row |= {"time_over_best_bf16": None if best is None else median / best}
+            row |= {"time_over_best_bf16": None if best is None else seconds / best}
             if name in stored:
                 row["host_us"] = host_seconds(machine, calls[name]) * 1e6
             rows.append(row)
         report.add("attention", rows)
 
 
-def _median(samples: list[float]) -> float:
-    return _bench.summary(samples, 1.0)["median"]
-
-
-def _ours(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> Callable[[], torch.Tensor]:
-    return lambda: ops.decode_attention(query, keys, values, scaling=query.shape[-1] ** -0.5)[0]
-
-
 def dense_calls(query, key, value) -> dict[str, Callable[[], torch.Tensor]]:
     """SDPA over dense caches with the query heads of a KV head packed, by every kernel that torch has for it."""
 
     def call(dtype: torch.dtype, backend: SDPBackend | None) -> Callable[[], torch.Tensor]:
-        q, k, v = (x.to(dtype) for x in (bench_decode.packed(query, key.shape[1]), key, value))
+        states = [x.to(dtype) for x in (query, key, value)]
 
         def attend():
-            if backend is None:
-                return scaled_dot_product_attention(q, k, v).reshape_as(query)
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v).reshape_as(query)
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                return operator.sdpa(*states)
 
         return attend
 
@@ -315,18 +277,12 @@ def _check_call(name: str, call: Callable, query, key, value, stored: dict) -> d
         queries = slice(head * q_per_kv, (head + 1) * q_per_kv)
         q = query[rows, queries].float()
         if name in stored:
-            exact, _ = bench_decode.reference_attention(q, *(_part(s, rows, heads) for s in stored[name]))
+            exact, _ = operator.reference_attention(q, *(operator.part(s, rows, heads) for s in stored[name]))
         else:
-            packed = bench_decode.packed(q, 1)
-            exact = scaled_dot_product_attention(packed, key[rows, heads].float(), value[rows, heads].float())
-        worst = max(worst, _bench.relative_error(output[rows, queries].float(), exact.reshape_as(q)))
-    limit = ATTENTION_LIMIT if name in stored else BASELINE_LIMIT.get(name, BASELINE_LIMIT["sdpa"])
-    return _bench.at_most(name, "attention against float32", worst, limit)
-
-
-def _part(states: QuantizedStates, rows: slice, heads: slice) -> QuantizedStates:
-    positions = None if states.sink_positions is None else states.sink_positions[rows]
-    return replace(states, stored=states.stored.transformed(lambda x: x[rows, heads]), sink_positions=positions)
+            exact = operator.sdpa(q, key[rows, heads].float(), value[rows, heads].float())
+        worst = max(worst, relative_error(output[rows, queries].float(), exact))
+    limit = operator.TOLERANCE if name in stored else BASELINE_LIMIT.get(name, BASELINE_LIMIT["sdpa"])
+    return at_most(name, "attention against float32", worst, limit)
 
 
 # ---- append and prefill --------------------------------------------------------------------------------------------
@@ -334,95 +290,71 @@ def _part(states: QuantizedStates, rows: slice, heads: slice) -> QuantizedStates
 
 def append(machine, plan, report: Report, deadline: Deadline) -> None:
     """Writing one token (a run that completes a block, in a CUDA graph), against copying it into a static cache."""
-    for batch in plan.batches:
-        where = {"batch": batch, "context": plan.contexts[0]}
-        if deadline.left() < 0:
-            report.skip("append", where, "no time left")
-            continue
-        report.attempt({"section": "append", **where}, lambda where=where: _append_point(machine, plan, report, where))
+    places = [{"batch": batch, "context": plan.contexts[0]} for batch in plan.batches]
+    report.each("append", places, deadline, partial(_append_point, machine, plan, report))
 
 
 def _append_point(machine, plan, report: Report, where: dict) -> None:
-    batch = where["batch"]
-    key, value = states_like(machine, torch.bfloat16, batch, plan.kv_heads, plan.contexts[0] + 64, plan.head_dim)
+    on = {"dtype": torch.bfloat16, "device": machine.device}
+    key, value = operator.random_states(where["batch"], plan.kv_heads, plan.contexts[0] + 64, plan.head_dim, **on)
     start = plan.contexts[0] // 64 * 64
     run = range(start, start + 64)
-    tokens = {t: (key[:, :, t : t + 1].clone(), value[:, :, t : t + 1].clone()) for t in run}
-    places = {t: torch.tensor([t], device=machine.device) for t in run}
+    tokens = [(key[:, :, t : t + 1].clone(), value[:, :, t : t + 1].clone()) for t in run]
+    places = [torch.tensor([t], device=machine.device) for t in run]
     static = [torch.empty_like(key), torch.empty_like(value)]
 
     def copy(tokens=tokens, static=static, places=places):
-        for t, pair in tokens.items():
+        for place, pair in zip(places, tokens):
             for side, x in zip(static, pair):
-                side.index_copy_(2, places[t], x)
+                side.index_copy_(2, place, x)
 
-    calls, checks = {"static cache": copy}, [_bench.is_true("static cache", "nothing to check", True)]
-    for name in plan.presets:
-        config = replace(KVQuantConfig.preset(name), backend=machine.backend)
-        states = bench_decode.fill(config, key[:, :, :start], value[:, :, :start], 1, 128)
-        faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
-
-        def write(states=states, faults=faults, tokens=tokens):
-            for t, pair in tokens.items():
-                ops.quantize_append(*pair, *states, faults, start=t)
-
-        calls[name] = write
-        write()
-        end = run.stop
-        ours = tuple(_part(replace(s, length=end), slice(0, 1), slice(0, 1)).to("cpu") for s in states)
-        one = (x[:1, :1, :end].cpu() for x in (key, value))
-        expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
-        checks += bench_decode.check_bytes(name, ours, expected)
-        checks.append(_bench.is_true(name, "no faults", not faults.any().item()))
+    calls, checks = {"static cache": copy}, [is_true("static cache", "nothing to check", True)]
+    one = slice(0, 1), slice(0, 1)
+    for name, config in plan.configs(machine).items():
+        states = operator.fill(config, key[:, :, :start], value[:, :, :start], room=128)
+        calls[name] = operator.append(tokens, states, start)
+        faults = calls[name]()
+        ours = tuple(operator.part(side, *one, length=run.stop) for side in states)
+        checks += _check_bytes(name, ours, config, *(x[one][:, :, : run.stop] for x in (key, value)))
+        checks.append(is_true(name, "no faults", not faults.any().item()))
     passed = report.accept({"section": "append", **where}, checks)
     graphs = {name: machine.graphed(call) for name, call in calls.items() if name in passed}
     samples = machine.samples(graphs, plan.seconds_per_point)
     for name in graphs:
         host = host_seconds(machine, lambda call=calls[name]: call()) * 1e6 / 64
-        us = _bench.summary(samples[name], 64e-6)
+        us = summary(samples[name], 64e-6)
         report.add("append", [{**where, "name": name, "us_per_token": us, "host_us": host}])
 
 
 def prefill(machine, plan, report: Report, deadline: Deadline) -> None:
     """Quantizing a prompt, against the attention of its prefill and against a copy of its K and V."""
-    for length in plan.prompts:
-        where = {"length": length}
-        if deadline.left() < 0:
-            report.skip("prefill", where, "no time left")
-            continue
-        report.attempt(
-            {"section": "prefill", **where}, lambda where=where: _prefill_point(machine, plan, report, where)
-        )
+    places = [{"length": length} for length in plan.prompts]
+    report.each("prefill", places, deadline, partial(_prefill_point, machine, plan, report))
 
 
 def _prefill_point(machine, plan, report: Report, where: dict) -> None:
-    length = where["length"]
-    key, value = states_like(machine, torch.bfloat16, 1, plan.kv_heads, length, plan.head_dim)
-    query = queries_like(machine, torch.bfloat16, 1, plan.kv_heads * plan.q_per_kv[-1], length, plan.head_dim)
+    length, on = where["length"], {"dtype": torch.bfloat16, "device": machine.device}
+    key, value = operator.random_states(1, plan.kv_heads, length, plan.head_dim, **on)
+    query = operator.random_query(1, plan.kv_heads * plan.q_per_kv[-1], length, plan.head_dim, **on)
     calls = {
-        "prefill attention": lambda q=query, k=key, v=value: scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        ),
-        "copy of K and V": lambda k=key, v=value: (k.clone(), v.clone()),
+        "prefill attention": lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
+        "copy of K and V": lambda: (key.clone(), value.clone()),
     }
-    checks = [_bench.is_true(name, "nothing to check", True) for name in calls]
-    for name in plan.presets:
-        config = replace(KVQuantConfig.preset(name), backend=machine.backend)
+    checks = [is_true(name, "nothing to check", True) for name in calls]
+    one = slice(None), slice(0, 1)
+    for name, config in plan.configs(machine).items():
         # Filled with other tokens, so that what is checked was written by the call that is timed.
-        keys, values = bench_decode.fill(config, value, key, 1, 0)
-        faults = torch.zeros(2, dtype=torch.int64, device=machine.device)
-        calls[name] = lambda s=(keys, values), f=faults, k=key, v=value: ops.quantize_append(k, v, *s, f, start=0)
+        states = operator.fill(config, value, key)
+        calls[name] = operator.append([(key, value)], states, 0)
         calls[name]()
-        one = (x[:, :1].cpu() for x in (key, value))
-        expected = bench_decode.fill(replace(config, backend="reference"), *one, 1, 0)
-        ours = tuple(_part(s, slice(0, 1), slice(0, 1)).to("cpu") for s in (keys, values))
-        checks += bench_decode.check_bytes(name, ours, expected)
+        ours = tuple(operator.part(side, *one) for side in states)
+        checks += _check_bytes(name, ours, config, key[one], value[one])
     passed = report.accept({"section": "prefill", **where}, checks)
     calls = {name: call for name, call in calls.items() if name in passed}
     samples = machine.samples(calls, plan.seconds_per_point)
-    times = {name: _median(samples[name]) for name in calls}
+    times = {name: median(samples[name]) for name in calls}
     for name, seconds in times.items():
-        row = {**where, "name": name, "us": _bench.summary(samples[name], 1e-6)}
+        row = {**where, "name": name, "us": summary(samples[name], 1e-6)}
         row["share_of_prefill_attention"] = seconds / times["prefill attention"]
         row["over_copy"] = seconds / times["copy of K and V"]
         report.add("prefill", [row])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +20,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..host import context_length
+from ..saving import weights_sum
 from ..scoring import cache_read_share
+from .caches import DENSE, Candidate, Dense, Preset
 from .layer_errors import layer_errors
-from .methods import Dense, Method, Preset
 from .metrics import compare_logits, position_bins, summarize
 from .store import Store
 from .weighing import LONG, bytes_per_element, bytes_per_element_long
 
-REFERENCE = Dense.name
 KIND = "hf_kvquant comparison"
+# Greedy texts are written together: in batches of about so many tokens.
+_CONTINUED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class Settings:
 def compare(
     model: PreTrainedModel,
     documents: torch.Tensor,
-    methods: Sequence[Method],
+    candidates: Sequence[Candidate],
     settings: Settings,
     facts: dict,
     folder: Path | None = None,
     progress: bool = True,
+    by_layer: bool = True,
 ) -> dict:
-    """Score the dense cache and `methods` on the same tokens; the result as plain data, also in `folder/result.json`.
+    """Score the dense cache and `candidates` on the same tokens; the result, also in `folder/result.json`.
 
     A peer that cannot run is listed under `skipped` with the reason; everything else that goes wrong raises.
 
@@ -87,16 +89,17 @@ def compare(
         facts: what else defines the run (names of model and text, versions): saved with it, and a change of it is
             refused in a folder that was begun. `machine` is saved only with the result.
         folder: where finished parts are kept, so that a killed run goes on; None keeps nothing.
+        by_layer: measure the errors of each layer, too.
 
     Raises:
         ValueError: settings do not fit the documents, or the folder was begun with others.
     """
     settings.check(documents.shape[1], context_length(model.config))
-    methods = [Dense(), *methods]
+    candidates = [Dense(), *candidates]
     machine = facts.get("machine")
     plan = {
         **{name: value for name, value in facts.items() if name != "machine"},
-        "weights": fingerprint(model),
+        "weights": weights_sum(model),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -104,14 +107,20 @@ def compare(
         "document_length": documents.shape[1],
         "documents_sha256": hashlib.sha256(documents.cpu().numpy().astype("<i4").tobytes()).hexdigest(),
         "settings": asdict(settings),
-        "caches": {method.name: {"kind": method.kind, **method.settings()} for method in methods},
+        "caches": {candidate.name: {"kind": candidate.kind, **candidate.settings()} for candidate in candidates},
     }
     store = Store(folder, plan)
-    weights, skipped = _weigh(model, methods, documents.shape[1], settings)
-    with tqdm(total=len(documents) * len(methods), unit="piece", disable=not progress, smoothing=0.05) as bar:
-        for document, ids in enumerate(documents.split(1)):
-            _compare_document(model, ids.to(model.device), document, methods, settings, store, skipped, bar)
-    methods = [method for method in methods if method.name not in skipped]
+    weights, skipped = _weigh(model, candidates, documents.shape[1], settings)
+    with tqdm(
+        total=len(documents) * len(candidates), unit="piece", disable=not progress, smoothing=0.05, leave=False
+    ) as bar:
+        together = max(1, _CONTINUED_TOKENS // (settings.context + settings.greedy_tokens))
+        for first in range(0, len(documents), together):
+            group = documents[first : first + together].to(model.device)
+            greedy = _greedy_texts(model, group, first, settings, store)
+            for i, ids in enumerate(group.split(1)):
+                _compare_document(model, ids, greedy[i : i + 1], first + i, candidates, settings, store, skipped, bar)
+    candidates = [candidate for candidate in candidates if candidate.name not in skipped]
     result = {
         "kind": KIND,
         "plan": plan,
@@ -119,15 +128,16 @@ def compare(
         **_scored(documents, settings),
         "long_length": LONG,
         "caches": {
-            m.name: _result(m, len(documents), settings, store) | {"bytes_per_element": weights[m.name]}
-            for m in methods
+            c.name: _result(c, len(documents), settings, store) | {"bytes_per_element": weights[c.name]}
+            for c in candidates
         },
         "skipped": skipped,
         "tasks": [],
     }
-    configs = {method.name: method.config for method in methods if isinstance(method, Preset)}
-    for name, errors in layer_errors(model, documents.to(model.device), configs).items():
-        result["caches"][name]["layer_errors"] = errors
+    if by_layer:
+        configs = {candidate.name: candidate.config for candidate in candidates if isinstance(candidate, Preset)}
+        for name, errors in layer_errors(model, documents.to(model.device), configs).items():
+            result["caches"][name]["layer_errors"] = errors
     store.finish(result)
     return result
 
@@ -138,20 +148,20 @@ def is_result(data: object) -> bool:
 
 
 def _weigh(
-    model: PreTrainedModel, methods: list[Method], length: int, settings: Settings
+    model: PreTrainedModel, candidates: list[Candidate], length: int, settings: Settings
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Bytes per number of each cache after a document and after a long text; and which peers cannot run here, why."""
     weights, skipped = {}, {}
-    for method in methods:
+    for candidate in candidates:
         try:
-            weights[method.name] = {
-                "here": bytes_per_element(model, method, settings.context, length),
-                "long": bytes_per_element_long(model, method),
+            weights[candidate.name] = {
+                "here": bytes_per_element(model, candidate, settings.context, length),
+                "long": bytes_per_element_long(model, candidate),
             }
         except Exception as error:
-            if method.kind != "peer":
+            if candidate.kind != "peer":
                 raise
-            skipped[method.name] = _reason(error)
+            skipped[candidate.name] = _reason(error)
     return weights, skipped
 
 
@@ -162,41 +172,42 @@ def _reason(error: Exception) -> str:
 def _compare_document(
     model: PreTrainedModel,
     ids: torch.Tensor,
+    greedy: torch.Tensor,
     document: int,
-    methods: list[Method],
+    candidates: list[Candidate],
     settings: Settings,
     store: Store,
     skipped: dict[str, str],
     bar: tqdm,
 ) -> None:
-    """Measure what `store` has not yet of one document `[1, length]`."""
-    missing = [m for m in methods if m.name not in skipped and store.load(m.name, document) is None]
-    bar.update(len(methods) - len(missing))
+    """Measure what `store` has not yet of one document `[1, length]` and of its greedy text."""
+    missing = [c for c in candidates if c.name not in skipped and store.load(c.name, document) is None]
+    bar.update(len(candidates) - len(missing))
     if not missing:
         return
     # The last token is only predicted.
     scored, targets = ids[:, :-1], ids[0, settings.first + 1 :]
-    part = store.load(REFERENCE, document)
-    greedy = _continue(model, ids, settings) if part is None else torch.from_numpy(part["greedy"]).to(ids.device)
-    reference = torch.cat(list(methods[0].rows(model, scored, settings.context, settings.first)))
-    for method in missing:
-        bar.set_description(f"{method.name:<16}", refresh=False)
+    began = time.perf_counter()
+    reference = torch.cat(list(candidates[0].rows(model, scored, settings.context, settings.first)))
+    reference_seconds = time.perf_counter() - began
+    for candidate in missing:
+        bar.set_description(f"{candidate.name:<16}", refresh=False)
         try:
-            part = _measure(model, method, scored, targets, reference, greedy, settings)
+            part = _measure(model, candidate, scored, targets, reference, greedy, settings)
+            if candidate.name == DENSE:
+                part |= {"seconds": np.float64(reference_seconds), "greedy": greedy.cpu().numpy()}
         except Exception as error:
-            if method.kind != "peer":
+            if candidate.kind != "peer":
                 raise
-            skipped[method.name] = _reason(error)
+            skipped[candidate.name] = _reason(error)
         else:
-            if method.name == REFERENCE:
-                part["greedy"] = greedy.cpu().numpy()
-            store.save(method.name, document, part)
+            store.save(candidate.name, document, part)
         bar.update()
 
 
 def _measure(
     model: PreTrainedModel,
-    method: Method,
+    candidate: Candidate,
     scored: torch.Tensor,
     targets: torch.Tensor,
     reference: torch.Tensor,
@@ -204,29 +215,42 @@ def _measure(
     settings: Settings,
 ) -> dict[str, np.ndarray]:
     start, seconds, parts = 0, -time.perf_counter(), []
-    for rows in method.rows(model, scored, settings.context, settings.first):
+    # The dense cache's logits are known, and its greedy text is its own.
+    is_reference = candidate.name == DENSE
+    pieces = [reference] if is_reference else candidate.rows(model, scored, settings.context, settings.first)
+    for rows in pieces:
         end = start + len(rows)
         seconds += time.perf_counter()
         parts.append(compare_logits(reference[start:end], rows, targets[start:end]))
         seconds -= time.perf_counter()
         start = end
     seconds += time.perf_counter()
-    assert start == len(reference), (method.name, start, len(reference))
+    assert start == len(reference), (candidate.name, start, len(reference))
     part = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     part["seconds"] = np.float64(seconds)
     if settings.greedy_tokens:
-        part["same_tokens"] = np.int64(_same_tokens(model, method, greedy, settings.context))
+        same = np.ones(settings.greedy_tokens, dtype=bool)
+        if not is_reference:
+            same = _agreement_with(model, candidate, greedy, settings.context)
+        part["same_tokens"] = np.int64(same.cumprod().sum())
+        # Of the tokens whose logits read the cache.
+        part["greedy_agreement"] = same[1:].mean() if len(same) > 1 else np.float64(1)
     return part
 
 
-def _continue(model: PreTrainedModel, ids: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """The context and its greedy continuation through the dense cache `[1, context + greedy_tokens]`."""
-    context = ids[:, : settings.context]
+def _greedy_texts(
+    model: PreTrainedModel, documents: torch.Tensor, first: int, settings: Settings, store: Store
+) -> torch.Tensor:
+    """The contexts and their greedy continuations through the dense cache `[documents, context + greedy_tokens]`."""
+    contexts = documents[:, : settings.context]
     if not settings.greedy_tokens:
-        return context
+        return contexts
+    stored = [store.load(DENSE, first + i) for i in range(len(documents))]
+    if None not in stored:
+        return torch.from_numpy(np.concatenate([part["greedy"] for part in stored])).to(documents.device)
     return model.generate(
-        context,
-        attention_mask=torch.ones_like(context),
+        contexts,
+        attention_mask=torch.ones_like(contexts),
         max_new_tokens=settings.greedy_tokens,
         do_sample=False,
         # Text goes on past its end, so that every prompt has as many tokens.
@@ -234,25 +258,25 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, settings: Settings) -> 
     )
 
 
-def _same_tokens(model: PreTrainedModel, method: Method, greedy: torch.Tensor, context: int) -> int:
-    """How many tokens of the dense cache's greedy text the other cache would write before the first that differs."""
-    written = greedy[0, context:]
-    if len(written) == 1:
-        return 1
-    chosen = torch.cat([rows.argmax(-1) for rows in method.rows(model, greedy[:, :-1], context, context)])
+def _agreement_with(model: PreTrainedModel, candidate: Candidate, greedy: torch.Tensor, context: int) -> np.ndarray:
+    """Where the candidate's most likely token is that of the dense cache's greedy text, bool `[greedy_tokens]`."""
+    rows = candidate.rows(model, greedy[:, :-1], context, context) if greedy.shape[1] > context + 1 else []
+    chosen = torch.cat([greedy[0, context : context + 1], *(logits.argmax(-1) for logits in rows)])
     # The first new token comes from prefill, which is the same for all.
-    return 1 + int((chosen == written[1:]).long().cumprod(0).sum())
+    return (chosen == greedy[0, context:]).cpu().numpy()
 
 
-def _result(method: Method, documents: int, settings: Settings, store: Store) -> dict:
-    parts, dense = ([store.load(name, i) for i in range(documents)] for name in (method.name, REFERENCE))
+def _result(candidate: Candidate, documents: int, settings: Settings, store: Store) -> dict:
+    parts, dense = ([store.load(name, i) for i in range(documents)] for name in (candidate.name, DENSE))
     same = None
     if settings.greedy_tokens:
         each = [int(part["same_tokens"]) for part in parts]
+        agreement = statistics.fmean(float(part["greedy_agreement"]) for part in parts)
         same = {"median": statistics.median(each), "limit": settings.greedy_tokens, "each": each}
+        same["agreement"] = agreement
     return {
-        "kind": method.kind,
-        "settings": method.settings(),
+        "kind": candidate.kind,
+        "settings": candidate.settings(),
         **summarize(parts, dense),
         "same_tokens": same,
         "seconds": float(sum(part["seconds"] for part in parts)),
@@ -269,11 +293,3 @@ def _scored(documents: torch.Tensor, settings: Settings) -> dict:
         # Columns of the tokens that the figures by position belong to: first and last + 1 of each bin.
         "positions": [[settings.first + 1 + start, settings.first + 1 + end] for start, end in bins],
     }
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Tells one checkpoint from another: a checksum of the beginning of every parameter, as float32."""
-    checksum = 0
-    for parameter in model.parameters():
-        checksum = zlib.crc32(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes(), checksum)
-    return f"{checksum:08x}"

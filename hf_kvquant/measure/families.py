@@ -1,0 +1,257 @@
+"""What a model family does with every preset: fused, de-quantized, native or refused.
+
+Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. What has
+to hold:
+
+- exact: with a window that covers every token, the cache's logits are those of the dense cache, through the operator
+  and through de-quantized states. This finds every wrong route, mask, scale or position, without a format's tolerance.
+- fused: in every decode call of every preset the operator's output is that of the model's own attention over the
+  de-quantized states, given the same arguments.
+- distance: the logits of every preset are those of the dense cache within the format's tolerance.
+
+A family for which one of them fails is `failed`; nothing else is recorded for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from .. import integration
+from ..attention import attend
+from ..cache import QuantizedCache
+from ..config import KVQuantConfig
+from ..host import CACHE, cache_of
+from ..layers import QuantizedLayer
+from ..states import QuantizedStates
+from .facts import without_paths
+from .tiny_models import FIRST_TOKEN, VOCAB, Family
+
+PRESETS = KVQuantConfig.preset_names()
+# A window over every token: what is stored is never read, and everything else is as always.
+EXACT = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "recent_length": 128}
+
+PROMPT, PADDED, STEPS = 62, 17, 10
+# Largest difference of attention outputs, as a share of the largest output; the same for logits and their spread.
+FUSED_LIMIT = 1e-4
+EXACT_LIMIT = 1e-3
+# Distance to the dense cache's logits, root mean square, as a share of the logits' spread; unrelated logits have 1.4.
+DISTANCE_LIMIT = {"int8": 0.1, "int8-plain": 0.1, "fp8": 0.5, "int4": 0.7, "int4-small": 0.9}
+
+LAYER_KINDS = {
+    "DynamicLayer": "full attention",
+    "QuantizedLayer": "full attention",
+    "DynamicSlidingWindowLayer": "sliding window",
+    "DynamicIndexedLayer": "indexed attention",
+    "LinearAttentionLayer": "linear or convolution",
+    "LinearAttentionAndFullAttentionLayer": "linear and full attention",
+    "QuantizedHybridLayer": "linear and full attention",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "linear and sliding window",
+    "DummyLayer": "no cache",
+}
+
+
+class Say:
+    """A logits processor that makes generation say given tokens `[batch, n]`."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step : self.step + 1], 0.0)
+        self.step += 1
+        return said
+
+
+class Compared:
+    """Our attention function, which compares each output of the operator with the model's own attention."""
+
+    def __init__(self):
+        self.largest, self.calls = 0.0, 0
+
+    def __call__(self, module, query, key, value, attention_mask, *, dense_attention, **kwargs):
+        routes = Counter(key.routes) if isinstance(key, QuantizedStates) else None
+        output = attend(module, query, key, value, attention_mask, dense_attention=dense_attention, **kwargs)
+        if routes is not None and key.routes["decode_fused"] > routes["decode_fused"]:
+            first = key.shape[2] - query.shape[2]
+            states = key.dequantize(position=first), value.dequantize(position=first)
+            expected = dense_attention(module, query, *states, attention_mask, **kwargs)[0]
+            self.largest = max(self.largest, share(output[0] - expected, expected.abs().max()))
+            self.calls += 1
+        return output
+
+
+def share(difference: torch.Tensor, size: torch.Tensor) -> float:
+    """The largest difference as a share of `size`; not a number counts as infinite."""
+    found = float(difference.abs().max() / size)
+    return found if found == found else float("inf")
+
+
+class Subject:
+    """A tiny model and its inputs: left-padded prompts, which for encoder-decoder models are the decoder's."""
+
+    def __init__(self, family: Family):
+        self.model = family.build()
+        self.decoder_config = self.model.config.get_text_config(decoder=True)
+        tokens = torch.Generator().manual_seed(1)
+        ids = torch.randint(FIRST_TOKEN, VOCAB, (2, PROMPT), generator=tokens)
+        self.said = torch.randint(FIRST_TOKEN, VOCAB, (2, STEPS + 1), generator=tokens)
+        mask = torch.ones_like(ids)
+        mask[1, :PADDED] = 0
+        ids = ids * mask
+        if self.model.config.is_encoder_decoder:
+            source = torch.randint(FIRST_TOKEN, VOCAB, (2, 20), generator=tokens)
+            ids[:, 0] = getattr(self.model.config, "decoder_start_token_id", None) or 0
+            self.inputs = {"input_ids": source, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+        else:
+            self.inputs = {"input_ids": ids, "attention_mask": mask}
+        if "pixel_values" in _required(self.model.generate):
+            size = self.model.config.vision_config.image_size
+            self.inputs["pixel_values"] = torch.zeros(2, 3, size, size)
+
+    def generate(self, **kwargs):
+        """Logits `[steps, batch, vocab]` in float32, and the cache."""
+        with torch.no_grad():
+            out = self.model.generate(
+                **self.inputs, do_sample=False, max_new_tokens=STEPS + 1, return_dict_in_generate=True,
+                output_logits=True, logits_processor=[Say(self.said)], **kwargs,
+            )  # fmt: skip
+        return torch.stack(out.logits).float(), cache_of(out)
+
+    def cache(self, config: dict) -> QuantizedCache | EncoderDecoderCache:
+        """A cache that is read through de-quantized copies."""
+        cache = QuantizedCache(self.model.config, config)
+        cache.disable_fused("the model matrix compares it")
+        if self.model.config.is_encoder_decoder:
+            return EncoderDecoderCache(cache, DynamicCache(config=self.decoder_config))
+        return cache
+
+
+def _required(function) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty}
+
+
+class Failed(Exception):
+    """A check that does not hold."""
+
+
+def examine(family: Family) -> dict:
+    """What a family does with every preset."""
+    started = time.perf_counter()
+    found: dict = {"model_type": family.model_type, "kind": family.kind}
+    try:
+        subject = Subject(family)
+    except Exception as error:
+        return found | {"status": "not built", "reason": _reason(error)}
+    found["attention"] = subject.model.config.get_text_config(decoder=True)._attn_implementation
+    try:
+        dense, cache = subject.generate()
+        if not torch.isfinite(dense).all():
+            raise FloatingPointError("logits that are not finite")
+    except Exception as error:
+        return found | {"status": "dense fails", "reason": _reason(error)}
+    found["dense_cache"] = type(cache).__name__
+    try:
+        found |= _measured(subject, dense)
+    except Failed as error:
+        found |= {"status": "failed", "reason": str(error)}
+    except Exception as error:
+        ours = isinstance(error, ValueError) and _raised_by_us(error)
+        found |= {"status": "refused" if ours else "failed", "reason": _reason(error)}
+    return found | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _measured(subject: Subject, dense: torch.Tensor) -> dict:
+    spread = dense.std()
+    compared = Compared()
+    with integration.attention(subject.model, attend=compared), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        logits, cache = subject.generate(cache_implementation="kvquant", cache_config=EXACT)
+        exact = {"own_route": share(logits - dense, spread)}
+        layers, status = _layers(own(cache))
+        exact["dequantized"] = share(subject.generate(**{CACHE: subject.cache(EXACT)})[0] - dense, spread)
+        presets = {}
+        for preset in PRESETS:
+            compared.largest = 0.0
+            logits, cache = subject.generate(cache_implementation=f"kvquant-{preset}")
+            distance = float((logits - dense).pow(2).mean().sqrt() / spread)
+            routes = {route: count for route, count in own(cache).routes.items() if count}
+            presets[preset] = {"fused": compared.largest, "distance": distance, "routes": routes}
+    for name, difference in exact.items():
+        _require(f"exact, {name}", difference, EXACT_LIMIT)
+    for preset, figures in presets.items():
+        _require(f"{preset}: fused against de-quantized", figures["fused"], FUSED_LIMIT)
+        _require(f"{preset}: distance to the dense cache", figures["distance"], DISTANCE_LIMIT[preset])
+    obstacles = sorted({str(w.message) for w in said if "because of" in str(w.message)})
+    return {
+        "status": status,
+        "layers": layers,
+        "cross_attention": "dense" if subject.model.config.is_encoder_decoder else None,
+        "exact": {name: _figure(value) for name, value in exact.items()},
+        "presets": {
+            name: figures | {"fused": _figure(figures["fused"]), "distance": _figure(figures["distance"])}
+            for name, figures in presets.items()
+        },
+        "compared_calls": compared.calls,
+        "obstacles": obstacles,
+    }
+
+
+def own(cache) -> QuantizedCache:
+    """The self-attention cache, which has to be ours."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, QuantizedCache):
+        raise Failed(f"generation used a {type(cache).__name__}")
+    return cache
+
+
+def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
+    """How many layers of each kind took which route, and the route of those that are quantized."""
+    routes = cache.routes
+    counted: dict[str, Counter] = {}
+    for layer in cache.layers:
+        name = type(layer).__name__
+        kind = LAYER_KINDS.get(name, name)
+        if not isinstance(layer, QuantizedLayer):
+            route = "native"
+        elif not layer.is_initialized:
+            route = "never used"
+        else:
+            route = "fused" if layer.takes_states and routes["decode_fused"] else "de-quantized"
+        counted.setdefault(kind, Counter())[route] += 1
+    ways = {route for routes in counted.values() for route in routes} & {"fused", "de-quantized"}
+    if not ways:
+        raise Failed("no layer used the quantized cache")
+    # Every decode step of every layer took the route that is recorded.
+    takes = sum(bool(layer.takes_states) for layer in cache.quantized_layers if layer.is_initialized)
+    others = sum(not layer.takes_states for layer in cache.quantized_layers if layer.is_initialized)
+    if routes["decode_fused"] + routes["decode_dequantized"] < STEPS * (takes + others):
+        raise Failed(f"{takes + others} quantized layers in {STEPS} steps took the routes {routes}")
+    status = "partly fused" if len(ways) == 2 or (routes["decode_fused"] and routes["decode_dequantized"]) else None
+    return {kind: dict(sorted(routes.items())) for kind, routes in counted.items()}, status or ways.pop()
+
+
+def _require(what: str, value: float, limit: float) -> None:
+    if not value <= limit:
+        raise Failed(f"{what}: {value:.2g} is more than {limit:g}")
+
+
+def _figure(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _raised_by_us(error: Exception) -> bool:
+    return Path(integration.__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return without_paths(f"{type(error).__name__}: {text}"[:300])

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 
 from hf_kvquant import KVQuantConfig
-from hf_kvquant.comparison.tables import three_digits
 from hf_kvquant.host import CACHE
+from hf_kvquant.measure.tables import three_digits
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -135,7 +135,7 @@ def milliseconds(row: dict) -> float:
 
 def test_every_file_of_the_package_is_named():
     table = READMES["hf_kvquant/README.md"].partition("## The files")[2]
-    for file in (ROOT / "hf_kvquant").glob("[!_]*.py"):
+    for file in [*(ROOT / "hf_kvquant").glob("[!_]*.py"), *(ROOT / "hf_kvquant" / "measure").glob("[!_]*.py")]:
         assert f"`{file.name}`" in table, file.name
 
 
@@ -151,7 +151,7 @@ class TestPresets:
             assert float(bits) == pytest.approx(KVQuantConfig.preset(name).bits_per_element(128), abs=0.005), name
             assert kl == three_digits(1000 * accuracy[name]["kl"]["mean"]), name
             assert float(ms) == pytest.approx(milliseconds(measured[name, 8192, 1]), abs=0.051), name
-        for name, key in (("dense DynamicCache", "dynamic"), ("dense StaticCache", "static")):
+        for name, key in (("dense DynamicCache", "dense"), ("dense StaticCache", "dense-static")):
             assert float(table[name][2]) == pytest.approx(milliseconds(measured[key, 8192, 1]), rel=0.005)
 
     def test_the_fields_of_their_configs(self):
@@ -173,9 +173,9 @@ class TestSpeed:
     def test_whole_steps(self):
         measured = steps("bench_generate")
         names = {
-            "DynamicCache": ["dynamic"], "StaticCache": ["static"],
-            "transformers quanto int4 / hqq int4": ["hf-quanto-int4", "hf-hqq-int4"],
-            "transformers hqq int8 / fp8": ["hf-hqq-int8", "hf-fp8"],
+            "DynamicCache": ["dense"], "StaticCache": ["dense-static"],
+            "quanto-int4 / hqq-int4": ["quanto-int4", "hqq-int4"],
+            "hqq-int8 / transformers-fp8": ["hqq-int8", "transformers-fp8"],
             "kvquant-int8": ["int8"], "kvquant-int8-plain / kvquant-fp8": ["int8-plain", "fp8"],
             "kvquant-int4": ["int4"], "kvquant-int4-small": ["int4-small"],
         }  # fmt: skip
@@ -186,15 +186,15 @@ class TestSpeed:
             for cell, row in zip(re.findall(r"[\d.]+", ms), found, strict=True):
                 assert float(cell) == pytest.approx(milliseconds(row), rel=0.005, abs=0.051), name
             for cell, row in zip(re.findall(r"[\d.]+", faster), found, strict=True):
-                assert float(cell) == pytest.approx(row["faster_than_dynamic"], rel=0.03), name
+                assert float(cell) == pytest.approx(row["faster_than_dense"], rel=0.03), name
             for cell, row in zip(re.findall(r"[\d.]+", share), found):
-                assert float(cell) == pytest.approx(row["share_of_dynamic_bytes"], rel=0.02), name
+                assert float(cell) == pytest.approx(row["share_of_dense_bytes"], rel=0.02), name
 
     def test_compiled_steps(self):
         measured = steps("bench_compiled", "bench_compiled_32k", "bench_compiled_batch8")
         columns = [(128, 1), (512, 1), (1024, 1), (8192, 1), (32768, 1), (128, 8), (1024, 8), (8192, 8)]
         names = {
-            "DynamicCache": "dynamic", "StaticCache": "static", "StaticCache, compiled": "static-compiled",
+            "DynamicCache": "dense", "StaticCache": "dense-static", "StaticCache, compiled": "dense-static-compiled",
             "kvquant-int8": "int8", "kvquant-int8-static": "int8-static",
             "kvquant-int8-static, compiled": "int8-static-compiled",
             "kvquant-int4-static, compiled": "int4-static-compiled",

@@ -1,0 +1,147 @@
+"""Draw the pictures of the READMEs from the results of the benchmarks: `python eval/plot.py`.
+
+`overview.png`: what a decode step takes and what a cache weighs, from what bench_generate.py wrote. Only results of
+one machine, shape and batch are drawn together. Where two files have the same cache and length, the first one counts.
+A cache that was measured at one length only is a point.
+
+`bench_decode.png`: the time of decode attention against the length of the cache, from what bench_decode.py wrote. The
+dotted line is a plain read of a BF16 cache: no attention over one can be faster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_kvquant.measure.report.style import COLORS, PRINT, WIDE, dress, label_ends, new_figure
+
+RESULTS = Path(__file__).parent / "results"
+FILES = [RESULTS / f"{name}.json" for name in ("bench_generate", "bench_compiled", "bench_compiled_32k")]
+# Ours in colours, what they are compared with in ink; one colour has one meaning in every picture.
+PRESET_COLORS = dict(zip(("int8", "int8-plain", "fp8", "int4", "int4-small"), COLORS[1:]))
+BASELINES = {
+    "sdpa-bfloat16": "SDPA, BF16, heads packed",
+    "sdpa-bfloat16-gqa": "SDPA, BF16, enable_gqa (transformers)",
+    "sdpa-float32": "SDPA, FP32, heads packed",
+}
+DASHES = dict(zip(BASELINES, ("-", (0, (6, 2)), (0, (3, 2)))))
+SAME = ("batch", "layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
+# By the name in the results: what the picture calls it, its colour, its line.
+LINES = {
+    "dense": ("DynamicCache", PRINT.ink, "-"),
+    "dense-static": ("StaticCache", PRINT.ink, (0, (4, 2))),
+    "transformers-fp8": ("transformers-fp8", COLORS[5], "-"),
+    "hqq-int8": ("hqq-int8", COLORS[3], "-"),
+    "quanto-int4": ("quanto-int4", COLORS[7], "-"),
+    "int8": ("kvquant-int8", COLORS[1], "-"),
+    "int4": ("kvquant-int4", COLORS[4], "-"),
+}
+
+
+def read(files: list[Path]) -> tuple[dict, list[dict]]:
+    """What all files have in common, and their rows, one for each cache and length.
+
+    Raises:
+        ValueError: files of different machines or shapes.
+    """
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    common = [
+        {"cpu": r["machine"]["cpu"], "threads": r["machine"]["threads"], **{k: r["arguments"][k] for k in SAME}}
+        for r in results
+    ]
+    for file, found in zip(files, common):
+        for field, value in found.items():
+            if value != common[0][field]:
+                raise ValueError(f"{file}: {field} is {value!r}; expected {common[0][field]!r}, that of {files[0]}")
+    rows = {}
+    for row in (row for result in results for row in result["steps"]):
+        rows.setdefault((row["name"], row["length"]), row)
+    return common[0], sorted(rows.values(), key=lambda row: row["length"])
+
+
+def draw_overview(common: dict, rows: list[dict]) -> Figure:
+    """Milliseconds of a step, and megabytes of the cache, over cached tokens; all axes logarithmic."""
+    figure = new_figure(PRINT, (1.2 * WIDE, 4.6))
+    left, right = figure.subplots(1, 2)
+    shown = [row for row in rows if row["name"] in LINES]
+    time, weight = (lambda row: row["ms"]["median"]), (lambda row: row["cache_bytes"] / 1e6)
+    panel(left, shown, time, "ms", [3, 10, 30, 100, 300, 1000], {"right": False})
+    # The two dense caches weigh the same.
+    dense = [row for row in shown if row["name"] != "dense-static"]
+    panel(right, dense, weight, "MB", [3, 10, 30, 100, 300], {"shift": -75})
+    left.set_title("One decode step, milliseconds", loc="left")
+    right.set_title("The cache, megabytes", loc="left")
+    figure.suptitle(
+        f"{common['layers']} layers, {common['heads']} query heads, {common['kv_heads']} KV heads, "
+        f"head_dim {common['head_dim']}, {common['dtype']}; {common['threads']} threads of an {common['cpu']}",
+        fontsize=10, color=PRINT.muted,
+    )  # fmt: skip
+    return figure
+
+
+def panel(
+    axes: Axes, rows: list[dict], value: Callable[[dict], float], unit: str, ticks: list[int], alone: dict
+) -> None:
+    """One line per cache, with its name and its last value at its end; `alone` says where points have theirs."""
+    lengths = sorted({row["length"] for row in rows})
+    ends, points_alone = [], []
+    for name, (label, color, style) in LINES.items():
+        points = [(row["length"], value(row)) for row in rows if row["name"] == name]
+        if not points:
+            continue
+        width = 2.4 if label.startswith("kvquant") else 1.4
+        axes.plot(*zip(*points), color=color, ls=style, lw=width, marker="o", ms=4, zorder=2 + (len(points) == 1))
+        length, last = points[-1]
+        (ends if len(points) > 1 else points_alone).append((length, last, f"{label} {last:.3g} {unit}", color))
+    axes.set(xscale="log", yscale="log", xlabel="cached tokens", xlim=(lengths[0] / 1.2, lengths[-1] * 1.2))
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
+    dress(axes, PRINT)
+    label_ends(axes, ends)
+    label_ends(axes, points_alone, **alone)
+
+
+def draw_decode(rows: list[dict], title: str) -> Figure:
+    """One line per cache: median milliseconds over cached tokens, both axes logarithmic."""
+    figure = new_figure(PRINT, (WIDE, 5.2))
+    axes = figure.subplots()
+    ends = []
+
+    def line(name: str, points: list[tuple[int, float]], color: str, **style) -> None:
+        axes.plot(*zip(*points), color=color, **style)
+        ends.append((*points[-1], f"{name}: {points[-1][1]:.3g} ms", color))
+
+    for name in dict.fromkeys(row["name"] for row in rows):
+        points = [(row["length"], row["ms"]["median"]) for row in rows if row["name"] == name]
+        if name in BASELINES:
+            line(BASELINES[name], points, PRINT.muted, ls=DASHES[name], marker="o", ms=3)
+        else:
+            line(name, points, PRESET_COLORS.get(name, PRINT.ink), marker="o", ms=3.5, lw=1.8)
+    dense = [row for row in rows if row["name"] == "sdpa-bfloat16"]
+    points = [(row["length"], row["plain_read_ms"]["median"]) for row in dense]
+    line("plain read of the BF16 cache", points, COLORS[0], ls=":")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="milliseconds per call", title=title)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_yticks(ticks := [0.3, 1, 3, 10, 30, 100, 300], [f"{n:g}" for n in ticks])
+    dress(axes, PRINT)
+    label_ends(axes, ends)
+    return figure
+
+
+def main() -> None:
+    draw_overview(*read(FILES)).savefig(RESULTS / "overview.png", dpi=130)
+    results = json.loads((RESULTS / "bench_decode.json").read_text(encoding="utf-8"))
+    setting = results["arguments"]
+    heads = f"{setting['heads']} query heads, {setting['kv_heads']} KV heads"
+    title = f"One call of decode attention: {heads}, head_dim {setting['head_dim']}, {setting['dtype']}"
+    rows = [row for row in results["decode"] if row["kv_heads"] == setting["kv_heads"]]
+    draw_decode(rows, title).savefig(RESULTS / "bench_decode.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

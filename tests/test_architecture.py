@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_kvquant
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_kvquant"
 
@@ -64,13 +66,12 @@ MAY_IMPORT = {
     "attention": {"host", "ops", "route", "states"},
     "integration": {"cache", "changes", "attention", "config", "host", "route"},
     "scoring": ANYTHING,
-    "lm_eval": ANYTHING,
-    "comparison": {"config", "host", "quantization", "cache", "scoring", "comparison"},
-    "report": {"comparison", "report"},
     "cli": ANYTHING,
     "": ANYTHING,
 }
-KNOW_TRANSFORMERS = {"host", "cache", "saving", "integration", "scoring", "lm_eval", "comparison", "cli"}
+# The instrument may take anything of the cache, and nothing of the program.
+MAY_IMPORT["measure"] = {*MAY_IMPORT, "measure"} - {"cli", ""}
+KNOW_TRANSFORMERS = {"host", "cache", "saving", "integration", "scoring", "measure", "cli"}
 TOP_LEVEL = {"pyproject.toml", "hf_kvquant", "kernels", "tests", "eval", "configs", "README.md", "Makefile"}
 # Packages that must not be imported before they are needed, because they are heavy or optional.
 NOT_AT_IMPORT = [
@@ -178,6 +179,23 @@ class TestImports:
         named = any(isinstance(n, ast.Attribute) and ast.unparse(n).startswith("torch.ops.kvquant") for n in nodes)
         assert named == (name == "ops")
 
+    def test_the_cache_never_imports_what_measures_it(self):
+        cache = [name for name in MODULES if name.split(".")[0] not in ("measure", "cli")]
+        assert len(cache) > 30
+        imported = {listed(other) for name in cache for other in our_imports(MODULES[name])}
+        assert not imported & {"measure", "cli"}
+
+    def test_scripts_import_what_measures_and_public_names_only(self):
+        """And the program, which is public; and no other script."""
+        scripts = sorted((ROOT / "eval").rglob("*.py"))
+        assert len(scripts) > 10
+        public = {f"hf_kvquant.{name}" for name in hf_kvquant.__all__} | {"hf_kvquant.cli", "hf_kvquant.cli.app"}
+        for file in scripts:
+            names = imports(file)
+            ours = {name for name in names if name.startswith("hf_kvquant.")}
+            assert not {name for name in ours if not name.startswith("hf_kvquant.measure")} - public, file.name
+            assert not names & {script.stem for script in scripts}, file.name
+
     @pytest.mark.parametrize("folder", ["tests", "eval"])
     def test_scripts_and_tests_use_public_names(self, folder):
         for file in (ROOT / folder).glob("*.py"):
@@ -252,7 +270,7 @@ class TestImportingIsHarmless:
     def test_compiled_backends_wait_until_they_are_asked_for(self, fresh):
         assert "hf_kvquant.backends" in fresh["modules"]
         assert not [name for name in fresh["modules"] if name.startswith("hf_kvquant.backends.")]
-        later = {f"hf_kvquant.{name}" for name in ("cli", "lm_eval", "comparison", "report")}
+        later = {f"hf_kvquant.{name}" for name in ("cli", "measure")}
         assert not later & set(fresh["modules"])
 
 

@@ -12,6 +12,8 @@ from .quantization import FORMATS, QuantizedTensor, QuantSpec, quantize
 from .scoring import cache_read_share, score, score_by_decoding, score_chunks, score_tokens
 from .states import QuantizedStates
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FORMATS",
     "KVQuantConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "QuantizedCache",
     "QuantizedStates",
     "QuantizedTensor",
+    "__version__",
     "attention",
     "cache_implementations",
     "cache_read_share",

@@ -1,0 +1,120 @@
+"""The sdist, and the wheel that is built from it: what they hold, and that the wheel runs alone."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_kvquant
+
+ROOT = Path(__file__).parent.parent
+LOCK = ROOT / ".ci" / "constraints.txt"
+# The places of files in the repository, and in the wheel: a longer path decides first.
+PLACES = {
+    "hf_kvquant/cli/hf_kvquant_entry/": "hf_kvquant_entry/",
+    "hf_kvquant/": "hf_kvquant/",
+    "configs/": "hf_kvquant/configs/",
+    "kernels/": "hf_kvquant/kernels/",
+}
+USE = """
+import hf_kvquant, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = Path(hf_kvquant.__file__).parent
+assert folder.is_relative_to(sys.prefix), folder
+model = AutoModelForCausalLM.from_pretrained(folder / "models/stdlib-nano")
+inputs = AutoTokenizer.from_pretrained(folder / "models/stdlib-nano")("def read_lines(path):", return_tensors="pt")
+assert hf_kvquant.ops.choose_backend("auto", "cpu", model.dtype) == "cpu"
+out = model.generate(
+    **inputs, max_new_tokens=4, cache_implementation="kvquant-int4", return_dict_in_generate=True
+)
+print(hf_kvquant.__version__, hf_kvquant.host.cache_of(out).routes["decode_fused"])
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """The output of a command; its errors are those of the test."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel that was built from it."""
+    if not LOCK.exists():
+        pytest.skip("not a checkout")
+    folder = tmp_path_factory.mktemp("dist")
+    pins = {"PIP_CONSTRAINT": str(LOCK), "PIP_BUILD_CONSTRAINT": str(LOCK)}
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, **pins)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def test_the_wheel_holds_the_package_its_presets_and_kernels(wheel):
+    expected = {"hf_kvquant/_kvquant_cpu.so"}
+    for name in tracked():
+        place = next((p for p in PLACES if name.startswith(p)), None)
+        if place:
+            expected.add(PLACES[place] + name.removeprefix(place))
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+    assert names == expected
+    assert "hf_kvquant/py.typed" in names
+
+
+def test_the_sdist_holds_what_a_build_and_the_tests_need(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    left_out = re.compile(r"\.ci/|eval/results/")
+    assert {name for name in tracked() if not left_out.match(name)} <= names
+    assert not [name for name in names if left_out.match(name)]
+
+
+def test_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_string(archive.read(name).decode())
+    assert metadata["Version"] == hf_kvquant.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_it_runs_where_nothing_else_of_ours_is(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", environment, cwd=tmp_path)
+    python = environment / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    # What it needs is borrowed from here; its own files, found in other folders, would come later on the path.
+    (site,) = environment.glob("lib/python*/site-packages")
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed), encoding="utf-8")
+    program = environment / "bin" / "hf-kvquant"
+    assert "generate" in run(program, "--help", cwd=tmp_path)
+    assert "int4-small" in run(program, "info", cwd=tmp_path)
+    # Three decode steps through four layers.
+    assert run(python, "-c", USE, cwd=tmp_path).split()[-2:] == [hf_kvquant.__version__, "12"]

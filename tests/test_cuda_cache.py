@@ -234,8 +234,8 @@ class TestKept:
 APPEND = 'extern "C" __global__ void quantize_append_kernel(float* x) { x[0] = x[1] * x[2] + KVQUANT_DTYPE; }\n'
 
 
-def run_build(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["build", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+def run_build(*arguments: str, code: int = 0, columns: int = 200) -> str:
+    result = CliRunner().invoke(app, ["build", *arguments], env={"COLUMNS": str(columns), "NO_COLOR": "1"})
     assert result.exit_code == code, result.output
     return result.output
 
@@ -260,6 +260,19 @@ class TestBuild:
         assert "cached" in again
         specs = [s.resolve(96) for s in KVQuantConfig.preset("int8").for_layer(0)]
         assert compiled(specialisation(2, *specs, 96, 96)).cached
+
+    def test_it_fits_80_columns(self):
+        arguments = ("int8", "int4-small", "--arch", "sm_120", "--head-dim", "128")
+        text = run_build(*arguments, columns=80)
+        # The last line holds the path of a folder and is not wrapped, so that it can be copied.
+        tables, _, _ = text.partition("4 compiled")
+        assert max(map(len, tables.splitlines())) <= 80
+        # Nothing is cut short or left out: a wider terminal shows the same words.
+        again = run_build(*arguments, columns=80).partition("0 compiled")[0]
+        wide = run_build(*arguments, columns=200).partition("0 compiled")[0]
+        assert re.sub("[\\s─]+", " ", again) == re.sub("[\\s─]+", " ", wide)
+        assert "…" not in tables
+        assert len(re.findall("sm_120 .*decode_attention", tables)) == 2
 
     def test_layers_that_differ_are_compiled_too(self, tmp_path):
         config = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "layers": {3: {"keys": {"format": "fp8"}}}}

@@ -29,7 +29,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file to compile, and the first cells of its row in the table."""
+    """One source file to compile, for one architecture and specialisation."""
 
     arch: str
     source: str
@@ -73,7 +73,7 @@ def build(
             except nvrtc.CompileError as error:
                 failed.append(str(error))
             progress.update(task, advance=1, description=f"{unit.arch} {unit.kind}")
-    console.print(_table([(unit, done[unit]) for unit in units if unit in done]))
+    _show([(unit, done[unit]) for unit in units if unit in done], console)
     fresh = sum(not found.cached for found in done.values())
     console.print(
         f"{fresh} compiled, {len(done) - fresh} found in {disk_cache.folder()}.", soft_wrap=True, highlight=False
@@ -127,18 +127,24 @@ def _archs(named: list[str] | None) -> list[str]:
         raise typer.BadParameter(f"--arch: {error}") from error
 
 
+def _show(results: list[tuple[Unit, nvrtc.Compiled]], console: Console) -> None:
+    """Print a table for each specialisation, below its name: as a column, the name would not fit into 80 columns."""
+    for kind in dict.fromkeys(unit.kind for unit, _ in results):
+        console.print(str(kind), highlight=False)
+        console.print(_table([result for result in results if result[0].kind == kind]))
+
+
 def _table(results: list[tuple[Unit, nvrtc.Compiled]]) -> Table:
     table = Table(box=box.SIMPLE)
-    for column in ("arch", "kernel", "for"):
-        table.add_column(column, no_wrap=column != "for")
+    for column in ("arch", "kernel"):
+        table.add_column(column, no_wrap=True)
     for column in ("registers", "spills", "shared", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for unit, found in results:
-        # The kernels of one file are compiled together, so only the first row has these cells.
-        whole = str(unit.kind), "cached" if found.cached else f"{found.seconds:.2f}"
+        # The kernels of one file are compiled together, so only the first row has this cell.
+        seconds = "cached" if found.cached else f"{found.seconds:.2f}"
         for kernel, usage in sorted(found.usage.items()):
             numbers = (usage.registers, usage.spills, usage.shared)
-            kind, seconds = whole
-            table.add_row(unit.arch, kernel.removesuffix("_kernel"), kind, *map(str, numbers), seconds)
-            whole = "", ""
+            table.add_row(unit.arch, kernel.removesuffix("_kernel"), *map(str, numbers), seconds)
+            seconds = ""
     return table

@@ -115,6 +115,17 @@ class TestPage:
         assert "hqq-int4 was left out: ImportError: not here" in text
         assert text.count(BLIND) == 1
 
+    def test_the_columns_are_explained_before_the_first_table(self, page):
+        assert 0 < page.index("<h2>The columns</h2>") < page.index("<table>")
+
+    def test_every_table_says_that_it_scrolls_where_that_can_be_needed(self, page):
+        hints = re.findall(r'<p class="swipe">[^<]+</p>\s*<div class="scroll"', page)
+        assert len(hints) == page.count("<table")
+        # Hidden, but shown in the same media query as the narrow plots.
+        assert re.search(r"\.swipe \{ display: none; \}\s", page.replace(".narrow, ", ""))
+        phone = page[page.index("@media (max-width: 40rem)") :].partition("details")[0]
+        assert re.search(r"\.swipe \{ display: block; \}", phone)
+
     def test_text_is_escaped(self, page):
         assert "<b>model</b>" not in page
         assert html.escape("another <b>model</b>") in page

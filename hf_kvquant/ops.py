@@ -26,6 +26,8 @@ DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
 }
+# Of head_dim and group_size; the reference takes every one that can be quantized.
+COMPILED_MULTIPLE = 16
 
 try:
     _library = torch.library.Library("kvquant", "DEF")
@@ -77,8 +79,11 @@ def backend_status(name: str) -> str | None:
 
 
 @lru_cache(maxsize=None)
-def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
+def choose_backend(requested: str, device_type: str, dtype: torch.dtype, small: int = 0) -> str:
     """The backend that runs for states of `dtype` on `device_type`: the requested one, or a choice if it is "auto".
+
+    Args:
+        small: a head_dim or group_size that no compiled backend takes, if the states have one.
 
     Raises:
         ValueError: the backend is unknown.
@@ -86,26 +91,42 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """
     compiled = {"cpu": "cpu", "cuda": "cuda"}.get(device_type)
     if requested == AUTO:
-        if compiled is None or backend_status(compiled) is not None:
+        if compiled is None or backend_status(compiled) is not None or dtype == torch.float64:
             return "reference"
-        if dtype not in DTYPES[compiled] and dtype != torch.float64:
-            warnings.warn(
-                f"{dtype} states on {device_type!r} run on the slow backend 'reference': the compiled one takes "
-                f"{_names(DTYPES[compiled])}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return compiled if dtype in DTYPES[compiled] else "reference"
+        states, taken = _not_taken(compiled, dtype, small)
+        if states is None:
+            return compiled
+        warnings.warn(
+            f"{states} on {device_type!r} run on the slow backend 'reference': the compiled one takes {taken}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return "reference"
     reason = backend_status(requested)
     if reason is None and requested != "reference":
         if requested != compiled:
             reason = f"the states are on device type {device_type!r}"
-        elif dtype not in DTYPES[compiled]:
-            name = str(dtype).removeprefix("torch.")
-            reason = f"{name} states need backend 'reference'; {requested!r} takes {_names(DTYPES[compiled])}"
+        else:
+            states, taken = _not_taken(compiled, dtype, small)
+            reason = None if states is None else f"{states} need backend 'reference'; {requested!r} takes {taken}"
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run: {reason}")
     return requested
+
+
+def _not_taken(compiled: str, dtype: torch.dtype, small: int) -> tuple[str | None, str]:
+    """What of the states a compiled backend does not take, and what it takes instead."""
+    if dtype not in DTYPES[compiled]:
+        return f"{_names((dtype,))} states", _names(DTYPES[compiled])
+    if small:
+        return f"states with a head_dim or group_size of {small}", f"multiples of {COMPILED_MULTIPLE}"
+    return None, ""
+
+
+def _small(keys: QuantizedStates, values: QuantizedStates) -> int:
+    """The first head_dim or group_size that only the reference takes; 0: none."""
+    sizes = keys.head_dim, values.head_dim, keys.spec.group_size or 0, values.spec.group_size or 0
+    return next((size for size in sizes if size % COMPILED_MULTIPLE), 0)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -125,7 +146,7 @@ def _decode_attention(query, *args):
             (v_spec, v_stored, _head_dim(v_spec, v_stored.data)),
         )
     )  # fmt: skip
-    attend = _implementation(backend, query.device.type, query.dtype).decode_attention
+    attend = _implementation(backend, query.device.type, query.dtype, _small(keys, values)).decode_attention
     return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
@@ -138,7 +159,7 @@ def _quantize_append(key, value, *args):
         )
         for spec, stored, x in ((k_spec, k_stored, key), (v_spec, v_stored, value))
     )  # fmt: skip
-    _implementation(backend, key.device.type, key.dtype).quantize_append(
+    _implementation(backend, key.device.type, key.dtype, _small(keys, values)).quantize_append(
         key, value, keys, values, faults, padding, start=start
     )
 
@@ -149,8 +170,8 @@ def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
 
 
 @lru_cache(maxsize=None)
-def _implementation(backend: str, device_type: str, dtype: torch.dtype):
-    name = choose_backend(backend, device_type, dtype)
+def _implementation(backend: str, device_type: str, dtype: torch.dtype, small: int):
+    name = choose_backend(backend, device_type, dtype, small)
     return reference if name == "reference" else import_module(f".backends.{name}", __package__)
 
 

@@ -14,9 +14,12 @@ Layout of the bytes, row-major, one row per token of a head:
 
     int8   head_dim bytes: token grid two's complement -127..127, channel grid unsigned 0..255
     fp8    head_dim bytes: e4m3 bit patterns
-    int4   head_dim / 2 bytes, packed along head_dim in chunks of 32 channels (the last chunk may be 16): byte j of a
-           chunk of 2h channels holds channel j in its low and channel h + j in its high nibble.
-           Example, head_dim 32, code of channel c = c % 16:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff
+    int4   head_dim / 2 bytes, packed along head_dim in chunks of 32 channels (the last one may be 8, 16 or 24): byte j
+           of a chunk of 2h channels holds channel j in its low and channel h + j in its high nibble.
+           Examples, code of channel c = c % 16:
+           head_dim 8:   40 51 62 73
+           head_dim 32:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff
+           head_dim 40:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff | 40 51 62 73
     scale  token grid [.., kv_len, head_dim / group_size], channel grid [.., blocks, head_dim]; zero_point like scale
 """
 
@@ -30,7 +33,8 @@ import torch
 from .message import told
 
 FP16_MAX = 65504.0
-HEAD_DIM_MULTIPLE = 16
+# Of head_dim and group_size. Compiled backends take multiples of 16.
+HEAD_DIM_MULTIPLE = 8
 INT4_CHUNK = 32
 GRIDS = ("token", "channel")
 
@@ -62,7 +66,7 @@ class QuantSpec:
     Args:
         format: "int8", "fp8", "int4", or "dense" (kept in the model's dtype).
         grid: "token" or "channel".
-        group_size: token grid: channels that share a scale, a multiple of 16 that divides head_dim; None = whole head.
+        group_size: token grid: channels that share a scale, a multiple of 8 that divides head_dim; None = whole head.
         block_length: channel grid: tokens that share a channel's scale, a power of two from 16 to 256 (64 if None).
         rotate: token grid: store the Hadamard transform along head_dim.
 
@@ -103,8 +107,8 @@ class QuantSpec:
         elif self.grid == "token":
             if self.block_length is not None:
                 refuse("block_length", "null on the token grid (it belongs to the channel grid)")
-            if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
-                refuse("group_size", "null (whole head) or a positive multiple of 16")
+            if self.group_size is not None and (self.group_size <= 0 or self.group_size % HEAD_DIM_MULTIPLE):
+                refuse("group_size", f"null (whole head) or a positive multiple of {HEAD_DIM_MULTIPLE}")
         else:
             if self.group_size is not None:
                 refuse("group_size", "null on the channel grid (it belongs to the token grid)")
@@ -133,7 +137,7 @@ class QuantSpec:
         """The same spec with `group_size` filled in and checked for this head_dim.
 
         Raises:
-            ValueError: head_dim is not a multiple of 16, or group_size does not divide it.
+            ValueError: head_dim is not a multiple of 8, or group_size does not divide it.
         """
         if self.is_dense:
             return self

@@ -85,7 +85,7 @@ TABLE = {
     "kv_config type": (lambda: new(8), r"kv_config: 8 is not allowed; expected a KVQuantConfig, a preset's name"),
     "kv_config None": (lambda: new(None), r"kv_config: None is not allowed"),
     "format": (lambda: QuantSpec("int5"), r"format: 'int5' is not allowed; expected one of"),
-    "group_size": (lambda: QuantSpec("int8", group_size=24), r"group_size: 24 is not allowed; expected"),
+    "group_size": (lambda: QuantSpec("int8", group_size=20), r"group_size: 20 is not allowed; expected"),
     "channel values": (
         lambda: KVQuantConfig(INT8, QuantSpec("int8", "channel")),
         r"values.grid: 'channel' is not allowed; expected",
@@ -160,7 +160,7 @@ TABLE = {
         first(states(), states(n=4)),
         r"value_states: 4 tokens do not fit the keys; expected 5",
     ),
-    "head_dim not a multiple of 16": (first(states(head_dim=40)), r"layer 0: keys\.head_dim: 40 .* multiple of 16"),
+    "head_dim not a multiple of 8": (first(states(head_dim=44)), r"layer 0: keys\.head_dim: 44 .* multiple of 8"),
     "head_dim beyond the kernels": (
         first(states(head_dim=528)),
         r"head_dim: 528 is not allowed; expected .* up to 512",

@@ -643,8 +643,8 @@ def test_a_cache_that_cannot_act_raises():
     hybrid = families.config("gemma3")
     with pytest.raises(ValueError, match=r"layers\.0: .*expected one of \[1\]"):
         QuantizedCache(hybrid, KVQuantConfig(INT8, INT8, layers={0: LayerOverride(values=INT4)}))
-    with pytest.raises(ValueError, match=r"layer 0: keys\.head_dim: 24 .* multiple of 16"):
-        feed(new_cache("int8"), *states(10, head_dim=24))
+    with pytest.raises(ValueError, match=r"layer 0: keys\.head_dim: 20 .* multiple of 8"):
+        feed(new_cache("int8"), *states(10, head_dim=20))
     wide_groups = KVQuantConfig(INT8, QuantSpec("int4", group_size=64))
     with pytest.raises(ValueError, match=r"layer 0: values\.group_size: 64 does not divide head_dim 96"):
         feed(new_cache(wide_groups), *states(9, head_dim=96))

@@ -223,7 +223,7 @@ BAD = {
         changed(values={"format": "int8", "grid": "channel"}),
         ["values.grid: 'channel'", "'token'"],
     ),
-    "group size": (changed(keys={"format": "int8", "group_size": 20}), ["keys.group_size: 20", "multiple of 16"]),
+    "group size": (changed(keys={"format": "int8", "group_size": 20}), ["keys.group_size: 20", "multiple of 8"]),
     "group size is a word": (
         changed(values={"format": "int8", "group_size": "64"}),
         ["values.group_size: '64'", "integer"],

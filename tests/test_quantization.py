@@ -29,7 +29,7 @@ CHANNEL = {
     "int4-b32": QuantSpec("int4", "channel", block_length=32),
 }
 SPECS = {**TOKEN, **CHANNEL}
-HEAD_DIMS = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256]
+HEAD_DIMS = [8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 192, 256]
 TOLERANCE = {
     "rotate": 1e-5,  # a share of the vector's norm: a few float32 roundings per butterfly
     "half step": 1.002,  # half a step, plus the roundings of the scale to FP16 (2^-11) and of float32 arithmetic
@@ -495,7 +495,7 @@ class TestTokensAreIndependent:
 class TestRotation:
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     def test_equals_the_hadamard_matrix(self, head_dim, outlier):
-        block = {48: 16, 80: 16, 96: 32, 112: 16, 192: 64}.get(head_dim, head_dim)
+        block = {24: 8, 40: 8, 48: 16, 80: 16, 96: 32, 112: 16, 192: 64}.get(head_dim, head_dim)
         i = torch.arange(head_dim)
         signs = torch.tensor([[(-1.0) ** (a & b).bit_count() for b in range(block)] for a in range(block)])
         matrix = signs[i % block][:, i % block] * (i[:, None] // block == i // block) / block**0.5
@@ -656,9 +656,9 @@ class TestQuantSpec:
             ({"format": "int8", "rotate": "yes"}, ["rotate", "'yes'", "true or false"]),
             ({"format": "int8", "group_size": 64.0}, ["group_size", "64.0", "integer"]),
             ({"format": "int8", "group_size": True}, ["group_size", "True", "integer"]),
-            ({"format": "int8", "group_size": 0}, ["group_size", "0", "multiple of 16"]),
-            ({"format": "int8", "group_size": -16}, ["group_size", "-16", "multiple of 16"]),
-            ({"format": "int8", "group_size": 24}, ["group_size", "24", "multiple of 16"]),
+            ({"format": "int8", "group_size": 0}, ["group_size", "0", "multiple of 8"]),
+            ({"format": "int8", "group_size": -16}, ["group_size", "-16", "multiple of 8"]),
+            ({"format": "int8", "group_size": 20}, ["group_size", "20", "multiple of 8"]),
             ({"format": "int8", "block_length": 64}, ["block_length", "64", "channel grid"]),
             ({"format": "int8", "grid": "channel", "group_size": 64}, ["group_size", "64", "token grid"]),
             ({"format": "int8", "grid": "channel", "rotate": True}, ["rotate", "True", "false", "channel grid"]),
@@ -680,9 +680,9 @@ class TestQuantSpec:
             QuantSpec(**arguments)
         assert all(word in str(error.value) for word in [*words, "expected"]), str(error.value)
 
-    @pytest.mark.parametrize("head_dim", [0, 8, 40, 100])
+    @pytest.mark.parametrize("head_dim", [0, 4, 12, 100])
     def test_head_dims_that_do_not_fit(self, head_dim):
-        with pytest.raises(ValueError, match=f"head_dim: {head_dim} .*expected a multiple of 16"):
+        with pytest.raises(ValueError, match=f"head_dim: {head_dim} .*expected a multiple of 8"):
             QuantSpec("int8").resolve(head_dim)
 
     def test_group_size_that_does_not_divide(self):

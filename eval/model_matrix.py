@@ -75,7 +75,7 @@ def run(names: list[str], jobs: int, done) -> None:
 
 STATUS = {
     "fused": "every decode step reads the quantized cache as stored",
-    "partly fused": "some layers read it as stored, others de-quantized copies",
+    "partly fused": "part of its attention reads it as stored, the rest de-quantized copies: slower, said once",
     "de-quantized": "attention changes the cached states, so each step reads de-quantized copies: slower, said once",
     "refused": "a `ValueError` says why the cache cannot act",
     "failed": "a check failed",
@@ -130,8 +130,18 @@ def page(document: dict) -> str:
         f"(largest difference {worst:.1g} of the output), and with a window over every token the logits are the "
         f"dense cache's (largest difference {exact:.1g} of their spread). Sliding-window, linear and convolution "
         "layers keep transformers' own caches, and so does cross-attention. A sliding window that hides no token "
-        f"counts as full attention.\n\nDe-quantized: {_list(_names(document, 'de-quantized', 'partly fused'))}.\n"
+        "counts as full attention.\n"
     )
+    own = [n for n in judged if families[n].get("recorded_calls") and families[n]["status"] == "fused"]
+    text.append(
+        "\nAttention code of the model's own (ALiBi, merged heads, casts), whose products the cache records and gives "
+        f"to the operator: {_list(own)}.\n"
+    )
+    others = _names(document, "de-quantized", "partly fused")
+    rows = [[n, families[n]["kind"], families[n]["status"], _reasons(families[n]["obstacles"])] for n in others]
+    noted = [n for n in judged if n not in others and families[n]["obstacles"]]
+    rows += [[n, families[n]["kind"], families[n]["status"], _reasons(families[n]["obstacles"])] for n in noted]
+    text.append(f"\n## De-quantized, and why\n\n{_table(['model', 'kind', 'status', 'reason'], rows)}")
     rows = []
     for name in judged:
         found = families[name]
@@ -157,6 +167,10 @@ def page(document: dict) -> str:
     return "".join(text)
 
 
+def _reasons(obstacles: list[str]) -> str:
+    return " ".join(obstacle.rpartition(", because of ")[2].removesuffix(".") for obstacle in obstacles)
+
+
 def _list(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -171,7 +185,7 @@ def sentence(document: dict) -> str:
     partly = _count(families, "partly fused")
     parts = [
         f"{_count(families, 'fused')} decode from the quantized cache as stored",
-        *([f"{partly} in some of their layers"] if partly else []),
+        *([f"{partly} partly"] if partly else []),
         f"{_count(families, 'de-quantized')} from de-quantized copies",
         f"{_count(families, 'refused')} are refused with a reason",
     ]

@@ -10,16 +10,19 @@ from collections.abc import Callable
 
 import torch
 
-from . import ops
+from . import axes, ops
+from .calls import Call
 from .host import CACHE_NAMES
-from .route import learn_route, say_once
+from .recorded import RecordedStates
+from .route import KEEPS_WEIGHTS, learn_route, say_once
 from .states import QuantizedStates, autocast, hides_columns, is_autocast
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
-    "dropout", "scaling", "softcap", "s_aux", "position_bias", "is_causal", "output_attentions", "sliding_window",
-    "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict",
-    "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels", "deterministic", *CACHE_NAMES,
+    "dropout", "scaling", "softcap", "s_aux", "sinks", "position_bias", "is_causal", "output_attentions",
+    "sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states",
+    "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep", "labels",
+    "deterministic", *CACHE_NAMES,
 })  # fmt: skip
 
 
@@ -50,33 +53,68 @@ def attend(
     # known. The operator, or dense attention, raises for any other width that does not fit.
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == getattr(key, "capacity", None):
         attention_mask = attention_mask[..., : key.shape[2]]
-    if not isinstance(key, states_type):
+    call = None
+    if isinstance(key, RecordedStates) and isinstance(value, RecordedStates):
+        if key.meaning.is_as_stored and value.meaning.is_as_stored:
+            key, value = key.meaning.step.take()
+        else:
+            call = Call.of(query.shape, key.meaning, value.meaning, grouped=True)
+    if call is None and not isinstance(key, states_type):
         key, value = learn_route(key, value)
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    obstacle = _obstacle(module, query, type(value) is type(key), key.shape[2], attention_mask, kwargs)
+    states = key if call is None else call.step.keys
+    same_type = call is not None or type(value) is type(key)
+    obstacle = _obstacle(module, query, same_type, key.shape[2], attention_mask, kwargs)
+    if call is not None and obstacle is None:
+        obstacle = _obstacle_of_call(call, query.shape[2], attention_mask, kwargs)
     if obstacle is not None:
+        if call is not None:
+            key, value = (x.numbers(obstacle) for x in (key, value))
+            return dense_attention(module, query, key, value, attention_mask, **kwargs)
         if not torch.compiler.is_compiling():
             say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
         key.routes.count("decode_dequantized")
         first = key.position(query.shape[2])
         key, value = (s.dequantize(first) if isinstance(s, states_type) else s for s in (key, value))
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
-    key.routes.count("decode_fused")
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kwargs.get("position_bias") is not None:
-        attention_mask = _join(kwargs["position_bias"], attention_mask, key, query.shape[2])
-    softcap = float(kwargs.get("softcap") or 0.0)
+        attention_mask = _join(kwargs["position_bias"], attention_mask, states, query.shape[2])
+    options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
+    s_aux = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if is_autocast(query):
-        query = query.to(key.dtype)
-    arguments = (query, key, value, attention_mask, kwargs.get("s_aux"))
-    output = (operator or _decode)(*arguments, scaling=float(scaling), softcap=softcap)
+        query = query.to(states.dtype)
+    if call is None:
+        key.routes.count("decode_fused")
+        output = (operator or _decode)(query, key, value, attention_mask, s_aux, **options)
+    else:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = call.mask(attention_mask)
+        output = call(query, attention_mask, None if s_aux is None else call.per_head(s_aux), **options)
     return autocast(output).transpose(1, 2).contiguous(), None
 
 
-def _decode(*arguments, **options) -> torch.Tensor:
-    return ops.decode_attention(*arguments, **options)[0]
+def _decode(query, keys, values, mask, s_aux, **options) -> torch.Tensor:
+    """The operator, which takes learned sinks `[num_heads]`; those of each query `[batch, num_heads, q_len, 1]` are
+    one more column of weight and no value, which shrinks the output."""
+    if s_aux is None or s_aux.ndim == 1:
+        return ops.decode_attention(query, keys, values, mask, s_aux, **options)[0]
+    output, logsumexp = ops.decode_attention(query, keys, values, mask, **options)
+    return (output * torch.sigmoid(logsumexp[..., None] - s_aux.to(logsumexp.dtype))).to(query.dtype)
+
+
+def _obstacle_of_call(call: Call, q_len: int, mask: torch.Tensor | None, kwargs: dict) -> str | None:
+    """Why the operator cannot do this call for states that the model has laid out in its own way, or None."""
+    if kwargs.get("sinks") is not None:
+        return "the attention argument 'sinks'"
+    if mask is not None and mask.ndim == 4 and not axes.broadcasts(mask.shape, call.mask_dims):
+        return f"a mask of shape {tuple(mask.shape)}"
+    has_no_mask_for_both = q_len > 1 if mask is None else mask.ndim != 4
+    if call.more is not None and has_no_mask_for_both:
+        return "cached states with others behind them, without a mask for both"
+    return None
 
 
 def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, kwargs: dict) -> str | None:
@@ -84,7 +122,7 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, k
     if not same_type:
         return "values that are not cached as the keys are"
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
-        return "output_attentions=True (attention weights exist only in dense attention)"
+        return KEEPS_WEIGHTS
     if query.requires_grad and torch.is_grad_enabled():
         return "queries that require grad"
     if kwargs.get("dropout"):
@@ -95,6 +133,9 @@ def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, k
         return f"sliding_window={kwargs['sliding_window']}"
     if kwargs.get("is_causal") is False and query.shape[2] > 1 and (mask is None or mask.ndim == 2):
         return "is_causal=False"
+    sinks = kwargs.get("sinks")
+    if sinks is not None and (sinks.ndim != 4 or tuple(sinks.shape[1:]) != (*query.shape[1:3], 1)):
+        return f"sinks of shape {tuple(sinks.shape)}"
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     return f"the attention argument {unknown[0]!r}" if unknown else None
 

@@ -28,9 +28,12 @@ class WholeChanges:
     _unfinished: str | None = None
     _whole: list[int]
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, keeps_weights: bool = False) -> None:
         """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or
         lack of memory, the next use is refused, because layers may have different numbers of tokens.
+
+        Args:
+            keeps_weights: whether the model that is called shall return attention weights.
 
         Raises:
             ValueError: see `check_finished`.
@@ -38,8 +41,9 @@ class WholeChanges:
         if is_traced():
             return
         self.check_finished()
+        self._close_steps(is_whole=False)
         self._unfinished, self._whole = what, self._lengths()
-        self._routes.in_call = what == FORWARD
+        self._routes.in_call, self._routes.keeps_weights = what == FORWARD, keeps_weights
 
     def check_finished(self) -> None:
         """Check that layers agree about their tokens.
@@ -64,8 +68,17 @@ class WholeChanges:
         # While a CUDA graph is captured nothing runs, and nothing can be read from the device.
         if is_traced():
             return
+        self._close_steps(is_whole=True)
         self._unfinished, self._whole = None, self._lengths()
         self._routes.in_call = False
+
+    def _close_steps(self, is_whole: bool) -> None:
+        """The cache may change now: recorded states that are still held become numbers, or, of a call that was
+        interrupted, useless."""
+        steps = self._routes.steps
+        while steps:
+            step = steps.pop()
+            step.close() if is_whole else step.abandon()
 
     def _lengths(self) -> list[int]:
         lengths = []

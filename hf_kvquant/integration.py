@@ -150,8 +150,11 @@ def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     request = _Request.of(model)
     if request is not None:
         args, kwargs = request.call_begins(args, kwargs)
+    keeps_weights = kwargs.get("output_attentions")
+    if keeps_weights is None:
+        keeps_weights = getattr(getattr(model, "config", None), "output_attentions", False)
     for cache in _caches_given((args, kwargs)):
-        cache.begin(FORWARD)
+        cache.begin(FORWARD, bool(keeps_weights))
         _put_back_state(model, cache)
     return args, kwargs
 

@@ -2,7 +2,8 @@
 
 The type of the return value is the route: a tensor means dense attention, `QuantizedStates` the fused operator. The
 first update returns the states that it was given (prefill is exact). A later one of at most `ops.MAX_Q_LEN` tokens
-returns `QuantizedStates` if the model takes them. A longer one returns the de-quantized past and the new states.
+returns `QuantizedStates` if the model takes them, and `RecordedStates` if it has attention code of its own. A longer
+one returns the de-quantized past and the new states.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from . import ops
 from .config import KVQuantConfig
 from .expected import COUNT, Bounds, meta
-from .host import DynamicLayer
+from .grammar import recorded
+from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
-from .route import Routes, attention_is_switched, say_once, tagged
-from .states import QuantizedStates, Stored, autocast, is_autocast
+from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_once, tagged
+from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured
 from .storage import ROLLBACK, Side
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -112,6 +114,10 @@ class QuantizedLayer(DynamicLayer):
             return self._offered(self._first(key_states), self._first(value_states), first=True)
         if not is_long and self.takes_states:
             return self._views()
+        if not is_long and self._records():
+            keys, values, step = recorded(*self._views(), n, self)
+            self.shared_routes.steps.append(step)
+            return keys, values
         self.routes.count("decode_dequantized")
         if is_long:
             return self._offered(*map(self._joined, past, (key_states, value_states)))
@@ -137,6 +143,15 @@ class QuantizedLayer(DynamicLayer):
         """Extend a mask of the last columns to all `n` columns of the first update (`QuantizedCache.set_padding`)."""
         if self.padding is not None and self.padding_is_of_last and self.padding.shape[1] < n:
             self.padding = torch.nn.functional.pad(self.padding, (n - self.padding.shape[1], 0))
+
+    def _records(self) -> bool:
+        """Whether the model's code gets tensors that note what it does with them."""
+        is_possible = self.shared_routes.in_call and attention_is_switched() and self.takes_states is None
+        return is_possible and not (torch.compiler.is_compiling() or is_captured() or self._keeps_weights())
+
+    def _keeps_weights(self) -> bool:
+        """Whether the model that runs returns attention weights, which it has to compute itself."""
+        return self.shared_routes.keeps_weights or records_attention_weights()
 
     def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
         """Keys and values as attention reads them."""
@@ -269,7 +284,9 @@ class QuantizedLayer(DynamicLayer):
         if self.takes_states is not None:
             return
         if attention_is_switched():
-            if self.was_offered:
+            if self._keeps_weights():
+                say_once(f"Attention reads de-quantized copies of the KV cache, because of {KEEPS_WEIGHTS}.")
+            elif self.was_offered:
                 say_once(
                     "This model's attention does not take the cached states as they are, so each step de-quantizes "
                     "them (slower, same values)."

@@ -23,13 +23,22 @@ from torch.utils._pytree import tree_leaves
 # The routes of cached states to attention, and `window_lost`, which counts crops beyond the exact window.
 ROUTES = ("prefill_dense", "decode_fused", "decode_dequantized", "window_lost")
 
+# Why a step reads de-quantized copies.
+KEEPS_WEIGHTS = "output_attentions=True (attention weights exist only in dense attention)"
+
 _TAG = "_kvquant_layer"
 
 
 class Routes(Counter):
-    """How often each of `ROUTES` was taken; `in_call` is true while the model that was given the cache runs."""
+    """How often each of `ROUTES` was taken; `in_call` is true while the model that was given the cache runs,
+    and `keeps_weights` if it shall return attention weights. `steps` are the updates of that call whose states are
+    recorded (see `recorded`)."""
 
-    in_call = False
+    in_call = keeps_weights = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps: list = []
 
     def count(self, route: str) -> None:
         self[route] += 1

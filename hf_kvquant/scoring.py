@@ -306,7 +306,8 @@ def _attention(query, keys: ScoredStates, values: ScoredStates, mask, s_aux, *, 
             scores = softcap * torch.tanh(scores / softcap)
         scores = (scores + bias).masked_fill(hidden, -torch.inf)
         if s_aux is not None:
-            scores = torch.cat([scores, s_aux.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+            sinks = s_aux[None, :, None, None] if s_aux.ndim == 1 else s_aux[:, :, start:end]
+            scores = torch.cat([scores, sinks.to(dtype).expand(*scores.shape[:3], 1)], dim=-1)
         weights = scores.softmax(-1)[..., :kv_len].masked_fill(hidden, 0.0)
         exactly = values.read_exactly(*positions)
         near, far = weights.masked_fill(~exactly, 0.0), weights.masked_fill(exactly, 0.0)

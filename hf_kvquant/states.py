@@ -214,49 +214,60 @@ class QuantizedStates(HasStored):
         # Without a ring, columns after the query, which a complete mask may show, are read from the body too.
         return self.length if self.recent is None else dense_from(position, self.spec, self.recent_length)
 
-    def body(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The de-quantized body `[batch, num_kv_heads, length, head_dim]`; columns not yet written are arbitrary."""
-        data = self.data[:, :, : self.length]
+    def _range(self, columns: slice | None) -> tuple[int, int]:
+        """Where a slice of columns begins, at a multiple of any block length, and ends."""
+        start, end, _ = (columns or slice(None)).indices(self.length)
+        assert start % 256 == 0, start
+        return start, max(start, end)
+
+    def body(self, dtype: torch.dtype = torch.float32, columns: slice | None = None) -> torch.Tensor:
+        """The de-quantized body `[batch, num_kv_heads, columns, head_dim]`; columns not yet written are arbitrary."""
+        start, end = self._range(columns)
+        data = self.data[:, :, start:end]
         if self.spec.is_dense:
             return data.to(dtype)
-        rows = self.length
+        rows = slice(start, end)
         if self.spec.is_channel:
-            rows = -(-self.length // self.spec.block_length)
-        zero_point = None if self.zero_point is None else self.zero_point[:, :, :rows]
-        return QuantizedTensor(data, self.scale[:, :, :rows], zero_point, self.spec, self.head_dim).dequantize(dtype)
+            rows = slice(start // self.spec.block_length, -(-end // self.spec.block_length))
+        zero_point = None if self.zero_point is None else self.zero_point[:, :, rows]
+        return QuantizedTensor(data, self.scale[:, :, rows], zero_point, self.spec, self.head_dim).dequantize(dtype)
 
-    def overrides(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exact copies by column, `[batch, num_kv_heads, length, head_dim]`, and which columns are sinks,
-        bool `[batch, length]`. Columns that no query reads exactly are arbitrary."""
-        columns = torch.arange(self.length, device=self.device)
-        batch = self.data.shape[0]
+    def overrides(
+        self, dtype: torch.dtype = torch.float32, columns: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact copies by column, `[batch, num_kv_heads, columns, head_dim]`, and which columns are sinks,
+        bool `[batch, columns]`. Columns that no query reads exactly are arbitrary."""
+        column = torch.arange(*self._range(columns), device=self.device)
+        batch, heads = self.shape[:2]
+        shape = (batch, heads, len(column), self.head_dim)
         if self.recent is None:
-            dense = torch.zeros(self.shape, dtype=dtype, device=self.device)
+            dense = torch.zeros(shape, dtype=dtype, device=self.device)
         else:
-            dense = self.recent[:, :, columns % self.recent.shape[2]].to(dtype)
-        is_sink = torch.zeros(batch, self.length, dtype=torch.bool, device=self.device)
+            dense = self.recent[:, :, column % self.recent.shape[2]].to(dtype)
+        is_sink = torch.zeros(batch, len(column), dtype=torch.bool, device=self.device)
         if self.sink is not None:
-            at = self.sink_positions[:, :, None] == columns
+            at = self.sink_positions[:, :, None] == column
             is_sink = at.any(1)
-            slot = at.int().argmax(1)[:, None, :, None].expand(*self.shape)
+            slot = at.int().argmax(1)[:, None, :, None].expand(shape)
             dense = torch.where(is_sink[:, None, :, None], self.sink.to(dtype).gather(2, slot), dense)
         return dense, is_sink
 
-    def dequantize(self, position: int | torch.Tensor | None = None) -> torch.Tensor:
+    def dequantize(self, position: int | torch.Tensor | None = None, columns: slice | None = None) -> torch.Tensor:
         """The states `[batch, num_kv_heads, length, head_dim]` that the query at `position` (default: the last) reads.
 
         For several queries pass the position of the first: the others then read a few more columns exactly than they
-        would one by one. Columns from `device_length` on are zero.
+        would one by one. Columns from `device_length` on are zero. A slice of `columns`, which begins at a multiple of
+        256, leaves out the others.
         """
         position = self.position(1) if position is None else position
-        columns = torch.arange(self.length, device=self.device)
+        column = torch.arange(*self._range(columns), device=self.device)
         if self.spec.is_dense:
-            read = self.body(self.dtype)
+            read = self.body(self.dtype, columns)
         else:
             exact = torch.promote_types(self.dtype, torch.float32)
-            dense, is_sink = self.overrides(exact)
-            read_dense = is_sink | (columns >= self.dense_from(position))
-            read = torch.where(read_dense[:, None, :, None], dense, self.body(exact)).to(self.dtype)
+            dense, is_sink = self.overrides(exact, columns)
+            read_dense = is_sink | (column >= self.dense_from(position))
+            read = torch.where(read_dense[:, None, :, None], dense, self.body(exact, columns)).to(self.dtype)
         if self.device_length is None:
             return read
-        return torch.where((columns < self.device_length)[:, None], read, 0)
+        return torch.where((column < self.device_length)[:, None], read, 0)

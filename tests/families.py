@@ -82,19 +82,20 @@ FAMILIES = {
          "decoder_start_token_id": 0, "initializer_factor": 1.0},
         without=("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"),
     ),
+    # Attention code of their own: the states that they get record what is done with them.
+    "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}),
+    "bloom": Family("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 2}),
+    "falcon": Family(
+        "FalconConfig", "FalconForCausalLM",
+        {"num_attention_heads": 2, "num_kv_heads": 1, "new_decoder_architecture": True}, without=("head_dim",),
+    ),
 }  # fmt: skip
 
 # No attention at all.
 OTHERS = {"mamba": Family("MambaConfig", "MambaForCausalLM", num_full=0, without=("num_attention_heads", "head_dim"))}
 
-# Their attention changes the states before it reads them, or does not go through the registry.
+# Their attention changes the states before it reads them.
 UNFUSED = {
-    "bloom": Family("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 2}, fused=False),
-    "falcon": Family(
-        "FalconConfig", "FalconForCausalLM",
-        {"num_attention_heads": 2, "num_kv_heads": 1, "new_decoder_architecture": True},
-        fused=False, without=("head_dim",),
-    ),
     "deepseek_v3": Family(
         "DeepseekV3Config", "DeepseekV3ForCausalLM",
         {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
@@ -102,12 +103,6 @@ UNFUSED = {
          "moe_intermediate_size": 32, "first_k_dense_replace": 1}, fused=False, without=("head_dim",),
     ),
 }  # fmt: skip
-
-# From transformers 5.24 on GPT-J passes the states on unchanged.
-_GPTJ_IS_FUSED = host.CACHE == "cache"
-(FAMILIES if _GPTJ_IS_FUSED else UNFUSED)["gptj"] = Family(
-    "GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 32, "n_inner": 128}, fused=_GPTJ_IS_FUSED
-)
 
 # More kinds, for test_contract.py only: experts, linear attention beside full attention (in one layer, and layer by
 # layer), and an encoder-decoder model with learned positions.

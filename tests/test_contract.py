@@ -34,10 +34,11 @@ from hf_kvquant.host import CACHE
 
 # One of each kind: grouped queries with biases, a hybrid with sliding layers, softcap, no grouping, learned sinks,
 # experts, linear and full attention in one layer, and layer by layer, an encoder-decoder model, one whose attention
-# changes the cached states, one with cross-attention layers in its decoder, and one that drops its cache on the way.
+# changes the cached states, one with cross-attention layers in its decoder, one that drops its cache on the way, and
+# one with attention code of its own.
 NAMES = (
     "qwen2", "gemma3", "gemma2", "gpt2", "gpt_oss", "mixtral", "falcon_h1", "jamba", "bart", "deepseek_v3", "mllama",
-    "longrope",
+    "longrope", "bloom",
 )  # fmt: skip
 # The dense cache of Mllama cannot roll back: it takes tokens of the image, too (see test_columns).
 ROLLS_BACK = tuple(name for name in NAMES if name != "mllama")
@@ -77,7 +78,7 @@ class Call:
 
 def base(name: str) -> str:
     """The attention that a family is tested with: transformers' sdpa leaves out Gemma 2's softcap and has no sinks."""
-    return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
+    return "eager" if name in ("gemma2", "gpt_oss", "bloom") else "sdpa"
 
 
 class Host:

@@ -207,7 +207,7 @@ class TestHandingOver:
         assert cache.routes["decode_dequantized"] == 0
 
     def test_a_cache_that_was_filled_outside_learns_inside(self):
-        """One warning says what to do; from the second step inside the context on nothing is de-quantized."""
+        """One warning says what to do; inside the context nothing is de-quantized."""
         model, cache = model_and_cache()
         ids = families.prompt(1, 40)
         with torch.no_grad():
@@ -216,7 +216,8 @@ class TestHandingOver:
                 model(ids[:, 37:38], **{host.CACHE: cache})
             with hf_kvquant.attention(model):
                 model(ids[:, 38:39], **{host.CACHE: cache})
-                assert cache.routes["decode_fused"] == 0
+                assert cache.routes["decode_fused"] == 2
+                assert all(layer.takes_states for layer in cache.quantized_layers)
                 model(ids[:, 39:40], **{host.CACHE: cache})
-        assert cache.routes["decode_fused"] == 2
-        assert cache.routes["decode_dequantized"] == 2 * 2
+        assert cache.routes["decode_fused"] == 2 * 2
+        assert cache.routes["decode_dequantized"] == 2

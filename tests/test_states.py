@@ -191,3 +191,18 @@ class TestHost:
     def test_the_error_names_the_function(self, states):
         with pytest.raises(TypeError, match=r"^matmul was called"):
             torch.matmul(torch.randn(2, 3, 1, 32), states)
+
+
+class TestSlices:
+    @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
+    @pytest.mark.parametrize("spec", [INT8, INT4, CHANNEL, DENSE], ids=lambda spec: spec.code)
+    def test_slices_make_the_whole(self, spec, on_device, outlier, store):
+        x = outlier(2, 2, 700, 32)
+        padding = torch.zeros(2, 700, dtype=torch.bool)
+        padding[1, :5] = True
+        states, _ = store(x, x, spec, INT8, sink_length=3, recent_length=8, padding=padding)
+        if on_device:
+            states = dataclasses.replace(states, device_length=torch.tensor(650))
+        for position in (699, 640):
+            slices = [states.dequantize(position, slice(start, start + 256)) for start in range(0, 700, 256)]
+            assert torch.equal(torch.cat(slices, dim=2), states.dequantize(position))

@@ -272,7 +272,11 @@ def test_as_many_graphs_as_transformers_static_cache(name):
     assert needed[2:] == needed[:2]
     assert needed[3] == 0
     assert distance(out, expected) <= ROUNDING[torch.float32]
-    assert own(out).routes == own(expected).routes
+    routes = own(expected).routes
+    if name == "falcon":
+        # Its own attention code is recorded outside of compiled steps only.
+        routes |= {"decode_fused": 0, "decode_dequantized": routes["decode_fused"]}
+    assert own(out).routes == routes
 
 
 @pytest.mark.parametrize("config", ["int4", WINDOWS], ids=["int4", "windows"])

@@ -14,6 +14,7 @@ A family for which one of them fails is `failed`; nothing else is recorded for i
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 import traceback
@@ -22,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, EncoderDecoderCache
 
 from .. import integration
@@ -30,6 +32,7 @@ from ..cache import QuantizedCache
 from ..config import KVQuantConfig
 from ..host import CACHE, cache_of
 from ..layers import QuantizedLayer
+from ..recorded import RecordedStates, recorded_in
 from ..states import QuantizedStates
 from .facts import without_paths
 from .tiny_models import FIRST_TOKEN, VOCAB, Family
@@ -44,6 +47,8 @@ FUSED_LIMIT = 1e-4
 EXACT_LIMIT = 1e-3
 # Distance to the dense cache's logits, root mean square, as a share of the logits' spread; unrelated logits have 1.4.
 DISTANCE_LIMIT = {"int8": 0.1, "int8-plain": 0.1, "fp8": 0.5, "int4": 0.7, "int4-small": 0.9}
+COMPARED = "the model matrix compares it"
+NOT_FUSED = f"The quantized KV cache is read through de-quantized copies: {COMPARED}."
 
 LAYER_KINDS = {
     "DynamicLayer": "full attention",
@@ -74,18 +79,59 @@ class Compared:
     """Our attention function, which compares each output of the operator with the model's own attention."""
 
     def __init__(self):
-        self.largest, self.calls = 0.0, 0
+        self.largest, self.calls, self.recorded = 0.0, 0, 0
 
     def __call__(self, module, query, key, value, attention_mask, *, dense_attention, **kwargs):
-        routes = Counter(key.routes) if isinstance(key, QuantizedStates) else None
+        routes = _routes(key)
+        before = routes["decode_fused"]
         output = attend(module, query, key, value, attention_mask, dense_attention=dense_attention, **kwargs)
-        if routes is not None and key.routes["decode_fused"] > routes["decode_fused"]:
-            first = key.shape[2] - query.shape[2]
-            states = key.dequantize(position=first), value.dequantize(position=first)
-            expected = dense_attention(module, query, *states, attention_mask, **kwargs)[0]
-            self.largest = max(self.largest, share(output[0] - expected, expected.abs().max()))
-            self.calls += 1
+        if routes["decode_fused"] > before:
+            states = (_dequantized(x, query.shape[2]) for x in (key, value))
+            self.compare(output[0], dense_attention(module, query, *states, attention_mask, **kwargs)[0])
         return output
+
+    def compare(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+        self.largest = max(self.largest, share(output - expected, expected.abs().max()))
+        self.calls += 1
+
+    @contextlib.contextmanager
+    def with_own_code(self):
+        """Within this context the products of attention code of the model's own are compared, too."""
+        original, products = RecordedStates.__torch_function__, []
+
+        def compared(cls, function, types, args=(), kwargs=None):
+            routes = _routes(recorded_in(args, kwargs or {})[0])
+            before = routes["decode_fused"]
+            products.append(function)
+            try:
+                output = original(function, types, args, kwargs)
+            finally:
+                products.pop()
+            # A rule may call others, which would be compared twice.
+            if routes["decode_fused"] > before and not products:
+                args, kwargs = tree_map_only(RecordedStates, lambda x: x.node.compute(), (args, kwargs or {}))
+                self.compare(output, function(*args, **kwargs))
+                self.recorded += 1
+            return output
+
+        RecordedStates.__torch_function__ = classmethod(compared)
+        try:
+            yield
+        finally:
+            RecordedStates.__torch_function__ = original
+
+
+def _routes(states: object) -> Counter:
+    if isinstance(states, RecordedStates):
+        states = states.meaning.step.keys
+    return states.routes if isinstance(states, QuantizedStates) else Counter()
+
+
+def _dequantized(states: QuantizedStates | RecordedStates, q_len: int) -> torch.Tensor:
+    """What the model's own attention reads."""
+    if isinstance(states, RecordedStates):
+        return states.node.compute()
+    return states.dequantize(position=states.shape[2] - q_len)
 
 
 def share(difference: torch.Tensor, size: torch.Tensor) -> float:
@@ -128,7 +174,7 @@ class Subject:
     def cache(self, config: dict) -> QuantizedCache | EncoderDecoderCache:
         """A cache that is read through de-quantized copies."""
         cache = QuantizedCache(self.model.config, config)
-        cache.disable_fused("the model matrix compares it")
+        cache.disable_fused(COMPARED)
         if self.model.config.is_encoder_decoder:
             return EncoderDecoderCache(cache, DynamicCache(config=self.decoder_config))
         return cache
@@ -172,7 +218,8 @@ def examine(family: Family) -> dict:
 def _measured(subject: Subject, dense: torch.Tensor) -> dict:
     spread = dense.std()
     compared = Compared()
-    with integration.attention(subject.model, attend=compared), warnings.catch_warnings(record=True) as said:
+    watched = integration.attention(subject.model, attend=compared), compared.with_own_code()
+    with watched[0], watched[1], warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         logits, cache = subject.generate(cache_implementation="kvquant", cache_config=EXACT)
         exact = {"own_route": share(logits - dense, spread)}
@@ -190,7 +237,7 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
     for preset, figures in presets.items():
         _require(f"{preset}: fused against de-quantized", figures["fused"], FUSED_LIMIT)
         _require(f"{preset}: distance to the dense cache", figures["distance"], DISTANCE_LIMIT[preset])
-    obstacles = sorted({str(w.message) for w in said if "because of" in str(w.message)})
+    obstacles = sorted({str(w.message) for w in said if "de-quantize" in str(w.message)} - {NOT_FUSED})
     return {
         "status": status,
         "layers": layers,
@@ -201,6 +248,7 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
             for name, figures in presets.items()
         },
         "compared_calls": compared.calls,
+        "recorded_calls": compared.recorded,
         "obstacles": obstacles,
     }
 
@@ -224,19 +272,21 @@ def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
             route = "native"
         elif not layer.is_initialized:
             route = "never used"
+        elif not routes["decode_dequantized"] or layer.takes_states:
+            route = "fused"
         else:
-            route = "fused" if layer.takes_states and routes["decode_fused"] else "de-quantized"
+            route = "partly fused" if routes["decode_fused"] else "de-quantized"
         counted.setdefault(kind, Counter())[route] += 1
-    ways = {route for routes in counted.values() for route in routes} & {"fused", "de-quantized"}
+    ways = {route for routes in counted.values() for route in routes} & {"fused", "partly fused", "de-quantized"}
     if not ways:
         raise Failed("no layer used the quantized cache")
     # Every decode step of every layer took the route that is recorded.
-    takes = sum(bool(layer.takes_states) for layer in cache.quantized_layers if layer.is_initialized)
-    others = sum(not layer.takes_states for layer in cache.quantized_layers if layer.is_initialized)
-    if routes["decode_fused"] + routes["decode_dequantized"] < STEPS * (takes + others):
-        raise Failed(f"{takes + others} quantized layers in {STEPS} steps took the routes {routes}")
-    status = "partly fused" if len(ways) == 2 or (routes["decode_fused"] and routes["decode_dequantized"]) else None
-    return {kind: dict(sorted(routes.items())) for kind, routes in counted.items()}, status or ways.pop()
+    used = sum(layer.is_initialized for layer in cache.quantized_layers)
+    if routes["decode_fused"] + routes["decode_dequantized"] < STEPS * used:
+        raise Failed(f"{used} quantized layers in {STEPS} steps took the routes {routes}")
+    is_mixed = routes["decode_fused"] and routes["decode_dequantized"]
+    status = "partly fused" if is_mixed or len(ways) > 1 else ways.pop()
+    return {kind: dict(sorted(routes.items())) for kind, routes in counted.items()}, status
 
 
 def _require(what: str, value: float, limit: float) -> None:

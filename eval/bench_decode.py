@@ -3,11 +3,11 @@
     python eval/bench_decode.py --lengths 1024,8192,16384,65536 --mha-lengths 16384 --out results.json
 
 Candidates are every preset and every format on the plain token and channel grids. The baseline is torch's SDPA over a
-contiguous BF16 or FP32 cache with the query heads of a KV head packed, as transformers' `pack_gqa` does it; beside it
-stands SDPA with `enable_gqa=True` (slower on a CPU), which is what transformers calls when there is no mask.
+contiguous BF16 or FP32 cache with the query heads of a KV head packed, as in transformers' `pack_gqa`. Another one is
+SDPA with `enable_gqa=True` (slower on a CPU), which transformers calls when there is no mask.
 
-First everything is checked (see `measure.operator`). If one check fails nothing is timed. Then all are timed in
-interleaved rounds, each next to a plain read of as many bytes.
+First everything is checked (see `measure.operator`); if one check fails, nothing is timed. Then all candidates are
+timed in interleaved rounds, each next to a plain read of the same number of bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_kvquant.measure.tables import print_table
 
 BASELINE_TOLERANCE = {"sdpa-bfloat16": 0.01, "sdpa-bfloat16-gqa": 0.01, "sdpa-float32": 1e-5}
 BASELINE = "sdpa-bfloat16"
-# Tokens appended one by one in a sample, so that a block of keys is completed within it.
+# The number of tokens appended one by one in a sample, so that it completes a block of keys.
 APPEND_RUN = 64
 
 
@@ -141,7 +141,7 @@ def bench_append(args, stored: dict, key: torch.Tensor, value: torch.Tensor, roo
     tasks, tokens = {"torch.cat": concatenate}, {"torch.cat": 1}
     for name, states in stored.items():
         run = tokens[name] = _append_run(args.configs[name])
-        # From the next border of a block, so that one is completed in every run.
+        # Begin at the next border of a block, so that every run completes one.
         tasks[name] = operator.append([first] * run, states, -(-states[0].length // run) * run)
     samples = time_interleaved(tasks, args.rounds, args.seconds, _before(args, roof))
     return [
@@ -160,7 +160,7 @@ def bench_prompt(args: argparse.Namespace) -> dict[str, list[dict]]:
     }
     checks = []
     for name, config in args.configs.items():
-        # Filled with other tokens, so that what is checked was written by the call that is timed.
+        # Filled with other tokens, so that the checked bytes were written by the timed call.
         states = operator.fill(config, value, key)
         tasks[name] = operator.append([(key, value)], states, 0)
         tasks[name]()

@@ -1,15 +1,15 @@
-"""How exact the operator is: its error against float64 attention over the same de-quantized cache, beside SDPA's own.
+"""Measures the operator's error against float64 attention over the same de-quantized cache, beside SDPA's own error.
 
     python eval/bench_error.py --out results.json
 
 A sample is a query and a cache: plain keys or keys with outlier and biased channels and values with outlier tokens,
 short and long, head_dim 64 and 128, with scores whose standard deviation is from 0.1 (a flat softmax) to 10 (a peaky
 one). Its error is |output - exact| / |exact| in Euclidean norms. A figure is the root mean square over samples; the
-largest sample has to stay within the limit of its format, or nothing is saved. What quantization itself costs is not
-in it: `hf-kvquant eval` measures that.
+largest sample has to stay within the limit of its format, or nothing is saved. The error of quantization itself is not
+included; `hf-kvquant eval` measures that.
 
-The baseline is torch's SDPA in each dtype over the dense cache of that dtype against float64 over the same numbers:
-attention in BF16 is what a user would have without a quantized cache.
+The baseline is torch's SDPA in each dtype over the dense cache of that dtype, against float64 over the same elements:
+without a quantized cache a user would have BF16 attention.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from hf_kvquant.measure.checks import at_most, relative_error
 HEADS, KV_HEADS = 8, 2
 SPREADS = (0.1, 1.0, 3.0, 10.0)
 BASELINE = "SDPA, dense cache"
-# Largest error of a sample by the format of keys or values, whichever has more. Rounding the output to FP16 and BF16
-# alone gives 0.0002 and 0.0017.
+# The largest error of a sample by the format of keys or values, whichever is larger. Rounding the output to FP16 and
+# BF16 alone gives 0.0002 and 0.0017.
 LIMIT = {
     "float32": {"int8": 1e-5, "fp8": 1e-5, "int4": 1e-5},
     "float16": {"int8": 0.002, "fp8": 0.002, "int4": 0.002},
@@ -88,7 +88,7 @@ def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 def errors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, configs: dict[str, KVQuantConfig], levels: list[str]
 ) -> Iterator[tuple[str, str | None, float]]:
-    """Name, level and error of the baseline and of every cache on every level."""
+    """Name, instruction set and error of the baseline, and of every cache with every instruction set."""
     yield BASELINE, None, relative_error(operator.sdpa(query, key, value), exact(query, key, value))
     for name, config in configs.items():
         states = operator.fill(config, key, value)
@@ -98,7 +98,7 @@ def errors(
 
 
 def measure(args: argparse.Namespace, configs: dict[str, KVQuantConfig]) -> dict[tuple, list[tuple[float, float]]]:
-    """Spread and error of every sample, by (name, dtype, level)."""
+    """Spread and error of every sample, by (name, dtype, instruction set)."""
     found: dict[tuple, list[tuple[float, float]]] = {}
     for spread, *sample in samples(args):
         for dtype in DTYPES:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(result: dict) -> None:
-    """The tables, as Markdown."""
+    """Print the tables as Markdown."""
     levels = result["arguments"]["levels"]
     found = {(r["name"], r["dtype"], r["level"]): r for r in result["rows"]}
     count = result["rows"][0]["samples"]

@@ -10,14 +10,14 @@ token and the argmax of its logits. Candidates, all in one run (`measure.caches`
     quanto-int4, ..       transformers' QuantizedCache with each of its backends
     int8, int4, ..        ours, every preset
 
-With `--compile` transformers' quantized caches are left out, ours are the growing and the static cache, and steps of
-static caches are also compiled (torch.compile, fullgraph, by inductor).
+With `--compile` transformers' quantized caches are left out, our caches are the growing and the static one, and steps
+of static caches are also compiled (torch.compile, fullgraph, by inductor).
 
-Every cache is given the same random K and V in one update, as a prefill would. Then everything is checked: ours
+Every cache is given the same random K and V in one update, as a prefill would. Then everything is checked: our caches
 against the de-quantized route through the model's own attention, in float32 and in --dtype; every cache against
-float32 DynamicCache (loosely, for caches are lossy); that this comparison would notice a wrong cache; and that
-`memory_report()` counts the tensors that are there. If one check fails nothing is timed. Then all take steps in turn,
-A B C A B C .., so each finds its data in memory, not in the processor's caches.
+float32 DynamicCache (loosely, because caches are lossy); that this comparison would notice a wrong cache; and that
+`memory_report()` counts the tensors that exist. If one check fails, nothing is timed. Then all caches take steps in
+turn, A B C A B C .., so each finds its data in memory, not in the processor's caches.
 
 Process memory is measured before that, in a process of its own for every cache. A candidate that cannot run is listed
 with the reason.
@@ -55,9 +55,9 @@ from hf_kvquant.measure.weighing import tensor_bytes
 CHECK_STEPS = 2
 # A cache with wrong keys has at least this error: measured ones are 1.1 to 1.4.
 CONTROL = 0.8
-# Ours against the same bytes through de-quantized states and the model's own attention. In float32 tight: what is left
-# is a code of a new token that rounds the other way (measured at most 3e-4). In --dtype: so many times the error that
-# rounding gives DynamicCache itself in the same run (measured at most 1.5 times).
+# Limits for our caches against the same bytes through de-quantized states and the model's own attention. In float32
+# the limit is tight: only a code of a new token may round the other way (measured at most 3e-4). In --dtype it is a
+# multiple of the error that rounding gives DynamicCache itself in the same run (measured at most 1.5 times).
 SAME_BYTES = 1e-3
 SAME_BYTES_ROUNDING = 3.0
 
@@ -81,7 +81,7 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
     everyone, shape, room = candidates(args), shape_of(args), args.new + CHECK_STEPS
     plain = [c for c in everyone if c.steps == "plain"]
     memory = measure_memory(shape, plain, length, room) if args.memory else {}
-    # One graph for every static cache, none of them for another length.
+    # Start without graphs, so that every static cache has one, and none from another length.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = len(everyone) + 1
     models = {dtype: step.build_model(shape, length + room, dtype) for dtype in {torch.float32, shape.dtype}}

@@ -5,17 +5,17 @@
     python eval/bench_llama_cpp.py --lengths 1024,8192,16384,32768 --threads 2 --out results.json
 
 Both sides do the same work. The Llama of `measure.step` with its random weights is written as a GGUF file, and every
-cache holds the same random K and V. llama.cpp gets them as a saved state, so nobody waits for a prefill: quantized to
-its format, in the order of its position embedding, and rotated as it rotates what it quantizes. Flash attention is on
-for all its caches but one in float16, for on a CPU that may be faster without.
+cache holds the same random K and V. llama.cpp gets them as a saved state, so no prefill is needed: quantized to its
+format, in the order of its position embedding, and rotated as it rotates quantized states. Flash attention is on for
+all its caches except one in float16, because on a CPU that may be faster without.
 
-Checked before anything is timed: that llama.cpp read this shape and as many weights; that its cache holds the bytes it
-was given (V not transposed, as only flash attention stores it); that the logits of every cache, on either side, are
-near those of float32 DynamicCache and those of a cache with wrong keys are far. Afterwards: that every step added a
-token to llama.cpp's cache and took the fused route in ours.
+Before anything is timed, it checks that llama.cpp read this shape and number of weights; that its cache holds the
+bytes it was given (V not transposed, as only flash attention stores it); that the logits of every cache, on either
+side, are near those of float32 DynamicCache and those of a cache with wrong keys are far. Afterwards it checks that
+every step added a token to llama.cpp's cache and took the fused route in ours.
 
-*Attention* is what a step takes more than the same step over a cache of one token, both in the same round: all that
-grows with the context. What each side needs to get going (Python and transformers' modules in ours) is in both steps.
+*Attention* is the time of a step less that of the same step over a cache of one token, both in the same round: all
+that grows with the context. The fixed cost of each side (Python and transformers' modules in ours) is in both steps.
 Samples are taken in rounds, A B C A B C .., each over flushed caches, and after a pause: either side's OpenMP threads
 spin for some milliseconds after their work, and would disturb the other's.
 """
@@ -55,7 +55,7 @@ CONTROL = 0.8
 CHECK_STEPS = 2
 BASE_LENGTH = 1
 WARM_UP_ROUNDS = 2
-# Enough for libgomp's threads to sleep: by default they spin 300,000 times first, some milliseconds.
+# Long enough for libgomp's threads to fall asleep: by default they spin 300,000 times first, some milliseconds.
 PAUSE_SECONDS = 0.02
 
 
@@ -83,7 +83,7 @@ def our_contestants(model: LlamaForCausalLM, args: argparse.Namespace, length: i
 
 
 def their_contestants(theirs, args: argparse.Namespace, length: int, checks: list[dict]) -> Iterator[Contestant]:
-    """Adds to `checks` that llama.cpp gives back the bytes that it was given."""
+    """llama.cpp's contestants; adds to `checks` that each gives back the bytes that it was given."""
     shape = shape_of(args)
     for kind in args.types:
         caches = []
@@ -100,7 +100,7 @@ def their_contestants(theirs, args: argparse.Namespace, length: int, checks: lis
 
 
 def dense_logits(args: argparse.Namespace, length: int, roll: int = 0) -> torch.Tensor:
-    """First logits of float32 DynamicCache; what every cache should give."""
+    """First logits of float32 DynamicCache, which every cache should give."""
     shape = shape_of(args)
     model = step.build_model(shape, max(args.lengths) + room_of(args), torch.float32)
     cache = step.filled(Dense(dtype=torch.float32), model.config, shape, length, CHECK_STEPS, roll=roll)
@@ -178,7 +178,7 @@ def time_steps(
 
 
 def step_checks(contestants: list[Contestant], args: argparse.Namespace, length: int) -> list[dict]:
-    """That every step did what it was to do."""
+    """Checks that every step added its token and took its route."""
     done = room_of(args)
     checks = []
     for c in contestants:

@@ -1,4 +1,4 @@
-"""Publish what each cache costs: run the comparison, keep a small JSON of it, and write the tables of
+"""Publish the accuracy of each cache: run the comparison, keep a small JSON of it, and write the tables of
 eval/results/accuracy/README.md from it.
 
     python eval/compare.py --peers --documents 12 --window 1024 --context 256
@@ -9,14 +9,14 @@ eval/results/accuracy/README.md from it.
     python eval/compare.py --variants --model MODEL --text FILE --to eval/results/presets
 
 All other options are those of `hf-kvquant eval`, which does the work (see its --help). With --variants its caches are
-the presets and the int4 presets with one field changed: what each choice behind them costs. The JSON goes to
+the presets and the int4 presets with one field changed, which shows what each choice costs. The JSON goes to
 eval/results/accuracy/<model>.json, or into the folder --to; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
     kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99
     agreement, overlap              share of equal most likely tokens; 1 - total variation distance
     same_tokens                     greedy tokens before the text first differs from the dense cache's
-    bytes_per_element               of the cache: while the text was decoded, and after 8192 tokens
+    bytes_per_element               bytes of the cache: while the text was decoded, and after 8192 tokens
     by_position, layer_errors       curves along the text; relative errors of keys and values by layer
     cache_read_share                share of the scored tokens whose logits read the cache
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
 README = RESULTS / "README.md"
 FIRST = "stdlib-nano"
-# By rising loss: what shipped formats and the coarsest peer have to come in.
+# The expected order of the shipped formats and the coarsest peer, by rising loss.
 ORDER = ("int8", "fp8", "int4", "quanto-int2")
 BEGIN, END = "<!-- accuracy: written by eval/compare.py -->", "<!-- accuracy: end -->"
 _DIGITS = 6
@@ -112,7 +112,7 @@ def publish(folder: Path, to: Path | None = None) -> Path:
     to.mkdir(parents=True, exist_ok=True)
     file = to / f"{result['plan']['model'].replace('/', '--')}.json"
     text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
-    # A curve stands on one line.
+    # Write a curve on one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
     file.write_text(text + "\n", encoding="utf-8")
     return file
@@ -133,7 +133,7 @@ def published() -> list[dict]:
 
 
 def with_tables(readme: str, results: list[dict]) -> str:
-    """`readme` with the tables between its two markers written anew.
+    """`readme` with new tables between its two markers.
 
     Raises:
         ValueError: the markers are missing.
@@ -145,17 +145,17 @@ def with_tables(readme: str, results: list[dict]) -> str:
 
 
 def exceptions(result: dict) -> list[str]:
-    """Where a cache of `ORDER` does not lose less than the next, in words."""
+    """Sentences about caches of `ORDER` that do not lose less than the next one."""
     kl = {name: cache["kl"]["mean"] for name, cache in result["caches"].items()}
     pairs = itertools.pairwise(name for name in ORDER if name in kl)
     return [f"{worse} loses less than {better}" for better, worse in pairs if kl[worse] <= kl[better]]
 
 
 def tables(results: list[dict]) -> str:
-    """Markdown: everything about the first model, of all models the mean KL divergence, and whether caches come in
-    the order that their bits suggest."""
+    """Markdown: all figures of the first model, the mean KL divergence of all models, and whether caches come in the
+    order that their bits suggest."""
     first = results[0]
-    # How long scoring took on somebody's machine says nothing about a cache.
+    # The time of scoring on some machine says nothing about a cache.
     lines = [f"{_scored([first])}:", "", markdown_table(first, leave_out=["seconds"])]
     if len(results) > 1:
         names = list(dict.fromkeys(name for result in results for name in result["caches"] if name != "dense"))
@@ -183,7 +183,7 @@ def tables(results: list[dict]) -> str:
 
 
 def _scored(results: list[dict]) -> str:
-    """Which models, and on which tokens; the same for all of `results`."""
+    """The models and the tokens of `results`, which have the same tokens."""
     return f"{', '.join(result['plan']['model'] for result in results)} on {_on(results[0])}"
 
 

@@ -1,4 +1,4 @@
-"""Everything about the CUDA backend that only a GPU can tell, in one command of less than eight minutes.
+"""Measures everything about the CUDA backend that needs a GPU, in one command of less than eight minutes.
 
     python eval/gpu_suite.py --out DIR
 
@@ -6,11 +6,11 @@ In this order: the machine; correctness of every specialisation against the refe
 attention of int8, fp8 and int4 against torch's SDPA and, where it is installed, FlashInfer (`pip install
 flashinfer-python`); writing tokens and prompts; a whole decode step and a whole prefill of a model of Llama-3-8B's
 shape with random weights; tokens per second as the batch grows in equal cache memory. Every candidate is checked
-before it is timed; one that fails has no figures, and the command ends with 1. What does not fit into the memory or
-the time is listed with the reason. DIR/gpu_suite.json holds everything, from the first point on.
+before it is timed; one that fails has no figures, and the command ends with 1. Points that do not fit into the memory
+or the time are listed with the reason. DIR/gpu_suite.json holds everything, from the first point on.
 
-The work is done by a process that this one watches: where it dies, hangs or loses the device (an address out of range
-ends all work of a process there), that is a failed check, and another process goes on behind it.
+Another process does the work, and this one watches it. If that process dies, hangs or loses the device (an address out
+of range ends all its work there), this is a failed check, and a new process goes on after that point.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from hf_kvquant.measure.step import build_model
 from hf_kvquant.measure.tables import print_table
 
 RESULT = "gpu_suite.json"
-# Of a process that lost the device.
+# The exit status of a process that lost the device.
 LOST = 75
-# Seconds without a new point after which a process hangs, and that the last point may take after the time is over.
+# A process without a new point for PATIENCE seconds hangs; the last point may take GRACE seconds more than the time.
 PATIENCE, GRACE = 150.0, 15.0
 MAX_PROCESSES = 12
 
 
 def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
-    """By name: the share of the time after which a section takes up nothing more, and the section."""
+    """The sections by name, each with the share of the time after which it begins no new point."""
     found = {
         "correctness": (0.35, operator.correctness),
         "attention": (0.6, operator.attention),
@@ -70,11 +70,11 @@ def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
 def run(
     machine, plan: Plan, names: list[str] | None = None, file: Path | None = None, began: float | None = None
 ) -> dict:
-    """All sections, or those that are named; the result, which is kept in `file` from point to point.
+    """Run all sections, or those that are named; the result is kept in `file` from point to point.
 
     Args:
-        file: where an earlier process may have left its part.
-        began: `time.time()` at which the suite was started.
+        file: the file in which an earlier process may have left its part.
+        began: the `time.time()` at which the suite was started.
 
     Raises:
         DeviceLost: the rest needs another process.
@@ -102,7 +102,7 @@ def run(
         except DeviceLost:
             raise
         except Exception as error:
-            # Between points: there is nothing to go on with in this section.
+            # The error came between points, so this section cannot go on.
             report.fault({"section": name}, name, error)
         gc.collect()
         seconds[name] = before + time.time() - start
@@ -112,7 +112,7 @@ def run(
 
 
 def goals(rows: dict[str, list[dict]]) -> list[dict]:
-    """The project's goals for an H200, against the worst row that each is about; no row: no verdict."""
+    """The project's goals for an H200, compared with the worst row of each; without rows there is no verdict."""
     found = []
 
     def goal(what: str, limit: float, values: list[float], at_least: bool = False) -> None:
@@ -176,8 +176,8 @@ def watch(command: list[str], file: Path, seconds: float) -> dict | None:
     """The result of processes that do the work together; None if there is none.
 
     Args:
-        command: of a process that keeps its result in `file`, and goes on from what is there.
-        seconds: after which none is started, and the one that runs is ended a little later.
+        command: the command of a process that keeps its result in `file`, and goes on from there.
+        seconds: the time after which no process is started; a running one is ended a little later.
     """
     end = time.time() + seconds
     for _ in range(MAX_PROCESSES):
@@ -198,7 +198,7 @@ def watch(command: list[str], file: Path, seconds: float) -> dict | None:
 
 
 def _watch_one(command: list[str], file: Path, end: float) -> str:
-    """Runs one process; says how it ended."""
+    """Run one process; returns how it ended."""
     process, seen, since = subprocess.Popen(command), None, time.time()
     while process.poll() is None:
         time.sleep(0.2)
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None, machine: object | None = None, plan: Pla
 
 
 def verdict(result: dict | None) -> int:
-    """Shows a result; the exit status."""
+    """Show a result; returns the exit status."""
     if result is None:
         print("there is no result: the first process ended before its first point", file=sys.stderr)
         return 1

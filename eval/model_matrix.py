@@ -1,10 +1,10 @@
-"""Every model family of the installed transformers with every preset: what is fused, de-quantized, native or refused.
+"""Tries every model family of the installed transformers with every preset: fused, de-quantized, native or refused.
 
     make matrix                                                   # every family; resumes where it was stopped
     python eval/model_matrix.py --only LlamaForCausalLM T5ForConditionalGeneration
     python eval/model_matrix.py --render                          # only the documents, from the JSON
 
-What has to hold for a family is in `measure/families.py`. Each is examined in a process of its own.
+`measure/families.py` says what has to hold for a family. Each is examined in a process of its own.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def run(names: list[str], jobs: int, done) -> None:
 
 STATUS = {
     "fused": "every decode step reads the quantized cache as stored",
-    "partly fused": "part of its attention reads it as stored, the rest de-quantized copies: slower, said once",
-    "de-quantized": "attention changes the cached states, so each step reads de-quantized copies: slower, said once",
+    "partly fused": "part of its attention reads it as stored, the rest de-quantized copies: slower, one warning",
+    "de-quantized": "attention changes the cached states, so each step reads de-quantized copies: slower, one warning",
     "refused": "a `ValueError` says why the cache cannot act",
     "failed": "a check failed",
     "dense fails": "the tiny random model does not generate from text with the dense cache either: not judged",
@@ -180,7 +180,7 @@ def _cell(text: str) -> str:
 
 
 def sentence(document: dict) -> str:
-    """What the README says of the models."""
+    """The sentence about models in the README."""
     families, version = document["families"], document["versions"]["transformers"]
     partly = _count(families, "partly fused")
     parts = [
@@ -198,7 +198,7 @@ def sentence(document: dict) -> str:
 
 
 def with_sentence(readme: str, document: dict) -> str:
-    """The README with the sentence between its two markers as the results have it.
+    """The README with the sentence between its two markers updated from the results.
 
     Raises:
         ValueError: the markers are missing.
@@ -210,7 +210,7 @@ def with_sentence(readme: str, document: dict) -> str:
 
 
 def save(path: Path, document: dict) -> None:
-    """One line a family, so that changes are readable; the file is whole at every moment."""
+    """Write one line per family, so that changes are readable; the file is whole at every moment."""
     facts = json.dumps({name: value for name, value in document.items() if name != "families"})
     families = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in document["families"].items())
     write_text(path, f'{facts[:-1]}, "families": {{\n{families}\n}}}}\n')

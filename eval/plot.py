@@ -1,10 +1,10 @@
 """Draw the pictures of the READMEs from the results of the benchmarks: `python eval/plot.py`.
 
-`overview.png`: what a decode step takes and what a cache weighs, from what bench_generate.py wrote. Only results of
-one machine, shape and batch are drawn together. Where two files have the same cache and length, the first one counts.
+`overview.png`: the time of a decode step and the bytes of the cache, from results of bench_generate.py. Only results
+of one machine, shape and batch are drawn together. If two files have the same cache and length, the first one counts.
 A cache that was measured at one length only is a point.
 
-`bench_decode.png`: the time of decode attention against the length of the cache, from what bench_decode.py wrote. The
+`bench_decode.png`: the time of decode attention over the length of the cache, from results of bench_decode.py. The
 dotted line is a plain read of a BF16 cache: no attention over one can be faster.
 """
 
@@ -21,7 +21,7 @@ from hf_kvquant.measure.report.style import COLORS, PRINT, WIDE, dress, label_en
 
 RESULTS = Path(__file__).parent / "results"
 FILES = [RESULTS / f"{name}.json" for name in ("bench_generate", "bench_compiled", "bench_compiled_32k")]
-# Ours in colours, what they are compared with in ink; one colour has one meaning in every picture.
+# Our caches have colours, the others ink; a colour means the same in every picture.
 PRESET_COLORS = dict(zip(("int8", "int8-plain", "fp8", "int4", "int4-small"), COLORS[1:]))
 BASELINES = {
     "sdpa-bfloat16": "SDPA, BF16, heads packed",
@@ -30,7 +30,7 @@ BASELINES = {
 }
 DASHES = dict(zip(BASELINES, ("-", (0, (6, 2)), (0, (3, 2)))))
 SAME = ("batch", "layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
-# By the name in the results: what the picture calls it, its colour, its line.
+# The label, colour and line style in the picture, by the name in the results.
 LINES = {
     "dense": ("DynamicCache", PRINT.ink, "-"),
     "dense-static": ("StaticCache", PRINT.ink, (0, (4, 2))),
@@ -43,10 +43,10 @@ LINES = {
 
 
 def read(files: list[Path]) -> tuple[dict, list[dict]]:
-    """What all files have in common, and their rows, one for each cache and length.
+    """The common part of all files, and their rows, one for each cache and length.
 
     Raises:
-        ValueError: files of different machines or shapes.
+        ValueError: the files are from different machines or shapes.
     """
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     common = [
@@ -70,7 +70,7 @@ def draw_overview(common: dict, rows: list[dict]) -> Figure:
     shown = [row for row in rows if row["name"] in LINES]
     time, weight = (lambda row: row["ms"]["median"]), (lambda row: row["cache_bytes"] / 1e6)
     panel(left, shown, time, "ms", [3, 10, 30, 100, 300, 1000], {"right": False})
-    # The two dense caches weigh the same.
+    # The two dense caches have the same size.
     dense = [row for row in shown if row["name"] != "dense-static"]
     panel(right, dense, weight, "MB", [3, 10, 30, 100, 300], {"shift": -75})
     left.set_title("One decode step, milliseconds", loc="left")
@@ -86,7 +86,7 @@ def draw_overview(common: dict, rows: list[dict]) -> Figure:
 def panel(
     axes: Axes, rows: list[dict], value: Callable[[dict], float], unit: str, ticks: list[int], alone: dict
 ) -> None:
-    """One line per cache, with its name and its last value at its end; `alone` says where points have theirs."""
+    """One line per cache, with its name and its last value at its end; `alone` has the places of labels of points."""
     lengths = sorted({row["length"] for row in rows})
     ends, points_alone = [], []
     for name, (label, color, style) in LINES.items():

@@ -1,11 +1,11 @@
-"""lm-eval's tasks through the dense and quantized caches, one table.
+"""Runs lm-eval's tasks through the dense and quantized caches, and prints one table.
 
     python eval/run_lm_eval.py --model stdlib-nano --kv_config none int8 int4 --tasks kvquant_recall kvquant_stdlib
     python eval/run_lm_eval.py --model meta-llama/Llama-3.1-8B --kv_config none int4 --tasks gsm8k --batch_size auto
-    accelerate launch eval/run_lm_eval.py ...                                # requests shared out among processes
+    accelerate launch eval/run_lm_eval.py ...                                # requests distributed among processes
 
 Every format is one run of lm-eval with the model `hf-kvquant` (`measure/lm_eval.py`), whose own result files land in a
-folder per format under --out; options that are not listed here go to lm-eval as they are (--log_samples,
+folder per format under --out; options that are not listed here go to lm-eval unchanged (--log_samples,
 --num_fewshot, --apply_chat_template, ...). The tasks in eval/tasks need no hub, all others are lm-eval's own.
 
 How to read the table:
@@ -56,7 +56,7 @@ def newest_results(folder: Path) -> dict:
 
 
 def show(results: dict[str, dict]) -> None:
-    """A row per task and metric, a column per format."""
+    """Print a row per task and metric, and a column per format."""
     found = {config: {(s["task"], s["metric"]): s for s in read_tasks(result)} for config, result in results.items()}
     rows, first = [], next(iter(found.values()))
     for task in dict.fromkeys(task for task, _ in first):

@@ -3,9 +3,9 @@
     python eval/train_model.py --minutes 50 --seed 0 --out hf_kvquant/models/stdlib-nano
 
 The demo, the tests and the accuracy measurements need a model that has truly learned to use its context, on machines
-that reach no hub. So: a byte-level BPE and a 3.9 M parameter `LlamaForCausalLM` (grouped queries, head_dim 64, context
-2048, 7.8 MB in bfloat16), trained on the `.py` files of the standard library, which every machine has. About 5 % of
-the files are held out (`held_out_files`), and about 8 % of the sequences are synthetic recall exercises.
+without a hub. So this trains a byte-level BPE and a 3.9 M parameter `LlamaForCausalLM` (grouped queries, head_dim 64,
+context 2048, 7.8 MB in bfloat16) on the `.py` files of the standard library, which every machine has. About 5 % of the
+files are held out (`held_out_files`), and about 8 % of the sequences are synthetic recall exercises.
 
 Cost: `--minutes` of training on two CPU cores, then two or three minutes of measurement; 2 GB of memory. The learning
 rate and the context length (512 for the first three quarters, then 2048) follow the elapsed share of the budget, so a
@@ -42,7 +42,7 @@ PROMPTS = ("import os\n\n\ndef ", "class Stack:\n", 'def read_lines(path):\n    
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that is chosen by hand; `train.json` records it."""
+    """The choices made by hand; `train.json` records them."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -72,7 +72,7 @@ class Recipe:
 def stdlib_files(stdlib=None) -> list[Path]:
     """The standard library's hand-written `.py` files, sorted: no tests, no tables, no near-duplicates.
 
-    A file counts as a near-duplicate if over half of its long lines stand in files before it.
+    A file counts as a near-duplicate if over half of its long lines occur in files before it.
     """
     stdlib = Path(stdlib or sysconfig.get_paths()["stdlib"])
     files, seen = [], set()
@@ -95,7 +95,7 @@ def stdlib_files(stdlib=None) -> list[Path]:
 def held_out_files(stdlib=None) -> list[Path]:
     """The files of `stdlib_files` that the model has never seen: about 5 %, chosen by the hash of their path.
 
-    Strictly so under the Python version that it was trained on; others move text from one file to another.
+    This is exact under the Python version of the training; others move text from one file to another.
     """
     stdlib = Path(stdlib or sysconfig.get_paths()["stdlib"])
     return [path for path in stdlib_files(stdlib) if is_held_out(path.relative_to(stdlib).as_posix())]
@@ -182,7 +182,7 @@ def token_stream(texts: list[str], tokenizer):
 class Sequences:
     """Sequence n of an endless, seeded order over one stream; holds no state, so a run resumes from the number alone.
 
-    Every epoch cuts the stream at another offset and shuffles the pieces; a fixed share of numbers is synthetic.
+    Every epoch cuts the stream at another offset and shuffles the pieces; a fixed share of sequences is synthetic.
     """
 
     def __init__(self, stream, tokenizer, length: int, recipe: Recipe, seed: int):
@@ -253,7 +253,7 @@ def lr_factor(progress: float, step: int, recipe: Recipe) -> float:
 
 @dataclass
 class Progress:
-    """Where a run stands; together with model and optimizers, all that a checkpoint holds."""
+    """The progress of a run; with model and optimizers it is the whole content of a checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -463,7 +463,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.model_max_length = recipe.max_position_embeddings
     tokenizer.save_pretrained(args.out)
-    # safetensors writes the file for its owner alone; a wheel's files are for everybody.
+    # safetensors makes the file readable by its owner only; the files of a wheel must be readable by everybody.
     (args.out / "model.safetensors").chmod(0o644)
     # Measure what ships: the rounded weights, read back from the folder.
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""The published accuracy: its README says what the JSON says, and the JSON what it should; and the two scripts."""
+"""The published accuracy: its README matches the JSON, and the JSON meets the expectations; and its script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_kvquant.measure.text import BUNDLED
 from hf_kvquant.saving import weights_sum
 
 ROOT = Path(__file__).parent.parent
-# Of the formats that must be near-lossless, in nats; and above zero, or the cache was not read.
+# The most KL divergence, in nats, of formats that must be near-lossless. At zero, the cache would not have been read.
 MOST_KL = 0.002
 
 

@@ -1,6 +1,6 @@
-"""The benchmarks on tiny shapes: they check before they time, refuse when a check fails, and say what they did.
+"""The benchmarks on tiny shapes: they check before they time, refuse if a check fails, and report what they did.
 
-Nothing here asserts a time.
+No test here asserts a time.
 """
 
 import itertools
@@ -42,7 +42,7 @@ SUMMARY = {"median", "min", "max", "n"}
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A benchmark's module by name, imported as a script would import it."""
+    """Imports a benchmark's module by name, as a script would."""
     monkeypatch.syspath_prepend(str(EVAL))
 
     def load(name: str):
@@ -130,7 +130,7 @@ def test_error_result(tmp_path):
         assert row["rms"] ** 2 == pytest.approx(sum(x * x for x in by_spread) / len(by_spread))
         assert level is None or f"| {name} | {row['dtype']} |" in text
         assert level is None or row["largest"] <= row["limit"]
-    # The portable level errs by hardly more than the rounding of its output to 8 bits: between 2^-10 and 2^-9.
+    # Portable code errs hardly more than the rounding of its output to 8 bits: between 2^-10 and 2^-9.
     assert 2**-10 < rows["int8", "bfloat16", "scalar"]["rms"] < 2**-9
 
 
@@ -159,7 +159,7 @@ def test_generate_result(tmp_path):
 
 
 def test_generate_compiled(bench, tmp_path):
-    """Every static cache in plain and in compiled steps, and no graph more while steps are timed."""
+    """Every static cache takes plain and compiled steps, and no further graph is compiled while steps are timed."""
     out = tmp_path / "compiled.json"
     arguments = [*GENERATE, "--presets", "int8,int4", "--compile", "--batch", "2", "--no-memory", "--out", str(out)]
     assert bench("bench_generate").main(arguments) == 0
@@ -194,7 +194,7 @@ def test_process_memory_grows_by_the_cache(bench):
 
 @pytest.fixture
 def refuses(bench, capsys, tmp_path):
-    """Runs a benchmark that has to refuse: it says so and why, shows no figures and writes no file."""
+    """Runs a benchmark that must refuse: it says so and why, shows no figures and writes no file."""
 
     def run(name: str, arguments: list[str], *said: str) -> None:
         out = tmp_path / "result.json"
@@ -232,7 +232,7 @@ def test_error_refuses_wrong_attention(refuses, monkeypatch):
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_decode_refuses_wrong_attention(refuses, monkeypatch, wrong):
-    """The reference is what every other backend is compared with: with another reference nothing fits."""
+    """Every other backend is compared with the reference: with a wrong reference nothing fits."""
     monkeypatch.setattr(reference, "decode_attention", changed(reference.decode_attention, **wrong))
     refuses("bench_decode", [*DECODE, "--presets", "int8", "--backend", "auto"])
 
@@ -255,7 +255,7 @@ def test_decode_refuses_wrong_bytes(refuses, monkeypatch):
 
 
 def test_generate_refuses_wrong_operator(refuses, monkeypatch):
-    """Off by 2 %: no more than int8 loses, so only the comparison with the de-quantized route can tell."""
+    """At 2 % off it loses no more than int8 does, so only the comparison with the de-quantized route can tell."""
     monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"]))
     refuses("bench_generate", [*GENERATE, "--presets", "int8"], "fused against the de-quantized")
 
@@ -326,7 +326,7 @@ def test_rounds_are_interleaved_and_bounded():
     tasks = {name: lambda name=name: calls.append(name) for name in "AB"}
     samples = clock.time_interleaved(tasks, rounds=5, seconds=60, before=lambda: calls.append("-"))
     rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
-    # Each round has all, in an order of its own.
+    # Each round has all tasks, in an order of its own.
     assert len(rounds) == 5 + clock.WARM_UP_ROUNDS
     assert set(rounds) == {"-A-B", "-B-A"}
     assert {name: len(s) for name, s in samples.items()} == {"A": 5, "B": 5}
@@ -340,7 +340,7 @@ LLAMA_CPP += ["--hidden", "32", "--rounds", "2", "--presets", "int8-plain,int4-s
 
 @pytest.fixture
 def installed():
-    """No dependency of the tests: it takes minutes to build."""
+    """llama.cpp, which is not a dependency of the tests, because it takes minutes to build."""
     pytest.importorskip("gguf", reason="gguf is not installed: see eval/bench_llama_cpp.py")
     return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: see eval/bench_llama_cpp.py")
 
@@ -360,7 +360,7 @@ def test_llama_cpp_result(tmp_path):
     assert set(rows) == {"f16", "f16-no-flash", "q8_0", "q4_0", "int8-plain", "int4-small"}
     bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8-plain": 8.25, "int4-small": 4.25}
     for name, expected in bits.items():
-        # Two layers, keys and values, two heads; ours keeps a few more numbers per layer.
+        # Two layers, keys and values, two heads; our caches keep a few more bytes per layer.
         spare = 0 if rows[name]["kind"] == "llama.cpp" else 100
         assert 0 <= rows[name]["cache_bytes"] - 2 * 2 * 2 * 70 * 64 * expected / 8 <= spare
         assert rows[name]["bits_per_number"] == rows[name]["cache_bytes"] * 8 / (2 * 2 * 2 * 70 * 64)
@@ -412,7 +412,7 @@ class TestPlots:
         last = max(row["length"] for row in rows)
         assert f"kvquant-int4 {found['int4', last]['ms']['median']:.3g} ms" in labels
         assert f"kvquant-int4 {found['int4', last]['cache_bytes'] / 1e6:.3g} MB" in labels
-        # In one panel all of them, in the other the dense caches once.
+        # One panel has all of them, the other has the dense caches once.
         assert len(labels) == 2 * len(overview.LINES) - 1
 
     def test_overview_of_two_machines(self, bench, tmp_path):
@@ -437,7 +437,7 @@ class TestPlots:
         axes.set(xlim=(0, 1), ylim=(0, 10))
         style.label_ends(axes, [(1, y, f"at {y}", "black") for y in (5, 5.1, 5.05, 9, 1)])
         figure.draw_without_rendering()
-        # Of the text alone: an annotation's own box holds its line too.
+        # The boxes of the text alone: an annotation's own box includes its line.
         boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
         ordered = [boxes[f"at {y}"] for y in (1, 5, 5.05, 5.1, 9)]
         assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(ordered))

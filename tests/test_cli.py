@@ -1,4 +1,4 @@
-"""`hf-kvquant`: every command on a tiny random model, its figures against what they claim to be, and its errors."""
+"""`hf-kvquant`: every command on a tiny random model, its figures against independent ones, and its errors."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ finally:
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess:
-    """The installed program in a process of its own; its last line names what it imported."""
-    # Not in the repository's folder, where the source would be imported instead of what is installed.
+    """Run the installed program in a process of its own; its last line names the packages that it imported."""
+    # Not in the repository's folder, where Python would import the source instead of the installed package.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "140"}
     code = PROGRAM.format(arguments=list(arguments))
     return subprocess.run(
@@ -298,7 +298,7 @@ class TestErrors:
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """What a demo printed, its figures, its folder, and what it was shown from."""
+    """The output of a demo, its figures, its folder, and its report with the tokenizer."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     arguments = "--positions", 250, "--new-tokens", 20, "--prompt-tokens", 100
     shown = []
@@ -368,7 +368,7 @@ class TestDemo:
 
     @pytest.mark.parametrize("preset", ["int4", "int4-small"])
     def test_agreement_is_that_of_real_decode(self, finished, folder, preset):
-        """By decoding token by token, and by letting the text run freely."""
+        """The test decodes token by token, and lets the text run freely."""
         scoring, cache = finished[1]["scoring"], finished[1]["caches"][preset]
         context, new = scoring["context"], scoring["new_tokens"]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -378,7 +378,7 @@ class TestDemo:
             decoded = hf_kvquant.score_by_decoding(model, texts, context, preset)[:, context:].argmax(-1)
             dense = model(texts).logits[:, context:].argmax(-1)
         assert decoded.numel() == scoring["positions"]
-        # Rounding may turn a tie the other way.
+        # Rounding may decide a tie the other way.
         agreement = (decoded == dense).float().mean().item()
         assert agreement == pytest.approx(cache["agreement"]["held_out"], abs=1.5 / scoring["positions"])
         assert agreement < 1, "this model's tokens must depend on the cache, else the test says nothing"
@@ -394,7 +394,7 @@ class TestDemo:
         assert min(same) < new
 
     def test_a_noisy_speed_is_no_figure(self, finished, tmp_path, monkeypatch):
-        """Rounds that another program disturbed: the table and the plot say so, of this cache only."""
+        """If another program disturbs rounds of one cache, the table and the plot say so for that cache only."""
         report, tokenizer = finished[3]
         slow = {name: Speed([20.0, 7.0, 101.0, 21.0, 99.0]) for name in ("int8",)}
         calm = {name: Speed([100.0, 98.0, 101.0, 99.0, 40.0]) for name in report.decode}
@@ -415,7 +415,7 @@ class TestDemo:
     def test_speed(self):
         assert Speed([20.0, 7.0, 101.0, 21.0, 99.0]).median is None
         assert Speed([100.0, 125.1, 100.0]).median is None
-        # Two disturbed rounds of five leave the median what it was.
+        # Two disturbed rounds of five do not change the median.
         assert Speed([100.0, 104.0, 1.0, 102.0, 5.0]).median == 100
         assert Speed([100.0, 104.0, 1.0, 102.0, 5.0]).spread == pytest.approx(0.04)
         assert Speed([100.0, 100.0]).spread is None
@@ -431,7 +431,7 @@ class TestDemo:
         monkeypatch.setattr(demo, "run", noted)
         call("demo", "--model", folder, "--out", tmp_path, "--positions", 8, "--new-tokens", 2, "--prompt-tokens", 8)
         configs = [None, *(KVQuantConfig.preset(name) for name in PRESETS)]
-        # A warm-up of each, then five rounds.
+        # A warm-up of each cache, then five rounds.
         assert [config for config, _ in order] == configs * 6
         assert [new for _, new in order[len(configs) :]] == [2] * 5 * len(configs)
 
@@ -505,7 +505,7 @@ def evaluation(folder, tmp_path_factory) -> list:
 
 @pytest.fixture(scope="module")
 def evaluated(evaluation, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of one evaluation, and what the command printed."""
+    """The folder of one evaluation, and the output of the command."""
     out = tmp_path_factory.mktemp("evaluated")
     return out, call(*evaluation, "--out", out).stdout
 

@@ -1,4 +1,4 @@
-"""The comparison: its figures against what they claim to be, what they see of the cache, resuming, peers, bytes."""
+"""The comparison: its figures against independent ones, how much of the cache they see, resuming, peers, bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from hf_kvquant.measure.weighing import LONG, bytes_per_element, bytes_per_eleme
 
 LENGTH, CONTEXT, LAYERS, HEAD_DIM = 90, 40, 2, 32
 SETTINGS = Settings(context=CONTEXT, greedy_tokens=12)
-# Every logit is of prefill: the usual, blind way.
+# Every logit comes from prefill, which is the usual way, and blind.
 BLIND_SETTINGS = Settings(context=LENGTH, first_scored=1, greedy_tokens=0)
 INT4 = KVQuantConfig(QuantSpec("int4"), QuantSpec("int4"))
 FACTS = {"model": "tiny", "text": "noise", "machine": {"cpu": "a test's"}}
@@ -63,7 +63,7 @@ def run(model, documents, *chosen, settings=SETTINGS, folder=None, facts=FACTS) 
 
 class TestMetrics:
     def test_against_the_formulas(self, monkeypatch):
-        # Two rows at a time: pieces must not show in the result.
+        # Two rows at a time: the pieces must not change the result.
         monkeypatch.setattr(metrics, "_AT_ONCE", 23)
         p, q = torch.randn(2, 5, 11, dtype=torch.float64) * 3
         targets = torch.tensor([3, 0, 10, 7, 7])
@@ -104,7 +104,7 @@ class TestMetrics:
 
 class TestCompare:
     def test_figures_are_those_of_real_decode(self, model, documents):
-        """Against token-by-token decoding through `QuantizedCache`, computed here from its logits."""
+        """The figures equal those computed here from the logits of decoding token by token with `QuantizedCache`."""
         result = run(model, documents, Preset("int4", INT4))
         kl, agree, nll = [], [], []
         for ids in documents.split(1):
@@ -175,7 +175,7 @@ class TestCompare:
 
 
 class TestWhatSeesTheCache:
-    """Doubling what is stored must change every figure whose share is above 0, and none whose share is 0."""
+    """Doubling stored values must change every figure whose share is above 0, and none whose share is 0."""
 
     @pytest.fixture
     def break_the_cache(self, monkeypatch):
@@ -220,7 +220,7 @@ class TestWhatSeesTheCache:
 
 
 class StepwiseDense(Peer):
-    """A peer's drive around a cache that loses nothing."""
+    """A cache that loses nothing, driven like a peer."""
 
     name = "stepwise"
 
@@ -260,17 +260,17 @@ class TestPeers:
             run(model, documents, *presets(["int8"]))
 
     def test_real_ones(self, documents):
-        """Each lives up to its bits: more bits, more bytes, less divergence."""
+        """More bits mean more bytes and less divergence."""
         pytest.importorskip("optimum.quanto")
         pytest.importorskip("hqq")
         torch.manual_seed(0)
-        # Their groups are 64 long, and so must heads be.
+        # Their groups have 64 elements, so heads must have as many.
         config = LlamaConfig(
             vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
             head_dim=64, max_position_embeddings=128, initializer_range=0.2,
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval()
-        # quanto compiles a C++ extension at first use where it can.
+        # quanto compiles a C++ extension at first use if it can.
         result = run(model, documents[:1], *peers(), settings=Settings(CONTEXT, greedy_tokens=0))
         caches = result["caches"]
         chain = ["hqq-int8", "quanto-int4", "quanto-int2"]
@@ -291,7 +291,7 @@ class TestBytes:
     )
     def test_token_grids_by_hand(self, model, preset, expected):
         candidate = presets([preset])[0]
-        # Two counters of faults per layer, whatever the length.
+        # Two counters of faults per layer, independent of the length.
         counters = 2 * 8 * LAYERS / (2 * LAYERS * HEAD_DIM)
         assert bytes_per_element(model, candidate, LENGTH - 1, LENGTH) == pytest.approx(expected + counters / LENGTH)
         assert bytes_per_element_long(model, candidate) == pytest.approx(expected, rel=1e-3)
@@ -327,7 +327,7 @@ class Killed(KeyboardInterrupt):
 
 
 class Counting(Preset):
-    """Counts what it scores, and dies when told."""
+    """Counts the documents that it scores, and dies on request."""
 
     def rows(self, model, ids, context, first):
         self.calls.append(ids.shape)
@@ -352,7 +352,7 @@ class TestResuming:
         assert sorted(f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*.npz")) == [
             "documents/dense/0.npz", "documents/dense/1.npz", "documents/int4/0.npz",
         ]  # fmt: skip
-        # What a kill in the middle of writing leaves behind.
+        # The file that a kill in the middle of writing leaves behind.
         (tmp_path / "documents" / "int4" / "1.partial").write_bytes(b"PK")
         again = counting()
         resumed = run(model, documents, again, settings=settings, folder=tmp_path)

@@ -1,6 +1,6 @@
 """The GPU suite without a GPU: its plan, checks and result on a stand-in machine, whose kernels are the CPU backend's.
 
-No time is asserted, and none of these figures means anything.
+No time is asserted, and these figures mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EVAL = Path(__file__).parents[1] / "eval"
 
 
 class StandIn:
-    """What `gpu.clock.Gpu` is to the suite, on the processor; `graphed` counts what was captured."""
+    """A `gpu.clock.Gpu` for the suite, on the processor; `graphed` counts captures."""
 
     backend = "cpu"
     device = torch.device("cpu")
@@ -59,7 +59,7 @@ class StandIn:
 
 @pytest.fixture
 def suite(monkeypatch):
-    """The suite, imported as a script would be, with few host calls."""
+    """The suite with few host calls, imported as a script."""
     monkeypatch.syspath_prepend(str(EVAL))
     monkeypatch.setattr(clock, "HOST_CALLS", 2)
     return __import__("gpu_suite")
@@ -147,7 +147,7 @@ def failures(result: dict) -> set[tuple[str, str]]:
 
 
 def test_wrong_attention_has_no_figures(suite, tiny, tmp_path, monkeypatch, capsys):
-    """Off by 1 % for one preset: its rows are gone, the others' stand."""
+    """If one preset is off by 1 %, its rows are gone and those of the others stay."""
     right = ops.decode_attention
 
     def wrong(query, keys, values, *args, **kwargs):
@@ -225,7 +225,7 @@ def test_a_step_that_reads_wrong_keys_has_no_figures(suite, tiny, tmp_path, monk
 
 
 def test_an_error_ends_its_candidate_alone(suite, tiny, tmp_path, monkeypatch):
-    """In every section what int8 raises is a failed check, and fp8 has its figures."""
+    """In every section an error of int8 is a failed check, and fp8 has its figures."""
     right, append = ops.decode_attention, ops.quantize_append
 
     def broken(query, keys, *args, **kwargs):
@@ -287,7 +287,7 @@ def test_a_process_that_ends_is_followed_by_another(suite, tmp_path, capsys):
 
 
 def test_a_process_that_lost_the_device_ends(suite, tiny, tmp_path, monkeypatch):
-    """With what it has, and the next one leaves out the point at which that happened."""
+    """It ends with the results so far, and the next process leaves out the point at which that happened."""
     machine, calls = StandIn(), []
 
     def lost(*_):
@@ -313,14 +313,14 @@ def test_a_process_that_lost_the_device_ends(suite, tiny, tmp_path, monkeypatch)
 
 
 def test_a_process_that_hangs_is_ended(suite, tmp_path, monkeypatch):
-    """One that does nothing new, then one that goes on when the time is over; what there was is kept."""
+    """One process does nothing new, another one goes on when the time is over; existing results are kept."""
     monkeypatch.setattr(suite, "PATIENCE", 4.0)
     monkeypatch.setattr(suite, "GRACE", 1.0)
     file = tmp_path / suite.RESULT
     document = {"checks": [], "points": [{"section": "attention"}], "complete": False}
     beside = tmp_path / "beside"
     beside.write_text(json.dumps(document))
-    # Whole or not at all, as the suite writes.
+    # Written as a whole or not at all, as in the suite.
     script = f"import os, shutil, time; made = {str(file) + '.part'!r}\n"
     script += f"def save(): shutil.copyfile({str(beside)!r}, made); os.replace(made, {str(file)!r})\n"
     for loop, seconds, why in (

@@ -1,5 +1,5 @@
-"""lm-eval through the quantized cache: equal to `hf` without one, equal to real decode with one, and open about which
-scores read it."""
+"""lm-eval through the quantized cache equals `hf` without one, equals real decode with one, and reports which scores
+read it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hf_kvquant.measure.lm_eval import KVQuantLM, main, simple_evaluate
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "eval" / "tasks"
 MODEL = str(files("hf_kvquant") / "models" / "stdlib-nano")
-# Float32 rounding may flip a code; formats move answers much further (see where this is used).
+# Float32 rounding may flip a code; other formats change answers much more (see the uses of this).
 ROUNDING = 5e-3
 MAX_LENGTH = 300
 LAYERS = 4
@@ -73,7 +73,7 @@ def one_token_task(folder: Path) -> str:
         "process_results": "!function",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "nats")],
     }
-    # The log-likelihoods themselves, so that every change shows.
+    # The task reports the log-likelihoods themselves, so that every change shows.
     (folder / "measure.py").write_text(
         "def nats(doc, results):\n"
         "    values = [x[0] for x in results]\n"
@@ -100,7 +100,7 @@ def evaluate(lm, manager: TaskManager, tasks=TASK_NAMES, limit=2, run=simple_eva
 
 
 def plain(results: dict) -> dict:
-    """Metrics and samples, as they would be in the files."""
+    """Metrics and samples in the form that result files have."""
     return json.loads(json.dumps({name: results[name] for name in ("results", "samples")}, default=str))
 
 
@@ -122,7 +122,7 @@ class TestDense:
         assert load(kv_config=None).kv_config is None
 
     def test_equal_windows_for_comparison(self):
-        """With the windows of a quantized cache, but dense: nearly lossless int8 gives nearly the same."""
+        """With the windows of a quantized cache, a dense one gives nearly the same as int8, which is near-lossless."""
         text = Path(json.__file__).read_text()[:3000]
         request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
         dense, lossless, theirs = (
@@ -138,16 +138,16 @@ def instances(pairs: list[tuple[str, str]], task: str = "task") -> list[Instance
 
 
 TEXT = Path(families.__file__).read_text()
-# Each one token.
+# Each answer is one token.
 CONTEXT, ANSWER, OTHER_ANSWER = 20 * "x = 1\n" + "for i in", " range", " the"
 PAIRS = [
     (TEXT[:400], TEXT[400:480]),
-    # The same inputs but for where the context ends.
+    # The same inputs, with the end of the context elsewhere.
     (TEXT[:440], TEXT[440:480]),
     (CONTEXT, ANSWER),
     (CONTEXT, OTHER_ANSWER),
     ("", TEXT[:60]),
-    # Longer than the model takes.
+    # Longer than the model's context.
     (TEXT[:1500], TEXT[1500:1560]),
     (TEXT[:5], TEXT[5:300]),
 ]
@@ -183,7 +183,7 @@ class TestLoglikelihood:
             assert greedy == decoded_greedy
 
     def test_the_format_shows(self):
-        """More than the tolerance of the test above."""
+        """The format changes answers by more than the tolerance of the test above."""
         dense, quantized = (load(config).loglikelihood(instances(PAIRS), True) for config in ("none", "int4-small"))
         assert sum(abs(a[0] - b[0]) > 10 * ROUNDING for a, b in zip(dense, quantized, strict=True)) >= 4
 
@@ -209,7 +209,7 @@ class TestLoglikelihood:
             }  # fmt: skip
 
     def test_repeated_requests_count_once(self):
-        """lm-eval repeats the last one, so that every process has equally many."""
+        """lm-eval repeats the last request, so that every process has the same number."""
         lm = load()
         requests = instances([(CONTEXT, ANSWER)])
         lm.loglikelihood([*requests, *requests], True)
@@ -299,7 +299,7 @@ class TestGenerate:
             assert cache.kv_config == KVQuantConfig.preset("int4-small")
             assert cache.routes["decode_dequantized"] == 0
             assert cache.routes["prefill_dense"] == LAYERS
-            # One update per new token after the first, and those of the tail: of at most 32 tokens, then one.
+            # One update per new token after the first, and those of the tail: up to 32 tokens each, then one token.
             assert cache.routes["decode_fused"] == LAYERS * (23 + {0: 0, 1: 1, 40: 3}[decode_tail])
         dense = load("none").generate_until(self.requests(), disable_tqdm=True)
         assert answers != dense
@@ -309,7 +309,7 @@ class TestGenerate:
             assert lm.tokenizer.decode(new, skip_special_tokens=True) == answer
 
     def test_padded_batch(self):
-        """Rows of a batch are those alone; on the dense-like int8 rounding turns no token."""
+        """Rows of a batch equal the same rows alone; with int8, which is nearly dense, rounding changes no token."""
         together, alone = (load("int8", batch_size=n, decode_tail=5) for n in (3, 1))
         assert together.generate_until(self.requests(), True) == alone.generate_until(self.requests(), True)
 
@@ -356,7 +356,7 @@ class TestBatchSizeAuto:
 
 
 def broken_keys(monkeypatch) -> None:
-    """Store every key twice as large as it is, in real caches and in scoring; values are of another format."""
+    """Store every key doubled, in real caches and in scoring; not values, whose format differs."""
     append, quantize = ops.quantize_append, scoring.quantize
     monkeypatch.setattr(ops, "quantize_append", lambda key, *args, **kwargs: append(2 * key, *args, **kwargs))
     monkeypatch.setattr(
@@ -369,7 +369,7 @@ TELLING = KVQuantConfig(QuantSpec("int8"), QuantSpec("fp8"))
 
 
 class TestABrokenCacheShows:
-    """The licence of `cache_read_share`: what it says has read the cache changes with it, and nothing else does."""
+    """The proof of `cache_read_share`: scores that it says read the cache change with the cache, and no others do."""
 
     def both(self, manager, monkeypatch, tasks, limit, **options) -> tuple[dict, dict]:
         whole = evaluate(load(TELLING, batch_size=4, **options), manager, tasks, limit)
@@ -454,10 +454,10 @@ class TestCommandLine:
         import lm_eval
 
         assert lm_eval.simple_evaluate is their_simple_evaluate
-        assert sys.argv[0] != "lm-eval"  # as main calls itself meanwhile
+        assert sys.argv[0] != "lm-eval"  # main uses this name while it runs
 
     def test_two_processes(self, finished, tmp_path):
-        """`accelerate launch` shares requests out, here by gloo between two processes without GPU."""
+        """`accelerate launch` distributes requests, here by gloo between two processes without a GPU."""
         # With --cpu accelerate would start one process only, unless MPI is there.
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -479,13 +479,13 @@ class TestCommandLine:
                 assert ours[count] == theirs[count]
 
     def test_through_our_command_line(self):
-        """Everything, also --help, is lm-eval's."""
+        """All options, --help included, are lm-eval's."""
         result = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
         assert "--include_path" in result.output
 
 
 def test_device_map(tmp_path):
-    """Weights that accelerate's hooks bring from disk when a layer needs them."""
+    """accelerate's hooks read weights from disk when a layer needs them."""
     lm = load(parallelize=True, max_cpu_memory="6MiB", offload_folder=str(tmp_path))
     assert set(lm.model.hf_device_map.values()) >= {"disk"}
     answers, expected = (x.loglikelihood(instances(PAIRS), True) for x in (lm, load()))
@@ -494,7 +494,7 @@ def test_device_map(tmp_path):
 
 
 class TestOtherModels:
-    """A model that changes keys before attention is decoded token by token, where that is asked for."""
+    """A model that changes keys before attention is decoded token by token if asked to."""
 
     def lm(self, **options) -> KVQuantLM:
         model = families.build("falcon", attn="eager", vocab_size=4096)
@@ -571,7 +571,7 @@ class TestScript:
         for call, config in zip(calls, ("none", "int8", "int4"), strict=True):
             (given,) = [x for x in call if "pretrained=" in x]
             assert f"kv_config={config}" in given
-            # The same windows for the dense cache.
+            # The dense cache gets the same windows.
             assert "rolling_context=128" in given
             assert call[-2:] == ["--limit", "3"]
         shown = capsys.readouterr().out

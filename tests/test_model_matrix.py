@@ -16,7 +16,7 @@ from hf_kvquant.measure import tiny_models
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"
-# One of each status and kind of layer.
+# One family of each status and kind of layer.
 SAMPLE = (
     "LlamaForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM", "Qwen3NextForCausalLM", "FalconH1ForCausalLM",
     "DeepseekV3ForCausalLM", "BloomForCausalLM", "ProphetNetForCausalLM", "BartForConditionalGeneration",

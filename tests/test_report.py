@@ -1,4 +1,4 @@
-"""The report: what is on the page, that it needs nothing else, and that a browser shows it without complaint."""
+"""The report: the content of the page, which needs no other files, and which a browser shows without errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def results() -> list[dict]:
             "machine": {"cpu": "x"},
         }
         found.append(compare(model, documents, methods, Settings(40, greedy_tokens=8), facts, progress=False))
-    # As a peer's line is drawn, without its package.
+    # Draw a line like a peer's, without its package.
     found[0]["caches"]["quanto-int4"] = {**found[0]["caches"]["int4-small"], "kind": "peer"}
     found[0]["skipped"] = {"hqq-int4": "ImportError: not here"}
     return found
@@ -156,7 +156,7 @@ class TestPage:
 
     @pytest.mark.filterwarnings("error")
     def test_nothing_to_draw_is_no_error(self, results, tmp_path):
-        """A run of the dense cache alone."""
+        """A run of the dense cache alone has a report, too."""
         alone = {**results[0], "caches": {"dense": results[0]["caches"]["dense"]}}
         assert "<svg" in write([alone], [], tmp_path).read_text(encoding="utf-8")
 
@@ -175,7 +175,7 @@ class TestPlots:
         assert {label.get_text() for label in labels} == set(results[0]["caches"]) - {"dense"}
         boxes = [label.get_window_extent(renderer) for label in labels]
         for i, box in enumerate(boxes):
-            # A pixel of what `savefig` may move.
+            # `savefig` may move labels by a pixel.
             assert not box.padded(-1).count_overlaps([b.padded(-1) for b in boxes[:i]])
 
     def test_frontier(self):
@@ -196,7 +196,7 @@ class TestPlots:
 # ---- in a browser --------------------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Asks a page in a frame what it looks like, and writes it into its own body; frames may be narrower than a window.
+# Measures a page in a frame, and writes the results into its own body; frames may be narrower than a window.
 MEASURE = """<!doctype html><body>
 <iframe style="width:{width}px;height:800px;border:0" srcdoc="{page}"></iframe>
 <script>
@@ -216,7 +216,7 @@ onload = () => {{
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium), which is not installed")
 class TestBrowser:
     def visit(self, file: Path, *options: str) -> tuple[str, list[str]]:
-        """The page after its scripts have run, and what the console says."""
+        """The page after its scripts have run, and the messages of the console."""
         command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options]
         command += [
             f"--user-data-dir={file.parent / 'profile'}",
@@ -241,7 +241,7 @@ class TestBrowser:
         assert console == []
 
     def test_the_console_is_heard(self, tmp_path):
-        """What the test above would see if something were wrong."""
+        """An error on a page reaches the console, so the test above would notice it."""
         file = tmp_path / "bad.html"
         file.write_text('<meta http-equiv="Content-Security-Policy" content="img-src \'none\'">'
                         '<img src="x.png"><script>console.error("boom")</script>', encoding="utf-8")  # fmt: skip
@@ -260,7 +260,7 @@ class TestBrowser:
         light = self.measure(page, DESKTOP, tmp_path, "--blink-settings=preferredColorScheme=1")
         dark = self.measure(page, DESKTOP, tmp_path, "--blink-settings=preferredColorScheme=0")
         for seen in (light, dark):
-            # Labels of plots stand in the page's own ink, far from its paper.
+            # Labels of plots have the page's own ink, which contrasts with its paper.
             assert seen["label"] in (seen["text"], MUTED[seen is dark])
             assert abs(_brightness(seen["text"]) - _brightness(seen["paper"])) > 150
         assert _brightness(light["paper"]) > 200 > 100 > _brightness(dark["paper"])

@@ -1,4 +1,4 @@
-"""The local lm-eval tasks: the same everywhere, answerable from the prompt alone, and solved at their easy end."""
+"""The local lm-eval tasks: equal everywhere, answerable from the prompt alone, and solved in their easiest form."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def bundled():
 )
 @torch.no_grad()
 def test_the_bundled_model_solves_the_easy_end(recall, bundled, kind, size, at_least):
-    """Greedily, without any cache; a task that no format can fail would say nothing about formats."""
+    """The model answers greedily, without any cache; a task that it cannot solve would say nothing about formats."""
     model, tokenizer = bundled
     right = 0
     documents = recall.exercises(kind, size, 40)["test"]

@@ -4,8 +4,8 @@
     python eval/tasks/recall.py lookup 8 --count 2        # look at some
 
 The YAML files beside this one name `exercises` and `source_files` as their data sets, so nothing is downloaded and
-nothing is stored: the same exercises come out under every Python version (a test holds their hash). All answers stand
-word for word in the prompt, far enough back that only the cache knows them:
+nothing is stored: the same exercises come out under every Python version (a test holds their hash). Every answer is in
+the prompt word for word, far enough back that only the cache knows it:
 
     lookup      a dict literal of `size` random keys, then one of them is asked for
     choice      the same, as a choice among four of the dict's values
@@ -38,7 +38,7 @@ def exercises(kind: str, size: int, count: int = COUNT, **metadata) -> dict[str,
     `metadata` is what lm-eval passes to every data set.
 
     Raises:
-        ValueError: no such kind, or a size that is too small for it.
+        ValueError: the kind is unknown, or the size is too small for it.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not allowed; expected one of {list(KINDS)}")
@@ -53,7 +53,7 @@ def source_files(count: int, **metadata) -> dict[str, datasets.Dataset]:
     model was not trained on (strictly so under the Python version of its training).
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer.
     """
     texts = {name: path.read_text(encoding="utf-8") for name, path in held_out_files().items()}
     documents = [{"file": name, "text": text} for name, text in texts.items() if text.strip()]
@@ -63,7 +63,7 @@ def source_files(count: int, **metadata) -> dict[str, datasets.Dataset]:
 
 
 class _Random:
-    """Random choices that are the same under every Python version: of `random` only `random()` is guaranteed to be."""
+    """Random choices that are the same under every Python version; `random` guarantees that only for `random()`."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed).random
@@ -75,7 +75,7 @@ class _Random:
         return "".join(_LETTERS[self.below(26)] for _ in range(3 + self.below(4)))
 
     def words(self, count: int) -> list[str]:
-        """Different ones."""
+        """`count` different words."""
         found: dict[str, None] = {}
         while len(found) < count:
             found[self.word()] = None
@@ -98,7 +98,7 @@ def _lookup(rng: _Random, size: int, i: int) -> dict:
 def _choice(rng: _Random, size: int, i: int) -> dict:
     document = _lookup(rng, size, i)
     values = {line.split(": ")[1].rstrip(",") for line in document["prompt"].splitlines() if ": " in line}
-    # Sorted, because the order of a set is no fixed one.
+    # Sorted, because a set has no fixed order.
     others = sorted(values - {document["answer"].strip()})
     choices = [f" {others.pop(rng.below(len(others)))}" for _ in range(3)]
     place = rng.below(4)
@@ -149,7 +149,7 @@ def answer_likelihood(doc: dict, results: Sequence[tuple[float, bool]]) -> dict:
 
 
 def by_depth(doc: dict, results: Sequence[str]) -> dict:
-    """What a needle's answer is worth: right or not, over all documents and over those of its depth."""
+    """The score of a needle's answer, right or not, over all documents and over those of its depth."""
     right = float(results[0] == doc["answer"])
     return {"exact_match": right} | {f"at_{depth}": (right, depth == doc["depth"]) for depth in DEPTHS}
 

@@ -1,9 +1,9 @@
 """`hf-kvquant demo`: every preset beside the dense cache, on the bundled model.
 
-Two measurements. One long prompt is continued greedily through every cache, in the checkpoint's dtype: text, bytes,
-and speed, for which it is continued again in rounds, where every cache has its turn. Then the comparison of
-`hf-kvquant eval`, in float32, so that only the cache differs and not the rounding of bfloat16: on pieces of real text,
-and on what the dense cache writes greedily after the same prompts.
+It makes two measurements. First, one long prompt is continued greedily through every cache, in the checkpoint's dtype:
+this gives text and bytes, and, in further rounds in which all caches take turns, speed. Then it makes the comparison
+of `hf-kvquant eval`, in float32, so that only the caches differ and not the rounding of bfloat16: on pieces of real
+text, and on the text that the dense cache writes greedily after the same prompts.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from ..measure.report.style import COLORS, PRINT, dress, new_figure
 from ..measure.text import bundled_model, windows
 from .models import Device, Dtype, backend_of, load_model
 
-# Of a piece of text, this share is prefilled and the rest scored; a greedy continuation is no longer than this.
+# The share of a piece of text that is prefilled; the rest is scored. A greedy continuation is no longer than this.
 _CONTEXT_SHARE = 1 / 2
 _LONGEST_PIECE, _LONGEST_GREEDY = 1024, 256
 _WARM_UP_TOKENS = 3
 _ROUNDS = 5
-# A machine so busy that the rounds take longer gets fewer.
+# If the rounds take longer on a busy machine, there are fewer of them.
 _ROUNDS_SECONDS = 45
 _LINES, _LINES_OF_DIFFERENCE = 8, 5
-# Where reading the cache takes less of a step than this, speed says nothing about caches.
+# If reading the cache takes a smaller share of a step than this, speed says nothing about caches.
 _OVERHEAD_SHARE = 0.2
 _NOISY = "noisy"
 
@@ -86,7 +86,7 @@ def demo(
         prompt_tokens = fits
     piece = min(_LONGEST_PIECE, longest or _LONGEST_PIECE)
     context = round(piece * _CONTEXT_SHARE)
-    # Fewer positions than one piece holds: a shorter piece. The last token of a piece is only predicted.
+    # If fewer positions are wanted than one piece holds, the piece is shorter. Its last token is only predicted.
     scored = min(piece - context - 1, positions)
     try:
         prompt, source = windows(tokenizer, 1, prompt_tokens)
@@ -131,12 +131,12 @@ def _write(
     new_tokens: int,
     console: Console,
 ) -> dict[str, list[Run]]:
-    """Continue the prompt through every cache, in rounds; as many for each."""
-    # Text goes on past its end, so that every cache writes as many tokens.
+    """Continue the prompt through every cache, in rounds; every cache gets the same number."""
+    # Text goes on past its end, so that every cache writes the same number of tokens.
     options = {"do_sample": False, "eos_token_id": None}
     bars = TextColumn("{task.description:<56}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     rounds = {cache: [] for cache in configs}
-    # Seldom drawn: drawing takes time from what is timed.
+    # Drawn seldom, because drawing slows down the timed work.
     with Progress(*bars, console=console, refresh_per_second=2, transient=True) as progress:
         writing = progress.add_task(f"Writing {new_tokens} tokens", total=_ROUNDS * len(configs))
         for config in configs.values():
@@ -154,14 +154,14 @@ def _write(
 
 
 def _read_seconds(nbytes: int, device: torch.device) -> float:
-    """How long a plain read of so many bytes takes here; the shortest of a few."""
+    """The time of a plain read of `nbytes` here, the shortest of a few."""
     buffer = torch.ones(-(-nbytes // 4), device=device)
     return min(seconds_of(lambda: buffer.sum().item()) for _ in range(10))
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the demo measured; per cache, by name, the dense one first."""
+    """Everything that the demo measured, by the name of the cache; the dense one is first."""
 
     bundled: bool
     dtype: str
@@ -181,12 +181,12 @@ class Report:
     seconds: float
 
     def same_tokens(self, cache: str) -> int:
-        """How many tokens of the long prompt's continuation are the dense cache's, before the first differs."""
+        """The number of tokens before the long prompt's continuation first differs from the dense cache's."""
         pairs = list(zip(self.runs[cache].tokens, self.runs[DENSE].tokens))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
     def bits(self, cache: str) -> float:
-        """Bits per cached number that the cache tends to at long context."""
+        """The bits per cached element that the cache approaches at long context."""
         config = self.configs[cache]
         if config is not None:
             return config.bits_per_element(self.head_dim)
@@ -194,13 +194,13 @@ class Report:
 
     @property
     def read_share(self) -> float | None:
-        """How long a plain read of the dense cache takes, as a share of a decode step through it; None: not known."""
+        """The time of a plain read of the dense cache as a share of a decode step through it; None if not known."""
         rate = self.decode[DENSE].median
         return None if rate is None else self.read_seconds * rate
 
     @property
     def scoring(self) -> dict:
-        """On what text caches were compared."""
+        """The text on which caches were compared."""
         plan, tokens = self.comparison["plan"], self.comparison["caches"][DENSE]["tokens"]
         settings = plan["settings"]
         return {
@@ -213,7 +213,7 @@ class Report:
         }
 
     def figures(self) -> dict:
-        """As plain data."""
+        """The figures as plain data."""
         plan = self.comparison["plan"]
         return {
             "model": {
@@ -263,7 +263,7 @@ class Report:
 
 
 def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print the texts, the table and what it means."""
+    """Print the texts, and the table with its notes."""
     tail = tokenizer.decode(report.prompt, skip_special_tokens=True).splitlines()[-_LINES:]
     console.rule(f"The prompt: {len(report.prompt):,} tokens of {report.source}, which end with", align="left")
     console.print(_code("\n".join(tail)))
@@ -286,7 +286,7 @@ def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -
 
 
 def _show_difference(report: Report, cache: str, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """The lines around the first token that differs, beside the dense cache's."""
+    """Show the lines around the first token that differs, beside the dense cache's."""
     same = report.same_tokens(cache)
     total = len(report.runs[DENSE].tokens)
     console.rule(f"{cache} writes the same first {same} of {total} tokens, then goes on differently", align="left")
@@ -297,7 +297,7 @@ def _show_difference(report: Report, cache: str, tokenizer: PreTrainedTokenizerB
     sides.add_column(ratio=1)
     sides.add_row(f"[dim]{cache}, from line {first + 1}[/]", "[dim]dense cache[/]")
     texts = [report.texts[name].splitlines()[first : first + _LINES_OF_DIFFERENCE] for name in (cache, DENSE)]
-    # Long lines are cut off: wrapped ones would not stand side by side.
+    # Long lines are cut off, because wrapped ones would not line up side by side.
     sides.add_row(*(_code("\n".join(lines), word_wrap=False) for lines in texts))
     console.print(sides)
 
@@ -321,7 +321,7 @@ def _table(report: Report, width: int) -> Table:
     )
     table.add_column("\n\ncache", style="bold", no_wrap=True)
     for header in (
-        "bits\nper\nnumber",
+        "bits\nper\nelement",
         "\nsize\nin kB",
         "share\nof dense\nsize",
         "reads\nprompt,\ntok/s",
@@ -350,7 +350,7 @@ def _rate(speed: float | None) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    """What the columns mean, and what the figures do not say."""
+    """Notes on the meaning of the columns, and on the limits of the figures."""
     dense, scoring = report.runs[DENSE], report.scoring
     new_tokens = len(dense.tokens)
     fused = sum(run.routes["decode_fused"] for run in report.runs.values() if run.routes)
@@ -358,7 +358,7 @@ def _notes(report: Report) -> list[str]:
     routes = "all" if not copied else f"{fused} of {fused + copied}"
     rounds = len(report.decode[DENSE].rounds)
     notes = [
-        "Bits per number: of one cached number at long context, scales included. Size: of this run "
+        "Bits per element: of one cached element at long context, scales included. Size: of this run "
         f"({report.dtype}, {len(report.prompt) + new_tokens - 1:,} tokens), with the tokens that are kept exact; "
         "these weigh less and less as the context grows.",
         f"Tok/s: tokens per second of one prompt, on {report.device}, {report.backend} backend; medians of {rounds} "
@@ -422,7 +422,7 @@ def plot(figures: dict, path: Path) -> None:
     speed.set(title="Speed of writing",
               xlabel="tokens per second" + ("\n(small model: overheads, not caches)" if small else ""))  # fmt: skip
 
-    # One prompt's count is a tick; the bar is their median.
+    # A tick is the count of one prompt; the bar is the median.
     same = {cache: found["same_tokens_scored"] for cache, found in caches.items() if cache != DENSE}
     for cache, found in same.items():
         counts = found["per_prompt"]
@@ -440,7 +440,7 @@ def plot(figures: dict, path: Path) -> None:
 
 
 def _bars(axes, rows: dict, colors: dict, values: dict, form: str, beyond: float | None = None) -> None:
-    """A bar and its figure for each cache, or why there is none. Figures stand beyond the bars, or beyond `beyond`."""
+    """Draw a bar and its figure (right of it, or of `beyond`) for each cache, or the reason why it has none."""
     for cache, value in values.items():
         axes.barh(rows[cache], value or 0, height=0.6, color=colors[cache], alpha=0.6)
         end = beyond or value or 0

@@ -1,6 +1,6 @@
-"""`hf-kvquant eval`: what each cache costs in accuracy, on one model and one text.
+"""`hf-kvquant eval`: the accuracy that each cache costs, on one model and one text.
 
-Without any option: the bundled model on source text that it was not trained on. The measuring is `comparison`.
+Without any option it takes the bundled model and source text that it was not trained on. `comparison` measures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def evaluate(
     ] = None,
     documents: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 16,
     window: Annotated[int, typer.Option(min=3, help="Tokens of a piece.")] = 512,
-    context: Annotated[int, typer.Option(min=1, help="Of a piece, tokens that are prefilled; others decode.")] = 128,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a piece to prefill; the others decode.")] = 128,
     greedy_tokens: Annotated[int, typer.Option(min=0, help="Length of the greedy texts that are compared.")] = 64,
     one_pass: Annotated[
         bool,
@@ -100,10 +100,10 @@ def default_presets() -> list[str]:
 def read_documents(
     tokenizer: PreTrainedTokenizerBase, text: Path | None, documents: int, window: int
 ) -> tuple[torch.Tensor, str]:
-    """Token ids `[documents, window]`, and what text that is.
+    """Token ids `[documents, window]`, and the name of their text.
 
     Raises:
-        ValueError: there is not so much text.
+        ValueError: there is not enough text.
     """
     if text is None:
         return windows(tokenizer, documents, window)[0], STANDARD_LIBRARY
@@ -111,12 +111,12 @@ def read_documents(
 
 
 def model_name(model: str) -> str:
-    """How results name a model: a folder by its own name, a hub id as it is."""
+    """The name of a model in results: a folder's own name, or the hub id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def show(result: dict, console: Console) -> None:
-    """Print the table and what it means."""
+    """Print the table with its notes."""
     console.print(rich_table(result))
     for name, meaning in columns(result).items():
         if name != "cache":

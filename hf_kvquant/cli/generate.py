@@ -21,7 +21,7 @@ from ..measure.text import BUNDLED
 from ..scoring import DENSE
 from .models import Device, Dtype, backend_of, load_config, load_model
 
-# The first calls load libraries and fill torch's caches; they are not what the figures should show.
+# The first calls load libraries and fill torch's caches, which the figures should not include.
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
 
@@ -43,11 +43,11 @@ def generate(
         float | None, typer.Option(help="Sample at this temperature.", show_default="greedy")
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token (the default).")] = False,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
-    """Continue a prompt, and say how fast it went and what the cache weighed."""
+    """Continue a prompt, and print the speed and the bytes of the cache."""
     if preset is not None and config is not None:
         raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
     if greedy and temperature is not None:

@@ -45,7 +45,7 @@ def info(
     console.print(table)
 
     presets = Table(
-        title=f"Presets (bits per cached number at head_dim {HEAD_DIM}, scales included)", title_justify="left"
+        title=f"Presets (bits per cached element at head_dim {HEAD_DIM}, scales included)", title_justify="left"
     )
     presets.add_column("preset", style="bold", no_wrap=True)
     presets.add_column("bits", justify="right")
@@ -59,7 +59,7 @@ def info(
 
 
 def collect() -> dict:
-    """All that `info` shows, as plain data."""
+    """Everything that `info` shows, as plain data."""
     return {
         "backends": {"cpu": _cpu_backend(), "cuda": _cuda_backend()},
         "machine": machine(),
@@ -95,7 +95,7 @@ def _cuda_backend() -> dict:
 
 
 def describe(config: KVQuantConfig) -> dict:
-    """What a config says, in words beside the fields themselves."""
+    """The fields of a config, with a description in words."""
     exactly = []
     if config.sink_length:
         exactly.append(f"first {config.sink_length}")

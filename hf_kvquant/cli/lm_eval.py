@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import typer
 
-# Everything goes to lm-eval as it is, --help too.
+# All arguments go to lm-eval unchanged, --help too.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 

@@ -1,4 +1,4 @@
-"""What the command line of every benchmark has, and what it ends with: its result shown and saved."""
+"""The common parts of all benchmarks: command-line options, and showing and saving the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def new_parser(about: str) -> argparse.ArgumentParser:
-    """With the options of all benchmarks."""
+    """A parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--out", help="JSON file to write")
@@ -29,7 +29,7 @@ def new_parser(about: str) -> argparse.ArgumentParser:
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    """The shape of attention, and the caches."""
+    """Add options for the shape of attention, and for the caches."""
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -39,14 +39,14 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The shape of a model, and the caches."""
+    """Add options for the shape of a model, and for the caches."""
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128, help="width of the residual stream and of the MLP")
     add_attention(parser)
 
 
 def integers(text: str) -> list[int]:
-    """Comma separated ones."""
+    """The integers of a comma-separated list."""
     return [int(number) for number in text.split(",") if number]
 
 
@@ -72,7 +72,7 @@ def take_threads(args: argparse.Namespace) -> None:
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
-    """Of the model that `add_model` has asked for."""
+    """The shape from the options of `add_model`."""
     return Shape(
         args.layers, args.hidden, args.heads, args.kv_heads, args.head_dim, args.hidden,
         batch=args.batch, dtype=DTYPES[args.dtype],
@@ -80,7 +80,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 
 def summary_line(result: dict) -> str:
-    """That all checks passed, the shape, the threads and the backend of a result."""
+    """A line that says that all checks passed, with the shape, the threads and the backend of a result."""
     names = ("batch", "layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
     found = [f"{name.replace('_', ' ')} {result['arguments'][name]}" for name in names if name in result["arguments"]]
     where = f"{result['machine']['threads']} threads, backend {result['backend']}"
@@ -92,11 +92,11 @@ def chosen_presets(args: argparse.Namespace) -> list[Preset]:
 
 
 class Benchmark:
-    """A run: rows by table, checks among them, and in the end a result.
+    """A run: it collects the rows of each table, checks among them, and ends with a result.
 
     Args:
-        name: that of the script without `bench_`.
-        argv: its command line.
+        name: the script's name without `bench_`.
+        argv: the script's command line.
     """
 
     def __init__(self, name: str, argv: list[str], args: argparse.Namespace, tables: tuple[str, ...]):
@@ -105,13 +105,13 @@ class Benchmark:
         self._began = time.perf_counter()
 
     def add(self, rows: Mapping[str, list[dict]], **where) -> bool:
-        """Keep rows, each with `where`; whether all checks passed until now (if not, it is said)."""
+        """Keep rows, each with `where`; returns whether all checks have passed so far; prints those that failed."""
         for table, new in rows.items():
             self.rows[table] += [{**where, **row} for row in new]
         return not refused(self.rows["checks"])
 
     def finish(self, show: Callable[[dict], None], **fields) -> int:
-        """Show the result, with other `fields`, and write it where `--out` says; the exit status."""
+        """Show the result, with other `fields`, and write it to the file of `--out`; returns the exit status."""
         args = self.args
         hidden = {"configs", "out", "backend_chosen", "presets"}
         result = document(

@@ -1,4 +1,4 @@
-"""Every cache that is compared or timed, once: its name, how it is made, and how it is scored.
+"""The one list of caches that are compared or timed: their names, how each is made, and how it is scored.
 
     for candidate in (Dense(), *presets(["int8", "int4"]), *peers()):
         cache = candidate.build(model.config, max_length)
@@ -29,8 +29,8 @@ from ..scoring import DENSE as NOT_QUANTIZED
 from ..scoring import score
 
 DENSE, FP16 = "dense", "fp16"
-# As transformers' guide recommends (quanto: axis 0, HQQ: axis 1), with its defaults for the rest: groups of 64, and up
-# to 128 tokens kept exact until they are quantized at once.
+# The settings that transformers' guide recommends (quanto: axis 0, HQQ: axis 1), otherwise with its defaults: groups
+# of 64, and up to 128 tokens kept exact until they are quantized at once.
 _DEFAULTS = {"q_group_size": 64, "residual_length": 128}
 PEERS = MappingProxyType(
     {
@@ -51,27 +51,27 @@ class Candidate(ABC):
     bits: int  # of a stored element: the coarser one of keys and values
     dtype: torch.dtype | None = None  # of the states that it is given; None: the model's
     steps = "plain"  # or "compiled", or "captured": how its decode steps are run where they are timed
-    # Whether the bytes depend on how tokens arrive, and in which dtype the cache is weighed (None: the 16-bit one).
+    # Whether the bytes depend on how tokens arrive; and the dtype in which they are counted (None: the 16-bit one).
     weighed_by_token = False
     weighed_in_model_dtype = False
 
     @abstractmethod
     def settings(self) -> dict:
-        """What defines the cache, as plain data."""
+        """The settings that define the cache, as plain data."""
 
     @abstractmethod
     def build(self, config: PreTrainedConfig, max_length: int) -> Cache:
         """An empty cache with room for `max_length` tokens, as a user would make it.
 
         Raises:
-            Exception: it cannot be made here (a peer whose package is missing).
+            Exception: the cache cannot be made here (the package of a peer is missing).
         """
 
     @abstractmethod
     def rows(self, model: PreTrainedModel, ids: torch.Tensor, context: int, first: int) -> Iterator[torch.Tensor]:
         """Logits of the rows `first .. length - 1` of `ids` `[1, length]`, in order, in pieces `[n, vocab]`.
 
-        Row r predicts token r + 1. The first `context` columns are prefilled, the others decoded.
+        Row r predicts token r + 1. The first `context` tokens are prefilled, the others decoded.
         """
 
     def running(self, steps: str) -> Candidate:
@@ -106,14 +106,14 @@ class Dense(Candidate):
 
 
 def dense_caches(dtype: torch.dtype) -> list[Candidate]:
-    """What decode steps are timed beside: the reference, the same in float32, and the one of a fixed length."""
+    """The dense caches for comparison: the reference, the same in float32, and the one of a fixed length."""
     return [Dense(dtype=dtype), Dense(f"{DENSE}-float32", torch.float32), Dense(f"{DENSE}-static", dtype, static=True)]
 
 
 class Rounded(Candidate):
     """A dense cache of 16-bit floats: every key and value is rounded to float16 before it is read.
 
-    What a dense cache in half precision costs, and the yardstick of what a difference can mean.
+    It shows the cost of a dense cache in half precision, a yardstick for the other differences.
     """
 
     name, kind, bits = FP16, "dense", 16
@@ -141,7 +141,7 @@ class _RoundedLayer(DynamicLayer):
 
 @dataclass
 class Preset(Candidate):
-    """One of ours."""
+    """A cache of ours."""
 
     name: str
     config: KVQuantConfig
@@ -165,7 +165,7 @@ def presets(names: Sequence[str]) -> list[Candidate]:
     """Candidates by name: `fp16`, a preset's name, or the path of a config file (named by its stem).
 
     Raises:
-        ValueError: a name is none of these, or stands there twice.
+        ValueError: a name is none of these, or is given twice.
     """
     found = []
     for name in (name.strip() for name in names):
@@ -227,12 +227,12 @@ class Peer(Candidate):
 
 
 def peers(names: Sequence[str] = tuple(PEERS)) -> list[Candidate]:
-    """Some or all of `PEERS`, whether their packages are installed or not: what cannot run is reported."""
+    """Some or all of `PEERS`, whether their packages are installed or not: one that cannot run is reported."""
     return [Peer(name) for name in names]
 
 
 def _keep_logits(model: PreTrainedModel, ids: torch.Tensor, first: int) -> dict:
-    """What tells a model to compute the logits of the rows from `first` on only (at least one), where it can."""
+    """The argument, if any, that makes a model compute only the logits of the rows from `first` on (at least one)."""
     known = takes(model, "logits_to_keep")
     return {"logits_to_keep": max(ids.shape[1] - first, 1)} if known else {}
 

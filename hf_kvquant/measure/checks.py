@@ -1,4 +1,4 @@
-"""Checks come before times: a benchmark lists them, and shows and saves nothing if one failed."""
+"""Checks, which come before times: a benchmark lists them, and shows and saves nothing if one failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def at_most(name: str, what: str, value: float, limit: float) -> dict:
-    """One line of a check list."""
+    """One entry of a list of checks."""
     return {"name": name, "check": what, "value": value, "limit": limit, "passed": bool(value <= limit)}
 
 
@@ -28,7 +28,7 @@ def all_passed(checks: list[dict]) -> bool:
 
 
 def refused(checks: list[dict]) -> bool:
-    """Whether a check failed; then it says which, and nothing may be timed, printed or saved."""
+    """Whether a check failed. If so, this prints which, and nothing may be timed, printed or saved."""
     failed = [check for check in checks if not check["passed"]]
     if failed:
         print_table(

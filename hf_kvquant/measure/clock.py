@@ -1,9 +1,9 @@
-"""How long calls take: interleaved rounds on the processor, and the machine's plain read as the roof.
+"""Measures the time of calls on the processor in interleaved rounds, with the machine's plain read as the roof.
 
-Timing is in rounds, so that a slow minute of the machine hits every task alike, and each round has an order of its
+Timing is in rounds, so that a slow minute of the machine affects every task alike, and each round has an order of its
 own, because a call is slower after some neighbours than after others. `PlainRead.flush` before every sample makes each
 one start from memory, as in a model whose layers and weights push each other out of the caches. A figure is the median
-over rounds; smallest and largest are kept beside it. `gpu.clock` has the same rounds by CUDA events.
+over rounds; smallest and largest are kept beside it. `gpu.clock` times the same rounds with CUDA events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .facts import processor_caches
 
 MIN_ROUNDS = 3
 WARM_UP_ROUNDS = 2
-# Reductions that touch every byte once; the fastest here is the plain read.
+# Reductions that read every byte once; the fastest one here is the plain read.
 _READS = {
     "float32 sum": lambda buffer: buffer.view(torch.float32).sum(),
     "int64 sum": lambda buffer: buffer.view(torch.int64).sum(),
@@ -52,7 +52,7 @@ def time_interleaved(
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """The seconds that one call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -67,8 +67,8 @@ def summary(samples: list[float], unit: float = 1e-3) -> dict[str, float]:
 class PlainRead:
     """The roof: how fast this machine reads memory when it does nothing else, with torch's threads.
 
-    The fastest of `_READS` over a buffer larger than the last cache. That memory binds, not the reduction, shows in
-    the same read of a buffer that fits in the L2 caches: it must be clearly faster (`memory_bound`).
+    It is the fastest of `_READS` over a buffer larger than the last cache. The same read of a buffer that fits in the
+    L2 caches must be clearly faster, which shows that memory is the limit, not the reduction (`memory_bound`).
 
     Args:
         max_bytes: the longest read that will be asked for.
@@ -78,7 +78,7 @@ class PlainRead:
         caches = processor_caches()
         flush_bytes = max(2 * max((size for _, _, size in caches), default=32 << 20), 64 << 20)
         l2_bytes = next((size for level, _, size in caches if level == 2), 512 << 10)
-        # Filled: untouched pages of zeros are all one page, which never leaves the cache.
+        # Filled, because untouched pages of zeros are all the same page, which never leaves the cache.
         self._buffer = torch.full((_round_up(max_bytes, 64) + flush_bytes,), 1, dtype=torch.uint8)
         self._flushed = self._buffer[-flush_bytes:]
         in_cache = self._buffer[: l2_bytes // 2 * torch.get_num_threads()]
@@ -87,12 +87,12 @@ class PlainRead:
         self._read = _READS[self.method]
         self.bytes_per_s = speeds[self.method]
         self.in_cache_bytes_per_s = in_cache.nbytes / _best(self._read, in_cache, repeats=100)
-        # As the storage of a cache has them; the baselines and what is read here have torch's ordinary pages.
+        # Huge pages like those of a cache's storage; the baselines and the plain read have torch's ordinary pages.
         huge = with_huge_pages(torch.empty(flush_bytes, dtype=torch.uint8)).fill_(1)
         self.huge_pages_bytes_per_s = flush_bytes / _best(self._read, huge)
 
     def flush(self) -> None:
-        """Push everything else out of the caches."""
+        """Push all other data out of the caches."""
         self._read(self._flushed)
 
     def reader(self, nbytes: int) -> Callable[[], object]:

@@ -1,8 +1,8 @@
-"""`compare`: every cache over every document, document by document, and what it amounts to.
+"""`compare`: scores every cache on every document, document by document, and sums up the results.
 
 The dense cache's logits of one document are the reference of that document, and are not kept longer. Its greedy
-continuation of the document's context is fed to every cache: the first token that a cache would have chosen otherwise
-is where its own greedy text would first differ.
+continuation of the document's context is fed to every cache: the first token at which a cache would have chosen
+another one is where its own greedy text would first differ.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .store import Store
 from .weighing import LONG, bytes_per_element, bytes_per_element_long
 
 KIND = "hf_kvquant comparison"
-# Greedy texts are written together: in batches of about so many tokens.
+# Greedy texts are written together, in batches of about this many tokens.
 _CONTINUED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is scored of each document.
+    """Which tokens of each document are scored.
 
     Args:
-        context: columns that are prefilled (un-quantized attention); the others are decoded.
+        context: the number of tokens to prefill (with un-quantized attention); the others are decoded.
         first_scored: the first token that is scored. None: the first whose logits read the cache, `context + 1`.
         greedy_tokens: length of the greedy continuation of the context; 0 for none.
     """
@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def first(self) -> int:
-        """The first row whose logits are scored: row r predicts token r + 1."""
+        """The first row whose logits are scored; row r predicts token r + 1."""
         return (self.context + 1 if self.first_scored is None else self.first_scored) - 1
 
     def check(self, length: int, longest: int | None) -> None:
@@ -82,17 +82,17 @@ def compare(
 ) -> dict:
     """Score the dense cache and `candidates` on the same tokens; the result, also in `folder/result.json`.
 
-    A peer that cannot run is listed under `skipped` with the reason; everything else that goes wrong raises.
+    A peer that cannot run is listed under `skipped` with the reason; every other error raises.
 
     Args:
         documents: token ids `[documents, length]`, without padding.
-        facts: what else defines the run (names of model and text, versions): saved with it, and a change of it is
-            refused in a folder that was begun. `machine` is saved only with the result.
-        folder: where finished parts are kept, so that a killed run goes on; None keeps nothing.
+        facts: other data that defines the run (names of model and text, versions). It is saved with the run, and in a
+            folder that was begun a change of it is refused. `machine` is saved only with the result.
+        folder: the folder for finished parts, so that a killed run can go on; None keeps nothing.
         by_layer: measure the errors of each layer, too.
 
     Raises:
-        ValueError: settings do not fit the documents, or the folder was begun with others.
+        ValueError: the settings do not fit the documents, or the folder was begun with others.
     """
     settings.check(documents.shape[1], context_length(model.config))
     candidates = [Dense(), *candidates]
@@ -143,14 +143,15 @@ def compare(
 
 
 def is_result(data: object) -> bool:
-    """Whether `data` is what `compare` gives."""
+    """Whether `data` is a result of `compare`."""
     return isinstance(data, Mapping) and data.get("kind") == KIND
 
 
 def _weigh(
     model: PreTrainedModel, candidates: list[Candidate], length: int, settings: Settings
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Bytes per number of each cache after a document and after a long text; and which peers cannot run here, why."""
+    """Bytes per element of each cache after a document and after a long text; and peers that cannot run here, with the
+    reason."""
     weights, skipped = {}, {}
     for candidate in candidates:
         try:
@@ -180,7 +181,7 @@ def _compare_document(
     skipped: dict[str, str],
     bar: tqdm,
 ) -> None:
-    """Measure what `store` has not yet of one document `[1, length]` and of its greedy text."""
+    """Measure the parts of one document `[1, length]` and of its greedy text that are not yet in `store`."""
     missing = [c for c in candidates if c.name not in skipped and store.load(c.name, document) is None]
     bar.update(len(candidates) - len(missing))
     if not missing:
@@ -233,7 +234,7 @@ def _measure(
         if not is_reference:
             same = _agreement_with(model, candidate, greedy, settings.context)
         part["same_tokens"] = np.int64(same.cumprod().sum())
-        # Of the tokens whose logits read the cache.
+        # Only over tokens whose logits read the cache.
         part["greedy_agreement"] = same[1:].mean() if len(same) > 1 else np.float64(1)
     return part
 
@@ -253,16 +254,16 @@ def _greedy_texts(
         attention_mask=torch.ones_like(contexts),
         max_new_tokens=settings.greedy_tokens,
         do_sample=False,
-        # Text goes on past its end, so that every prompt has as many tokens.
+        # Text goes on past its end, so that every prompt has the same number of tokens.
         eos_token_id=None,
     )
 
 
 def _agreement_with(model: PreTrainedModel, candidate: Candidate, greedy: torch.Tensor, context: int) -> np.ndarray:
-    """Where the candidate's most likely token is that of the dense cache's greedy text, bool `[greedy_tokens]`."""
+    """At which tokens the candidate and the dense cache's greedy text agree, bool `[greedy_tokens]`."""
     rows = candidate.rows(model, greedy[:, :-1], context, context) if greedy.shape[1] > context + 1 else []
     chosen = torch.cat([greedy[0, context : context + 1], *(logits.argmax(-1) for logits in rows)])
-    # The first new token comes from prefill, which is the same for all.
+    # The first new token comes from prefill, which is the same for all caches.
     return (chosen == greedy[0, context:]).cpu().numpy()
 
 
@@ -290,6 +291,6 @@ def _scored(documents: torch.Tensor, settings: Settings) -> dict:
     bins = position_bins(length - 1 - settings.first)
     return {
         "cache_read_share": share,
-        # Columns of the tokens that the figures by position belong to: first and last + 1 of each bin.
+        # The tokens of each bin of the figures by position: first and last + 1.
         "positions": [[settings.first + 1 + start, settings.first + 1 + end] for start, end in bins],
     }

@@ -1,4 +1,4 @@
-"""What a result file says of how it was made: the command, the machine, the versions; and how it is written."""
+"""The facts in a result file about how it was made (command, machine, versions), and writing such files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from ..saving import whole_file
 
 PEER_PACKAGES = ("optimum-quanto", "hqq")
-# Those that matter to the kernels, as Linux names them.
+# CPU features that matter to the kernels, by their names on Linux.
 _CPU_FEATURES = [
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
@@ -26,7 +26,7 @@ _OPENMP_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_N
 
 
 def document(benchmark: str, argv: list[str], arguments: dict, **fields) -> dict:
-    """A benchmark's result: how it was made and on what, then `fields`."""
+    """A benchmark's result: how and on which machine it was made, then `fields`."""
     return {
         "benchmark": benchmark,
         "command": command(benchmark, argv),
@@ -39,7 +39,7 @@ def document(benchmark: str, argv: list[str], arguments: dict, **fields) -> dict
 
 
 def command(benchmark: str, argv: list[str]) -> str:
-    """The command line without `--out`, and with file names for absolute paths."""
+    """The command line without `--out`, and with file names in place of absolute paths."""
     kept, skip = [], False
     for word in argv:
         if not skip and word != "--out" and not word.startswith("--out="):
@@ -54,8 +54,8 @@ def without_paths(text: str) -> str:
 
 
 def machine() -> dict:
-    """The processor, its features and caches, cores that we may use, torch's threads and how they wait, the GPU or
-    "none", and how busy it all was; without a name or path of the host."""
+    """The processor, its features and caches, usable cores, torch's threads and how they wait, the GPU or "none", and
+    how busy all of it was. It has no name or path of the host."""
     fields = _proc_cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
@@ -73,9 +73,9 @@ def machine() -> dict:
 
 
 def openmp() -> str:
-    """The environment's settings of torch's threads, and what they do while they wait for each other.
+    """The environment's settings of torch's threads, and what the threads do while they wait for each other.
 
-    Where another process keeps a core, a thread that spins until the others are ready takes the time that they need.
+    If another process keeps a core busy, a thread that spins until the others are ready takes the time they need.
     """
     settings = " ".join(f"{name}={os.environ[name]}" for name in _OPENMP_SETTINGS if name in os.environ)
     if not torch.backends.openmp.is_available():
@@ -86,14 +86,14 @@ def openmp() -> str:
 
 
 def _proc_cpuinfo() -> dict[str, str]:
-    """The first processor in /proc/cpuinfo; empty where there is none."""
+    """The first processor in /proc/cpuinfo; empty if there is none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if file.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def processor_caches() -> list[tuple[int, str, int]]:
-    """Level, kind and bytes of each cache that the first core sees; empty where the system does not say."""
+    """Level, kind and bytes of each cache that the first core sees; empty if the system does not say."""
     found = []
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
@@ -112,7 +112,7 @@ def _gpu() -> str:
 
 
 def versions(more: Iterable[str] = ()) -> dict[str, str]:
-    """Of this package and what it stands on, and of other packages by name."""
+    """Versions of this package and of those that it needs, and of more packages by name."""
     return {
         "hf_kvquant": _version("hf_kvquant", "not installed (run from its source folder)"),
         "torch": torch.__version__,
@@ -130,7 +130,11 @@ def _version(package: str, missing: str = "not installed") -> str:
 
 
 def read_json(file: Path) -> dict:
-    """Raises `ValueError`: the file is not JSON."""
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -138,11 +142,11 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: str | Path, data: dict) -> None:
-    """Write it whole or not at all."""
+    """Write the file as a whole or not at all."""
     write_text(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Write it whole or not at all."""
+    """Write the file as a whole or not at all."""
     with whole_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")

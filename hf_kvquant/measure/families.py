@@ -1,7 +1,7 @@
-"""What a model family does with every preset: fused, de-quantized, native or refused.
+"""Examines a model family with every preset: fused, de-quantized, native or refused.
 
-Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. What has
-to hold:
+Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. These
+must hold:
 
 - exact: with a window that covers every token, the cache's logits are those of the dense cache, through the operator
   and through de-quantized states. This finds every wrong route, mask, scale or position, without a format's tolerance.
@@ -9,7 +9,7 @@ to hold:
   de-quantized states, given the same arguments.
 - distance: the logits of every preset are those of the dense cache within the format's tolerance.
 
-A family for which one of them fails is `failed`; nothing else is recorded for it.
+If one of them fails, the family is `failed`, and nothing else is recorded for it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from .facts import without_paths
 from .tiny_models import FIRST_TOKEN, VOCAB, Family
 
 PRESETS = KVQuantConfig.preset_names()
-# A window over every token: what is stored is never read, and everything else is as always.
+# A window over every token: stored codes are never read, and everything else is as usual.
 EXACT = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "recent_length": 128}
 
 PROMPT, PADDED, STEPS = 62, 17, 10
-# Largest difference of attention outputs, as a share of the largest output; the same for logits and their spread.
+# The largest difference of attention outputs, as a share of the largest output; also that of logits, of their spread.
 FUSED_LIMIT = 1e-4
 EXACT_LIMIT = 1e-3
-# Distance to the dense cache's logits, root mean square, as a share of the logits' spread; unrelated logits have 1.4.
+# The root-mean-square distance to the dense cache's logits, as a share of their spread; unrelated logits have 1.4.
 DISTANCE_LIMIT = {"int8": 0.1, "int8-plain": 0.1, "fp8": 0.5, "int4": 0.7, "int4-small": 0.9}
 COMPARED = "the model matrix compares it"
 NOT_FUSED = f"The quantized KV cache is read through de-quantized copies: {COMPARED}."
@@ -135,7 +135,7 @@ def _dequantized(states: QuantizedStates | RecordedStates, q_len: int) -> torch.
 
 
 def share(difference: torch.Tensor, size: torch.Tensor) -> float:
-    """The largest difference as a share of `size`; not a number counts as infinite."""
+    """The largest difference as a share of `size`; NaN counts as infinite."""
     found = float(difference.abs().max() / size)
     return found if found == found else float("inf")
 
@@ -190,7 +190,7 @@ class Failed(Exception):
 
 
 def examine(family: Family) -> dict:
-    """What a family does with every preset."""
+    """The result of a family with every preset."""
     started = time.perf_counter()
     found: dict = {"model_type": family.model_type, "kind": family.kind}
     try:

@@ -1,4 +1,4 @@
-"""One timed generation: text, times of prefill and decode apart, bytes and routes of the cache that was used."""
+"""One timed generation: text, separate times of prefill and decode, bytes and routes of the cache."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from .weighing import held_bytes
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of `generate` did.
+    """The result of one call of `generate`.
 
     Args:
-        tokens: the new ones.
-        prefill_seconds: up to the first new token.
-        decode_seconds: of all tokens after the first.
-        memory: as `QuantizedCache.memory_report`; for a dense cache only `dense`, `total` and `dense_equivalent`.
-        routes: as `QuantizedCache.routes`; None for a dense cache.
+        tokens: the new tokens.
+        prefill_seconds: the time up to the first new token.
+        decode_seconds: the time of all tokens after the first.
+        memory: the result of `QuantizedCache.memory_report`; for a dense cache only `dense`, `total` and
+            `dense_equivalent`.
+        routes: `QuantizedCache.routes`; None for a dense cache.
     """
 
     tokens: list[int]
@@ -54,7 +55,7 @@ class Run:
         return self.memory["total"] / self.memory["dense_equivalent"]
 
 
-# A speed is a figure where the fastest round is faster than their median by at most this share.
+# A speed is given only if the fastest round is faster than the median by at most this share.
 NOISE_BOUND = 0.25
 _FEWEST_ROUNDS = 3
 
@@ -63,8 +64,8 @@ _FEWEST_ROUNDS = 3
 class Speed:
     """Tokens per second of one cache, over rounds in which every cache had its turn.
 
-    Caches that are timed one after the other each get their own minute of a machine that does other things too; in
-    turns, a busy minute slows a round of all of them.
+    If caches were timed one after the other, other programs could slow down some of them. In turns, a busy minute
+    slows a round of all of them.
     """
 
     rounds: list[float]
@@ -73,8 +74,8 @@ class Speed:
     def spread(self) -> float | None:
         """How much faster the fastest round is, as a share of the median; None with fewer than three rounds.
 
-        Another program only makes a round slower, so the fastest one tells best what the cache can do: where the
-        median is far from it, most rounds were disturbed.
+        Other programs only make a round slower, so the fastest one shows best what the cache can do. If the median is
+        far from it, most rounds were disturbed.
         """
         if len(self.rounds) < _FEWEST_ROUNDS:
             return None
@@ -82,12 +83,12 @@ class Speed:
 
     @property
     def median(self) -> float | None:
-        """None where the machine is too noisy to tell."""
+        """The median; None if the machine is too noisy."""
         return median(self.rounds) if self.spread is not None and self.spread <= NOISE_BOUND else None
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` hands over the prompt, and then each token."""
+    """Records the time at which `generate` passes the prompt, and then each token."""
 
     def __init__(self, on_tokens: Callable[[torch.Tensor], None] | None):
         self.times, self._on_tokens = [], on_tokens

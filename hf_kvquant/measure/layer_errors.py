@@ -1,4 +1,4 @@
-"""Where a format loses: the relative error of each layer's keys and values, on the model's own states of a text."""
+"""The loss of a format by layer: relative errors of keys and values, on the model's own states of a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def layer_errors(
 ) -> dict[str, dict[str, list[float | None]]]:
     """`|x - stored x| / |x|` (Euclidean norms over all tokens) by config, then `keys` and `values`, one per layer.
 
-    Every token counts, also those that a window keeps exact beside their codes. None where a layer is not quantized.
+    Every token counts, including those of which a window keeps exact copies. None if a layer is not quantized.
 
     Args:
         documents: token ids `[documents, length]`; keys and values are those of the dense cache.

@@ -1,7 +1,7 @@
 """llama.cpp on a model and a KV cache of ours: the same weights as a GGUF file, the same K and V as a saved state.
 
 llama.cpp gets keys and values quantized to its format, in the order of its position embedding, and rotated as it
-rotates what it quantizes, so nobody waits for a prefill. It needs `INSTALL`; `MISSING` says what is not there.
+rotates quantized states, so no prefill is needed. It needs `INSTALL`; `MISSING` says what is not installed.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if not MISSING:
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, _) -> None:
-        """llama.cpp tells of every tensor by default. Not its package's filter, which takes warnings for errors."""
+        """Log errors only: llama.cpp reports every tensor, and its package's filter takes warnings for errors."""
         if level == LOG_LEVEL_ERROR:
             sys.stderr.write(text.decode(errors="replace"))
 
 
 def facts() -> dict:
-    """Its version, and what it was built for."""
+    """The version of llama.cpp, and the features that it was built for."""
     features = llama_cpp.llama_print_system_info().decode().strip(" |")
     return {"llama-cpp-python": llama_cpp.__version__, "features": features}
 
@@ -94,7 +94,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, shape: Shape) -> None:
 
 @contextlib.contextmanager
 def loaded(model: LlamaForCausalLM, shape: Shape) -> Iterator:
-    """llama.cpp's model, from a file that lives as long."""
+    """llama.cpp's model, from a file that exists as long as the model."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, model, shape)
@@ -110,7 +110,7 @@ def loaded(model: LlamaForCausalLM, shape: Shape) -> Iterator:
 
 
 def shape_checks(theirs, model: LlamaForCausalLM) -> list[dict]:
-    """That llama.cpp runs the model that we do."""
+    """Checks that llama.cpp runs the same model."""
     config = model.config
 
     def read(key: str) -> int:
@@ -160,16 +160,16 @@ def row_bytes(kind: str, shape: Shape) -> int:
 
 
 def state_bytes(kind: str, shape: Shape, length: int) -> int:
-    """Bytes of `saved_state` without its head: two numbers, the cells, and each layer's K and V with a header."""
+    """Bytes of `saved_state` without its head: two integers, the cells, and each layer's K and V with a header."""
     return 12 + 12 * length + 2 * shape.layers * (12 + length * row_bytes(kind, shape))
 
 
 def saved_state(head: np.ndarray, kind: str, shape: Shape, length: int, roll: int = 0) -> np.ndarray:
     """Our random K and V as llama.cpp saves a sequence, after the `head` that it writes; uint8. For `roll` see `step`.
 
-    The number of tokens; of each its position, the number of its sequences and the one; whether V is transposed, and
-    the number of layers; then keys of all layers and values of all layers, each `[length, kv_heads * head_dim]` in
-    `kind` behind a header. Source: `llama_kv_cache::state_write` of llama.cpp.
+    It holds the number of tokens; for each token its position, the number of its sequences and the sequence; whether
+    V is transposed, and the number of layers; then keys of all layers and values of all layers, each `[length,
+    kv_heads * head_dim]` in `kind` after a header. Source: `llama_kv_cache::state_write` of llama.cpp.
     """
     stored = TYPES[kind]
     width = shape.kv_heads * shape.head_dim
@@ -198,7 +198,7 @@ def saved_state(head: np.ndarray, kind: str, shape: Shape, length: int, roll: in
 
 
 class LlamaCppCache:
-    """A context of llama.cpp with a KV cache of one type, and room for so many tokens."""
+    """A context of llama.cpp with a KV cache of one type and a given number of tokens."""
 
     def __init__(self, theirs, kind: str, room: int):
         params = llama_cpp.llama_context_default_params()
@@ -212,7 +212,7 @@ class LlamaCppCache:
         self._context = llama_cpp.llama_init_from_model(theirs, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp {llama_cpp.__version__} makes no context with a {kind} cache")
-        # The state of an empty cache: what stands before the number of tokens, and that number.
+        # The state of an empty cache is the head, and after it the number of tokens.
         self.head = self.state()[:-4]
 
     def restore(self, state: np.ndarray) -> None:
@@ -227,7 +227,7 @@ class LlamaCppCache:
         return found
 
     def step(self, token: int) -> tuple[int, np.ndarray]:
-        """As `step.step`, of one sequence: the next token and the logits `[vocab_size]`."""
+        """Like `step.step` for one sequence: the next token and the logits `[vocab_size]`."""
         batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(token), 1)
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
@@ -236,7 +236,7 @@ class LlamaCppCache:
         return logits.argmax(), logits
 
     def first_logits(self, shape: Shape, n: int) -> torch.Tensor:
-        """As `step.first_logits`, `[n, 1, vocab_size]`."""
+        """Like `step.first_logits`, `[n, 1, vocab_size]`."""
         return torch.stack([torch.tensor(self.step(token.item())[1])[None] for token in tokens(shape, n)])
 
     def close(self) -> None:

@@ -3,24 +3,24 @@
     hf-kvquant lm-eval --model hf-kvquant --model_args pretrained=...,kv_config=int4 --tasks lambada_openai
     simple_evaluate(model="hf-kvquant", model_args={"pretrained": "...", "kv_config": "int4"}, tasks=[...])
 
-lm-eval finds models by its own list and by who registered one, not by entry points: so this module must have been
-imported, which `lm_eval` alone does not do; `hf-kvquant lm-eval` is that import and then lm-eval's own command line.
+lm-eval finds models in its own list and among registered classes, not by entry points. So this module must be imported
+first, which lm-eval's own program does not do; `hf-kvquant lm-eval` imports it and then runs lm-eval's command line.
 
-Why not `--model hf` with a quantized cache: lm-eval scores a text in one forward pass, which is prefill and never
-reads a quantized cache, so that every format would look perfect (see `scoring`). Here every request goes through it:
+`--model hf` with a quantized cache would not do: lm-eval scores a text in one forward pass, which is prefill and never
+reads a quantized cache, so every format would look perfect (see `scoring`). Here every request goes through the cache:
 
-- loglikelihood (multiple choice, perplexity of answers): the context is prefilled but for its last `decode_tail`
+- loglikelihood (multiple choice, perplexity of answers): the context is prefilled except for its last `decode_tail`
   tokens, and the continuation is scored as decode sees it;
-- loglikelihood_rolling (perplexity of documents): every window prefills `rolling_context` tokens, and what follows is
+- loglikelihood_rolling (perplexity of documents): every window prefills `rolling_context` tokens, and the rest is
   scored as decode sees it;
-- generate_until: `generate` goes on from a quantized cache that holds the prompt, prefilled but for its last
+- generate_until: `generate` goes on from a quantized cache that holds the prompt, prefilled except for its last
   `decode_tail` tokens.
 
-Without that tail the prompt's prefill would choose the first token of every answer, and with it all of a one-token
-answer, and most of an answer that is looked up: no format would show there.
+Without that tail the prompt's prefill would choose the first token of every answer, and so all of a one-token answer
+and most of an answer that is looked up: these would not depend on the format.
 
-How much of a task's score read the cache is in lm-eval's results: `cache_read_share` of each task, with what it was
-computed from under config.kvquant.cache_read.
+lm-eval's results say how much of a task's score read the cache: `cache_read_share` of each task, with its components
+under config.kvquant.cache_read.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ MODEL_NAME = "hf-kvquant"
 DECODE_TAIL = 1
 ROLLING_CONTEXT = 128
 _SCORING = ("parallel", "decoding")
-# Names of what is reported of a task: all of it, and of documents their first and their later windows.
+# The parts of a task that are reported: all of it and, for documents, their first and their later windows.
 _WHOLE, _FIRST, _LATER = "whole", "first_window", "later_windows"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Tokens to score: the last `num_scored` rows of `inputs` predict a continuation; `prefilled` columns of them are
-    prefilled. Continuations that differ in their last token only, which is no input, are one of these."""
+    """Tokens to score: the last `num_scored` rows of `inputs` predict a continuation; the first `prefilled`
+    tokens are prefilled. Continuations that differ only in their last token, which is not an input, share one."""
 
     inputs: tuple[int, ...]
     prefilled: int
@@ -75,7 +75,7 @@ class _Scored:
 
     @property
     def num_read(self) -> int:
-        """How many of the scored tokens are predicted by a row that read the cache."""
+        """The number of scored tokens that are predicted by a row that read the cache."""
         return len(self.inputs) - max(self.first_row, self.prefilled)
 
 
@@ -99,20 +99,20 @@ class _Reads:
 
 @register_model(MODEL_NAME)
 class KVQuantLM(HFLM):
-    """lm-eval's `hf` model with a quantized KV cache; all arguments of `hf`, and these.
+    """lm-eval's `hf` model with a quantized KV cache. It takes all arguments of `hf`, and these.
 
     Args:
         kv_config: a preset's name, a YAML path, a dict or a `KVQuantConfig`; "none" for the dense cache, which gives
             exactly the results of `hf`.
-        decode_tail: so many of the last tokens of a context or prompt are decoded, not prefilled. The default, 1, lets
-            every scored token read the cache; larger ones let the cache answer a whole question. With 0 prefill
-            predicts an answer's first token, as a plain `generate` does: one-token answers then do not see the cache.
-        rolling_context: tokens that every window of loglikelihood_rolling prefills, and that windows overlap by.
-            Default 128; for the dense cache 1, which are the windows of `hf`: give 128 to compare on equal windows.
+        decode_tail: the number of tokens at the end of a context or prompt that are decoded, not prefilled. With the
+            default, 1, every scored token reads the cache; with more, the cache answers a whole question. With 0
+            prefill predicts an answer's first token, as in a plain `generate`: one-token answers do not see the cache.
+        rolling_context: the number of tokens that every window of loglikelihood_rolling prefills, and by which windows
+            overlap. The default is 128, or for the dense cache 1, as in `hf`: give 128 to compare on equal windows.
         scoring: "parallel", or "decoding" for models that cannot be scored in one pass: one token at a time, slow.
 
     Raises:
-        ValueError: an argument that is not allowed, an encoder-decoder model, or lm-eval's `use_cache`.
+        ValueError: an argument is not allowed, the model is an encoder-decoder model, or lm-eval's `use_cache` is set.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class KVQuantLM(HFLM):
             raise ValueError(
                 f"rolling_context: {rolling_context} is not allowed; expected less than max_length {self.max_length}"
             )
-        # `hf` shares requests out among GPUs only; processes without one would all do the same work.
+        # `hf` distributes requests among GPUs only; processes without one would all do the same work.
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and self._world_size == 1:
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
@@ -154,7 +154,7 @@ class KVQuantLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict:
-        """Part of lm-eval's results, under "config"."""
+        """The entry of the model in lm-eval's results, under "config"."""
         settings = {"kv_config": DENSE, "rolling_context": self.rolling_context}
         if self.kv_config is not None:
             settings = {
@@ -177,7 +177,7 @@ class KVQuantLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood, and whether it is the greedy text, of `(key, context tokens, continuation tokens)`."""
+        """For each `(key, context tokens, continuation tokens)`: log-likelihood, and whether it is the greedy text."""
         if self.kv_config is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         scored, continuations = [], []
@@ -201,7 +201,7 @@ class KVQuantLM(HFLM):
         """Log-likelihood of whole documents, in windows of at most `max_length` tokens.
 
         Every token is scored once. The first window starts with the prefix token and scores all of its tokens, those
-        of its context by prefill; the others score what follows their context. Both are reported apart.
+        of its context by prefill; other windows score the tokens after their context. They are reported separately.
         """
         if self.kv_config is None and self.rolling_context == 1:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
@@ -218,7 +218,7 @@ class KVQuantLM(HFLM):
             reads = None
         else:
             scored = [
-                # The first window's context holds tokens that are scored, as many as the others only look at.
+                # The first window's context is scored; it is as long as the unscored context of the others.
                 _Scored(
                     tuple(inputs), max(min(self.rolling_context, len(inputs)), len(inputs) - len(text) + 1), len(text)
                 )
@@ -241,7 +241,7 @@ class KVQuantLM(HFLM):
             reads = []
             for request, answer in zip(requests, answers):
                 longest = request.args[1].get("max_gen_toks", self.max_gen_toks)
-                # One more was chosen than can be seen: the one that ended the answer, unless length did.
+                # One more token was chosen than the answer shows: the one that ended it, unless length did.
                 chosen = min(len(self.tok_encode(answer, add_special_tokens=False)) + 1, longest)
                 has_tail = self.decode_tail > 0 and len(self.tok_encode(request.args[0])) > 1
                 reads.append({_WHOLE: _Reads(1, chosen, chosen if has_tail else chosen - 1)})
@@ -277,11 +277,11 @@ class KVQuantLM(HFLM):
     def _score(
         self, scored: Sequence[_Scored], continuations: Sequence[Sequence[int]], disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
-        """The answers of lm-eval, one per continuation; each `_Scored` goes through the model once."""
+        """The answers for lm-eval, one per continuation; each `_Scored` goes through the model once."""
         members = defaultdict(list)
         for i, item in enumerate(scored):
             members[item].append(i)
-        # Longest first, as lm-eval does: padding is least, and running out of memory is early.
+        # The longest first, as in lm-eval: there is least padding, and memory runs out early if at all.
         order = sorted(members, key=lambda item: (-len(item.inputs), item.inputs))
         answers: list = [None] * len(scored)
         with tqdm(total=len(scored), disable=disable_tqdm or self.rank != 0, desc="Scoring") as bar:
@@ -295,7 +295,7 @@ class KVQuantLM(HFLM):
 
     def _batches(self, order: Sequence[_Scored]) -> Iterator[Sequence[_Scored]]:
         self.batch_sizes = {}
-        # What lm-eval's search for a batch size looks at: the number of tokens.
+        # lm-eval's search for a batch size reads the number of tokens from these.
         as_requests = [(None, list(item.inputs), [0]) for item in order]
         start = 0
         while start < len(order):
@@ -311,7 +311,7 @@ class KVQuantLM(HFLM):
     def _score_batch(
         self, batch: Sequence[_Scored], texts: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[tuple[float, bool]]]:
-        """Per item of the batch, and per continuation of it: log-likelihood, and whether it is the greedy text."""
+        """For each continuation of each item of the batch: log-likelihood, and whether it is the greedy text."""
         input_ids = torch.zeros(len(batch), max(len(item.inputs) for item in batch), dtype=torch.long)
         for row, item in zip(input_ids, batch):
             row[: len(item.inputs)] = torch.tensor(item.inputs)
@@ -323,7 +323,7 @@ class KVQuantLM(HFLM):
                 first, last = max(start, item.first_row), min(start + logits.shape[1], len(item.inputs))
                 if first >= last:
                     continue
-                # [rows, vocab], and the tokens that they predict, [continuations, rows].
+                # Rows [rows, vocab], and the tokens that they predict, [continuations, rows].
                 log_probs = logits[row, first - start : last - start].log_softmax(-1, dtype=self.softmax_dtype)
                 tokens = targets[row][:, first - item.first_row : last - item.first_row].to(log_probs.device)
                 found = log_probs.expand(len(tokens), -1, -1).gather(-1, tokens[..., None])[..., 0]
@@ -348,9 +348,9 @@ class KVQuantLM(HFLM):
     # ---- what read the cache ---------------------------------------------------------------------------------------
 
     def _record(self, requests: Sequence[Instance], reads: Sequence[dict[str, _Reads]]) -> None:
-        """Add up per task what was read, over all processes; only the first one, which reports, gets the sums."""
+        """Add up the reads of each task over all processes; only the first process, which reports, gets the sums."""
         mine: dict[str, dict[str, _Reads]] = defaultdict(lambda: {_WHOLE: _Reads()})
-        # lm-eval repeats a request to give every process equally many.
+        # lm-eval repeats a request to give every process the same number.
         once = {id(request): (request.task_name, parts) for request, parts in zip(requests, reads)}
         for task, parts in once.values():
             for name, part in parts.items():
@@ -371,16 +371,16 @@ def _check_count(name: str, value: object, low: int) -> None:
 
 
 def _figures(parts: dict[str, _Reads]) -> dict:
-    """Of a task, and apart those of its first and later windows, as plain data."""
+    """The figures of a task, and those of its first and later windows, as plain data."""
     figures = {name: {**vars(part), "cache_read_share": part.share} for name, part in parts.items()}
     whole = figures.pop(_WHOLE)
-    # Summed over the choices of a question it would say nothing.
+    # A sum over the choices of a question would mean nothing.
     del whole["loglikelihood"]
     return whole | figures
 
 
 def simple_evaluate(*args, **kwargs) -> dict | None:
-    """lm-eval's `simple_evaluate`, its results with `cache_read_share` beside the metrics of each task."""
+    """lm-eval's `simple_evaluate`, with `cache_read_share` beside the metrics of each task in its results."""
     results = evaluator.simple_evaluate(*args, **kwargs)
     if results is not None:
         for task, read in results["config"].get("kvquant", {}).get("cache_read", {}).items():
@@ -395,7 +395,7 @@ def _reporting() -> Iterator[None]:
     try:
         yield
     finally:
-        # What it was: an attribute that the module makes when asked for it.
+        # Restore the lazy attribute, which the module makes when it is first read.
         del lm_eval.simple_evaluate
 
 

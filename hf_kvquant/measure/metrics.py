@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# Numbers that are compared at once: a whole document in float64 would need gigabytes where vocabularies are large.
+# The most elements compared at once: with a large vocabulary, a whole document in float64 would need gigabytes.
 _AT_ONCE = 1 << 22
 _POSITION_BINS = 16
 
@@ -21,7 +21,7 @@ def compare_logits(reference: torch.Tensor, logits: torch.Tensor, targets: torch
     """`nll`, `kl`, `overlap` and `agree` of each row, float64 and bool `[rows]`.
 
     Args:
-        reference, logits: of the dense cache and of the one measured, `[rows, vocab]`.
+        reference, logits: those of the dense cache and of the measured one, `[rows, vocab]`.
         targets: the token that follows each row, `[rows]`.
     """
     found = {"nll": [], "kl": [], "overlap": [], "agree": []}
@@ -29,10 +29,10 @@ def compare_logits(reference: torch.Tensor, logits: torch.Tensor, targets: torch
     for p, q, target in zip(reference.split(rows), logits.split(rows), targets.split(rows)):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         p, q = log_p.exp(), log_q.exp()
-        # A token that is impossible in the dense distribution adds nothing, whatever the other says.
+        # A token that is impossible in the dense distribution adds nothing, whatever its probability in the other.
         divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
         found["nll"].append(-log_q.gather(-1, target[:, None])[:, 0])
-        # Equal distributions give +-1e-17.
+        # Rounding gives +-1e-17 for equal distributions.
         found["kl"].append(divergence.clamp(min=0))
         found["overlap"].append(torch.minimum(p, q).sum(-1))
         found["agree"].append(log_p.argmax(-1) == log_q.argmax(-1))
@@ -42,7 +42,7 @@ def compare_logits(reference: torch.Tensor, logits: torch.Tensor, targets: torch
 def summarize(documents: list[dict[str, np.ndarray]], dense: list[dict[str, np.ndarray]]) -> dict:
     """Means over all tokens, each with its standard error, of one cache's documents.
 
-    Documents have equally many tokens. Standard errors are those of a mean over documents, because tokens of one
+    Documents have the same number of tokens. Standard errors are those of a mean over documents, because tokens of one
     document are not independent (None for a single one); that of the perplexity's change is over the differences in
     loss from the dense cache on the same document.
     """
@@ -65,7 +65,7 @@ def summarize(documents: list[dict[str, np.ndarray]], dense: list[dict[str, np.n
 
 
 def position_bins(tokens: int) -> list[tuple[int, int]]:
-    """The scored tokens of a document in up to 16 runs of about equal length: `(first, last + 1)` of each."""
+    """The scored tokens of a document as up to 16 runs of about equal length, each `(first, last + 1)`."""
     parts = np.array_split(np.arange(tokens), min(_POSITION_BINS, tokens))
     return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
@@ -77,7 +77,7 @@ def _mean(documents: list[np.ndarray]) -> dict[str, float | None]:
 
 
 def _exponential(x: dict, minus: float = 0.0) -> dict[str, float | None]:
-    """`exp(x) - minus`; the error of first order."""
+    """`exp(x) - minus`, with its error to first order."""
     value = float(np.exp(x["mean"]))
     return {"mean": value - minus, "se": None if x["se"] is None else value * x["se"]}
 

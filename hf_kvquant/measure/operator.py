@@ -1,4 +1,4 @@
-"""The operator alone: quantized states to read, what a call of it reads, and the checks that come before its time.
+"""The operator alone: quantized states, the bytes that a call reads, and the checks that come before timing.
 
 The bytes that were written are compared with the reference backend's, attention with the reference backend over the
 same bytes, and the reference itself with torch's SDPA over the de-quantized states.
@@ -20,7 +20,7 @@ from ..config import KVQuantConfig
 from ..states import QuantizedStates
 from .checks import at_most, is_true, relative_error
 
-# Largest relative error of the output against the float32 reference over the same bytes. BF16 attention itself, which
+# The largest relative error of the output against the float32 reference on the same bytes. BF16 attention, which
 # rounds its probabilities and its output to 8 bits, has about 0.003.
 TOLERANCE = 0.004
 LOGSUMEXP_TOLERANCE = 0.01
@@ -49,13 +49,13 @@ def random_query(
 
 
 def fill(config: KVQuantConfig, key: torch.Tensor, value: torch.Tensor, one_by_one: int = 1, room: int = 0) -> Sides:
-    """States of a cache that was given all tokens but the last `one_by_one` at once, and has room for `room` more."""
+    """States of a cache that got the last `one_by_one` tokens singly, all others at once, and has room for `room`."""
     _, heads, length, head_dim = key.shape
     model = LlamaConfig(num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim)
     cache = QuantizedCache(model, config, max_length=length + room)
     prompt = length - one_by_one
     cache.update(key[:, :, :prompt], value[:, :, :prompt], 0)
-    # There is no model whose attention could tell.
+    # Without a model, attention cannot show that it takes the states.
     cache.enable_fused()
     for t in range(prompt, length):
         states = cache.update(key[:, :, t : t + 1], value[:, :, t : t + 1], 0)
@@ -75,7 +75,7 @@ def part(states: QuantizedStates, rows: slice, heads: slice, **fields) -> Quanti
 
 
 def bytes_read(states: QuantizedStates) -> int:
-    """Bytes that one query must read: codes and scales of the body, and the exact tokens instead of it at the end."""
+    """Bytes that one query must read: codes and scales of the body and, in place of its end, the exact tokens."""
     batch, heads, length, head_dim = states.shape
     body = min(states.dense_from(length - 1), length)
     scale_rows = -(-body // states.spec.block_length) if states.spec.is_channel else body
@@ -92,7 +92,7 @@ def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """torch's attention over a dense cache, its query heads packed by KV head as transformers' `pack_gqa` does it."""
+    """torch's attention over a dense cache, with query heads packed by KV head as in transformers' `pack_gqa`."""
     return scaled_dot_product_attention(packed(query, key.shape[1]), key, value).reshape_as(query)
 
 
@@ -102,8 +102,8 @@ def attention(query: torch.Tensor, keys: QuantizedStates, values: QuantizedState
 
 
 def append(tokens: Sequence[tuple[torch.Tensor, torch.Tensor]], states: Sides, start: int) -> Callable:
-    """A call that writes pairs of K and V `[batch, heads, n, head_dim]`, one after the other, from column `start` on;
-    it returns the counters of faults."""
+    """A call that writes pairs of K and V `[batch, heads, n, head_dim]`, one after the other, from column `start` on,
+    and returns the counters of faults."""
     faults = torch.zeros(2, dtype=torch.int64, device=states[0].device)
 
     def write() -> torch.Tensor:
@@ -117,17 +117,17 @@ def append(tokens: Sequence[tuple[torch.Tensor, torch.Tensor]], states: Sides, s
 
 
 def cpu_levels() -> list[str]:
-    """The instruction sets that the CPU backend can use here, from the plainest on."""
+    """The instruction sets that the CPU backend can use here, the simplest first."""
     return cpu.info()["available"]
 
 
 def attention_on(level: str, query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> torch.Tensor:
-    """The output of the CPU backend with an instruction set."""
+    """The output of the CPU backend with the given instruction set."""
     return cpu.decode_attention(query, keys, values, scaling=_scaling(query), isa=level)[0]
 
 
 def check_bytes(name: str, stored: Sides, expected: Sides) -> list[dict]:
-    """That every byte which a query may read is the reference's."""
+    """Checks that every byte that a query may read equals the reference's."""
     checks = []
     for side, ours, theirs in zip(("keys", "values"), stored, expected):
         spec, length = ours.spec, ours.length
@@ -147,7 +147,7 @@ def check_bytes(name: str, stored: Sides, expected: Sides) -> list[dict]:
 
 
 def reference_attention(query: torch.Tensor, *states: QuantizedStates) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference backend in float32 over the stored bytes; one KV head at a time, for it makes large copies."""
+    """The reference backend in float32 over the stored bytes, one KV head at a time, because it makes large copies."""
     kv_heads = states[0].shape[1]
     q_per_kv = query.shape[1] // kv_heads
     float32 = {"dtype": torch.float32, "backend": "reference"}
@@ -162,7 +162,7 @@ def reference_attention(query: torch.Tensor, *states: QuantizedStates) -> tuple[
 
 
 def check_output(name: str, found: tuple[torch.Tensor, torch.Tensor], expected: tuple) -> list[dict]:
-    """That an output and its log-sum-exp are the reference's."""
+    """Checks that an output and its log-sum-exp are near the reference's."""
     difference = (found[1] - expected[1]).abs().max().nan_to_num(torch.inf).item()
     return [
         at_most(name, "attention against the reference", relative_error(found[0], expected[0]), TOLERANCE),
@@ -171,7 +171,7 @@ def check_output(name: str, found: tuple[torch.Tensor, torch.Tensor], expected: 
 
 
 def check_attention(name: str, query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> list[dict]:
-    """That the operator agrees with the reference, and the reference with SDPA over the de-quantized states."""
+    """Checks that the operator agrees with the reference, and the reference with SDPA over the de-quantized states."""
     expected, expected_lse = reference_attention(query, keys, values)
     k, v = dequantized(keys), dequantized(values)
     scores = packed(query.float(), k.shape[1]) @ k.mT * _scaling(query)
@@ -185,7 +185,7 @@ def check_attention(name: str, query: torch.Tensor, keys: QuantizedStates, value
 
 
 def dequantized(states: QuantizedStates) -> torch.Tensor:
-    """What the next query reads, in float32."""
+    """The states that the next query reads, in float32."""
     return replace(states, dtype=torch.float32).dequantize()
 
 

@@ -1,4 +1,4 @@
-"""What a cache adds to the memory of its process, measured in a process of its own for every cache."""
+"""The memory that a cache adds to its process, measured in a separate process for every cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 2
 
 
 def measure_memory(shape: Shape, candidates: Sequence[Candidate], length: int, room: int) -> dict[str, dict]:
-    """`_measure` of each candidate by name, or why there is none.
+    """The result of `_measure` for each candidate by name, or the reason why there is none.
 
     The processes fork from a fresh server that has run nothing; a fork of this one would inherit dead OpenMP threads.
     """
@@ -45,10 +45,10 @@ def reason(error: Exception) -> str:
 
 
 def _measure(shape: Shape, candidate: Candidate, length: int, room: int, threads: int) -> dict:
-    """What the cache adds to resident memory, and the peak of two decode steps."""
+    """The resident memory that the cache adds, and the peak of two decode steps."""
     torch.set_num_threads(threads)
     model = build_model(shape, length + room, candidate.dtype)
-    # A short cache first: what is loaded at first use is no part of a cache.
+    # A short cache comes first, because code that is loaded at first use is not part of a cache.
     first_logits(model, filled(candidate, model.config, shape, 64, STEPS), shape, STEPS)
     before = _resident()
     cache = filled(candidate, model.config, shape, length, room)
@@ -59,7 +59,7 @@ def _measure(shape: Shape, candidate: Candidate, length: int, room: int, threads
 
 
 def _resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory, after what was freed has gone back to the system."""
+    """Bytes of this process in memory, after freed memory has gone back to the system."""
     if field == "VmRSS":
         gc.collect()
         with contextlib.suppress(AttributeError, OSError):

@@ -1,6 +1,6 @@
 """A whole decode step: a Llama of a given shape with random weights, through any cache.
 
-The residual stream, MLP and vocabulary may be small on purpose: the step is about the cache, and in a real model the
+The residual stream, MLP and vocabulary may be small on purpose: a step is timed for its cache, and in a real model the
 rest of it takes longer. Every cache is given the same random K and V in one update, as a prefill would. Caches are
 lossy and the weights are random, so logits are compared loosely: as a share of the error of a cache with wrong keys.
 """
@@ -19,15 +19,15 @@ from ..host import CACHE
 from ..integration import attention
 from .caches import Candidate
 
-# Largest relative error of the logits against the dense cache's, by bits of a code: a share of the error that a cache
-# with wrong keys has in the same run. Loose, because random weights amplify: measured shares are at most 0.36, 0.10
-# and 0.02.
+# The largest relative error of the logits against the dense cache's, by bits of a code, as a share of the error that a
+# cache with wrong keys has in the same run. It is loose, because random weights amplify errors: measured shares are at
+# most 0.36, 0.10 and 0.02.
 NEAR_DENSE = {4: 0.5, 8: 0.2, 16: 0.05, 32: 1e-4}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model, and of what stands in its cache."""
+    """The shape of a model and of its cache."""
 
     layers: int
     hidden: int
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def elements_per_token(self) -> int:
-        """Of keys and values together, in one sequence."""
+        """The elements of keys and values together per token of one sequence."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -56,7 +56,7 @@ def model_config(shape: Shape, max_length: int) -> LlamaConfig:
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocabulary,
         max_position_embeddings=max_length,
-        # Every projection keeps the size of its input, so that attention has its say in the logits.
+        # Every projection keeps the size of its input, so that attention matters in the logits.
         initializer_range=shape.hidden**-0.5,
         attn_implementation="sdpa",
     )
@@ -68,7 +68,7 @@ def build_model(shape: Shape, max_length: int, dtype: torch.dtype | None = None)
     with torch.device(shape.device):
         model = LlamaForCausalLM(model_config(shape, max_length)).eval()
     for parameter in model.parameters():
-        # Parameters only: the frequencies of the position embedding stay float32, as in a loaded model.
+        # Only parameters change: the frequencies of the position embedding stay float32, as in a loaded model.
         parameter.data = parameter.data.to(shape.dtype).to(dtype or shape.dtype)
     model.compiled_forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     return model
@@ -89,13 +89,13 @@ def fill(
 
     Args:
         roll: shifts the keys against the values.
-        rows: of the batch, only the first sequences.
+        rows: the number of sequences, the first of the batch.
     """
     for layer_idx in range(shape.layers):
         key, value = (x[:rows].to(dtype or shape.dtype) for x in random_states(shape, length, layer_idx))
         cache.update(key.roll(roll, dims=2), value, layer_idx)
     if isinstance(cache, QuantizedCache):
-        # Else learned in prefill, which is not run here: Llama's attention takes what the cache returns.
+        # Usually learned in prefill, which is not run here: Llama's attention takes states as the cache returns them.
         cache.enable_fused()
     return cache
 
@@ -114,12 +114,12 @@ def step(forward: Callable, cache: Cache, token: torch.Tensor) -> tuple[torch.Te
 
 
 def switched(model: LlamaForCausalLM, cache: Cache):
-    """The context in which the model's attention understands the cache; transformers' caches need none."""
+    """The context in which the model's attention can read the cache; transformers' caches need none."""
     return attention(model) if isinstance(cache, QuantizedCache) else contextlib.nullcontext()
 
 
 def tokens(shape: Shape, n: int) -> torch.Tensor:
-    """The same tokens `[n, batch, 1]` for every candidate, whatever it predicts."""
+    """The tokens `[n, batch, 1]` to feed, the same for every candidate, whatever it predicts."""
     return torch.randint(shape.vocabulary, (n, shape.batch, 1), generator=torch.Generator().manual_seed(1))
 
 

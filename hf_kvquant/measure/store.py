@@ -1,10 +1,10 @@
-"""The folder of a comparison: what was asked for, and every finished (cache, document), so that a killed run goes on.
+"""The folder of a comparison: its plan and every finished (cache, document), so that a killed run can go on.
 
     plan.json                      the resolved config, written before anything is measured
     documents/<cache>/<n>.npz      per-token figures of document n
     result.json                    the summary, written when all is done
 
-Every file is written beside its place and moved there, so that a file that exists is whole.
+Every file is written under another name and renamed, so an existing file is always whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLAN, RESULT = "plan.json", "result.json"
 
 
 class Store:
-    """Finished parts, in `folder` or, if that is None, in memory.
+    """The finished parts of a comparison, in `folder` or, if that is None, in memory.
 
     Raises:
         ValueError: the folder was begun with another plan.
@@ -74,7 +74,7 @@ class Store:
 
 
 def _changes(before: object, after: object, where: str = "") -> list[str]:
-    """What differs, by the names of the innermost fields."""
+    """The differences, by the names of the innermost fields."""
     if isinstance(before, dict) and isinstance(after, dict):
         found = []
         for name in {**before, **after}:

@@ -1,4 +1,4 @@
-"""Tables: of a comparison, one definition of the columns for terminal, Markdown and HTML report; and of any rows."""
+"""Tables of a comparison, with one definition of columns for terminal, Markdown and HTML; and tables of any rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.table import Table
 BLIND = "does not see the cache"
 _MOST_DIGITS = 5
 
-# Header of each column, and what it says.
+# The header of each column, and its meaning.
 COLUMNS = {
     "cache": "the cache; bold names in reports are this package's presets",
-    "bytes": "bytes per cached number while the text is decoded, keys and values together, with scales and with exact "
+    "bytes": "bytes per cached element while the text is decoded, keys and values together, with scales and exact "
     "tokens (in 16 bits; the reference weighs what it does in the dtype it runs in)",
     "bytes, long": "the same after 8192 tokens, where exact tokens weigh little",
     "perplexity": "of the scored tokens (the model's own, as a check)",
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def columns(result: Mapping) -> dict[str, str]:
-    """Headers and their meanings, of those columns that `result` fills."""
+    """Headers and meanings of the columns that `result` fills."""
     greedy = result["plan"]["settings"]["greedy_tokens"]
     found = {name: text for name, text in COLUMNS.items() if greedy or name != "same tokens"}
     return {f"{name} (of {greedy})" if name == "same tokens" else name: text for name, text in found.items()}
@@ -67,23 +67,23 @@ def three_digits(x: float) -> str:
 
 
 def with_error(x: Mapping, factor: float = 1, sign: str = "") -> str:
-    """Mean and standard error, with the digits that the error leaves."""
+    """Mean and standard error, with as many digits as the error allows."""
     mean, error = factor * x["mean"], x["se"]
     if not error:
         return f"{mean:{sign}.3g}"
     error *= factor
     first, _, exponent = f"{error:e}".partition("e")
-    # One digit of the error, two if it begins with 1.
+    # The error gets one digit, or two if it begins with 1.
     digits = max(0, -int(exponent) + (first[0] == "1"))
     if digits > _MOST_DIGITS:
         smallest = 10**-_MOST_DIGITS
         return f"{mean:{sign}.{_MOST_DIGITS}f}" if abs(mean) >= smallest else f"below {smallest:.{_MOST_DIGITS}f}"
-    # The sum makes +0 of -0.
+    # Adding 0 turns -0 into +0.
     return f"{round(mean, digits) + 0.0:{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def notes(result: Mapping) -> list[str]:
-    """What was scored, in sentences."""
+    """Sentences about what was scored."""
     plan, settings = result["plan"], result["plan"]["settings"]
     documents, length = plan["documents"], plan["document_length"]
     first = settings["context"] + 1 if settings["first_scored"] is None else settings["first_scored"]
@@ -104,7 +104,7 @@ def rich_table(result: Mapping) -> Table:
 
 
 def new_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
-    """For the terminal, of any cells; the columns `left` begin at the left, all others end at the right."""
+    """A table of any cells for the terminal; the columns `left` are aligned to the left, all others to the right."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, header in enumerate(columns):
         table.add_column(header, justify="left" if i in left else "right", no_wrap=i == 0)
@@ -114,7 +114,7 @@ def new_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]],
 
 
 def markdown_table(result: Mapping, leave_out: Sequence[str] = ()) -> str:
-    """For Markdown; presets in bold, without the columns `leave_out`."""
+    """The table in Markdown, with presets in bold, and without the columns `leave_out`."""
     kept = [i for i, header in enumerate(columns(result)) if header not in leave_out]
     headers = [header for i, header in enumerate(columns(result)) if i in kept]
     lines = [f"| {' | '.join(headers)} |", "|---" + "|---:" * (len(headers) - 1) + "|"]
@@ -153,7 +153,7 @@ def task_table(tasks: Sequence[Mapping]) -> Table:
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:
-    """Print `new_table`, wide enough where the output is no terminal."""
+    """Print `new_table`, wide enough if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 140))

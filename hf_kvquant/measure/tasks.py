@@ -2,8 +2,8 @@
 
     {"results": {"lambada_openai": {"acc,none": 0.61, "acc_stderr,none": 0.007, ...}}, "config": {"model_args": ...}}
 
-Which cache a file is about stands in its `model_args` (`kv_config`); one without is about the dense cache. How much of
-a score saw the cache stands beside it as `cache_read_share`, where `hf_kvquant`'s model class wrote it.
+The `model_args` of a file name its cache (`kv_config`); without one it is the dense cache. `hf_kvquant`'s model class
+writes beside each score how much of it read the cache, as `cache_read_share`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read_tasks(data: Mapping) -> list[dict]:
     """One dict per score: `model`, `cache`, `task`, `metric`, `value`, `se`, `cache_read_share` (None if not said).
 
     Raises:
-        ValueError: not a result of lm-eval.
+        ValueError: `data` is not a result of lm-eval.
     """
     if not is_lm_eval(data):
         raise ValueError(f"lm-eval result: {sorted(data)} is not allowed; expected a mapping with `results`")
@@ -47,7 +47,7 @@ def read_tasks(data: Mapping) -> list[dict]:
                     "task": task,
                     "metric": metric if filtered == "none" else f"{metric} ({filtered})",
                     "value": value,
-                    # lm-eval writes "N/A" where it has none.
+                    # lm-eval writes "N/A" if it has no error.
                     "se": error if isinstance(error, (int, float)) else None,
                     "cache_read_share": _share(data, task, scores, filtered),
                 }
@@ -65,7 +65,7 @@ def _share(data: Mapping, task: str, scores: Mapping, filtered: str) -> float | 
 
 
 def _arguments(model_args: object) -> dict:
-    """lm-eval writes them as it got them: a mapping, or "name=value,name=value"."""
+    """The arguments as a mapping; lm-eval writes them as it got them: a mapping, or "name=value,name=value"."""
     if isinstance(model_args, Mapping):
         return dict(model_args)
     pairs = (pair.partition("=") for pair in str(model_args or "").split(",") if pair)

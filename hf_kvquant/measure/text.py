@@ -1,8 +1,8 @@
-"""What every machine has: the bundled model, and Python source from the running interpreter's standard library.
+"""A model and text that every machine has: the bundled model, and the running interpreter's standard library.
 
-The model was trained on most of it, so only files that it has not seen are taken. `is_held_out` is the rule,
-and `eval/train_model.py` follows it (strictly so under the Python that it was trained on: others move text from file
-to file).
+The model was trained on most of the library's source, so this takes only files that it has not seen. `is_held_out` is
+the rule, which `eval/train_model.py` follows too (exact under the Python of the training; others move text between
+files).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 BUNDLED = "stdlib-nano"
-# Not the library's, or no typical source: tests and tables.
+# Folders that are not the library's, or not typical source: tests and tables.
 SKIPPED_FOLDERS = frozenset({
     "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__",
 })  # fmt: skip
@@ -29,8 +29,8 @@ def bundled_model() -> Path:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the bundled model was never trained on a file, named relative to the library with forward slashes: so
-    are about 5 %, chosen by the hash of their name."""
+    """Whether the bundled model was never trained on a file, named relative to the library with forward slashes. These
+    are about 5 % of all files, chosen by the hash of their name."""
     return _digest(name)[0] % _HELD_OUT_ONE_IN == 0
 
 
@@ -55,10 +55,10 @@ def held_out_files(stdlib: Path | None = None) -> dict[str, Path]:
 def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tuple[torch.Tensor, list[str]]:
     """`count` pieces of source, token ids `[count, length]` and the file each comes from.
 
-    First the beginning of every file that is long enough, then their second pieces, and so on.
+    The first pieces of all files that are long enough come first, then their second pieces, and so on.
 
     Raises:
-        ValueError: there is not so much text on this machine.
+        ValueError: this machine does not have enough text.
     """
     bos = _bos(tokenizer)
     step = length - len(bos)
@@ -70,7 +70,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tupl
         raise ValueError(
             f"the standard library's held-out source has {len(pieces)} pieces of {length} tokens, not {count}"
         )
-    # The sort is stable: files keep their order.
+    # The sort is stable, so files keep their order.
     pieces = sorted(pieces, key=lambda piece: piece[0])[:count]
     return torch.tensor([ids for _, _, ids in pieces]), [name for _, name, _ in pieces]
 

@@ -3,8 +3,8 @@
     for name, family in families().items():   # {"LlamaForCausalLM": Family(...), ...}
         model = family.build()
 
-The default config is made small field by field: what a field is shows in its name, and what cannot be told by name is
-said in `_SPECIAL`. Every kind of layer of the default config stays (one of each, two at least). Weights are larger
+The default config is made small field by field. The name of a field tells its meaning; exceptions are in `_SPECIAL`.
+Every kind of layer of the default config stays (one of each, and at least two). Weights are larger
 than usual, so that attention decides the logits and a wrong cache shows.
 """
 
@@ -27,7 +27,7 @@ MAX_LENGTH = 256
 WINDOW = 24
 _STD = 0.15
 
-# What a field means, by its name; the first pattern that matches the whole name decides. A value of None leaves it.
+# The small value of a field, by its name; the first pattern that matches the whole name decides. None leaves a field.
 _SIZES: list[tuple[str, object]] = [
     (r"vocab_size_per_layer_input|(.*_)?(vocab_size|vocabulary_size)|n_vocab|padded_vocab_size|num_embeddings", VOCAB),
     (r"qk_head_dim|index_topk.*|index_kpool.*", None),
@@ -63,8 +63,8 @@ _LAYERS = re.compile(
 )
 _MROPE = [2, 3, 3]  # halves of head_dim for time, height and width
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _MROPE}
-# What no rule tells, by config class: fields that a checkpoint sets and the default leaves open, or that depend on
-# one another. A sliding window that newer checkpoints of a family have given up is left out.
+# Fields that no rule covers, by config class: those that a checkpoint sets and the default leaves open, or that depend
+# on one another. A sliding window that newer checkpoints of a family do not have is left out.
 _SPECIAL: dict[str, dict] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 5}},
@@ -201,7 +201,7 @@ def _is_int(value: object) -> bool:
 
 
 def _picked_layers(given: dict, most: int) -> dict[int, tuple[int, ...]]:
-    """For each number of layers: which of them stay, one of every kind that the lists of this length tell apart."""
+    """For each number of layers, those that stay: one of every kind that the lists of this length distinguish."""
     counts = {v for n, v in given.items() if _LAYERS.fullmatch(n) and _is_int(v) and v > 1}
     picks = {}
     for count in counts:

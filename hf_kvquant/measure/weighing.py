@@ -1,8 +1,8 @@
-"""What a cache weighs: bytes per cached number, keys and values together, everything that the cache holds included.
+"""The size of a cache: bytes per cached element, keys and values together, with everything that the cache holds.
 
-A cache is filled with random keys and values of the model's shapes and asked for its bytes: bytes depend on shapes and
-on the number of tokens alone. Ours count themselves (`memory_report`, held to their tensors by a test); of the others
-every distinct tensor is counted that the cache refers to.
+A cache is filled with random keys and values of the model's shapes, because its bytes depend only on shapes and on the
+number of tokens. Our caches count themselves (`memory_report`, which a test compares with their tensors); for others
+every distinct tensor that the cache refers to is counted.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SAMPLES = 8
 
 
 def bytes_per_element(model: PreTrainedModel, candidate: Candidate, context: int, length: int) -> float:
-    """Bytes per number of a text of `length` tokens, the first `context` prefilled: the mean while the others decode.
+    """Bytes per element for a text of `length` tokens, `context` of them prefilled: the mean while the others decode.
 
-    The mean, because some caches gather exact tokens and then quantize them at once. Only full-attention layers count.
-    Exact tokens weigh 16 bits (2 bytes) a number, also if the model computes in float32; the reference weighs what it
-    does in the model's dtype.
+    It is a mean because some caches gather exact tokens and then quantize them at once. Only full-attention layers
+    count. Exact tokens count 2 bytes per element, even if the model computes in float32; the reference counts its own
+    dtype.
     """
     decoded = length - context
     lengths = sorted({context - -decoded * (i + 1) // _SAMPLES for i in range(_SAMPLES)})
@@ -38,7 +38,7 @@ def bytes_per_element_long(model: PreTrainedModel, candidate: Candidate) -> floa
 
 
 def _weigh(model: PreTrainedModel, candidate: Candidate, context: int, lengths: list[int]) -> list[float]:
-    """Bytes per number at each of the (rising) lengths."""
+    """Bytes per element at each of the (rising) lengths."""
     dtype, shapes = model.dtype, _shapes(model)
     if not candidate.weighed_in_model_dtype and dtype.itemsize != 2:
         dtype = torch.float16
@@ -72,7 +72,7 @@ def _shapes(model: PreTrainedModel) -> dict[int, list[tuple[int, int]]]:
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of a cache: as it reports them if it is ours, else of every distinct storage it refers to."""
+    """Bytes of a cache: those that it reports if it is ours, else those of every distinct storage it refers to."""
     if isinstance(cache, QuantizedCache):
         return cache.memory_report()["total"]
     return tensor_bytes(cache)

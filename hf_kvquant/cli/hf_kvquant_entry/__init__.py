@@ -14,7 +14,7 @@ import typer
 # Each command by what `hf-kvquant --help` says about it.
 COMMANDS = {
     "info": "Show which backend runs here and why, the machine, versions and presets.",
-    "generate": "Continue a prompt, and say how fast it went and what the cache weighed.",
+    "generate": "Continue a prompt, and print the speed and the bytes of the cache.",
     "demo": "Compare every preset with the dense cache: text, speed, bytes and agreement.",
     "build": "Compile the CUDA kernels ahead of time (default: head_dim 64 and 128, bfloat16).",
     "eval": "Compare caches with the dense one: perplexity, KL divergence, agreement, text, bytes.",

@@ -1,1 +1,1 @@
-"""What the GPU suite measures: its clock (CUDA events), its points, and its sections, of the operator and of steps."""
+"""The measuring part of the GPU suite: its clock (CUDA events), its points, and sections on operators and steps."""

@@ -1,9 +1,9 @@
-"""How long calls take on a GPU: the rounds of `measure.clock` by CUDA events; its facts, bandwidth, graphs and memory.
+"""Measures the time of calls on a GPU: the rounds of `measure.clock` with CUDA events; also bandwidth, graphs, memory.
 
-A time is of the device alone: before every call the suite reads a buffer larger than the L2 cache, which also gives
-the host time to enqueue the call, so that launches are not what is measured. It reads, because lines that were written
-would go back to memory while the call is timed, tens of MB of them. Rounds are A B C A B C .., a figure is a median.
-How long the host takes for a call is measured apart (`host_seconds`).
+A time is that of the device alone: before every call the suite reads a buffer larger than the L2 cache, which gives
+the host time to enqueue the call, so that launches are not measured. It reads, because tens of MB of written lines
+would go back to memory while the call is timed. Rounds are A B C A B C .., and a figure is a median. The time that the
+host takes for a call is measured separately (`host_seconds`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gpu:
             raise SystemExit("no CUDA device")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._properties = torch.cuda.get_device_properties(self.device)
-        # Reading it takes longer than a few launches from Python, too.
+        # Large enough that reading it takes longer than a few launches from Python.
         nbytes = max(4 * self._properties.L2_cache_size, 512 << 20)
         self._flushed = torch.zeros(nbytes // 4, device=self.device)
         self._flush_sum = torch.zeros((), device=self.device)
@@ -86,7 +86,7 @@ class Gpu:
         return found
 
     def graphed(self, call: Callable[[], object]) -> Callable[[], object]:
-        """`call`, captured in a CUDA graph after it was run for warm-up; its tensors stay where they are."""
+        """`call`, captured in a CUDA graph after warm-up runs; its tensors stay at their addresses."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -111,7 +111,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def is_alive(self) -> bool:
-        """False after an address out of range and the like, which end all work of the process on the device."""
+        """False after a fault such as an address out of range, which ends all work of the process on the device."""
         try:
             torch.cuda.synchronize()
             return torch.ones(1, device=self.device).item() == 1
@@ -120,7 +120,7 @@ class Gpu:
 
 
 def _clock() -> int | None:
-    """MHz of the multiprocessors now; None where the driver's Python package is missing."""
+    """The present clock of the multiprocessors in MHz; None if the driver's Python package is missing."""
     try:
         return torch.cuda.clock_rate()
     except Exception:
@@ -131,7 +131,7 @@ def host_seconds(machine, call: Callable[[], object]) -> float:
     """Median seconds until a call returns on the host, while the device has enough to do."""
     samples = []
     for i in range(HOST_CALLS + 10):
-        # The queue of a device is finite: a full one would be measured instead.
+        # The queue of a device is finite, and a full one would be measured instead.
         if i % 50 == 0:
             machine.synchronize()
         samples.append(seconds_of(call))

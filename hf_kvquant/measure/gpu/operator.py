@@ -25,7 +25,7 @@ from .points import Deadline, Report
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINE_LIMIT = {"sdpa": 0.01, "flashinfer-bfloat16": 0.01, "flashinfer-fp8": 0.1}
-# What the memory of one point of the attention section comes to, over that of its BF16 cache.
+# The memory of one point of the attention section, as a multiple of its BF16 cache.
 MEMORY_FACTOR = 5.0
 
 
@@ -96,7 +96,7 @@ def _correct(machine, report: Report, config, cases: list[Case], where: dict) ->
 
 
 def precompile(machine, work) -> None:
-    """All kernels at once, on all cores: one after the other they would take longer than everything else."""
+    """Compile all kernels at once, on all cores: one after the other they would take longer than everything else."""
     if machine.backend != "cuda":
         return
     arch = nvrtc.architecture(*torch.cuda.get_device_capability(machine.device))
@@ -106,7 +106,7 @@ def precompile(machine, work) -> None:
     }
 
     def compile_one(job: tuple) -> None:
-        # One that does not compile says so again where it is used.
+        # A kernel that does not compile raises again where it is used.
         with contextlib.suppress(nvrtc.CompileError):
             nvrtc.compiled(*job, arch)
 
@@ -216,7 +216,7 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
 
 
 def dense_calls(query, key, value) -> dict[str, Callable[[], torch.Tensor]]:
-    """SDPA over dense caches with the query heads of a KV head packed, by every kernel that torch has for it."""
+    """SDPA over dense caches with the query heads of a KV head packed, with every kernel that torch has for it."""
 
     def call(dtype: torch.dtype, backend: SDPBackend | None) -> Callable[[], torch.Tensor]:
         states = [x.to(dtype) for x in (query, key, value)]
@@ -236,7 +236,7 @@ def dense_calls(query, key, value) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def flashinfer_calls(query, key, value, page_size: int = 16) -> dict[str, Callable[[], Callable]]:
-    """FlashInfer's decode over a paged cache, in BF16 and FP8: each makes its call, or raises why it cannot."""
+    """FlashInfer's decode over a paged cache, in BF16 and FP8: functions that make the call, or raise the reason."""
     batch, kv_heads, length, head_dim = key.shape
 
     def make(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -268,7 +268,7 @@ def flashinfer_calls(query, key, value, page_size: int = 16) -> dict[str, Callab
 
 
 def _check_call(name: str, call: Callable, query, key, value, stored: dict) -> dict:
-    """The output against float32 on the first and the last KV head: all of them would not fit into memory."""
+    """Compare the output with float32 on the first and the last KV head; all heads would not fit into memory."""
     output = call()
     q_per_kv = query.shape[1] // key.shape[1]
     worst = 0.0
@@ -289,7 +289,7 @@ def _check_call(name: str, call: Callable, query, key, value, stored: dict) -> d
 
 
 def append(machine, plan, report: Report, deadline: Deadline) -> None:
-    """Writing one token (a run that completes a block, in a CUDA graph), against copying it into a static cache."""
+    """Writing one token (a run that completes a block, in a CUDA graph), compared with a copy into a static cache."""
     places = [{"batch": batch, "context": plan.contexts[0]} for batch in plan.batches]
     report.each("append", places, deadline, partial(_append_point, machine, plan, report))
 
@@ -327,7 +327,7 @@ def _append_point(machine, plan, report: Report, where: dict) -> None:
 
 
 def prefill(machine, plan, report: Report, deadline: Deadline) -> None:
-    """Quantizing a prompt, against the attention of its prefill and against a copy of its K and V."""
+    """Quantizing a prompt, compared with the attention of its prefill and with a copy of its K and V."""
     places = [{"length": length} for length in plan.prompts]
     report.each("prefill", places, deadline, partial(_prefill_point, machine, plan, report))
 
@@ -343,7 +343,7 @@ def _prefill_point(machine, plan, report: Report, where: dict) -> None:
     checks = [is_true(name, "nothing to check", True) for name in calls]
     one = slice(None), slice(0, 1)
     for name, config in plan.configs(machine).items():
-        # Filled with other tokens, so that what is checked was written by the call that is timed.
+        # Filled with other tokens, so that the checked bytes were written by the timed call.
         states = operator.fill(config, value, key)
         calls[name] = operator.append([(key, value)], states, 0)
         calls[name]()

@@ -17,8 +17,8 @@ from ..step import Shape
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. `max_bytes` bounds the memory of one point, `cache_bytes` the caches compared at equal memory;
-    `seconds` the whole suite, `seconds_per_point` the rounds of one group of timings."""
+    """The plan of the suite. `max_bytes` bounds the memory of one point, `cache_bytes` the caches compared at equal
+    memory, `seconds` the whole suite, and `seconds_per_point` the rounds of one group of timings."""
 
     presets: tuple[str, ...] = ("int8", "fp8", "int4")
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 131072)
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens that the model is made for."""
+        """The number of tokens that the model is made for."""
         return max(*self.step_contexts, *self.prompts, self.memory_context) + 64
 
     def configs(self, machine) -> dict[str, KVQuantConfig]:
@@ -50,7 +50,7 @@ class Plan:
         return {name: replace(KVQuantConfig.preset(name), backend=machine.backend) for name in self.presets}
 
     def shape(self, machine, batch: int = 1) -> Shape:
-        """Of the model, and of what stands in its cache."""
+        """The shape of the model and of its cache."""
         return Shape(
             self.layers, self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate, self.vocabulary,
             batch=batch, device=machine.device,
@@ -68,19 +68,19 @@ class Deadline:
 
 
 class DeviceLost(Exception):
-    """Nothing works on the device any more in this process."""
+    """The device no longer works in this process."""
 
 
 class Report:
-    """Checks, rows and what was left out. A row is kept only if all checks of its candidate passed.
+    """Checks, rows and omitted points. A row is kept only if all checks of its candidate passed.
 
-    Work comes in points, each on its own: what goes wrong in one is a failed check, and the others go on, in another
-    process if this one cannot.
+    Work comes in independent points: an error in one is a failed check, and the others go on, in another process if
+    this one cannot.
 
     Args:
         machine: tells whether the device still works.
         save: called before and after every point.
-        kept: `state()` of a process that ended, to go on from.
+        kept: `state()` of a process that ended; the report goes on from it.
     """
 
     def __init__(self, machine=None, save: Callable[[], object] = lambda: None, kept: dict | None = None):
@@ -99,7 +99,7 @@ class Report:
         """Do the work of one point, unless an earlier process has begun it.
 
         Raises:
-            DeviceLost: it was the last that this process can do.
+            DeviceLost: this process cannot do more.
         """
         if where in self._earlier:
             return
@@ -123,10 +123,10 @@ class Report:
                 self.attempt({"section": section, **where}, partial(work, where))
 
     def fault(self, where: dict, name: str, error: Exception) -> None:
-        """Notes what a candidate of ours raised; memory that does not suffice is no fault.
+        """Record the error of a candidate of ours; running out of memory is not a fault.
 
         Raises:
-            DeviceLost: nothing else can be done after it.
+            DeviceLost: nothing else can be done after this error.
         """
         reason = _reason(error)
         if isinstance(error, torch.OutOfMemoryError):
@@ -138,7 +138,7 @@ class Report:
             raise DeviceLost(reason)
 
     def accept(self, where: dict, checks: list[dict]) -> set[str]:
-        """Notes the checks, made at `where`; the names of the candidates that passed all of theirs."""
+        """Record the checks made at `where`; returns the names of the candidates that passed all of theirs."""
         self.checks += [{**where, **check} for check in checks]
         names = {check["name"] for check in checks}
         return names - {check["name"] for check in checks if not check["passed"]}
@@ -154,6 +154,6 @@ class Report:
 
 
 def _reason(error: Exception) -> str:
-    """In one line: a log of a compiler has thousands."""
+    """The error in one line, because the log of a compiler has thousands."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return without_paths(text if len(text) < 600 else f"{text[:400]} .. {text[-200:]}")

@@ -25,11 +25,11 @@ from .points import Deadline, Report
 # A cache with wrong keys has at least this error.
 CONTROL = 0.3
 STEPS = 8
-# A step that is captured is run a few times before; the first that is checked is one of so many.
+# A captured step runs a few times for warm-up; the first step that is checked is among this many.
 CHECKED_STEPS = 4
-# Of a cache, beyond the tokens that it is filled with: warm-up, check, timing.
+# The room of a cache beyond the tokens that it is filled with: for warm-up, check and timing.
 ROOM = 64
-# Sequences of a batch that are compared with the dense cache: all of a large one would not fit beside the model.
+# The sequences of a batch that are compared with the dense cache; all of a large batch would not fit beside the model.
 CHECKED_ROWS = 4
 
 
@@ -54,7 +54,7 @@ def stepper(machine, model, candidate: Candidate, cache: Cache, batch: int) -> C
 
 
 def _logits(machine, model, plan, batch: int, length: int, roll: int = 0) -> torch.Tensor:
-    """Of the dense cache's first steps of the first sequences, `[CHECKED_STEPS, CHECKED_ROWS, vocab_size]`."""
+    """Logits of the dense cache's first steps for the first sequences, `[CHECKED_STEPS, CHECKED_ROWS, vocab_size]`."""
     options = {"roll": roll, "rows": CHECKED_ROWS}
     cache = filled(Dense(), model.config, plan.shape(machine, batch), length, STEPS, **options)
     step = stepper(machine, model, Dense(), cache, min(batch, CHECKED_ROWS))
@@ -63,13 +63,13 @@ def _logits(machine, model, plan, batch: int, length: int, roll: int = 0) -> tor
 
 def _measure(machine, model, plan, report: Report, section: str, where: dict, candidate: Candidate, batch: int,
              length: int, limits: dict) -> float | None:  # fmt: skip
-    """Seconds of a step, checked before; None if it failed, could not run or was wrong."""
+    """Seconds of a step, after its checks; None if it failed, could not run or was wrong."""
     cache = logits = step = None
     try:
         cache = filled(candidate, model.config, plan.shape(machine, batch), length, ROOM)
         with switched(model, cache):
             step = stepper(machine, model, candidate, cache, batch)
-            # Those that warmed up before a capture.
+            # The warm-up steps before a capture.
             done = int(cache.get_seq_length()) - length
             logits = step()[:CHECKED_ROWS].clone()
             samples = machine.samples({candidate.name: step}, plan.seconds_per_point, rounds=STEPS)
@@ -93,7 +93,7 @@ def _measure(machine, model, plan, report: Report, section: str, where: dict, ca
 
 
 def _limits(machine, model, plan, report: Report, where: dict, batch: int, length: int) -> dict | None:
-    """Logits with the dense cache, and how far those of a cache with wrong keys are from them."""
+    """Logits with the dense cache, and the distance of those of a cache with wrong keys."""
     exact = _logits(machine, model, plan, batch, length)
     wrong = relative_error(_logits(machine, model, plan, batch, length, roll=1), exact)
     control = at_most("control", "a cache with wrong keys is far from dense", -wrong, -CONTROL)
@@ -112,7 +112,7 @@ def _step_point(machine, model, plan, report: Report, where: dict) -> None:
     limits = _limits(machine, model, plan, report, {"section": "step", **where}, 1, length)
     if limits is None:
         return
-    # Each is added at once: what comes after it may end the process.
+    # Each result is added at once, because the next one may end the process.
     for candidate in candidates(machine, plan):
         t = _measure(machine, model, plan, report, "step", where, candidate, 1, length, limits)
         if t is None:
@@ -124,7 +124,7 @@ def _step_point(machine, model, plan, report: Report, where: dict) -> None:
 
 @torch.no_grad()
 def prefill_step(machine, plan, report: Report, deadline: Deadline, model: LlamaForCausalLM) -> None:
-    """Milliseconds of a whole prefill: what quantizing the prompt adds to it."""
+    """Milliseconds of a whole prefill, which show what quantizing the prompt adds to it."""
     places = [{"length": length} for length in plan.prompts]
     report.each("prefill_step", places, deadline, partial(_prefill_point, machine, model, plan, report))
 
@@ -196,6 +196,6 @@ def _throughput_point(machine, model, plan, report: Report, where: dict, candida
 
 
 def batches_up_to(largest: int) -> list[int]:
-    """Powers of four, and the largest."""
+    """Powers of four up to `largest`, and `largest` itself."""
     found = [b for b in (1, 4, 16, 64) if b < largest]
     return [*found, largest] if largest else []

@@ -1,11 +1,11 @@
-"""One self-contained HTML page (and PNG plots) of comparisons: what `hf-kvquant report` writes.
+"""One self-contained HTML page (and PNG plots) of comparisons, for `hf-kvquant report`.
 
     from hf_kvquant.measure.report import write
 
     write([result], tasks=[], folder=Path("kvquant-report"))   # result: what `measure.compare` gives
 
 The page needs no network and no script, opens from disk, and follows the reader's light or dark theme. Plots are drawn
-once, by matplotlib, and stand in the page as SVG whose colours are the page's own.
+once, by matplotlib, and are part of the page as SVG in the page's own colours.
 """
 
 from __future__ import annotations

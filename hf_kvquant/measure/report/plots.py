@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MILLI = 1000
-# Nats of added loss up to which its axis is linear.
+# The axis of added loss is linear up to this many nats.
 _LINEAR = 0.02
 
 
@@ -30,7 +30,7 @@ class Plot:
 
 
 def line_styles(result: Mapping) -> dict[str, dict]:
-    """Colour, marker and dashes of every cache but the reference: ours solid and round, others dashed and square."""
+    """Colour, marker and dashes of every cache except the reference: ours are solid, with round marks."""
     found, ours, others = {}, 0, 0
     for name, cache in result["caches"].items():
         if name == DENSE:
@@ -39,7 +39,7 @@ def line_styles(result: Mapping) -> dict[str, dict]:
             found[name] = {"color": PEER_COLORS[others % len(PEER_COLORS)], "marker": "s", "ls": (0, (3, 2)), "ms": 5}
             others += 1
         else:
-            # The first colour is grey: for the dense cache in 16 bits.
+            # The first colour, grey, is for the dense cache in 16 bits.
             color = COLORS[0] if cache["kind"] == "dense" else COLORS[1 + ours % (len(COLORS) - 1)]
             ours += cache["kind"] != "dense"
             found[name] = {"color": color, "marker": "o", "ls": "-", "ms": 6}
@@ -47,7 +47,7 @@ def line_styles(result: Mapping) -> dict[str, dict]:
 
 
 def pareto(result: Mapping, theme: Theme, width: float) -> Figure:
-    """KL divergence over bytes per number."""
+    """KL divergence over bytes per element."""
     figure = new_figure(theme, (width, 4.6))
     draw_pareto(figure.subplots(), result, theme)
     return figure
@@ -77,7 +77,7 @@ def draw_pareto(axes: Axes, result: Mapping, theme: Theme) -> None:
     ticks = [t for t in (0.25, 0.5, 1, 2, 4) if _inside(t, axes.get_xlim())]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.set(xlabel="bytes per cached number", ylabel="KL divergence from the dense cache (0.001 nats)")
+    axes.set(xlabel="bytes per cached element", ylabel="KL divergence from the dense cache (0.001 nats)")
     dress(axes, theme)
     label_points(axes, sorted(points, key=lambda point: point[1]), lines)
 
@@ -87,7 +87,7 @@ def _inside(x: float, limits: tuple[float, float]) -> bool:
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The steps, as straight lines, between those points that no other beats in both."""
+    """The steps, as straight lines, between the points that no other point beats on both axes."""
     best = []
     for x, y in sorted(points):
         if not best or y < best[-1][1]:
@@ -109,7 +109,7 @@ def by_position(result: Mapping, theme: Theme, width: float) -> Figure:
         left.plot(middles, [_MILLI * y for y in curves["kl"]], **line)
         right.plot(middles, curves["added_loss"], **line)
     left.set_yscale("log")
-    # Linear near zero, where most caches are; logarithmic where the coarsest ones leave the picture.
+    # Linear near zero, where most caches are, and logarithmic for the coarsest ones, which would not fit.
     right.set_yscale("symlog", linthresh=_LINEAR)
     right.axhline(0, color=theme.muted, lw=0.8)
     left.set(xlabel="position in the text (tokens)", ylabel="KL divergence (0.001 nats)", title="KL divergence")

@@ -1,4 +1,4 @@
-"""How plots look, in one place: colours, figure sizes, and labels that do not cover each other."""
+"""The style of all plots: colours, figure sizes, and labels that do not cover each other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One per cache, in the order of the table; readable on white and on black.
+# One colour per cache, in the order of the table; readable on white and on black.
 COLORS = ("#7c8794", "#2b7bd6", "#12a594", "#8e63d9", "#e5732f", "#d63864", "#3f9e4d", "#b98a1d", "#5d9fd8", "#b07aa1")
 PEER_COLORS = ("#6f97c0", "#a68ccd", "#cf9a6b", "#c98299", "#8aa06a", "#9c8f84")
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of what is not data."""
+    """Colours of everything except data."""
 
     ink: str
     muted: str
@@ -31,7 +31,7 @@ class Theme:
 PRINT = Theme(ink="#1a1d21", muted="#5b6470", grid="#dfe3e8", paper="#ffffff")
 # Unlikely colours, which `to_svg` replaces by the page's CSS variables.
 PAGE = Theme(ink="#010203", muted="#010204", grid="#010205", paper="#010206")
-# Inches. Text has the same size in all, so that it stays readable on a phone.
+# Widths in inches. Text has the same size in all figures, so that it stays readable on a phone.
 WIDE, NARROW = 9.0, 4.3
 
 
@@ -46,7 +46,7 @@ def new_figure(theme: Theme, size: tuple[float, float]) -> Figure:
 
 
 def dress(axes: Axes, theme: Theme) -> None:
-    """Colours, a light grid, and no box around the data."""
+    """Give the axes colours, a light grid, and no box around the data."""
     axes.set_facecolor(theme.paper)
     axes.grid(color=theme.grid, lw=0.8)
     axes.set_axisbelow(True)
@@ -60,7 +60,7 @@ def dress(axes: Axes, theme: Theme) -> None:
         text.set_size(10)
 
 
-# Where a label may stand: this far from its point (in points of print), in these directions, near before far.
+# Places for a label: offsets from its point (in points of print), near ones first.
 _PLACES = [
     (dx * far, dy * far)
     for far in (9, 16, 24, 32)
@@ -73,8 +73,8 @@ def label_points(
 ) -> None:
     """Write each point's label `(x, y, text, color)` beside it where it covers no other label or point.
 
-    The nearest place that covers no straight line of `lines` either, else the nearest that does. Limits and scales of
-    the axes must be final.
+    It goes to the nearest place that covers no straight line of `lines` either, or if there is none, to the nearest
+    place that does. Limits and scales of the axes must be final.
     """
     from matplotlib.transforms import Bbox
 
@@ -90,7 +90,7 @@ def label_points(
     taken = [around(*place) for place in axes.transData.transform([(x, y) for x, y, *_ in points])]
     crossed = []
     for line in lines:
-        # Beads on the line, equally far from each other where it is drawn.
+        # Points on the line, evenly spaced as it is drawn.
         start, end = axes.transData.transform(line)
         crossed += [around(*(start + (end - start) * i / 12)) for i in range(13)]
     room = axes.get_window_extent(renderer)
@@ -99,14 +99,14 @@ def label_points(
         size = written.get_window_extent(renderer).size
         corner = axes.transData.transform((x, y))
         for obstacles, (right, up) in itertools.product((taken + crossed, taken), _PLACES):
-            # Which point of the label stands at the place: the one next to its mark.
+            # The anchor of the label is its point next to the mark.
             anchor = (0 if right > 0 else 1 if right < 0 else 0.5, 0 if up > 0 else 1 if up < 0 else 0.5)
             box = Bbox.from_bounds(*(corner + (right * pixels, up * pixels) - anchor * size), *size)
             inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
             if inside and not box.count_overlaps(obstacles):
                 break
         else:
-            # Better covered than missing.
+            # A covered label is better than none.
             (right, up), anchor = _PLACES[0], (0, 0.5)
         written.set_position((right, up))
         written.set(
@@ -124,8 +124,8 @@ def label_ends(
     be final.
 
     Args:
-        right: to the right of the ends, else to their left.
-        shift: how far above the ends, in points of print.
+        right: whether labels go to the right of the ends, or to their left.
+        shift: the distance of labels above the ends, in points of print.
     """
     figure = axes.figure
     figure.draw_without_rendering()
@@ -144,9 +144,9 @@ _LINE_HEIGHT = 12.5
 
 
 def _apart(places: Sequence[float], distance: float) -> list[float]:
-    """The places nearest to the given ones (least squares) that keep their order and this distance."""
+    """The places nearest to the given ones (least squares) that keep their order and are at least `distance` apart."""
     order = sorted(range(len(places)), key=places.__getitem__)
-    # Without the distances: numbers that do not fall. Neighbours that would are put at their mean.
+    # Less the distances, the places must not decrease. Neighbours that would are moved to their mean.
     runs: list[list[float]] = []
     for i, index in enumerate(order):
         runs.append([places[index] - i * distance])
@@ -160,11 +160,11 @@ def _apart(places: Sequence[float], distance: float) -> list[float]:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` for a page: it fills its place, and takes ink and paper from CSS variables."""
+    """The figure as an `<svg>` for a page: it fills its container, and takes ink and paper from CSS variables."""
     import matplotlib
 
     buffer = io.StringIO()
-    # Text as text; ids that depend on the plot's name, not on chance.
+    # Text stays text, and ids depend on the plot's name, not on chance.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

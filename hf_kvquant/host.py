@@ -137,6 +137,7 @@ __all__ = [
     "StaticLayer",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "attn_implementation",
+    "auto_class_names",
     "cache_argument",
     "cache_inputs",
     "cache_of",
@@ -219,6 +220,13 @@ def cache_of(output: object) -> Cache | None:
     # The search begins with the newest name and stops at a hit, because transformers warns when an old one is read.
     name = next((name for name in CACHE_NAMES if name in output), None)
     return None if name is None else output[name]
+
+
+def auto_class_names(mapping: str) -> dict[str, str | tuple[str, ...]]:
+    """The names of an auto class's model classes, by model type; none if this release has no such mapping."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(modeling_auto, mapping, {})
 
 
 def attn_implementation(config: PreTrainedConfig) -> str | None:

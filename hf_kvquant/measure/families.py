@@ -30,7 +30,7 @@ from .. import integration
 from ..attention import attend
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
-from ..host import CACHE, cache_of
+from ..host import CACHE, attn_implementation, cache_of
 from ..layers import QuantizedLayer
 from ..recorded import RecordedStates, recorded_in
 from ..states import QuantizedStates
@@ -197,7 +197,7 @@ def examine(family: Family) -> dict:
         subject = Subject(family)
     except Exception as error:
         return found | {"status": "not built", "reason": _reason(error)}
-    found["attention"] = subject.model.config.get_text_config(decoder=True)._attn_implementation
+    found["attention"] = attn_implementation(subject.model.config.get_text_config(decoder=True))
     try:
         dense, cache = subject.generate()
         if not torch.isfinite(dense).all():

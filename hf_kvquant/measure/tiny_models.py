@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto import modeling_auto
+
+from .. import host
 
 VOCAB = 128
 FIRST_TOKEN = 64  # smaller ids are special tokens
@@ -147,7 +148,7 @@ def families() -> dict[str, Family]:
     """Every model class that transformers' auto classes generate text with, by name, in their order."""
     found: dict[str, Family] = {}
     for kind, mapping in _AUTO.items():
-        for model_type, names in sorted(getattr(modeling_auto, mapping, {}).items()):
+        for model_type, names in sorted(host.auto_class_names(mapping).items()):
             for name in [names] if isinstance(names, str) else names:
                 squashed = model_type.replace("_", "").replace("-", "")
                 if name not in found or (found[name].kind == kind and name.lower().startswith(squashed)):

@@ -234,9 +234,12 @@ def attn_implementation(config: PreTrainedConfig) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def set_attn_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Set that name for this config alone; the public setter changes the configs inside of it, too."""
-    config._attn_implementation_internal = name
+def set_attn_implementation(config: PreTrainedConfig, name: str | None, nested: bool = False) -> None:
+    """Set that name for this config alone, or for the configs inside of it, too."""
+    if nested:
+        config._attn_implementation = name
+    else:
+        config._attn_implementation_internal = name
 
 
 def can_set_attn_implementation(model: PreTrainedModel) -> bool:

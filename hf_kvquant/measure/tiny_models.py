@@ -126,7 +126,7 @@ class Family:
         """A float32 model in eval mode, the same one every time; `attn` as in `attn_implementation`."""
         model_class = getattr(transformers, self.model)
         config = tiny_config(model_class.config_class or CONFIG_MAPPING[self.model_type], self.kind)
-        config._attn_implementation = attn
+        host.set_attn_implementation(config, attn, nested=True)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = model_class(config)

@@ -311,7 +311,7 @@ def test_names_that_cannot_act_raise(model, monkeypatch):
     monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", lambda self: False)
     refused("LlamaForCausalLM does not support Cache objects", cache_implementation="kvquant-int4")
     monkeypatch.undo()
-    odd = families.build("gpt2", n_embd=40, hidden_size=40)
+    odd = families.build("gpt2", n_embd=80, hidden_size=80)
     refused(r"keys\.head_dim: 20 cannot be quantized", odd, cache_implementation="kvquant-int8")
 
 

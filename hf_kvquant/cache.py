@@ -421,6 +421,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
                 self.model_state[key] = value[rows.to(value.device)]
 
     def reset(self) -> None:
+        self._close_steps(is_whole=False)
         for layer, new in zip(self.layers, self._native_layers()):
             if isinstance(layer, QuantizedLayer):
                 layer.reset()

@@ -114,6 +114,7 @@ class WholeChanges:
 
     def _forget_unfinished(self) -> None:
         """Remove the tokens of a forward call that reached only some of the layers."""
+        self._close_steps(is_whole=False)
         for layer in self.quantized_layers:
             layer.recover()
         gained = self._gained()

@@ -678,6 +678,29 @@ def test_a_long_turn_reads_a_copy():
     }  # fmt: skip
 
 
+def test_states_of_an_interrupted_call():
+    """Whoever has kept them gets an error, and the cache goes on."""
+    model, ids, kept = bloom(), families.prompt(1, 62), []
+    cache = QuantizedCache(model.config, "int8")
+    calls(model, cache, ids[:, :60])
+
+    def fails(module, args, output):
+        kept.append(output[1])
+        raise KeyboardInterrupt
+
+    hook = model.transformer.h[1].self_attention.register_forward_hook(fails)
+    with pytest.raises(KeyboardInterrupt):
+        calls(model, cache, ids[:, 60:61])
+    hook.remove()
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="a forward call that was interrupted"):
+        kept[0].sum()
+    got = calls(model, cache, ids[:, 60:61], ids[:, 61:])
+    other = QuantizedCache(model.config, "int8")
+    expected = calls(model, other, ids[:, :60], ids[:, 60:61], ids[:, 61:])
+    torch.testing.assert_close(got, expected[1:], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("wanted", ["argument", "config"])
 def test_attention_weights_of_a_user(wanted):
     """They are those of the de-quantized route, which is counted and said."""

@@ -128,8 +128,7 @@ def test_a_wrong_operator_fails_the_matrix(name, matrix, monkeypatch):
         lambda *args, scaling, **kwargs: original(*args, scaling=scaling * 1.01, **kwargs),
     )  # fmt: skip
     subject, compared = checks.Subject(tiny_models.families()[name]), checks.Compared()
-    watched = context(subject.model, compared, name=f"kvquant-compared-{name}"), compared.with_own_code()
-    with torch.no_grad(), watched[0], watched[1]:
+    with torch.no_grad(), context(subject.model, compared, name=f"kvquant-{name}"), compared.with_own_code():
         cache = hf_kvquant.QuantizedCache(subject.model.config, "int8")
         ids = subject.inputs["input_ids"]
         subject.model(ids, past_key_values=cache)

@@ -218,8 +218,8 @@ def examine(family: Family) -> dict:
 def _measured(subject: Subject, dense: torch.Tensor) -> dict:
     spread = dense.std()
     compared = Compared()
-    watched = integration.attention(subject.model, attend=compared), compared.with_own_code()
-    with watched[0], watched[1], warnings.catch_warnings(record=True) as said:
+    context = integration.attention(subject.model, attend=compared)
+    with context, compared.with_own_code(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         logits, cache = subject.generate(cache_implementation="kvquant", cache_config=EXACT)
         exact = {"own_route": share(logits - dense, spread)}
@@ -272,7 +272,7 @@ def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
             route = "native"
         elif not layer.is_initialized:
             route = "never used"
-        elif not routes["decode_dequantized"] or layer.takes_states:
+        elif not routes["decode_dequantized"] or (layer.takes_states and routes["decode_fused"]):
             route = "fused"
         else:
             route = "partly fused" if routes["decode_fused"] else "de-quantized"

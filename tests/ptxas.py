@@ -11,11 +11,11 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from hf_kvquant.backends import nvrtc
-from hf_kvquant.backends.specialisation import Specialisation
 
 
 def program() -> Path | None:
@@ -29,8 +29,9 @@ def missing() -> str | None:
     return nvrtc.missing() or (None if program() else "there is no ptxas; pip install 'nvidia-cuda-nvcc==13.*'")
 
 
-def ptx(source: str, specialisation: Specialisation, arch: str) -> str:
-    """The PTX of `source`, a name in `nvrtc.SOURCES`, for `arch` ("sm_90"), with the package's options.
+def ptx(source: str, specialisation: Mapping[str, int], arch: str, text: str | None = None) -> str:
+    """The PTX of `source`, a name in `nvrtc.SOURCES`, for `arch` ("sm_90"), with the package's options;
+    `text` is compiled in its place.
 
     Raises:
         nvrtc.CompileError: with NVRTC's log.
@@ -44,15 +45,16 @@ def ptx(source: str, specialisation: Specialisation, arch: str) -> str:
         return results[0] if results else None
 
     options = nvrtc.options(source, specialisation, arch.replace("sm_", "compute_")).as_bytes("nvrtc", "ptx")
-    unit = call(library.nvrtcCreateProgram, nvrtc.source_text(source).encode(), source.encode(), 0, [], [])
+    text = nvrtc.source_text(source) if text is None else text
+    unit = call(library.nvrtcCreateProgram, text.encode(), source.encode(), 0, [], [])
     if library.nvrtcCompileProgram(unit, len(options), options)[0] != library.nvrtcResult.NVRTC_SUCCESS:
         log = bytearray(call(library.nvrtcGetProgramLogSize, unit))
         call(library.nvrtcGetProgramLog, unit, log)
         raise nvrtc.CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log.decode()}")
-    text = bytearray(call(library.nvrtcGetPTXSize, unit))
-    call(library.nvrtcGetPTX, unit, text)
+    code = bytearray(call(library.nvrtcGetPTXSize, unit))
+    call(library.nvrtcGetPTX, unit, code)
     call(library.nvrtcDestroyProgram, unit)
-    return text.rstrip(b"\0").decode()
+    return code.rstrip(b"\0").decode()
 
 
 def assemble(text: str, arch: str) -> tuple[bytes, dict[str, nvrtc.Usage]]:

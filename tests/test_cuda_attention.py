@@ -49,20 +49,20 @@ def of(case, **sizes):
     return problem(k, v, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, **sizes)
 
 
-def attend(*arguments, split=SPLIT, **settings):
-    """The backend's own call in the emulator, with short splits, so that there are several."""
+def attend(*arguments, split=SPLIT, device=None, **settings):
+    """The backend's own call in the emulator, or on another `device`, with short splits, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specialisation, "SPLIT", split)
         patch.setattr(specialisation, "_made", {})
         patch.setattr(cuda, "SPLIT", split)
-        return cuda.decode_attention(*arguments, **settings, device=emulator.Device())
+        return cuda.decode_attention(*arguments, **settings, device=device or emulator.Device())
 
 
-def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, split=SPLIT, scaling=None):
+def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, split=SPLIT, scaling=None, device=None):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = dict(scaling=scaling, softcap=softcap)
     expected, expected_lse = reference.decode_attention(query, keys, values, mask, s_aux, **settings)
-    output, lse = attend(query, keys, values, mask, s_aux, split=split, **settings)
+    output, lse = attend(query, keys, values, mask, s_aux, split=split, device=device, **settings)
     tolerance, lse_tolerance = TOLERANCE[query.dtype]
     assert torch.equal(output.isnan(), expected.isnan())
     seen = expected.float().nan_to_num()

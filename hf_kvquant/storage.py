@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import torch
 
@@ -43,9 +44,10 @@ class Side(HasStored):
         else:
             data = self._empty(*heads, capacity, head_dim=spec.row_bytes(self.head_dim), dtype=torch.uint8)
             rows = -(-capacity // spec.block_length) if spec.is_channel else capacity
-            scales = {"head_dim": spec.num_scales(self.head_dim), "dtype": torch.float16}
-            scale = self._empty(*heads, rows, **scales)
-            zero_point = self._empty(*heads, rows, **scales) if spec.has_zero_point else None
+            num_scales = spec.num_scales(self.head_dim)
+            new_scales = partial(self._empty, *heads, rows, head_dim=num_scales, dtype=torch.float16)
+            scale = new_scales()
+            zero_point = new_scales() if spec.has_zero_point else None
         if self._ring_length:
             recent = self._empty(*heads, min(self._ring_length, capacity))
         return Stored(data, scale, zero_point, recent)
@@ -61,7 +63,8 @@ class Side(HasStored):
 
     def grow(self, capacity: int, length: int) -> None:
         """Move the first `length` columns into larger storage."""
-        new = self._allocated(*self.data.shape[:2], capacity)
+        batch, num_kv_heads, _ = self.shape
+        new = self._allocated(batch, num_kv_heads, capacity)
         new.data[:, :, :length] = self.data[:, :, :length]
         for wider, old in ((new.scale, self.scale), (new.zero_point, self.zero_point)):
             if old is not None:
@@ -79,7 +82,7 @@ class Side(HasStored):
 
     def refill(self, states: QuantizedStates) -> bool:
         """After a crop, put de-quantized values into the ring for lost columns that the next query reads."""
-        needed = states.dense_from(states.length)
+        needed = int(states.dense_from(states.length))
         self.recent_start = min(self.recent_start, states.length)
         if self.recent is None or needed >= self.recent_start:
             return False

@@ -9,6 +9,8 @@ one returns the de-quantized past and the new states.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,7 +33,8 @@ class QuantizedLayer(DynamicLayer):
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
         super().__init__()
-        self._keys = self._values = None
+        self._keys: Side | None = None
+        self._values: Side | None = None
         self.kv_config = kv_config
         self.layer_idx = layer_idx
         self.routes = self.shared_routes = routes
@@ -50,7 +53,7 @@ class QuantizedLayer(DynamicLayer):
         return self._next_read(self._keys)
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: torch.Tensor | None) -> None:
         assert value is None, "the states of a quantized layer are written by update()"
 
     @property
@@ -58,7 +61,7 @@ class QuantizedLayer(DynamicLayer):
         return self._next_read(self._values)
 
     @values.setter
-    def values(self, value: None) -> None:
+    def values(self, value: torch.Tensor | None) -> None:
         assert value is None, "the states of a quantized layer are written by update()"
 
     @property
@@ -102,7 +105,9 @@ class QuantizedLayer(DynamicLayer):
             self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """Store new tokens `[batch, num_kv_heads, n, head_dim]` and return the states for attention (the route)."""
         key_states, value_states = self._admitted(key_states, value_states)
         n, is_first = key_states.shape[2], not self.is_filled
@@ -359,7 +364,7 @@ class QuantizedLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(lambda x: x[indices.to(x.device) if isinstance(indices, torch.Tensor) else indices])
 
-    def _select(self, select) -> None:
+    def _select(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `select` along the batch."""
         with torch.inference_mode(False):
             padding = None if self.padding is None else select(self.padding)
@@ -371,7 +376,7 @@ class QuantizedLayer(DynamicLayer):
             self.padding = self._placed(self.padding, padding)
             self.sink_positions = self._placed(self.sink_positions, sink_positions)
 
-    def _transform(self, function) -> None:
+    def _transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `function` to the storage of both sides, or to neither if memory runs out."""
         with torch.inference_mode(False):
             sides = [(side, side.stored.transformed(function)) for side in (self._keys, self._values)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -53,6 +54,9 @@ class StaticQuantizedLayer(QuantizedLayer):
     """A `QuantizedLayer` with room for exactly `max_length` tokens."""
 
     is_compileable = True
+    # `Routes`, or `DeviceRoutes` once the device is known.
+    routes: Any
+    _length: int | None
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int):
         self.device_length: torch.Tensor | None = None
@@ -163,7 +167,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             return self._with_newest(past, new)
         joined = super()._joined(past, new)
         # The mask covers all of the storage; `QuantizedStates` have this attribute already.
-        joined.capacity = self.max_length
+        joined.capacity = self.max_length  # type: ignore[attr-defined]
         return joined
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
@@ -184,8 +188,8 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def _whole_states(self) -> tuple[QuantizedStates, QuantizedStates]:
         """Keys and values with all columns of the storage, and the length beside them."""
-        sides = self._keys, self._values
-        return tuple(self._states(side, self.max_length, self.device_length) for side in sides)
+        keys, values = (self._states(x, self.max_length, self.device_length) for x in (self._keys, self._values))
+        return keys, values
 
     def _check_room(self, length: int) -> None:
         if length > self.max_length:
@@ -202,7 +206,7 @@ class StaticQuantizedLayer(QuantizedLayer):
         if self.is_initialized:
             self.padding = kept.copy_(self._whole_padding(self.padding))
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         """The number of tokens; a tensor if an integer would have to wait for the device, as in a `StaticLayer`."""
         if not self.is_initialized or not self.is_filled:
             return 0

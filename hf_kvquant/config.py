@@ -15,12 +15,17 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from .backends import AUTO, NAMES
 from .message import told
 from .quantization import QuantSpec
+
+if TYPE_CHECKING:
+    # Its place from Python 3.11 on.
+    from importlib.resources.abc import Traversable
 
 BACKENDS = (AUTO, *NAMES)
 MAX_SINK_LENGTH = 1024
@@ -69,7 +74,7 @@ class KVQuantConfig:
     static: bool = False
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, limit in (("sink_length", MAX_SINK_LENGTH), ("recent_length", MAX_RECENT_LENGTH)):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
@@ -233,8 +238,9 @@ def _spec(where: str, data: object) -> QuantSpec:
 
 def _layer_idx(index: object) -> object:
     """The index as an integer: transformers saves a generation config as JSON, which makes every key a string."""
-    is_number = isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_DIGITS
-    return int(index) if is_number else index
+    if isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_DIGITS:
+        return int(index)
+    return index
 
 
 def _override(index: object, data: object) -> LayerOverride:
@@ -246,7 +252,7 @@ def _override(index: object, data: object) -> LayerOverride:
     return LayerOverride(**{side: _spec(f"{where}.{side}", spec) for side, spec in sides.items()})
 
 
-def _presets():
+def _presets() -> Traversable:
     folder = resources.files(__package__) / "configs"
     if not folder.is_dir():
         raise ImportError(
@@ -310,7 +316,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def _read_yaml(file) -> KVQuantConfig:
+def _read_yaml(file: Path | Traversable) -> KVQuantConfig:
     try:
         with file.open("rb") as opened:
             content = opened.read(MAX_FILE_BYTES + 1)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -53,7 +54,7 @@ def score(
     *,
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
-    **model_kwargs,
+    **model_kwargs: Any,
 ) -> torch.Tensor:
     """Logits `[batch, length, vocab]` as decode gives them after prefilling `context_lengths` positions of each row.
 
@@ -87,7 +88,7 @@ def score_tokens(
     context_lengths: int | Sequence[int] | torch.Tensor,
     kv_config: KVQuantConfig | str | Path | dict,
     attention_mask: torch.Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The probabilities that `score` gives to the tokens of the text itself, without keeping all logits in memory.
 
@@ -115,7 +116,7 @@ def score_chunks(
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
     first_row: int = 0,
-    **model_kwargs,
+    **model_kwargs: Any,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The logits of `score` in chunks: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
 
@@ -149,7 +150,15 @@ def score_chunks(
 
 
 @torch.no_grad()
-def _chunks(model, input_ids, cache: Cache, attention_mask, chunk_length: int, first_row: int, model_kwargs: dict):
+def _chunks(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    attention_mask: torch.Tensor | None,
+    chunk_length: int,
+    first_row: int,
+    model_kwargs: dict,
+) -> Iterator[tuple[int, torch.Tensor]]:
     length = input_ids.shape[1]
     dense = not isinstance(cache, _ScoringCache)
     keeps = takes(model, "logits_to_keep")
@@ -239,19 +248,19 @@ class ScoredStates:
         self.routes = Routes()
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
         raise ValueError(
             f"score: {getattr(func, '__name__', func)} changes the cached states before attention; {_REFUSED}"
         )
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"score: .{name} of the cached states is asked for before attention; {_REFUSED}")
 
     def position(self, q_len: int) -> int:
         """The position of the first of the newest `q_len` queries."""
         return self.shape[2] - q_len
 
-    def dequantize(self, position: int):
+    def dequantize(self, position: int) -> NoReturn:
         raise ValueError(f"score: attention needs de-quantized states (see the warning before this); {_REFUSED}")
 
     def body(self, dtype: torch.dtype) -> torch.Tensor:
@@ -278,7 +287,16 @@ class ScoredStates:
 _REFUSED = "this model cannot be scored in one pass, use score_by_decoding"
 
 
-def _attention(query, keys: ScoredStates, values: ScoredStates, mask, s_aux, *, scaling: float, softcap: float):
+def _attention(
+    query: torch.Tensor,
+    keys: ScoredStates,
+    values: ScoredStates,
+    mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
     """`reference.decode_attention` for all queries of a chunk, each reading what it would read in decode."""
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = keys.shape[1:3]
@@ -321,7 +339,14 @@ _attend = partial(attend, states_type=ScoredStates, operator=_attention)
 class _ScoringLayer(DynamicLayer):
     """Takes the place of `QuantizedLayer`; keeps every token both exact and quantized."""
 
-    def __init__(self, specs: tuple[QuantSpec, QuantSpec], config: KVQuantConfig, contexts, padding, length: int):
+    def __init__(
+        self,
+        specs: tuple[QuantSpec, ...],
+        config: KVQuantConfig,
+        contexts: torch.Tensor,
+        padding: torch.Tensor | None,
+        length: int,
+    ):
         super().__init__()
         self.specs, self.contexts, self.padding, self.max_length = specs, contexts, padding, length
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
@@ -334,10 +359,12 @@ class _ScoringLayer(DynamicLayer):
         states = key_states, value_states
         self.specs = tuple(spec if spec.is_dense else spec.resolve(x.shape[-1]) for spec, x in zip(self.specs, states))
         self.exact = tuple(x.new_empty(*x.shape[:2], self.max_length, x.shape[-1]) for x in states)
-        self.pieces = ([], [])
+        self.pieces: tuple[list[QuantizedTensor], ...] = ([], [])
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         key_states, value_states = autocast(key_states), autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -359,7 +386,14 @@ class _ScoringLayer(DynamicLayer):
 class _ScoringCache(DynamicCache):
     """The layers of a `QuantizedCache`, with a `_ScoringLayer` in place of each quantized one."""
 
-    def __init__(self, model: PreTrainedModel, config: KVQuantConfig, contexts, padding, length: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: KVQuantConfig,
+        contexts: torch.Tensor,
+        padding: torch.Tensor | None,
+        length: int,
+    ):
         # A query reads the same from static storage.
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):

@@ -14,8 +14,9 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -47,6 +48,8 @@ class Routes(Counter):
 class _Fresh(torch.Tensor):
     """States that a layer has just returned; `used` tells whether anything but attention has used them."""
 
+    used: bool
+
     # The attributes and methods that `QuantizedStates` has too; these do not count as use.
     _shared = frozenset(
         {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
@@ -54,7 +57,7 @@ class _Fresh(torch.Tensor):
     )
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function not in cls._shared:
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, cls):
@@ -69,12 +72,12 @@ def tagged(states: torch.Tensor, layer: object) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         view = view.as_subclass(_Fresh)
         view.used = False
-    view.plain = states
+    view.plain = states  # type: ignore[attr-defined]
     setattr(view, _TAG, weakref.ref(layer))
     return view
 
 
-def learn_route(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def learn_route(key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention calls this with its key and value. If they are the very objects that a layer returned from an update,
     and nothing else has used them (to make a mask of the values, say), the layer may return `QuantizedStates` from now
     on. Returns both as plain tensors."""

@@ -7,6 +7,7 @@ do goes to dense attention over de-quantized states; such calls are counted, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,9 +35,9 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     dense_attention: Callable,
-    states_type: type = QuantizedStates,
+    states_type: type[Any] = QuantizedStates,
     operator: Callable | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention with the signature of transformers' attention functions.
 
@@ -96,7 +97,14 @@ def attend(
     return autocast(output).transpose(1, 2).contiguous(), None
 
 
-def _decode(query, keys, values, mask, s_aux, **options) -> torch.Tensor:
+def _decode(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
     """The operator, which takes learned sinks `[num_heads]`; those of each query `[batch, num_heads, q_len, 1]` are
     one more column of weight and no value, which shrinks the output."""
     if s_aux is None or s_aux.ndim == 1:
@@ -117,7 +125,9 @@ def _obstacle_of_call(call: Call, q_len: int, mask: torch.Tensor | None, kwargs:
     return None
 
 
-def _obstacle(module, query: torch.Tensor, same_type: bool, kv_len: int, mask, kwargs: dict) -> str | None:
+def _obstacle(
+    module: torch.nn.Module, query: torch.Tensor, same_type: bool, kv_len: int, mask: object, kwargs: dict
+) -> str | None:
     """The reason why the operator cannot do this call, or None."""
     if not same_type:
         return "values that are not cached as the keys are"

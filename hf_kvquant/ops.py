@@ -10,6 +10,8 @@ import warnings
 from functools import lru_cache
 from importlib import import_module
 from itertools import zip_longest
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -133,7 +135,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _decode_attention(query, *args):
+def _decode_attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     k_stored, v_stored, others = _sides(args)
     sink_positions, length, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend = others
     keys, values = (
@@ -150,7 +152,7 @@ def _decode_attention(query, *args):
     return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
-def _quantize_append(key, value, *args):
+def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
     k_stored, v_stored, (sink_positions, faults, padding, length, k_spec, v_spec, start, backend) = _sides(args)
     keys, values = (
         QuantizedStates.of_operator(
@@ -170,7 +172,7 @@ def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
 
 
 @lru_cache(maxsize=None)
-def _implementation(backend: str, device_type: str, dtype: torch.dtype, small: int):
+def _implementation(backend: str, device_type: str, dtype: torch.dtype, small: int) -> ModuleType:
     name = choose_backend(backend, device_type, dtype, small)
     return reference if name == "reference" else import_module(f".backends.{name}", __package__)
 
@@ -185,14 +187,14 @@ _library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("kvquant::decode_attention", lib=_library)
-def _(query, *args):
+def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     _, v_stored, (*_, v_spec, _, _, _, _, _) = _sides(args)
     shape = (*query.shape[:-1], _head_dim(v_spec, v_stored.data))
     return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("kvquant::quantize_append", lib=_library)
-def _(*args):
+def _(*args: Any) -> None:
     return None
 
 
@@ -235,7 +237,13 @@ def quantize_append(
     )  # fmt: skip
 
 
-def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -> None:
+def _check(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+) -> None:
     batch, num_heads, q_len, head_dim = query.shape
     stored, length = keys.stored.data.shape, keys.length
     fits = (
@@ -258,7 +266,7 @@ def _check(query, keys: QuantizedStates, values: QuantizedStates, mask, s_aux) -
         raise ValueError(f"mask: dtype {mask.dtype} is not allowed in a 4-D mask; expected bool or a floating dtype")
 
 
-def _misfit(query, keys: QuantizedStates, values: QuantizedStates) -> str:
+def _misfit(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> str:
     """The message about the first thing that does not fit. `_check` makes the same checks faster, without messages."""
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, most = keys.shape[1], min(MAX_Q_LEN, keys.length)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -101,7 +102,10 @@ class QuantizedCache(WholeChanges, DynamicCache):
         self._max_length = max_length
         self._reach = reach or min((n for n in (max_length, context_length(config)) if n), default=None)
         layers = self._native_layers()
-        kinds = {DynamicLayer: QuantizedLayer, LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer}
+        kinds: dict[type, Any] = {
+            DynamicLayer: QuantizedLayer,
+            LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
+        }
         if self.kv_config.static:
             kinds = {
                 StaticLayer: StaticQuantizedLayer,
@@ -134,7 +138,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         if attention_mask is not None:
             self.set_padding(attention_mask)
 
-    def _native_layers(self) -> list[CacheLayerMixin]:
+    def _native_layers(self) -> list[Any]:
         """The layers that transformers' own cache of this kind would have, without windows that hide nothing."""
         static, crossing = self.kv_config.static, cross_attention_layers(self._config)
         if static:
@@ -152,10 +156,6 @@ class QuantizedCache(WholeChanges, DynamicCache):
     def is_empty(self) -> bool:
         """Whether no quantized layer holds a token."""
         return not any(layer.is_filled for layer in self.quantized_layers)
-
-    @property
-    def quantized_layers(self) -> list[QuantizedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
     @property
     def routes(self) -> dict[str, int]:
@@ -285,7 +285,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         file.check_model(config)
         if verify:
             file.verify()
-        model = saving.base_model(config)
+        model: Any = saving.base_model(config)
         is_model = isinstance(model, PreTrainedModel)
         if device is None:
             device = model.device if is_model else "cpu"
@@ -293,14 +293,14 @@ class QuantizedCache(WholeChanges, DynamicCache):
             kv_config = KVQuantConfig.from_dict(file.description["kv_config"])
         except ValueError as error:
             raise ValueError(f"{path}: kv_config.{error}") from None
-        state = file.state(device)
+        state: Any = file.state(device)
         # Files of the first version have neither of these.
-        added = {"reach": frozenset({None, expected.COUNT}), "model_state": dict}
+        added: dict[str, Any] = {"reach": frozenset({None, expected.COUNT}), "model_state": dict}
         added = {name: pattern for name, pattern in added.items() if isinstance(state, dict) and name in state}
         if "reach" in added:
             expected.check(state["reach"], lambda: added["reach"], f"{path}: reach")
         cache = cls(
-            model.config if is_model else config, kv_config, max_length if kv_config.static else None,
+            model.config if is_model else model, kv_config, max_length if kv_config.static else None,
             reach=state["reach"] if "reach" in added else None,
         )  # fmt: skip
         kinds = [type(layer).__name__ for layer in cache.layers]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .cross_attention import CROSS_ATTENTION
 from .host import CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -22,11 +23,16 @@ FORWARD = "forward call"
 class WholeChanges:
     """The part of a cache that keeps track of changes of its `layers`."""
 
-    layers: list[CacheLayerMixin]
+    # Ours and transformers' own, whose common base does not declare all that they have.
+    layers: list[Any]
     _routes: Routes
     # The change that has begun and not ended, and the number of tokens of each layer after the last one that ended.
     _unfinished: str | None = None
     _whole: list[int]
+
+    @property
+    def quantized_layers(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
     def begin(self, what: str, keeps_weights: bool = False) -> None:
         """Note that a change of all layers has begun. If it never reaches `end`, because of an exception, Ctrl-C or

@@ -24,13 +24,13 @@ MAY_IMPORT = {
     "message": set(),
     "quantization": {"message"},
     "backends": set(),
-    "backends.arguments": set(),
-    "backends.cpu": {"backends", "backends.arguments"},
+    "backends.arguments": {"quantization", "states"},
+    "backends.cpu": {"backends", "backends.arguments", "states"},
     "backends.disk_cache": set(),
-    "backends.specialisation": {"backends.arguments"},
+    "backends.specialisation": {"backends.arguments", "quantization"},
     "backends.nvrtc": {"backends", "backends.disk_cache", "backends.specialisation"},
     "backends.gpu": {"backends", "backends.nvrtc", "backends.specialisation"},
-    "backends.cuda": {"backends"}
+    "backends.cuda": {"backends", "states"}
     | {f"backends.{m}" for m in ("arguments", "disk_cache", "gpu", "nvrtc", "specialisation")},
     "states": {"quantization", "route"},
     "config": {"quantization", "backends", "message"},

@@ -7,11 +7,16 @@ struct holds addresses; tensors that were made on the way, contiguous copies for
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from struct import Struct
+from typing import Any, ClassVar
 
 import torch
+
+from ..quantization import QuantSpec
+from ..states import QuantizedStates
 
 MAX_HEAD_DIM = 512
 
@@ -22,40 +27,56 @@ _ADDITIVE_MASKS = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 5}
 _PADDING_WIDTHS = {torch.bool: 1, torch.uint8: 1, torch.int8: 1, torch.int32: 4, torch.int64: 8}
 
 
-def _struct(name: str, pointers: str, integers: str, doubles: str = "", **nested: type) -> type[ctypes.Structure]:
-    """A struct of 8-byte fields in the order pointers, integers, doubles, nested structs."""
-    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+def _fields(pointers: str, integers: str, doubles: str = "", **nested: type[ctypes.Structure]) -> list:
+    """Fields of 8 bytes in the order pointers, integers, doubles, and after them nested structs."""
+    fields: list[tuple[str, type]] = [(field, ctypes.c_void_p) for field in pointers.split()]
     fields += [(field, ctypes.c_int64) for field in integers.split()]
     fields += [(field, ctypes.c_double) for field in doubles.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields + list(nested.items())})
+    return fields + list(nested.items())
 
 
-Side = _struct(
-    "Side",
-    "data scale zero_point recent sink",
-    "data_batch data_head scale_batch scale_head recent_batch recent_head sink_batch sink_head "
-    "capacity ring_length format grid group_length rotate head_dim",
-)
-Attention = _struct(
-    "Attention",
-    "query output logsumexp mask s_aux sink_positions length",
-    "query_batch query_head query_row mask_batch mask_head mask_row mask_column sink_positions_batch num_sinks "
-    "mask_kind mask_width dtype batch num_heads num_kv_heads q_len kv_len recent_length isa threads",
-    "scaling softcap",
-    keys=Side,
-    values=Side,
-)
-NewTokens = _struct("NewTokens", "x", "batch_stride head_stride row_stride n", side=Side)
-Append = _struct(
-    "Append",
-    "faults padding sink_positions length",
-    "padding_stride padding_length sink_positions_batch num_sinks dtype batch num_kv_heads start isa threads",
-    keys=NewTokens,
-    values=NewTokens,
-)
+class Side(ctypes.Structure):
+    _fields_ = _fields(
+        "data scale zero_point recent sink",
+        "data_batch data_head scale_batch scale_head recent_batch recent_head sink_batch sink_head "
+        "capacity ring_length format grid group_length rotate head_dim",
+    )
 
 
-def _packing(struct: type[ctypes.Structure]) -> str:
+class Attention(ctypes.Structure):
+    _fields_ = _fields(
+        "query output logsumexp mask s_aux sink_positions length",
+        "query_batch query_head query_row mask_batch mask_head mask_row mask_column sink_positions_batch num_sinks "
+        "mask_kind mask_width dtype batch num_heads num_kv_heads q_len kv_len recent_length isa threads",
+        "scaling softcap",
+        keys=Side,
+        values=Side,
+    )
+    dtype: int
+    num_kv_heads: int
+    kv_len: int
+    alive: Sequence[torch.Tensor | None]
+
+
+class NewTokens(ctypes.Structure):
+    _fields_ = _fields("x", "batch_stride head_stride row_stride n", side=Side)
+    side: ClassVar[Any]
+
+
+class Append(ctypes.Structure):
+    _fields_ = _fields(
+        "faults padding sink_positions length",
+        "padding_stride padding_length sink_positions_batch num_sinks dtype batch num_kv_heads start isa threads",
+        keys=NewTokens,
+        values=NewTokens,
+    )
+    dtype: int
+    batch: int
+    num_kv_heads: int
+    alive: Sequence[torch.Tensor | None]
+
+
+def _packing(struct: Any) -> str:
     """The struct's fields as a format of `struct.Struct`, with the fields of nested structs in their places."""
     codes = {ctypes.c_void_p: "q", ctypes.c_int64: "q", ctypes.c_double: "d"}
     return "".join(codes.get(type_) or _packing(type_) for _, type_ in struct._fields_)
@@ -81,7 +102,7 @@ def _head_strides(tensor: torch.Tensor | None, name: str, itemsize: int, row_len
 
 
 @lru_cache(maxsize=None)
-def _side_constants(name: str, spec, head_dim: int) -> tuple[int, ...]:
+def _side_constants(name: str, spec: QuantSpec, head_dim: int) -> tuple[int, ...]:
     """The last fields of a side, which depend on nothing but its spec and head_dim."""
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name} head_dim: {head_dim} is not allowed; expected a multiple of 16 up to {MAX_HEAD_DIM}")
@@ -91,7 +112,7 @@ def _side_constants(name: str, spec, head_dim: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=None)
-def _row_sizes(spec, head_dim: int) -> tuple[int, int, int, bool]:
+def _row_sizes(spec: QuantSpec, head_dim: int) -> tuple[int, int, int, bool]:
     """The number of elements in a row of `data`, of scales in a row of `scale` (0: none), of tokens per scale, and
     whether there are zero points."""
     if spec.is_dense:
@@ -99,7 +120,7 @@ def _row_sizes(spec, head_dim: int) -> tuple[int, int, int, bool]:
     return spec.row_bytes(head_dim), spec.num_scales(head_dim), spec.block_length or 1, spec.has_zero_point
 
 
-def _misfit(name: str, states, heads: tuple[int, int], columns: int, num_sinks: int) -> str:
+def _misfit(name: str, states: QuantizedStates, heads: tuple[int, int], columns: int, num_sinks: int) -> str:
     """The message for a side that does not fit: what it has and should have. `_side` makes these checks faster."""
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
     rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
@@ -129,7 +150,13 @@ def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dty
 
 
 def _side(
-    name: str, states, itemsize: int, batch: int, num_kv_heads: int, columns: int | None, num_sinks: int
+    name: str,
+    states: QuantizedStates,
+    itemsize: int,
+    batch: int,
+    num_kv_heads: int,
+    columns: int | None,
+    num_sinks: int,
 ) -> tuple[int, ...]:
     """The fields of a `Side`. A kernel sees only addresses, so this checks that the tensors have the memory it uses.
 
@@ -169,7 +196,7 @@ def _side(
     )  # fmt: skip
 
 
-def _sink_positions(keys, values, batch: int) -> tuple[int, int, int]:
+def _sink_positions(keys: QuantizedStates, values: QuantizedStates, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
     positions = keys.sink_positions
     if positions is None or (keys.stored.sink is None and values.stored.sink is None):
@@ -190,13 +217,21 @@ def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str)
     return DTYPES[dtype]
 
 
-def _dense(states) -> torch.Tensor | None:
+def _dense(states: QuantizedStates) -> torch.Tensor | None:
     """The body if it has the model's dtype, else None."""
     return states.data if states.spec.format == "dense" else None
 
 
 def attention(
-    query, keys, values, mask, s_aux, scaling: float, softcap: float, isa: int = 0, threads: int = 0
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    isa: int = 0,
+    threads: int = 0,
 ) -> tuple[Attention, torch.Tensor, torch.Tensor]:
     """The argument of `decode_attention`, and the output and log-sum-exp that the kernel will write.
 
@@ -224,7 +259,8 @@ def attention(
     output = query.new_empty((batch, num_heads, q_len, values.head_dim))
     logsumexp = query.new_empty((batch, num_heads, q_len), dtype=torch.float32)
 
-    kind, width, mask_strides = _NO_MASK, 0, (0, 0, 0, 0)
+    kind, width = _NO_MASK, 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         whole = (batch, kv_len) if mask.ndim == 2 else (batch, num_heads, q_len, kv_len)
         if mask.ndim != len(whole) or any(m not in (1, w) for m, w in zip(mask.shape, whole)):
@@ -242,7 +278,7 @@ def attention(
             raise ValueError(f"mask: dtype {mask.dtype} is not supported; expected bool, float32, float16 or bfloat16")
         size = mask.element_size()
         strides = [s * size if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape)]
-        mask_strides = strides if len(strides) == 4 else (strides[0], 0, 0, strides[1])
+        mask_strides = (strides[0], 0, 0, strides[1]) if len(strides) == 2 else tuple(strides)
     if s_aux is not None:
         _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
@@ -261,13 +297,23 @@ def attention(
     return arguments, output, logsumexp
 
 
-def _misfit_of_query(query, keys, values) -> str:
+def _misfit_of_query(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> str:
     states = f"{keys.length} keys and {values.length} values on {keys.data.device}"
     expected = f"a multiple of {keys.data.shape[1]} heads, 1 to {keys.length} queries and head_dim {keys.head_dim}"
     return f"query: {tuple(query.shape)} on {query.device} does not fit states of {states}; expected {expected}"
 
 
-def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, threads: int = 0) -> Append:
+def append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    faults: torch.Tensor,
+    padding: torch.Tensor | None,
+    start: int,
+    isa: int = 0,
+    threads: int = 0,
+) -> Append:
     """The argument of `quantize_append`.
 
     Raises:
@@ -294,7 +340,8 @@ def append(key, value, keys, values, faults, padding, start: int, isa: int = 0, 
         padding = padding.contiguous()
     if faults.stride(0) != 1:
         raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected contiguous elements")
-    sides, alive = [], [padding]
+    sides: list[int] = []
+    alive = [padding]
     for name, x, states in (("key", key, keys), ("value", value, values)):
         itemsize, end, data = x.element_size(), start + x.shape[2], states.stored.data
         if x.shape[3] != states.head_dim or (knows_end and end > data.shape[2]):

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import torch
 
+from ..states import QuantizedStates
 from . import arguments
 
 ISA_VARIABLE = "KVQUANT_CPU_ISA"
@@ -57,7 +60,8 @@ def _openmp_parallel() -> int | None:
 @lru_cache(maxsize=None)
 def _instruction_sets() -> tuple[dict[str, int], tuple[str, ...]]:
     """The indices of all instruction sets by name, ascending, and the names of those that this processor has."""
-    library, indices = _library(), {}
+    library = _library()
+    indices: dict[str, int] = {}
     while (name := library.kvquant_level_name(ctypes.c_int64(len(indices)))) is not None:
         indices[name.decode()] = len(indices)
     return indices, tuple(name for name, i in indices.items() if library.kvquant_level_runs(ctypes.c_int64(i)))
@@ -105,7 +109,7 @@ def info() -> dict:
     }
 
 
-def _call(function, struct: ctypes.Structure) -> None:
+def _call(function: Callable[[Any], int], struct: ctypes.Structure) -> None:
     status = function(ctypes.byref(struct))
     if status:
         raise MemoryError(_STATUS[status]) if status == 2 else RuntimeError(_STATUS[status])
@@ -117,7 +121,17 @@ def _check_length(length: torch.Tensor | None, least: int) -> None:
         raise ValueError(f"length: {int(length)} is not allowed; expected {least} or more")
 
 
-def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, isa=None):
+def decode_attention(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Same as `reference.decode_attention`. `isa` names an instruction set; the default is `isa()`.
 
     Raises:
@@ -131,7 +145,17 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
     return output, logsumexp
 
 
-def quantize_append(key, value, keys, values, faults, padding=None, *, start, isa=None):
+def quantize_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    faults: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    *,
+    start: int,
+    isa: str | None = None,
+) -> None:
     """Same as `reference.quantize_append`. `isa` names an instruction set; the default is `isa()`.
 
     Raises:

@@ -7,8 +7,11 @@ and specialisations as the kernels run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..states import QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
 from .specialisation import SPLIT, THREADS, specialisation
 
@@ -45,7 +48,17 @@ def info() -> dict:
     }
 
 
-def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, softcap=0.0, device=None):
+def decode_attention(
+    query: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    device: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Same as `reference.decode_attention`.
 
     Raises:
@@ -75,7 +88,17 @@ def decode_attention(query, keys, values, mask=None, s_aux=None, *, scaling, sof
     return output, logsumexp
 
 
-def quantize_append(key, value, keys, values, faults, padding=None, *, start, device=None):
+def quantize_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    faults: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    *,
+    start: int,
+    device: Any = None,
+) -> None:
     """Same as `reference.quantize_append`.
 
     Raises:
@@ -99,7 +122,7 @@ def quantize_append(key, value, keys, values, faults, padding=None, *, start, de
     device.launch("quantize_append_kernel", kind, grid, call, **touched)
 
 
-def _append_blocks(n: int, states) -> int:
+def _append_blocks(n: int, states: QuantizedStates) -> int:
     """The number of thread blocks among which the new tokens of a head are divided."""
     if n == 1:
         return 1
@@ -110,7 +133,7 @@ def _append_blocks(n: int, states) -> int:
     return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
 
 
-def _has_copies(keys, values) -> int:
+def _has_copies(keys: QuantizedStates, values: QuantizedStates) -> int:
     """The number of slices for columns with exact copies.
 
     Raises:
@@ -144,7 +167,9 @@ _PLACES = tuple(place for places in _STORED.values() for place in places)
 _CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in places))
 
 
-def _check_alignment(name: str, call, side: int, states) -> None:
+def _check_alignment(
+    name: str, call: arguments.Attention | arguments.Append, side: int, states: QuantizedStates
+) -> None:
     """Check that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a multiple of 16 bytes."""
     words = memoryview(call).cast("B").cast("Q")
     together, channel = 0, states.spec.grid == "channel"
@@ -161,5 +186,5 @@ def _check_alignment(name: str, call, side: int, states) -> None:
                 raise ValueError(f"{name} {tensor}: {what} {number} is not allowed; {expected}")
 
 
-def _tensors(states) -> tuple[torch.Tensor | None, ...]:
+def _tensors(states: QuantizedStates) -> tuple[torch.Tensor | None, ...]:
     return (*states.stored, states.sink_positions, states.device_length)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -65,7 +68,7 @@ class Gpu:
         # The driver's handle of each kernel, and its threads and shared memory.
         self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
-    def launch(self, kernel: str, kind: Specialisation, grid, *values) -> None:
+    def launch(self, kernel: str, kind: Specialisation, grid: Sequence[int], *values: Any) -> None:
         """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address."""
         index = self._index
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
@@ -114,7 +117,7 @@ class Gpu:
                 self._functions[kernel, kind] = function, needs
         return self._functions[kernel, kind]
 
-    def _cannot_load(self, kernel: str, kind: Specialisation, status) -> str:
+    def _cannot_load(self, kernel: str, kind: Specialisation, status: Any) -> str:
         """The message for refused machine code: a driver loads none of a newer major version of CUDA than its own."""
         known = _checked(kernel, *_driver().cuDriverGetVersion())
         return (
@@ -125,17 +128,17 @@ class Gpu:
 
 
 @lru_cache(maxsize=None)
-def _driver():
+def _driver() -> ModuleType:
     from cuda.bindings import driver
 
     return driver
 
 
-def _checked(what: str, status, *values):
+def _checked(what: str, status: Any, *values: Any) -> Any:
     if status:
         raise RuntimeError(f"{what}: the driver says {_name(status)}")
     return values[0] if values else None
 
 
-def _name(status) -> str:
+def _name(status: object) -> str:
     return getattr(status, "name", str(status))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,7 +91,7 @@ def missing() -> str | None:
     return None
 
 
-def cuda_core():
+def cuda_core() -> ModuleType:
     """The package `cuda.core`, imported under a lock: if two threads import it at once, one gets an ImportError."""
     with _importing:
         import cuda.core
@@ -213,8 +214,8 @@ def _compile(source: str, specialisation: Specialisation, arch: str) -> tuple[by
         program.close()
     # Not a type of cuda-core, because its error types have moved between its versions.
     except Exception as error:
-        log = str(error).replace("\0", "")
-        raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log}") from error
+        told = str(error).replace("\0", "")
+        raise CompileError(f"{source} for {arch} ({specialisation}) does not compile: {told}") from error
     return bytes(cubin), log.getvalue()
 
 

@@ -6,6 +6,7 @@ needs one or two specialisations, not one per shape.
 
 from __future__ import annotations
 
+from ..quantization import QuantSpec
 from .arguments import FORMATS
 
 # The columns that one block of threads attends to. Fixed, so that results do not depend on the size of the GPU.
@@ -23,7 +24,7 @@ class Specialisation(dict):
         super().__init__(macros)
         self._hash = hash(tuple(self.items()))
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none
         return self._hash
 
     def __str__(self) -> str:
@@ -46,7 +47,9 @@ class Specialisation(dict):
 _made: dict[tuple, Specialisation] = {}
 
 
-def specialisation(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
+def specialisation(
+    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int
+) -> Specialisation:
     """The macros for these specs; `dtype` is a value of `arguments.DTYPES`. Equal arguments give the same object.
 
     Raises:
@@ -59,7 +62,7 @@ def specialisation(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int)
     return found
 
 
-def _make(dtype: int, k_spec, v_spec, k_head_dim: int, v_head_dim: int) -> Specialisation:
+def _make(dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
         if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
             expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"

@@ -21,7 +21,7 @@ class StaticCrossAttentionLayer(StaticLayer):
 
     supports_early_init = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(max_cache_len=0)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

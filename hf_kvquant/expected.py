@@ -15,8 +15,9 @@ A pattern is made for the sizes that a state claims, so all tensors of the state
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,11 +69,12 @@ def misfit(found: object, pattern: object, where: str) -> str | None:
         fits = any(misfit(found, each, where) is None for each in pattern)
     elif isinstance(pattern, (torch.Tensor, Bounds)):
         like = pattern.low if isinstance(pattern, Bounds) else pattern
-        fits = isinstance(found, torch.Tensor) and found.shape == like.shape and found.dtype == like.dtype
-        if fits and isinstance(pattern, Bounds):
+        if not isinstance(found, torch.Tensor) or found.shape != like.shape or found.dtype != like.dtype:
+            fits = False
+        elif isinstance(pattern, Bounds):
             fits = pattern.holds(found)
-        elif fits and not like.is_meta:
-            fits = torch.equal(found.cpu(), like.cpu())
+        else:
+            fits = like.is_meta or torch.equal(found.cpu(), like.cpu())
     elif isinstance(pattern, type):
         fits = type(found) is pattern
     elif isinstance(pattern, range):
@@ -82,7 +84,7 @@ def misfit(found: object, pattern: object, where: str) -> str | None:
     return None if fits else _differs(where, found, pattern)
 
 
-def _first(misfits) -> str | None:
+def _first(misfits: Iterable[str | None]) -> str | None:
     return next((each for each in misfits if each is not None), None)
 
 
@@ -162,7 +164,7 @@ def _initialise_linear(fresh: LinearAttentionLayer, state: Mapping) -> None:
     for name in ("conv_states", "recurrent_states"):
         for i, saved in state[name].items():
             if saved is not None:
-                like = {name: meta(*saved.shape, dtype=_float(saved))}
+                like: dict[str, Any] = {name: meta(*saved.shape, dtype=_float(saved))}
                 LinearAttentionLayer.lazy_initialization(fresh, **like, state_idx=i)
 
 
@@ -178,7 +180,7 @@ def _dtypes(fresh: object, state: Mapping) -> object:
     return frozenset(x.dtype for x in (state.get("keys"), *linear) if x is not None) or None
 
 
-def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
+def _cumulative_length(fresh: Any, state: Mapping) -> object:
     """The number of tokens that may have passed, given the states that are kept of them."""
     if isinstance(fresh, DynamicSlidingWindowLayer):
         kept, most = (state["keys"].shape[2] if fresh.is_initialized else 0), fresh.sliding_window - 1
@@ -194,7 +196,7 @@ def _cumulative_length(fresh: CacheLayerMixin, state: Mapping) -> object:
 
 
 # Patterns for attributes that change with use, other than keys, values and linear states.
-_CHANGES = {
+_CHANGES: dict[str, Callable[[Any, Mapping], object]] = {
     "conv_kernel_size": lambda fresh, state: {
         i: COUNT[1:] if size is not None and state["record_past"] is True else size
         for i, size in fresh.conv_kernel_size.items()

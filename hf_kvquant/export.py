@@ -11,7 +11,7 @@ takes it apart.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils import _pytree as pytree
@@ -85,5 +85,5 @@ def _flatten_with_keys(cache: QuantizedCache) -> tuple[list, _Empty]:
     return [(pytree.SequenceKey(i), x) for i, x in enumerate(tensors)], empty
 
 
-def _unflatten(tensors, empty: _Empty) -> QuantizedCache:
+def _unflatten(tensors: Iterable[torch.Tensor], empty: _Empty) -> QuantizedCache:
     return copy.deepcopy(empty.cache, _replacing(empty.places, list(tensors), empty.cache))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -36,7 +38,7 @@ class Need:
         """Raises ImportError if the installed transformers has no such name, or if it lacks one of the parameters."""
         module, _, names = self.path.partition(":")
         try:
-            found = importlib.import_module(f"transformers.{module}")
+            found: Any = importlib.import_module(f"transformers.{module}")
             for name in names.split("."):
                 found = getattr(found, name)
         except (ImportError, AttributeError):
@@ -215,7 +217,7 @@ def cache_inputs(model: torch.nn.Module, cache: Cache) -> dict:
     return {cache_argument(model) or CACHE: cache, "use_cache": True}
 
 
-def cache_of(output: object) -> Cache | None:
+def cache_of(output: Mapping) -> Cache | None:
     """The cache in a model's output, or in the dictionary that generation keeps."""
     # The search begins with the newest name and stops at a hit, because transformers warns when an old one is read.
     name = next((name for name in CACHE_NAMES if name in output), None)
@@ -249,12 +251,14 @@ def can_set_attn_implementation(model: PreTrainedModel) -> bool:
 
 def supports_cache(model: PreTrainedModel) -> bool:
     """Whether `generate` would make a `DynamicCache` for the model."""
-    return model._supports_default_dynamic_cache() and cache_argument(model) is not None
+    generates: Any = model
+    return generates._supports_default_dynamic_cache() and cache_argument(model) is not None
 
 
-def static_cache_shape(model: PreTrainedModel) -> tuple | None:
+def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:
     """`num_heads` and `head_dim` for allocating a static cache of the model early; None if they are not known."""
-    return model._get_static_cache_init_shape()
+    generates: Any = model
+    return generates._get_static_cache_init_shape()
 
 
 def records_attention_weights() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ LARGE_BYTES = 4 << 20
 
 
 @lru_cache(maxsize=None)
-def _madvise():
+def _madvise() -> Callable[[int, int, int], int]:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function

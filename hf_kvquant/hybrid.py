@@ -6,6 +6,7 @@ Each method calls that of one half of the layer, or those of both halves in turn
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -34,13 +35,15 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
         """Set how many linear states the layer keeps, before it is used."""
         LinearAttentionLayer.__init__(self, number_of_states)
 
-    def lazy_initialization(self, *states: torch.Tensor, **linear_states) -> None:
+    def lazy_initialization(self, *states: torch.Tensor, **linear_states: Any) -> None:
         if states:
             self._attention.lazy_initialization(self, *states)
         else:
             LinearAttentionLayer.lazy_initialization(self, **linear_states)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         return self._attention.update(self, key_states, value_states)
 
     def get_max_length(self) -> int:
@@ -57,7 +60,7 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
     def expected(self, state: dict) -> dict:
         return QuantizedLayer.expected(self, state) | {"linear": linear(self, state["linear"])}
 
-    def _both(self, name: str, *args) -> None:
+    def _both(self, name: str, *args: Any) -> None:
         for part in (LinearAttentionLayer, self._attention):
             getattr(part, name)(self, *args)
 

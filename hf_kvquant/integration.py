@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import (
     Cache,
     DynamicCache,
     EncoderDecoderCache,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
@@ -49,7 +51,7 @@ def install() -> None:
     """Add our names to transformers. `import hf_kvquant` does it; a second call changes nothing."""
     if _originals:
         return
-    known = host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    known: Any = host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS
     _originals["ALL_CACHE_IMPLEMENTATIONS"] = known
     host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = type(known)([*known, *cache_implementations()])
     for (owner, name), wrap in _WRAPPERS.items():
@@ -66,7 +68,7 @@ def uninstall() -> None:
         setattr(owner, name, _originals.pop(name))
 
 
-_originals: dict[str, object] = {}
+_originals: dict[str, Any] = {}
 
 
 @contextmanager
@@ -231,16 +233,16 @@ def _register(name: str, base: str, attend: Callable) -> None:
         host.AttentionMaskInterface.register(registered, host.ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
-def _attend(attend: Callable, dense_attention: Callable, *args, **kwargs):
+def _attend(attend: Callable, dense_attention: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call `attend` with `output_attentions`, which most models do not pass on: they record the weights with hooks."""
     if host.records_attention_weights():
         kwargs["output_attentions"] = True
     return attend(*args, dense_attention=dense_attention, **kwargs)
 
 
-def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
+def _dense(base: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The attention that the module's own forward would have called for `base`."""
-    registry, eager = _attention_functions(type(module))
+    registry, eager = _attention_functions(type(module))  # type: ignore[arg-type]  # classes can be hashed
     function = registry.get_interface(base, eager)
     if function is None:
         raise ValueError(f"attn_implementation: {type(module).__name__} has no attention function for {base!r}")
@@ -248,7 +250,7 @@ def _dense(base: str, module: torch.nn.Module, *args, **kwargs):
 
 
 @functools.lru_cache(maxsize=None)
-def _attention_functions(module_class: type) -> tuple[host.AttentionInterface, Callable | None]:
+def _attention_functions(module_class: Any) -> tuple[host.AttentionInterface, Callable | None]:
     """The registry in which a module's forward looks its attention up, and the module's own eager function."""
     forward = inspect.unwrap(module_class.forward)
     names = forward.__globals__
@@ -264,16 +266,16 @@ class _ModuleView:
     def __init__(self, module: torch.nn.Module, base: str):
         self._module, self._base = module, base
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return _ConfigView(value, self._base) if name == "config" else value
 
 
 class _ConfigView:
-    def __init__(self, config, base: str):
+    def __init__(self, config: Any, base: str):
         self._config, self._attn_implementation = config, base
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
 
 
@@ -384,7 +386,9 @@ def _tokens_given(args: tuple, kwargs: dict) -> int:
     return 0 if ids is None else ids.shape[1]
 
 
-def _asked_for(model: PreTrainedModel, generation_config, kwargs: dict) -> tuple[str | None, bool]:
+def _asked_for(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict
+) -> tuple[str | None, bool]:
     """The `cache_implementation` that a call of `generate` asks for, and whether the call itself names it."""
     own = getattr(model.generation_config, "cache_implementation", None)
     if getattr(generation_config, "is_assistant", False):
@@ -397,7 +401,7 @@ def _is_ours(name: object) -> bool:
     return isinstance(name, str) and (name == NAME or name.startswith(f"{NAME}-"))
 
 
-def _quantized_cache(cache) -> QuantizedCache | None:
+def _quantized_cache(cache: object) -> QuantizedCache | None:
     """The quantized cache in the argument that a user passed as a cache, if there is one."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -406,7 +410,7 @@ def _quantized_cache(cache) -> QuantizedCache | None:
 
 def _wrap_generate(generate: Callable) -> Callable:
     @functools.wraps(generate)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         name, by_call = _asked_for(self, generation_config, kwargs)
         outer = _Request._current.get()
@@ -432,7 +436,14 @@ def _wrap_generate(generate: Callable) -> Callable:
 
 def _wrap_prepare_cache(prepare: Callable) -> Callable:
     @functools.wraps(prepare)
-    def wrapper(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+    def wrapper(
+        self: PreTrainedModel,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: host.GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         request = _Request._current.get() or _Request(self, None, by_call=True)
         if generation_config.is_assistant:
@@ -461,7 +472,7 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         if generation_config.use_cache is False and not request.by_call:
             # An argument of the call takes precedence over a name that was saved with the model.
             return prepare(self, *arguments)
-        cache = _build(self, generation_config, max_cache_length, request)
+        cache: Any = _build(self, generation_config, max_cache_length, request)
         if self.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, _cross_attention_cache(self, cache, model_kwargs))
         elif cache.is_compileable and generation_config.prefill_chunk_size is not None:
@@ -477,7 +488,9 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
     return wrapper
 
 
-def _build(model: PreTrainedModel, generation_config, max_length: int, request: _Request) -> QuantizedCache:
+def _build(
+    model: PreTrainedModel, generation_config: GenerationConfig, max_length: int, request: _Request
+) -> QuantizedCache:
     name, config = generation_config.cache_implementation, generation_config.cache_config
     if generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
@@ -527,12 +540,12 @@ def _initialize(model: PreTrainedModel, cache: QuantizedCache, batch_size: int) 
 
 def _wrap_compiled_call(compiled_call: Callable) -> Callable:
     @functools.wraps(compiled_call)
-    def wrapper(self, compile_config):
+    def wrapper(self: PreTrainedModel, compile_config: Any) -> Callable:
         call = compiled_call(self, compile_config)
         if _Request.of(self) is None:
             return call
 
-        def checked(*args, **kwargs):
+        def checked(*args: Any, **kwargs: Any) -> Any:
             request = _Request.of(self)
             if request is not None:
                 args, kwargs = request.call_begins(args, kwargs)
@@ -545,7 +558,7 @@ def _wrap_compiled_call(compiled_call: Callable) -> Callable:
 
 def _wrap_logits_processor(logits_processor: Callable) -> Callable:
     @functools.wraps(logits_processor)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         processors = logits_processor(self, *args, **kwargs)
         request = _Request.of(self)
         if request is None:
@@ -560,7 +573,7 @@ def _wrap_logits_processor(logits_processor: Callable) -> Callable:
 
 def _wrap_stopping_criteria(stopping_criteria: Callable) -> Callable:
     @functools.wraps(stopping_criteria)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         criteria = stopping_criteria(self, *args, **kwargs)
         return criteria if _Request.of(self) is None else _AsideCriteria(criteria)
 
@@ -570,7 +583,7 @@ def _wrap_stopping_criteria(stopping_criteria: Callable) -> Callable:
 class _AsideProcessors(LogitsProcessorList):
     """Processors may call the model for purposes of their own; such calls are not steps of the generation."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Request.runs(None):
             return super().__call__(*args, **kwargs)
 
@@ -578,7 +591,7 @@ class _AsideProcessors(LogitsProcessorList):
 class _AsideCriteria(StoppingCriteriaList):
     """Criteria may call the model, too; such calls are not steps of the generation."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Request.runs(None):
             return super().__call__(*args, **kwargs)
 
@@ -595,7 +608,7 @@ def _quantize_guidance(context: dict, request: _Request) -> None:
 
 def _wrap_continuous_batching(init: Callable) -> Callable:
     @functools.wraps(init)
-    def wrapper(self, generation_config=None, *args, **kwargs):
+    def wrapper(self: PreTrainedModel, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         name, _ = _asked_for(self, generation_config, {})
         if _is_ours(name):
             raise ValueError(

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -82,8 +83,13 @@ class QuantSpec:
     block_length: int | None = None
     rotate: bool = False
 
-    def __post_init__(self):
-        def refuse(field: str, expected: str):
+    if TYPE_CHECKING:
+        # Set by `__post_init__`; it is no field.
+        @property
+        def code(self) -> str: ...
+
+    def __post_init__(self) -> None:
+        def refuse(field: str, expected: str) -> NoReturn:
             raise ValueError(f"{field}: {told(getattr(self, field))} is not allowed; expected {expected}")
 
         if not isinstance(self.format, str) or (self.format != DENSE and self.format not in FORMATS):

@@ -140,7 +140,14 @@ def quantize_append(
         _append_sinks(key, value, keys, values, padding, start)
 
 
-def _append_sinks(key, value, keys: QuantizedStates, values: QuantizedStates, padding, start: int) -> None:
+def _append_sinks(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    padding: torch.Tensor | None,
+    start: int,
+) -> None:
     n, positions = key.shape[2], keys.sink_positions
     is_token = torch.ones(key.shape[0], n, dtype=torch.bool, device=key.device)
     if padding is not None:

@@ -21,11 +21,11 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,7 @@ try:
     import fcntl
 except ImportError:
     # Windows has no such locks; there the temporary files of killed processes stay.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
 # All metadata is stored under one key, because safetensors writes several keys in no fixed order.
@@ -292,7 +292,7 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
         ValueError: the argument is neither a model nor a config, or its weights are not in memory (offloaded to disk)
             or cannot be read.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     is_model = isinstance(base, PreTrainedModel)
     config = base.config if is_model else model
     if not isinstance(config, PreTrainedConfig):
@@ -300,12 +300,12 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     fields = json.loads(json.dumps(config.get_text_config(decoder=True).to_dict(), default=str))
     return {
         "config": {name: value for name, value in fields.items() if name not in _IRRELEVANT},
-        "weights": weights_sum(model) if is_model else None,
+        "weights": weights_sum(model) if is_model else None,  # type: ignore[arg-type]  # so is the wrapper
         "adapters": _adapters(model, base) if is_model else None,
     }
 
 
-def _adapters(model: torch.nn.Module, base: PreTrainedModel) -> dict[str, dict]:
+def _adapters(model: Any, base: PreTrainedModel) -> dict[str, dict]:
     """The active adapters of peft in each module, with their scaling, or "merged" if they are part of its weights.
 
     peft is not imported: a module with adapters is recognised by its bool `disable_adapters`, which peft's all have.
@@ -375,7 +375,7 @@ class _NotInMemory(Exception):
     """A tensor on the device "meta"."""
 
 
-def _add_weights(digest, weights: torch.Tensor) -> None:
+def _add_weights(digest: Any, weights: torch.Tensor) -> None:
     if weights.is_meta:
         raise _NotInMemory
     if is_traceable_wrapper_subclass(weights):
@@ -446,15 +446,15 @@ def _unflatten(value: object, tensors: dict[str, torch.Tensor], device: torch.de
     return {"list": list, "tuple": tuple}[kind](_unflatten(x, tensors, device) for x in content)
 
 
-def _tensors_sum(tensors) -> str:
+def _tensors_sum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors, key=lambda named: named[0]):
         # Flat, because a tensor without dimensions has no view as bytes.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
     return digest.hexdigest()
 
 
-def _header_sum(header: dict, tensors) -> str:
+def _header_sum(header: dict, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     table = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors)
     # Through JSON and back, because the reader computes the sum from parsed JSON.
     plain = json.loads(json.dumps([header, table]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -27,7 +27,7 @@ def dense_from(position: int | torch.Tensor, spec: QuantSpec, recent_length: int
     """The first column, sinks aside, that the query at `position` reads exactly."""
     if spec.is_dense:
         return position + 1
-    back = recent_length - 1
+    back: int | torch.Tensor = recent_length - 1
     if spec.is_channel:
         in_block = position % spec.block_length
         back = in_block.clamp(min=back) if isinstance(in_block, torch.Tensor) else max(in_block, back)
@@ -130,7 +130,7 @@ class QuantizedStates(HasStored):
     device_length: torch.Tensor | None = None
 
     @classmethod
-    def of_operator(cls, **fields) -> QuantizedStates:
+    def of_operator(cls, **fields: Any) -> QuantizedStates:
         """States from the arguments of an operator, without `backend` and `routes`.
 
         This is not the constructor, because that of a frozen dataclass takes longer than a short kernel.
@@ -151,10 +151,10 @@ class QuantizedStates(HasStored):
     def ndim(self) -> int:
         return 4
 
-    def size(self, dim: int | None = None):
+    def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
-    def to(self, *args, **kwargs) -> QuantizedStates:
+    def to(self, *args: Any, **kwargs: Any) -> QuantizedStates:
         """Move the storage to another device, as accelerate's hooks do; a change of dtype is refused."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and dtype != self.dtype:
@@ -171,13 +171,13 @@ class QuantizedStates(HasStored):
         )  # fmt: skip
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> NoReturn:
         raise TypeError(_not_a_tensor(getattr(func, "__name__", func)))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: object) -> NoReturn:
         raise TypeError(_not_a_tensor("indexing"))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_not_a_tensor(name))
 
     @property

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -133,7 +133,7 @@ def _write(
 ) -> dict[str, list[Run]]:
     """Continue the prompt through every cache, in rounds; every cache gets the same number."""
     # Text goes on past its end, so that every cache writes the same number of tokens.
-    options = {"do_sample": False, "eos_token_id": None}
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
     bars = TextColumn("{task.description:<56}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     rounds = {cache: [] for cache in configs}
     # Drawn seldom, because drawing slows down the timed work.
@@ -264,7 +264,7 @@ class Report:
 
 def show(report: Report, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print the texts, and the table with its notes."""
-    tail = tokenizer.decode(report.prompt, skip_special_tokens=True).splitlines()[-_LINES:]
+    tail = str(tokenizer.decode(report.prompt, skip_special_tokens=True)).splitlines()[-_LINES:]
     console.rule(f"The prompt: {len(report.prompt):,} tokens of {report.source}, which end with", align="left")
     console.print(_code("\n".join(tail)))
     new_tokens = len(report.runs[DENSE].tokens)

@@ -6,7 +6,7 @@ The text goes to standard output, everything else to standard error.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -70,7 +70,7 @@ def generate(
             f"Note: {input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {longest} "
             "that the model was made for."
         )
-    options = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         options = {"do_sample": True, "temperature": temperature}
     try:

@@ -60,7 +60,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         what = "cannot be loaded" if looks_like_path else "is no folder here, and cannot be loaded from the hub"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise typer.BadParameter(f"{name!r} {what}: {reason}", param_hint="MODEL") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # its wrapper hides `self`
 
 
 def load_config(preset: str, file: Path | None) -> KVQuantConfig | None:

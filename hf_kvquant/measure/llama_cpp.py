@@ -233,7 +233,7 @@ class LlamaCppCache:
         if status:
             raise RuntimeError(f"llama_decode returned {status}, expected 0")
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (self._vocab_size,))
-        return logits.argmax(), logits
+        return int(logits.argmax()), logits
 
     def first_logits(self, shape: Shape, n: int) -> torch.Tensor:
         """Like `step.first_logits`, `[n, 1, vocab_size]`."""

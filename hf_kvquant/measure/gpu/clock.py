@@ -49,7 +49,7 @@ class Gpu:
             "multiprocessors": p.multi_processor_count,
             "l2_mib": p.L2_cache_size / 2**20,
             "cuda": torch.version.cuda,
-            "driver_cuda": torch._C._cuda_getDriverVersion(),
+            "driver_cuda": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
             "nvrtc": nvrtc.missing() or nvrtc.version_name(),
             "clock_mhz": _clock(),
             **self.bandwidth(),

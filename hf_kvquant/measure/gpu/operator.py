@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import nvrtc
 from ...backends.arguments import DTYPES as CODES
-from ...backends.specialisation import specialisation
+from ...backends.specialisation import Specialisation, specialisation
 from ...config import KVQuantConfig
+from ...states import QuantizedStates
 from .. import operator
 from ..caches import grids
 from ..checks import at_most, is_true, relative_error
@@ -85,12 +86,12 @@ def _correct(machine, report: Report, config, cases: list[Case], where: dict) ->
     for case in cases:
         here = {"section": "correctness", **where, "case": str(case)}
         try:
-            checks, error = _check(machine, where["preset"], config, where["head_dim"], where["dtype"], case)
+            checks, difference = _check(machine, where["preset"], config, where["head_dim"], where["dtype"], case)
         except Exception as error:
             report.fault(here, where["preset"], error)
             continue
         passed += bool(report.accept(here, checks))
-        worst = max(worst, error)
+        worst = max(worst, difference)
     if passed == len(cases):
         report.add("correctness", [{**where, "cases": passed, "largest_error": worst}])
 
@@ -105,7 +106,7 @@ def precompile(machine, work) -> None:
         for _, config, d, dtype, _ in work
     }
 
-    def compile_one(job: tuple) -> None:
+    def compile_one(job: tuple[str, Specialisation]) -> None:
         # A kernel that does not compile raises again where it is used.
         with contextlib.suppress(nvrtc.CompileError):
             nvrtc.compiled(*job, arch)
@@ -129,9 +130,11 @@ def _check(machine, name: str, config, head_dim: int, dtype: str, case: Case) ->
     return checks, relative_error(output[0], exact[0])
 
 
-def _check_bytes(name: str, states: operator.Sides, config, key: torch.Tensor, value: torch.Tensor) -> list[dict]:
+def _check_bytes(
+    name: str, states: Sequence[QuantizedStates], config, key: torch.Tensor, value: torch.Tensor
+) -> list[dict]:
     expected = operator.reference_fill(config, key, value)
-    return operator.check_bytes(name, tuple(side.to("cpu") for side in states), expected)
+    return operator.check_bytes(name, (states[0].to("cpu"), states[1].to("cpu")), expected)
 
 
 def _mask(case: Case, query: torch.Tensor) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import Cache, LlamaForCausalLM
@@ -64,7 +65,8 @@ def _logits(machine, model, plan, batch: int, length: int, roll: int = 0) -> tor
 def _measure(machine, model, plan, report: Report, section: str, where: dict, candidate: Candidate, batch: int,
              length: int, limits: dict) -> float | None:  # fmt: skip
     """Seconds of a step, after its checks; None if it failed, could not run or was wrong."""
-    cache = logits = step = None
+    cache: Any = None
+    logits = step = None
     try:
         cache = filled(candidate, model.config, plan.shape(machine, batch), length, ROOM)
         with switched(model, cache):
@@ -150,8 +152,7 @@ def _prefill_point(machine, model, plan, report: Report, where: dict) -> None:
             report.fault({"section": "prefill_step", **where}, candidate.name, error)
             continue
         exact = logits if exact is None else exact
-        error = relative_error(logits, exact)
-        checks.append(at_most(candidate.name, "prefill is exact", error, 0.01))
+        checks.append(at_most(candidate.name, "prefill is exact", relative_error(logits, exact), 0.01))
         calls[candidate.name] = forward
     passed = report.accept({"section": "prefill_step", **where}, checks)
     calls = {name: call for name, call in calls.items() if name in passed}

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ DENSE, FP16 = "dense", "fp16"
 # The settings that transformers' guide recommends (quanto: axis 0, HQQ: axis 1), otherwise with its defaults: groups
 # of 64, and up to 128 tokens kept exact until they are quantized at once.
 _DEFAULTS = {"q_group_size": 64, "residual_length": 128}
-PEERS = MappingProxyType(
+PEERS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "hqq-int8": {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, **_DEFAULTS},
         "transformers-fp8": {"backend": "fp8"},
@@ -123,8 +124,8 @@ class Rounded(Candidate):
 
     @torch.no_grad()
     def rows(self, model, ids, context, first):
-        cache = DynamicCache(config=model.config)
-        layers = [_RoundedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        dense = DynamicCache(config=model.config)
+        layers = [_RoundedLayer() if type(layer) is DynamicLayer else layer for layer in dense.layers]
         cache = Cache(layers=layers)
         logits = model(ids, **cache_inputs(model, cache), **_keep_logits(model, ids, first)).logits[0]
         yield logits[first - ids.shape[1] :]
@@ -167,7 +168,7 @@ def presets(names: Sequence[str]) -> list[Candidate]:
     Raises:
         ValueError: a name is none of these, or is given twice.
     """
-    found = []
+    found: list[Candidate] = []
     for name in (name.strip() for name in names):
         if name == FP16:
             found.append(Rounded())

@@ -249,7 +249,7 @@ def _greedy_texts(
     stored = [store.load(DENSE, first + i) for i in range(len(documents))]
     if None not in stored:
         return torch.from_numpy(np.concatenate([part["greedy"] for part in stored])).to(documents.device)
-    return model.generate(
+    return model.generate(  # type: ignore[operator]  # of GenerationMixin
         contexts,
         attention_mask=torch.ones_like(contexts),
         max_new_tokens=settings.greedy_tokens,

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -165,7 +166,7 @@ class Subject:
     def generate(self, **kwargs):
         """Logits `[steps, batch, vocab]` in float32, and the cache."""
         with torch.no_grad():
-            out = self.model.generate(
+            out = self.model.generate(  # type: ignore[operator]  # of GenerationMixin
                 **self.inputs, do_sample=False, max_new_tokens=STEPS + 1, return_dict_in_generate=True,
                 output_logits=True, logits_processor=[Say(self.said)], **kwargs,
             )  # fmt: skip
@@ -225,7 +226,7 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
         exact = {"own_route": share(logits - dense, spread)}
         layers, status = _layers(own(cache))
         exact["dequantized"] = share(subject.generate(**{CACHE: subject.cache(EXACT)})[0] - dense, spread)
-        presets = {}
+        presets: dict[str, dict[str, Any]] = {}
         for preset in PRESETS:
             compared.largest = 0.0
             logits, cache = subject.generate(cache_implementation=f"kvquant-{preset}")

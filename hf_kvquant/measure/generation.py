@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -117,7 +118,7 @@ def run(
     clock = _Clock(on_tokens)
     if config is not None:
         options |= {"cache_implementation": NAME, "cache_config": config}
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # of GenerationMixin
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
@@ -126,7 +127,7 @@ def run(
         **options,
     )
     start, first, *_ = clock.times
-    cache = cache_of(output)
+    cache: Any = cache_of(output)
     quantized = isinstance(cache, QuantizedCache)
     assert quantized or config is None, type(cache)
     parts = "dense", "total", "dense_equivalent"

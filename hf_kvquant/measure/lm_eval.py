@@ -145,7 +145,7 @@ class KVQuantLM(HFLM):
             )
         # `hf` distributes requests among GPUs only; processes without one would all do the same work.
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and self._world_size == 1:
+        if accelerator is not None and self._world_size == 1:  # type: ignore[has-type]  # set by `HFLM`
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def set_cache_hook(self, cache_hook) -> None:

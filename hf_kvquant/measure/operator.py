@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,7 +59,7 @@ def fill(config: KVQuantConfig, key: torch.Tensor, value: torch.Tensor, one_by_o
     # Without a model, attention cannot show that it takes the states.
     cache.enable_fused()
     for t in range(prompt, length):
-        states = cache.update(key[:, :, t : t + 1], value[:, :, t : t + 1], 0)
+        states: Any = cache.update(key[:, :, t : t + 1], value[:, :, t : t + 1], 0)
     return states
 
 

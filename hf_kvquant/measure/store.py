@@ -63,7 +63,7 @@ class Store:
             file = self._file(name, document)
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as temporary, temporary.open("wb") as stream:
-                np.savez_compressed(stream, **part)
+                np.savez_compressed(stream, **part)  # type: ignore[arg-type]  # none is its own option
 
     def finish(self, result: dict) -> None:
         if self.folder is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ WINDOW = 24
 _STD = 0.15
 
 # The small value of a field, by its name; the first pattern that matches the whole name decides. None leaves a field.
-_SIZES: list[tuple[str, object]] = [
+_SIZES: list[tuple[str, Any]] = [
     (r"vocab_size_per_layer_input|(.*_)?(vocab_size|vocabulary_size)|n_vocab|padded_vocab_size|num_embeddings", VOCAB),
     (r"qk_head_dim|index_topk.*|index_kpool.*", None),
     (r"rotary_dim", 8),
@@ -191,7 +192,7 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     return type(config)(**{name: value for name, value in small.items() if name in known} | special)
 
 
-def _parameters(config_class: type) -> set[str]:
+def _parameters(config_class: Any) -> set[str]:
     if dataclasses.is_dataclass(config_class):
         return {field.name for field in dataclasses.fields(config_class) if field.init}
     return set(config_class.__init__.__code__.co_varnames)
@@ -215,7 +216,7 @@ def _picked_layers(given: dict, most: int) -> dict[int, tuple[int, ...]]:
     return picks
 
 
-def _token(name: str, value: object) -> object:
+def _token(name: str, value: Any) -> object:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     if name in special:
         return special[name]
@@ -224,7 +225,7 @@ def _token(name: str, value: object) -> object:
     return value
 
 
-def _size(name: str, value: object, given: dict) -> object | None:
+def _size(name: str, value: Any, given: dict) -> object | None:
     for pattern, size in _SIZES:
         if not re.fullmatch(pattern, name):
             continue

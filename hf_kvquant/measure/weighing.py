@@ -45,8 +45,8 @@ def _weigh(model: PreTrainedModel, candidate: Candidate, context: int, lengths: 
 
     def append(cache: Cache, n: int) -> None:
         for layer_idx, sides in shapes.items():
-            states = [torch.randn(1, heads, n, d, device=model.device, dtype=dtype) for heads, d in sides]
-            cache.update(*states, layer_idx)
+            key, value = (torch.randn(1, heads, n, d, device=model.device, dtype=dtype) for heads, d in sides)
+            cache.update(key, value, layer_idx)
 
     per_token = sum(heads * head_dim for sides in shapes.values() for heads, head_dim in sides)
     found, cache, held = [], None, 0

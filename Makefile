@@ -86,10 +86,12 @@ arm: .venv/arm
 matrix: .venv/installed
 	cd eval && OMP_NUM_THREADS=1 ../.venv/bin/python model_matrix.py
 
-lint: .venv-lint/installed
+# mypy reads the types of torch and transformers where they are installed.
+lint: .venv-lint/installed .venv/installed
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
 	.venv-lint/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cc' '*.cu')
+	.venv-lint/bin/mypy --python-executable .venv/bin/python
 
 format: .venv-lint/installed
 	.venv-lint/bin/ruff check --fix .
@@ -124,7 +126,7 @@ format: .venv-lint/installed
 
 .venv-lint/installed: $(LOCK)
 	$(PYTHON) -m venv .venv-lint
-	$(call install,$(LOCK),.venv-lint) ruff clang-format
+	$(call install,$(LOCK),.venv-lint) ruff clang-format mypy types-PyYAML
 	touch $@
 
 .venv-lock/uv:

@@ -30,8 +30,8 @@ _HARMLESS = frozenset({
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | QuantizedStates,
-    value: torch.Tensor | QuantizedStates,
+    key: Any,
+    value: Any,
     attention_mask: torch.Tensor | None,
     *,
     dense_attention: Callable,

@@ -104,7 +104,8 @@ def index(dims: Dims, keys: object) -> Dims | None:
         return None
     if ... not in keys:
         keys = (*keys, ...)
-    old, new = iter(dims), []
+    old = iter(dims)
+    new: list[tuple[Axis, ...]] = []
     for key in keys:
         new += [()] if key is None else [next(old) for _ in range(rest if key is ... else 1)]
     return tuple(new)
@@ -123,7 +124,8 @@ def _positions(axes: list[Axis], order: Sequence[Sequence[str]]) -> list[int]:
 def arrange(x: torch.Tensor, dims: Dims, order: Sequence[Sequence[str]]) -> torch.Tensor:
     """`x`, which broadcasts against `dims`, with one dimension per group of names in `order`, of size 1 where it
     broadcasts against the whole group."""
-    axes, sizes = [], []
+    axes: list[Axis] = []
+    sizes: list[int] = []
     for n, dim in zip((1,) * (len(dims) - x.ndim) + tuple(x.shape), dims):
         axes += dim
         sizes += [size if n > 1 else 1 for _, size in dim]
@@ -131,7 +133,8 @@ def arrange(x: torch.Tensor, dims: Dims, order: Sequence[Sequence[str]]) -> torc
     if positions != list(range(len(positions))):
         x = x.reshape(sizes).permute(positions)
         sizes = [sizes[i] for i in positions]
-    full, groups, at = [], [], 0
+    full: list[int] = []
+    groups, at = [], 0
     for group in order:
         members = [axes[i][1] for i in positions if axes[i][0] in group]
         now = sizes[at : at + len(members)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -126,7 +127,15 @@ class Call:
         """Numbers `[num_heads]` in the operator's order of heads."""
         return self.mask(x[:, None, None]).flatten()
 
-    def __call__(self, query, mask=None, s_aux=None, *, scaling: float, softcap: float = 0.0) -> torch.Tensor:
+    def __call__(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        s_aux: torch.Tensor | None = None,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
         """The output, laid out as the model awaits it; the arguments are those of `ops.decode_attention`, but for the
         layout of the query, and for the mask, which has all columns."""
         self.step.keys.routes.count("decode_fused")
@@ -141,7 +150,9 @@ class Call:
             output = ops.decode_attention(query, self.step.keys, self.step.values, mask, s_aux, **options)[0]
         return axes.restore(output, QUERY, self.output_dims)
 
-    def _in_parts(self, query, mask, s_aux, **options) -> torch.Tensor:
+    def _in_parts(
+        self, query: torch.Tensor, mask: torch.Tensor | None, s_aux: torch.Tensor | None, **options: Any
+    ) -> torch.Tensor:
         heads, outputs = query.shape[1] // self.parts, []
         kv_heads = self.step.keys.shape[1] // self.parts
         values = _of_heads(self.step.values, *self.value_heads)
@@ -157,7 +168,15 @@ class Call:
             )  # fmt: skip
         return torch.cat(outputs, dim=1)
 
-    def _merged(self, query, mask, s_aux, *, scaling: float, softcap: float) -> torch.Tensor:
+    def _merged(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        s_aux: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float,
+    ) -> torch.Tensor:
         """Attention to the cached columns and to the model's own: a softmax over both is the mean of two, weighted by
         the sums of their exponentials."""
         cached = None if mask is None else mask[..., : self.columns]

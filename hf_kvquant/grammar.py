@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def _noted(
     return meaning.step.note(meaning, dtype, Node(function, _nodes(args), _nodes(kwargs)))
 
 
-def _nodes(arguments: object) -> object:
+def _nodes(arguments: Any) -> Any:
     return mapped(arguments, RecordedStates, lambda x: x.node)
 
 
@@ -67,21 +68,21 @@ def _at(x: torch.Tensor, dim: int) -> int:
     return dim % x.ndim
 
 
-def _sizes(sizes: tuple) -> Sequence[int]:
+def _sizes(sizes: tuple) -> Any:
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
-def _is(meaning: type, x: object) -> bool:
+def _is(meaning: type, x: Any) -> bool:
     return isinstance(x, RecordedStates) and isinstance(x.meaning, meaning)
 
 
-def _is_given(x: object) -> bool:
+def _is_given(x: Any) -> bool:
     """A tensor of the model's own, which needs no gradient from attention."""
     is_tensor = isinstance(x, torch.Tensor) and not isinstance(x, RecordedStates)
     return is_tensor and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def _number(x: object) -> float | None:
+def _number(x: Any) -> float | None:
     """A number, also one that stands in a tensor."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
@@ -107,7 +108,7 @@ def _(x, dim0, dim1):
     return _laid_out(x, axes.permute(x.meaning.dims, order), torch.transpose, dim0, dim1)
 
 
-@_rule(torch.Tensor.mT.__get__)
+@_rule(torch.Tensor.mT.__get__)  # type: ignore[attr-defined]  # a property of the class
 def _(x):
     return x.transpose(-2, -1)
 
@@ -276,11 +277,11 @@ def _written(x: RecordedStates, result: RecordedStates | None) -> RecordedStates
     return x
 
 
-def _in_either_order(a: object, b: object) -> tuple:
+def _in_either_order(a: Any, b: Any) -> tuple:
     return (a, b) if isinstance(a, RecordedStates) else (b, a)
 
 
-def _scaled(x: object, factor: float | None, function: Callable, *args: object) -> RecordedStates | None:
+def _scaled(x: Any, factor: float | None, function: Callable, *args: object) -> RecordedStates | None:
     if not _is(Scores, x) or factor is None or not 0 < factor < math.inf:
         return None
     biases = tuple((bias, dims, each * factor) for bias, dims, each in x.meaning.biases)
@@ -311,7 +312,7 @@ def _(x, divisor):
     return _written(x, _scaled(x, 1 / number if number else None, torch.div, x, divisor))
 
 
-def _biased(x: object, bias: object, factor: float, dtype: torch.dtype, function: Callable, *args, **kwargs):
+def _biased(x: Any, bias: Any, factor: float, dtype: torch.dtype, function: Callable, *args, **kwargs):
     fits = _is(Scores, x) and _is_given(bias) and axes.broadcasts(bias.shape, x.meaning.dims)
     if not fits or not bias.is_floating_point():
         return None
@@ -331,7 +332,7 @@ def _(x, bias):
     return _written(x, _biased(x, bias, 1.0, x.dtype, torch.add, x, bias))
 
 
-def _hidden(x: object, mask: object, value: object) -> tuple | None:
+def _hidden(x: Any, mask: Any, value: Any) -> tuple | None:
     """What is hidden when the mask is filled in with a value, if that hides."""
     fits = _is(Scores, x) and _is_given(mask) and mask.dtype == torch.bool
     if not fits or not axes.broadcasts(mask.shape, x.meaning.dims):
@@ -399,7 +400,7 @@ def _(input, p=0.5, training=True, inplace=False):
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-def _query_keys(query: object, keys: object, scaling: float, function: Callable, *args, **kwargs):
+def _query_keys(query: Any, keys: Any, scaling: float, function: Callable, *args, **kwargs):
     """The scores `query @ keys`, the keys being transposed."""
     if not (_is(States, keys) and _is_given(query) and query.is_floating_point() and min(query.ndim, keys.ndim) >= 3):
         return None
@@ -417,7 +418,7 @@ def _query_keys(query: object, keys: object, scaling: float, function: Callable,
     return _noted(scores, step.keys.dtype if cast else keys.dtype, function, *args, **kwargs)
 
 
-def _weights_values(weights: object, values: object) -> torch.Tensor | None:
+def _weights_values(weights: Any, values: Any) -> torch.Tensor | None:
     """The output `weights @ values`, by the operator."""
     if not (_is(Weights, weights) and _is(States, values) and (is_autocast(weights) or weights.dtype == values.dtype)):
         return None

@@ -18,6 +18,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Step:
 
     def __init__(self, keys: QuantizedStates, values: QuantizedStates, q_len: int, layer: object):
         self.keys, self.values, self.q_len = keys, values, q_len
-        self.layer = weakref.ref(layer)
+        self.layer: weakref.ref[Any] = weakref.ref(layer)
         # Whether everything is computed from now on: numbers were written in place, or the call has ended.
         self.is_closed = False
         # Whether anything but the attention function has used the states.
@@ -52,7 +53,8 @@ class Step:
         for is_keys in (True, False):
             node = Node(self._dequantized, (is_keys,), {})
             pair.append(self.note(States(self, is_keys, self.dims(is_keys)), self.keys.dtype, node))
-        return tuple(pair)
+        keys, values = pair
+        return keys, values
 
     def dims(self, is_keys: bool) -> Dims:
         """How the cache lays out keys or values."""
@@ -104,7 +106,7 @@ class Meaning:
     step: Step
     dims: Dims
 
-    def but(self, **changes) -> Meaning:
+    def but(self, **changes: Any) -> Meaning:
         """The same with other fields; `dataclasses.replace` takes longer than a short kernel."""
         new = object.__new__(type(self))
         new.__dict__ = self.__dict__ | changes
@@ -175,8 +177,15 @@ class Node:
 class RecordedStates(torch.Tensor):
     """A tensor of known shape and dtype: `meaning` says what it is, `node` how its numbers are made, if they are."""
 
+    # A `Meaning`; the grammar asks for its class first.
+    meaning: Any
+    node: Node
+    _shape: torch.Size
+    _dtype: torch.dtype
+    _device: torch.device
+
     @staticmethod
-    def __new__(cls, meaning: Meaning, dtype: torch.dtype, device: torch.device, node: Node):
+    def __new__(cls, meaning: Meaning, dtype: torch.dtype, device: torch.device, node: Node) -> RecordedStates:
         shape = torch.Size(axes.shape(meaning.dims))
         tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         tensor.meaning, tensor.node = meaning, node
@@ -204,7 +213,7 @@ class RecordedStates(torch.Tensor):
             return self.node.compute()
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -220,7 +229,9 @@ class RecordedStates(torch.Tensor):
         return _computed(function, args, kwargs) if result is None else result
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a builtin without `function`
+        cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         return _computed(function, args, kwargs or {})
 
 
@@ -238,7 +249,7 @@ _ABOUT = frozenset(
 _WRITES = re.compile(r".*[^_]_|__i(?!nvert)\w+__|__setitem__")
 
 
-def mapped(arguments: object, kind: type, function: Callable) -> object:
+def mapped(arguments: Any, kind: type, function: Callable) -> Any:
     """Arguments of a call, with `function` of those of a kind (torch's own maps take longer than a short kernel)."""
     own = type(arguments)
     if own is kind:
@@ -250,8 +261,8 @@ def mapped(arguments: object, kind: type, function: Callable) -> object:
     return arguments
 
 
-def recorded_in(*arguments: object) -> list[RecordedStates]:
-    found = []
+def recorded_in(*arguments: Any) -> list[RecordedStates]:
+    found: list[RecordedStates] = []
     for argument in arguments:
         kind = type(argument)
         if kind is RecordedStates:

@@ -37,7 +37,7 @@ class Routes(Counter):
 
     in_call = keeps_weights = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.steps: list = []
 

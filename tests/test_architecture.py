@@ -168,7 +168,7 @@ class TestImports:
             "static",
             "storage",
         }
-        assert our_imports(MODULES["backends.cpu"]) == {"backends", "backends.arguments"}
+        assert our_imports(MODULES["backends.cpu"]) == {"backends", "backends.arguments", "states"}
         assert our_imports(MODULES["ops"]) == {"backends", "quantization", "reference", "states"}
         assert "" not in our_imports(MODULES["cache"])
 

@@ -115,11 +115,11 @@ class Compared:
                 self.recorded += 1
             return output
 
-        RecordedStates.__torch_function__ = classmethod(compared)
+        RecordedStates.__torch_function__ = classmethod(compared)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            RecordedStates.__torch_function__ = original
+            RecordedStates.__torch_function__ = original  # type: ignore[method-assign]
 
 
 def _routes(states: object) -> Counter:

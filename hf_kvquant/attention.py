@@ -16,7 +16,7 @@ from .calls import Call
 from .host import CACHE_NAMES
 from .recorded import RecordedStates
 from .route import KEEPS_WEIGHTS, learn_route, say_once
-from .states import QuantizedStates, autocast, hides_columns, is_autocast
+from .states import QuantizedStates, autocast, hides_columns, is_autocast, mask_length
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
@@ -65,7 +65,7 @@ def attend(
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     states = key if call is None else call.step.keys
     same_type = call is not None or type(value) is type(key)
-    obstacle = _obstacle(module, query, same_type, key.shape[2], attention_mask, kwargs)
+    obstacle = _obstacle(module, query, states, same_type, key.shape[2], attention_mask, kwargs)
     if call is not None and obstacle is None:
         obstacle = _obstacle_of_call(call, query.shape[2], attention_mask, kwargs)
     if obstacle is not None:
@@ -75,12 +75,12 @@ def attend(
         if not torch.compiler.is_compiling():
             say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
         key.routes.count("decode_dequantized")
-        first = key.position(query.shape[2])
-        key, value = (s.dequantize(first) if isinstance(s, states_type) else s for s in (key, value))
+        key, value = (s.read(query.shape[2]) if isinstance(s, states_type) else s for s in (key, value))
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    attention_mask = _widened(attention_mask, states, query.shape[2])
     if kwargs.get("position_bias") is not None:
         attention_mask = _join(kwargs["position_bias"], attention_mask, states, query.shape[2])
     options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
@@ -126,7 +126,13 @@ def _obstacle_of_call(call: Call, q_len: int, mask: torch.Tensor | None, kwargs:
 
 
 def _obstacle(
-    module: torch.nn.Module, query: torch.Tensor, same_type: bool, kv_len: int, mask: object, kwargs: dict
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    states: QuantizedStates,
+    same_type: bool,
+    kv_len: int,
+    mask: object,
+    kwargs: dict,
 ) -> str | None:
     """The reason why the operator cannot do this call, or None."""
     if not same_type:
@@ -139,9 +145,11 @@ def _obstacle(
         return f"dropout={kwargs['dropout']}"
     if mask is not None and not isinstance(mask, torch.Tensor):
         return f"a mask of type {type(mask).__name__}"
-    if hides_columns(kwargs.get("sliding_window"), kv_len) and (mask is None or mask.ndim == 2):
+    is_causal = mask is None or mask.ndim == 2
+    hides = states.sliding_window is None and hides_columns(kwargs.get("sliding_window"), kv_len)
+    if hides and is_causal:
         return f"sliding_window={kwargs['sliding_window']}"
-    if kwargs.get("is_causal") is False and query.shape[2] > 1 and (mask is None or mask.ndim == 2):
+    if kwargs.get("is_causal") is False and query.shape[2] > 1 and is_causal:
         return "is_causal=False"
     sinks = kwargs.get("sinks")
     if sinks is not None and (sinks.ndim != 4 or tuple(sinks.shape[1:]) != (*query.shape[1:3], 1)):
@@ -150,13 +158,34 @@ def _obstacle(
     return f"the attention argument {unknown[0]!r}" if unknown else None
 
 
+def _widened(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor | None:
+    """The mask for all columns that a sliding layer has stored: the model's knows nothing of those before the window,
+    and may leave the window to attention."""
+    window, kv_len = key.sliding_window, key.shape[2]
+    if not hides_columns(window, kv_len):
+        return mask
+    known = mask_length(kv_len, window, q_len)
+    if mask is not None and mask.shape[-1] == known:
+        hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.ndim == 4 else 0
+        mask = torch.nn.functional.pad(mask, (kv_len - known, 0), value=hidden)
+    return _complete(mask, key, q_len) if mask is None or mask.ndim == 2 else mask
+
+
+def _complete(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
+    """What a padding mask or none leaves to attention, as a bool mask `[batch or 1, 1, q_len, kv_len]`."""
+    columns = torch.arange(key.shape[2], device=key.device)
+    positions = columns[:q_len, None] + key.position(q_len)
+    seen = columns <= positions
+    if key.sliding_window is not None:
+        seen &= columns > positions - key.sliding_window
+    return seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
+
+
 def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
     """A bias (T5) and a mask as one additive mask `[batch or 1, num_heads, q_len, kv_len]`."""
     lowest = torch.finfo(position_bias.dtype).min
     if mask is None or mask.ndim == 2:
-        columns = torch.arange(key.shape[2], device=position_bias.device)
-        seen = columns <= columns[:q_len, None] + key.position(q_len)
-        mask = seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
+        mask = _complete(mask, key, q_len)
     if mask.dtype == torch.bool:
         return torch.where(mask, position_bias, lowest)
     hidden = mask <= torch.finfo(mask.dtype).min

@@ -1,11 +1,11 @@
-"""`QuantizedCache`: a transformers cache whose full-attention layers are stored quantized.
+"""`QuantizedCache`: a transformers cache whose layers are stored quantized, those with full attention or a window.
 
     cache = QuantizedCache(config=model.config, kv_config="int4")
     with hf_kvquant.attention(model):
         model(input_ids, cache=cache)  # past_key_values= before transformers 5.24
 
 Its layers (`layers.py`) store and return the states. This file has what concerns all layers: making them, whole
-changes, and saving. Layers without full attention stay transformers' own.
+changes, and saving. Linear and cross-attention layers stay transformers' own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
 from .layers import QuantizedLayer
 from .message import told
 from .route import ROUTES, Routes, say_once
+from .sliding import SlidingQuantizedLayer
 from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
 from .storage import storage_nbytes
@@ -50,12 +51,24 @@ _NEVER_STATIC = frozenset({
     "bloom", "encoder-decoder", "fsmt", "git", "gpt_neo", "inkling2_text", "inkling_text", "led", "prophetnet",
 })  # fmt: skip
 
+# What is quantized in the place of transformers' own layers.
+_GROWING: dict[type, Any] = {
+    DynamicLayer: QuantizedLayer,
+    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
+    DynamicSlidingWindowLayer: SlidingQuantizedLayer,
+}
+_STATIC: dict[type, Any] = {
+    StaticLayer: StaticQuantizedLayer,
+    LinearAttentionAndStaticFullAttentionLayer: StaticQuantizedHybridLayer,
+}
+
 
 class QuantizedCache(WholeChanges, DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
-    It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized;
-    sliding, linear and cross-attention layers stay transformers' own. A window that hides no token is ignored.
+    It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized, and
+    sliding layers as the config's `sliding` says, unless the cache is static; linear and cross-attention layers stay
+    transformers' own. A window that hides no token is ignored.
 
     Args:
         config: the model's config.
@@ -67,8 +80,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
             `max_length` or the context length of the model, whichever is less.
 
     Raises:
-        ValueError: the model has no full-attention layer or cannot have a static cache, or the config overrides a
-            layer that cannot be quantized.
+        ValueError: the model has no layer to quantize or cannot have a static cache, or the config overrides a layer
+            that cannot be quantized.
     """
 
     def __init__(
@@ -102,32 +115,27 @@ class QuantizedCache(WholeChanges, DynamicCache):
         self._max_length = max_length
         self._reach = reach or min((n for n in (max_length, context_length(config)) if n), default=None)
         layers = self._native_layers()
-        kinds: dict[type, Any] = {
-            DynamicLayer: QuantizedLayer,
-            LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
-        }
-        if self.kv_config.static:
-            kinds = {
-                StaticLayer: StaticQuantizedLayer,
-                LinearAttentionAndStaticFullAttentionLayer: StaticQuantizedHybridLayer,
-            }
+        kinds = _STATIC if self.kv_config.static else _GROWING
         quantizable = [i for i, layer in enumerate(layers) if type(layer) in kinds]
-        if not quantizable:
+        windows = [getattr(layer, "sliding_window", None) if type(layer) in kinds else None for layer in layers]
+        chosen = [i for i in quantizable if self.kv_config.quantizes(i, windows[i])]
+        if not chosen:
             names = sorted({type(layer).__name__ for layer in layers})
+            wide = "" if not quantizable else f" or a window that `sliding: {self.kv_config.sliding}` takes"
             raise ValueError(
-                f"{config.model_type}: none of the {len(layers)} layers has full attention (they are "
+                f"{config.model_type}: none of the {len(layers)} layers has full attention{wide} (they are "
                 f"{', '.join(names)}): nothing to quantize"
             )
         for layer_idx, _ in self.kv_config.layers:
             if layer_idx not in quantizable:
-                raise ValueError(
-                    f"layers.{layer_idx}: the model has no such full-attention layer; expected one of {quantizable}"
-                )
-        for layer_idx in quantizable:
+                kind = "full-attention or sliding layer" if any(windows) else "full-attention layer"
+                raise ValueError(f"layers.{layer_idx}: the model has no such {kind}; expected one of {quantizable}")
+        for layer_idx in chosen:
             specs = self.kv_config.for_layer(layer_idx)
             if not all(spec.is_dense for spec in specs):
-                native = layers[layer_idx]
-                layers[layer_idx] = kinds[type(native)](self.kv_config, layer_idx, self._routes, max_length)
+                native, window = layers[layer_idx], windows[layer_idx]
+                arguments = (self.kv_config, layer_idx, self._routes, max_length)
+                layers[layer_idx] = kinds[type(native)](*arguments, *([] if window is None else [window]))
                 if isinstance(native, LinearAttentionLayer):
                     layers[layer_idx].set_linear_states(native.number_of_states)
         for layer in layers:
@@ -290,7 +298,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
         if device is None:
             device = model.device if is_model else "cpu"
         try:
-            kv_config = KVQuantConfig.from_dict(file.description["kv_config"])
+            # Before files said anything about sliding layers, those were not quantized.
+            kv_config = KVQuantConfig.from_dict({"sliding": "dense"} | file.description["kv_config"])
         except ValueError as error:
             raise ValueError(f"{path}: kv_config.{error}") from None
         state: Any = file.state(device)
@@ -380,7 +389,9 @@ class QuantizedCache(WholeChanges, DynamicCache):
         self._forget_unfinished()
         with self._change("crop"):
             try:
-                # Layers that may refuse come first.
+                # Layers that may refuse come first; ours are asked before any is changed.
+                for layer in self.quantized_layers:
+                    layer.tokens_after(tokens_to_remove)
                 for layer in sorted(self.layers, key=lambda layer: isinstance(layer, QuantizedLayer)):
                     layer.crop(tokens_to_remove)
             except Exception:

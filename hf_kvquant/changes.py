@@ -90,7 +90,7 @@ class WholeChanges:
         lengths = []
         for layer in self.layers:
             if isinstance(layer, QuantizedLayer):
-                lengths.append(layer.length)
+                lengths.append(layer.tokens)
             else:
                 counts = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CROSS_ATTENTION)
                 lengths.append(int(layer.get_seq_length()) if counts else 0)

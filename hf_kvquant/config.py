@@ -60,7 +60,8 @@ class KVQuantConfig:
         recent_length: the number of latest tokens that a query reads exactly, its own included.
         backend: "auto", or the name of the backend that must run.
         static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
-        layers: a `LayerOverride` for each layer index that has one.
+        sliding: the narrowest window, in tokens, whose sliding layers are quantized too; "dense": none of them.
+        layers: a `LayerOverride` for each layer index that has one; it quantizes a sliding layer of any window.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -72,6 +73,7 @@ class KVQuantConfig:
     recent_length: int = 0
     backend: str = AUTO
     static: bool = False
+    sliding: int | str = 512
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,6 +85,10 @@ class KVQuantConfig:
             raise ValueError(f"backend: {told(self.backend)} is not allowed; expected one of {list(BACKENDS)}")
         if not isinstance(self.static, bool):
             raise ValueError(f"static: {told(self.static)} is not allowed; expected true or false")
+        is_window = isinstance(self.sliding, int) and not isinstance(self.sliding, bool) and self.sliding >= 2
+        if self.sliding != "dense" and not is_window:
+            expected = "an integer from 2 on (the narrowest window) or 'dense'"
+            raise ValueError(f"sliding: {told(self.sliding)} is not allowed; expected {expected}")
         _check_specs("", self.keys, self.values)
         layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         seen = set()
@@ -101,6 +107,12 @@ class KVQuantConfig:
         """The specs of keys and of values in one layer."""
         override = dict(self.layers).get(layer_idx, LayerOverride())
         return override.keys or self.keys, override.values or self.values
+
+    def quantizes(self, layer_idx: int, sliding_window: int | None) -> bool:
+        """Whether a layer with such a window, or none, is quantized."""
+        if sliding_window is None or layer_idx in dict(self.layers):
+            return True
+        return self.sliding != "dense" and sliding_window >= self.sliding
 
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per cached element without exact copies: the mean of keys and values (16 for a dense side)."""
@@ -197,6 +209,7 @@ class KVQuantConfig:
             "recent_length": self.recent_length,
             "backend": self.backend,
             "static": self.static,
+            "sliding": self.sliding,
             "layers": {index: override(o) for index, o in self.layers},
         }
 

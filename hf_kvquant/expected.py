@@ -33,11 +33,12 @@ FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}
 @dataclass(frozen=True, eq=False)
 class Bounds:
     """A tensor like `low` and `high`, with elements from `low` to `high`. `fills`: each row holds increasing integers,
-    and after them only -1."""
+    and after them only -1. `zeros`: it may begin with several zeros."""
 
     low: torch.Tensor
     high: torch.Tensor
     fills: bool = False
+    zeros: bool = False
 
     def holds(self, tensor: torch.Tensor) -> bool:
         tensor = tensor.cpu()
@@ -46,7 +47,8 @@ class Bounds:
         if not self.fills:
             return True
         left, right = tensor[..., :-1], tensor[..., 1:]
-        return bool(((right == -1) | (left >= 0) & (right > left)).all())
+        increases = (right > left) | (self.zeros & (right == 0))
+        return bool(((right == -1) | (left >= 0) & increases).all())
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .grammar import recorded
 from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
 from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_once, tagged
-from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured
+from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured, mask_length
 from .storage import ROLLBACK, Side
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -30,6 +30,9 @@ _FIRST_CAPACITY = 256
 
 class QuantizedLayer(DynamicLayer):
     """A `DynamicLayer` that stores the keys and the values of one layer quantized, each in a `Side`."""
+
+    # The layer's, where it has one; see `sliding`.
+    sliding_window: int | None = None
 
     def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
         super().__init__()
@@ -70,25 +73,25 @@ class QuantizedLayer(DynamicLayer):
 
     def _next_read(self, side: Side) -> torch.Tensor | None:
         """The states that the next query reads. (The last query may read exact copies that a long crop has lost.)"""
-        if self.shared_routes.in_call and self.is_filled and not torch.compiler.is_compiling():
-            states, position = self._states(side), self.length
+        if not (self.is_initialized and self.is_filled):
+            return None
+        states = self._states(side)
+        if not self.shared_routes.in_call or torch.compiler.is_compiling():
+            return states.read(0)
 
-            def read() -> torch.Tensor:
-                self.routes.count("decode_dequantized")
-                return states.dequantize(position)
+        def read() -> torch.Tensor:
+            self.routes.count("decode_dequantized")
+            return states.read(0)
 
-            return LazyStates(states.shape, self.dtype, self.device, read)
-        return self._states(side).dequantize(position=self.length) if self.is_initialized and self.length else None
+        shape = (*states.shape[:2], mask_length(states.length, self.sliding_window, 0), states.head_dim)
+        return LazyStates(torch.Size(shape), self.dtype, self.device, read)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch = key_states.shape[0]
         if self.padding is not None and self.padding.shape[0] != batch:
             raise ValueError(f"attention_mask: batch {self.padding.shape[0]} does not fit the states' batch {batch}")
-        capacity = self.max_length or 0
-        if capacity < key_states.shape[2]:
-            capacity = max(_FIRST_CAPACITY, key_states.shape[2])
-        config = self.kv_config
+        capacity, config = self._first_capacity(key_states.shape[2]), self.kv_config
         sides = []
         for name, spec, states in zip(
             ("keys", "values"), config.for_layer(self.layer_idx), (key_states, value_states)
@@ -105,6 +108,11 @@ class QuantizedLayer(DynamicLayer):
             self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
+    def _first_capacity(self, n: int) -> int:
+        """Columns of the storage that `n` tokens allocate."""
+        capacity = self.max_length or 0
+        return capacity if capacity >= n else max(_FIRST_CAPACITY, n)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
@@ -112,7 +120,7 @@ class QuantizedLayer(DynamicLayer):
         key_states, value_states = self._admitted(key_states, value_states)
         n, is_first = key_states.shape[2], not self.is_filled
         is_long = n > ops.MAX_Q_LEN and not is_first
-        past = [states.dequantize(states.position(0)) for states in self._views()] if is_long else []
+        past = [states.read(0) for states in self._views()] if is_long else []
         self._append(key_states, value_states)
         if is_first:
             self.routes.count("prefill_dense")
@@ -127,7 +135,7 @@ class QuantizedLayer(DynamicLayer):
         if is_long:
             return self._offered(*map(self._joined, past, (key_states, value_states)))
         self._say_dequantized()
-        return self._offered(*(states.dequantize(states.position(n)) for states in self._views()))
+        return self._offered(*(states.read(n) for states in self._views()))
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, checked and in the dtype of attention. The first ones allocate the storage."""
@@ -227,12 +235,17 @@ class QuantizedLayer(DynamicLayer):
         # Before the ring is written, so that after an interruption it does not claim columns that it lost.
         self._make_way(n)
         start = keys.length if keys.device_length is None else 0
+        padding = self._padding_of_columns()
         ops.quantize_append(
-            key_states.detach(), value_states.detach(), keys, values, self.faults, self.padding, start=start
+            key_states.detach(), value_states.detach(), keys, values, self.faults, padding, start=start
         )
         self._advance(n)
         self.storing = False
         self._say_nonfinite()
+
+    def _padding_of_columns(self) -> torch.Tensor | None:
+        """Which columns of the storage are padding."""
+        return self.padding
 
     def _make_room(self, n: int) -> None:
         """Make room for `n` more tokens in the storage."""
@@ -259,16 +272,22 @@ class QuantizedLayer(DynamicLayer):
         """
         if not self.storing:
             return
+        if self._has_lost():
+            raise ValueError(
+                f"layer {self.layer_idx} was interrupted while it stored more than {ROLLBACK} tokens, and may "
+                "have lost exact copies; cache.reset() empties the cache"
+            )
+        self._forget_sinks()
+        self.storing = False
+
+    def _has_lost(self) -> bool:
+        """Whether the append that was interrupted has taken what later queries read."""
         for side in (self._keys, self._values):
             if self.length == 0:
                 side.recent_start = 0
             if side.recent is not None and side.recent_start > self._states(side).dense_from(self.length):
-                raise ValueError(
-                    f"layer {self.layer_idx} was interrupted while it stored more than {ROLLBACK} tokens, and may "
-                    "have lost exact copies; cache.reset() empties the cache"
-                )
-        self._forget_sinks()
-        self.storing = False
+                return True
+        return False
 
     def _forget_sinks(self) -> None:
         if self.sink_positions.shape[1]:
@@ -281,7 +300,7 @@ class QuantizedLayer(DynamicLayer):
         return QuantizedStates(
             side.spec, side.stored, self.sink_positions, self.length if length is None else length,
             self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
-            device_length,
+            device_length, self.sliding_window,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
@@ -309,7 +328,10 @@ class QuantizedLayer(DynamicLayer):
             return
         for side in (self._keys, self._values):
             if max_length > side.capacity:
-                side.grow(max_length if exact else max(max_length, side.capacity * 3 // 2), self.length)
+                side.grow(max_length if exact else self._grown(side.capacity, max_length), self.length)
+
+    def _grown(self, capacity: int, needed: int) -> int:
+        return max(needed, capacity * 3 // 2)
 
     def set_padding(self, padding: torch.Tensor, of_last: bool = False) -> None:
         self.padding_is_of_last = of_last
@@ -319,16 +341,29 @@ class QuantizedLayer(DynamicLayer):
                     f"attention_mask: batch {padding.shape[0]} does not fit the cache's {self.sink_positions.shape[0]}"
                 )
             padding = padding.to(self.device)
-            stored = padding.new_zeros(padding.shape[0], self.length)
+            stored = padding.new_zeros(padding.shape[0], self.tokens)
             if self.padding is not None:
-                known = min(self.length, self.padding.shape[1])
+                known = min(self.tokens, self.padding.shape[1])
                 stored[:, :known] = self.padding[:, :known]
-            padding = torch.cat([stored, padding[:, self.length :]], dim=1)
+            padding = torch.cat([stored, padding[:, self.tokens :]], dim=1)
         with torch.inference_mode(False):
             self.padding = padding.clone() if padding.any() else None
 
-    def get_seq_length(self) -> int:
+    @property
+    def tokens(self) -> int:
+        """How many tokens the layer has taken and not forgotten in a crop."""
         return self.length
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def tokens_after(self, tokens_to_remove: int) -> int:
+        """How many tokens a `crop` would leave."""
+        probe = DynamicLayer()
+        probe.lazy_initialization(torch.empty(0), torch.empty(0))
+        probe.keys = probe.values = torch.empty(1, self.tokens, 1, device="meta")
+        probe.crop(tokens_to_remove)
+        return probe.keys.shape[-2]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; a positive argument does what the installed transformers does.
@@ -339,14 +374,10 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.recover()
-        probe = DynamicLayer()
-        probe.lazy_initialization(torch.empty(0), torch.empty(0))
-        probe.keys = probe.values = torch.empty(1, self.length, 1, device="meta")
-        probe.crop(tokens_to_remove)
-        length = probe.keys.shape[-2]
-        if length == self.length:
+        removed = self.tokens - self.tokens_after(tokens_to_remove)
+        if removed == 0:
             return
-        self.length = length
+        self._go_back(removed)
         lost = [side.refill(self._states(side)) for side in (self._keys, self._values)]
         if any(lost):
             self.routes.count("window_lost")
@@ -354,6 +385,9 @@ class QuantizedLayer(DynamicLayer):
                 f"crop: more than {ROLLBACK} tokens were removed; exact copies were replaced by de-quantized ones."
             )
         self._forget_sinks()
+
+    def _go_back(self, removed: int) -> None:
+        self.length -= removed
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))

@@ -34,7 +34,7 @@ from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
 from .route import Routes
-from .states import autocast, dense_from
+from .states import autocast, dense_from, mask_length
 
 DENSE = "none"
 CHUNK_LENGTH = 1024
@@ -243,6 +243,7 @@ class ScoredStates:
 
     def __init__(self, exact: torch.Tensor, pieces: Sequence[QuantizedTensor], spec: QuantSpec, layer: _ScoringLayer):
         self.exact, self.pieces, self.spec, self.layer = exact, pieces, spec, layer
+        self.sliding_window = layer.sliding_window
         self.shape, self.dtype, self.device = exact.shape, exact.dtype, exact.device
         self.capacity = exact.shape[2]
         self.routes = Routes()
@@ -260,7 +261,7 @@ class ScoredStates:
         """The position of the first of the newest `q_len` queries."""
         return self.shape[2] - q_len
 
-    def dequantize(self, position: int) -> NoReturn:
+    def read(self, q_len: int) -> NoReturn:
         raise ValueError(f"score: attention needs de-quantized states (see the warning before this); {_REFUSED}")
 
     def body(self, dtype: torch.dtype) -> torch.Tensor:
@@ -346,8 +347,10 @@ class _ScoringLayer(DynamicLayer):
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
         length: int,
+        sliding_window: int | None = None,
     ):
         super().__init__()
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self.specs, self.contexts, self.padding, self.max_length = specs, contexts, padding, length
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
         self.length = 0
@@ -382,6 +385,11 @@ class _ScoringLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        end = self.length + query_length
+        length = mask_length(end, self.sliding_window, query_length)
+        return length, end - length
+
 
 class _ScoringCache(DynamicCache):
     """The layers of a `QuantizedCache`, with a `_ScoringLayer` in place of each quantized one."""
@@ -394,9 +402,11 @@ class _ScoringCache(DynamicCache):
         padding: torch.Tensor | None,
         length: int,
     ):
-        # A query reads the same from static storage.
-        layers = QuantizedCache(model.config, replace(config, static=False)).layers
+        # A query reads the same from static storage; but in a static cache sliding layers are not quantized.
+        growing = replace(config, static=False, sliding="dense" if config.static else config.sliding)
+        layers = QuantizedCache(model.config, growing).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
-                layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding, length)
+                window = layer.sliding_window
+                layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding, length, window)
         Cache.__init__(self, layers=layers)

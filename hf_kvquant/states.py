@@ -41,6 +41,12 @@ def hides_columns(sliding_window: int | None, length: int | None) -> bool:
     return sliding_window is not None and (length is None or sliding_window < length)
 
 
+def mask_length(length: int, sliding_window: int | None, q_len: int) -> int:
+    """How many of the last columns the mask of the newest `q_len` queries has: of a sliding layer those that the first
+    of them may see, and later ones."""
+    return length if sliding_window is None else min(length, sliding_window - 1 + q_len)
+
+
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """The tensor in autocast's dtype, in which attention then computes; unchanged if autocast is off."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x
@@ -114,6 +120,7 @@ class QuantizedStates(HasStored):
         head_dim, dtype: those of the states before they were stored.
         device_length: int64 scalar on the device, or None. If it is given, it is the number of columns, and `length`
             is only its upper limit, which is all that a compiled step knows, since it cannot read from the device.
+        sliding_window: the layer's window, or None. The masks of its queries have `mask_length` columns.
         backend: the operator's backend, "auto" or a name.
         routes: the cache's route counter, in which attention counts its calls.
     """
@@ -128,6 +135,7 @@ class QuantizedStates(HasStored):
     backend: str = "auto"
     routes: Routes = field(default_factory=Routes)
     device_length: torch.Tensor | None = None
+    sliding_window: int | None = None
 
     @classmethod
     def of_operator(cls, **fields: Any) -> QuantizedStates:
@@ -271,3 +279,8 @@ class QuantizedStates(HasStored):
         if self.device_length is None:
             return read
         return torch.where((column < self.device_length)[:, None], read, 0)
+
+    def read(self, q_len: int) -> torch.Tensor:
+        """What the newest `q_len` queries read, `[batch, num_kv_heads, mask_length, head_dim]`; see `dequantize`."""
+        read = self.dequantize(self.position(q_len))
+        return read[:, :, self.length - mask_length(self.length, self.sliding_window, q_len) :]

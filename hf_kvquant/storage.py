@@ -63,17 +63,22 @@ class Side(HasStored):
 
     def grow(self, capacity: int, length: int) -> None:
         """Move the first `length` columns into larger storage."""
+        self.stored = self.moved(capacity, length)
+
+    def moved(self, capacity: int, length: int, first: int = 0) -> Stored:
+        """The columns `first .. length` in new storage of `capacity` columns; `first` begins a block."""
         batch, num_kv_heads, _ = self.shape
         new = self._allocated(batch, num_kv_heads, capacity)
-        new.data[:, :, :length] = self.data[:, :, :length]
+        new.data[:, :, : length - first] = self.data[:, :, first:length]
+        rows = slice(first // (self.spec.block_length or 1), -(-length // (self.spec.block_length or 1)))
         for wider, old in ((new.scale, self.scale), (new.zero_point, self.zero_point)):
             if old is not None:
-                wider[:, :, : old.shape[2]] = old
+                wider[:, :, : rows.stop - rows.start] = old[:, :, rows]
         if self.recent is not None:
-            columns = torch.arange(self.recent_start, length, device=self.device)
+            columns = torch.arange(max(self.recent_start, first), length, device=self.device)
             ring, old = new.recent, self.recent
-            ring[:, :, columns % ring.shape[2]] = old[:, :, columns % old.shape[2]]
-        self.stored = new._replace(sink=self.sink)
+            ring[:, :, (columns - first) % ring.shape[2]] = old[:, :, columns % old.shape[2]]
+        return new._replace(sink=self.sink)
 
     def make_way(self, end: int) -> None:
         """Note that columns up to `end` are about to be stored: the ring then loses all but the last `ring_length`."""

@@ -140,10 +140,25 @@ MORE = {
     "mllama": Family("MllamaConfig", "MllamaForConditionalGeneration"),
 }  # fmt: skip
 
+# Their sliding layers are quantized, too, where the config asks for windows this narrow; Llama 4 has chunks.
+SLIDING = {
+    "mistral_window": Family("MistralConfig", "MistralForCausalLM", {"sliding_window": 24}),
+    "gemma3_window": Family(
+        "Gemma3TextConfig", "Gemma3ForCausalLM",
+        {"sliding_window": 24, "query_pre_attn_scalar": 64, "num_hidden_layers": 3,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, num_full=3,
+    ),
+    "llama4_chunks": Family(
+        "Llama4TextConfig", "Llama4ForCausalLM",
+        {"attention_chunk_size": 24, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
+         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
+    ),
+}  # fmt: skip
+
 # Before 5.20 the call that drops the cache has only the newest token, so the dense cache's text is wrong, too.
 LONGROPE_LOSES_TOKENS = tuple(map(int, host.VERSION.split(".")[:2])) < (5, 20)
 
-ALL = FAMILIES | UNFUSED | OTHERS | MORE
+ALL = FAMILIES | UNFUSED | OTHERS | MORE | SLIDING
 
 # Options that make a family smaller still; some families have names of their own.
 _SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
@@ -151,6 +166,7 @@ _SMALLER = {
     "gpt2": {"n_embd": 64, "n_head": 4},
     "gemma2": _SMALL | {"query_pre_attn_scalar": 16},
     "gemma3": _SMALL | {"query_pre_attn_scalar": 16},
+    "gemma3_window": _SMALL | {"query_pre_attn_scalar": 16},
     "bart": {"d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
              "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
     "deepseek_v3": {"hidden_size": 64, "intermediate_size": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,

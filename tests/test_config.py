@@ -26,6 +26,7 @@ CONFIGS = {
         recent_length=32,
         backend="reference",
         static=True,
+        sliding=128,
         layers={3: LayerOverride(keys=INT8), 0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))},
     ),
     "dense keys": KVQuantConfig(QuantSpec("dense"), INT4, recent_length=1),
@@ -116,6 +117,7 @@ class TestRoundTrips:
             "recent_length": 32,
             "backend": "reference",
             "static": True,
+            "sliding": 128,
             "layers": {
                 0: {"keys": {"format": "dense"}, "values": {"format": "dense"}},
                 3: {"keys": {"format": "int8"}},

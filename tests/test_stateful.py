@@ -39,12 +39,16 @@ from hf_kvquant import KVQuantConfig, QuantizedCache, QuantizedStates, QuantSpec
 from hf_kvquant.changes import FORWARD
 from hf_kvquant.ops import MAX_Q_LEN
 from hf_kvquant.route import learn_route
+from hf_kvquant.sliding import SlidingQuantizedLayer
 from hf_kvquant.storage import ROLLBACK
 
 STEPS_IN_CI = 10_000
 HEADS, HEAD_DIM = 1, 16
-LONGEST = 260
+LONGEST, LONGEST_SLIDING = 260, 700
 MODEL = families.config("llama", num_hidden_layers=1, head_dim=HEAD_DIM)
+# A model with one sliding layer, for the configs that end with SLIDING.
+SLIDING, WINDOW = "-sliding", 9
+SLIDING_MODEL = families.config("mistral", num_hidden_layers=1, head_dim=HEAD_DIM, sliding_window=WINDOW)
 INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", rotate=True)
 BLOCKS8, BLOCKS4 = QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", "channel", block_length=32)
 CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {
@@ -60,6 +64,11 @@ CONFIGS |= {
     f"{name}-static": dataclasses.replace(CONFIGS[name], static=True)
     for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition")
 }
+CONFIGS |= {
+    f"{name}{SLIDING}": dataclasses.replace(CONFIGS[name], sliding=WINDOW)
+    for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "token-window", "dense-keys",
+                 "dense-values", "by-definition")
+}  # fmt: skip
 # The max_length of static caches; no sequence here needs more.
 ROOM = 480
 # The number of different keys and values of a token: ordinary vectors, vectors with outliers, and zeros.
@@ -68,6 +77,10 @@ _generator = torch.Generator().manual_seed(5)
 VECTORS = torch.randn(VOCAB, 2, HEADS, HEAD_DIM, generator=_generator)
 VECTORS[::7, :, :, 3] *= 30
 VECTORS[::11] = 0
+
+# Columns of a sliding layer that does not record its past: the window, what a crop may bring back into it, and what
+# comes between two moves, in whole blocks.
+BOUND = WINDOW + ROLLBACK + ROLLBACK + 63
 
 steps = 0
 
@@ -124,8 +137,8 @@ class Side:
         kept = max(self.recent_length, self.spec.block_length or 0) + ROLLBACK
         self.window_start = max(self.window_start, end - kept)
 
-    def crop(self, length: int) -> bool:
-        """Crop to `length`; returns whether exact copies were lost."""
+    def crop(self, length: int, first: int = 0) -> bool:
+        """Crop to `length`; returns whether exact copies were lost of columns from `first` on."""
         before = self.elements
         self.tokens, self.window = self.tokens[:, :, :length], self.window[:, :, :length].clone()
         self.elements = self.elements[:, :, : self.whole(length)]
@@ -133,7 +146,7 @@ class Side:
         for name, part in self.stored.items():
             self.stored[name] = part[:, :, : self.whole(length) if name == "data" else rows]
         needed, self.window_start = self.dense_from(length), min(self.window_start, length)
-        if not self.has_window or needed >= self.window_start:
+        if not self.has_window or max(needed, first) >= self.window_start:
             return False
         self.window[:, :, needed : self.window_start] = before[:, :, needed : self.window_start]
         self.window_start = needed
@@ -156,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, batch: int) -> None:
         """Empty the oracle."""
         config = self.cache.kv_config
-        self.batch, self.length = batch, 0
+        self.batch, self.length, self.furthest = batch, 0, 0
         self.padding = torch.zeros(batch, 0, dtype=torch.bool)
         self.sides = [Side(spec, config.recent_length, batch) for spec in (config.keys, config.values)]
 
@@ -164,11 +177,14 @@ class CacheMachine(RuleBasedStateMachine):
         name=st.sampled_from(sorted(CONFIGS)),
         batch=st.integers(1, 3),
         max_length=st.sampled_from([None, None, 40, 200]),
+        prompt=st.integers(0, 300),
     )
-    def create(self, name, batch, max_length):
+    def create(self, name, batch, max_length, prompt):
         self.folder = tempfile.TemporaryDirectory()
-        self.is_static = CONFIGS[name].static
-        self.cache = QuantizedCache(MODEL, CONFIGS[name], max_length=ROOM if self.is_static else max_length)
+        self.is_static, self.is_sliding = CONFIGS[name].static, name.endswith(SLIDING)
+        self.model = SLIDING_MODEL if self.is_sliding else MODEL
+        self.cache = QuantizedCache(self.model, CONFIGS[name], max_length=ROOM if self.is_static else max_length)
+        assert isinstance(self.cache.layers[0], SlidingQuantizedLayer) == self.is_sliding
         self.routes = {
             "prefill_dense": 0,
             "decode_fused": 0,
@@ -176,7 +192,11 @@ class CacheMachine(RuleBasedStateMachine):
             "window_lost": 0,
             "nonfinite": 0,
         }
+        self.longest = LONGEST_SLIDING if self.is_sliding else LONGEST
         self.start(batch)
+        if self.is_sliding and prompt:
+            # Otherwise few sequences would fill the window.
+            self.append(prompt, prompt, True)
 
     def teardown(self):
         if hasattr(self, "folder"):
@@ -197,15 +217,17 @@ class CacheMachine(RuleBasedStateMachine):
         return is_token & (is_token.long().cumsum(1) <= self.cache.kv_config.sink_length)
 
     def reads(self, position: int) -> list[torch.Tensor]:
-        return [side.read(position, self.is_sink()) for side in self.sides]
+        """What the queries from `position` on may see."""
+        reads = [side.read(position, self.is_sink()) for side in self.sides]
+        return [x[:, :, max(position - WINDOW + 1, 0) :] for x in reads] if self.is_sliding else reads
 
     # Twice, because without tokens there is little to compare.
-    @precondition(lambda self: self.length < LONGEST)
+    @precondition(lambda self: self.length < self.longest)
     @rule(seed=st.integers(0, 2**16), n=st.sampled_from([1, 1, 2, 7, 16, 32]), traced=st.booleans())
     def decode(self, n, seed, traced):
         self.append(n, seed, True, traced)
 
-    @precondition(lambda self: self.length < LONGEST)
+    @precondition(lambda self: self.length < self.longest)
     @rule(
         n=st.one_of(st.just(1), st.integers(1, MAX_Q_LEN), st.integers(MAX_Q_LEN + 1, 110)),
         seed=st.integers(0, 2**16), takes_states=st.booleans(), traced=st.booleans(),
@@ -219,6 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
         if takes_states:
             learn_route(*returned)
         self.length += n
+        self.furthest = max(self.furthest, self.length)
         for side, x in zip(self.sides, new):
             side.append(x, self.is_padding(self.length))
         fused = [isinstance(x, QuantizedStates) for x in returned]
@@ -229,7 +252,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert fused == [bool(self.cache.layers[0].takes_states)] * 2
             self.routes["decode_dequantized"] += not fused[0]
             expected = self.reads(start)
-            returned = [x.dequantize(position=start) if f else x for x, f in zip(returned, fused)]
+            returned = [x.read(n) if f else x for x, f in zip(returned, fused)]
         else:
             expected = [torch.cat(pair, 2) for pair in zip(past, new)]
             self.routes["decode_dequantized"] += 1
@@ -242,11 +265,25 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(n=st.one_of(st.integers(1, ROLLBACK), st.integers(1, LONGEST)))
     def crop(self, n):
-        self.cache.crop(-n)
+        try:
+            self.cache.crop(-n)
+        except RuntimeError:
+            # What the window has left is retired, but never what a crop of this length needs.
+            assert self.is_sliding and self.length - n < self.furthest - ROLLBACK
+            return
         if self.length:
             self.length = max(0, self.length - n)
-            lost = [side.crop(self.length) for side in self.sides]
+            first = self.cache.layers[0].dropped if self.is_sliding else 0
+            lost = [side.crop(self.length, first) for side in self.sides]
             self.routes["window_lost"] += any(lost)
+
+    @rule(starts=st.booleans())
+    def record_past(self, starts):
+        """Assisted decoding asks for it; nothing is retired until the next crop."""
+        if starts:
+            self.cache.activate_past_recording()
+        elif self.is_sliding:
+            self.cache.layers[0].record_past = False
 
     @precondition(lambda self: self.length > 60)
     @rule(batch=st.integers(1, 3))
@@ -313,7 +350,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.save(path)
         before = path.read_bytes()
         max_length = ROOM if self.is_static else max_length
-        self.cache, old = QuantizedCache.load(path, MODEL, max_length=max_length), self.cache
+        self.cache, old = QuantizedCache.load(path, self.model, max_length=max_length), self.cache
         # Later changes of the copy must not reach the file, which is mapped.
         self.saved = (path, before)
         assert old.routes == self.cache.routes
@@ -333,7 +370,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # --- faults
 
-    @precondition(lambda self: self.cache.layers[0].is_initialized and self.length < LONGEST)
+    @precondition(lambda self: self.cache.layers[0].is_initialized and self.length < self.longest)
     @rule(
         n=st.integers(1, ROLLBACK),
         seed=st.integers(0, 2**16),
@@ -354,6 +391,7 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="interrupted"):
             self.cache.update(*states, 0)
         self.cache.crop(0)
+        self.furthest = max(self.furthest, self.length + n)
         for side in self.sides:
             # The tokens are forgotten, but may have been written over the oldest ones of the window.
             side.make_way(self.length + n)
@@ -362,7 +400,7 @@ class CacheMachine(RuleBasedStateMachine):
     def interrupted_forward(self, n, seed):
         before = self.length
         self.cache.begin(FORWARD)
-        if before and before + n <= LONGEST:
+        if before and before + n <= self.longest:
             self.append(n, seed, False)
             self.length = before
             # A crop of up to `ROLLBACK` tokens leaves the cache as if they had never come.
@@ -381,15 +419,19 @@ class CacheMachine(RuleBasedStateMachine):
         global steps
         steps += 1
         layer = self.cache.layers[0]
-        assert layer.length == self.cache.get_seq_length() == self.length
+        assert layer.tokens == self.cache.get_seq_length() == self.length
         assert {**self.cache.routes} == self.routes
         if not self.length:
             return
-        is_sink, layer_sides = self.is_sink(), (layer._keys, layer._values)
-        for name, side, own in zip(("keys", "values"), self.sides, layer_sides):
+        layer_sides, reads = (layer._keys, layer._values), self.reads(self.length)
+        first = layer.dropped if self.is_sliding else 0
+        for name, side, own, read in zip(("keys", "values"), self.sides, layer_sides, reads):
             for part, right in ({"data": side.tokens} if side.spec.is_dense else side.stored).items():
+                right = right[:, :, first if part == "data" else first // (side.spec.block_length or 1) :]
                 assert_equal(getattr(own, part)[:, :, : right.shape[2]], right, f"{name}.{part}")
-            assert_equal(getattr(layer, name), side.read(self.length, is_sink), name)
+            assert_equal(getattr(layer, name), read, name)
+        if self.is_sliding and not layer.record_past:
+            assert layer.length <= BOUND
 
 
 def assert_equal(got: torch.Tensor, right: torch.Tensor, what: str) -> None:

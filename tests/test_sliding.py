@@ -1,0 +1,427 @@
+"""Sliding layers, quantized: what is retired is never missed, bytes are bounded, and masks are transformers' own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import families
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig
+
+from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantizedStates, QuantSpec, attention, ops
+from hf_kvquant.attention import attend
+from hf_kvquant.host import CACHE, DynamicSlidingWindowLayer
+from hf_kvquant.layers import QuantizedLayer
+from hf_kvquant.scoring import score, score_by_decoding
+from hf_kvquant.sliding import SlidingQuantizedLayer
+from hf_kvquant.storage import ROLLBACK
+
+WINDOW = 24
+BLOCKS = QuantSpec("int8", "channel", block_length=16)
+CONFIGS = {
+    name: dataclasses.replace(KVQuantConfig.preset(name), sliding=WINDOW) for name in KVQuantConfig.preset_names()
+}
+CONFIGS["windows"] = KVQuantConfig(BLOCKS, QuantSpec("int8"), sink_length=3, recent_length=7, sliding=WINDOW)
+CONFIGS["long-recent"] = KVQuantConfig(
+    QuantSpec("int8"), QuantSpec("int8"), sink_length=2, recent_length=70, sliding=2
+)
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+every_family = pytest.mark.parametrize("name", families.SLIDING)
+ROUNDING = 1e-4
+# The updates of a long sequence: a prompt longer than the window, single tokens, short and long turns.
+TURNS = (200, *[1] * 70, 7, 32, 33, 150, 1, 1, 20, 300, 2)
+
+
+def build(name: str = "mistral_window", **options):
+    return families.build(name, **families.small(name), **options)
+
+
+def run(model, cache, ids: torch.Tensor, turns=TURNS, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of plain calls with so many tokens each."""
+    logits, start = [], int(cache.get_seq_length())
+    with torch.no_grad(), attention(model):
+        for n in turns:
+            given = {}
+            if mask is not None:
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start : start + n]
+                given = {"attention_mask": mask[:, : start + n], "position_ids": positions}
+            logits.append(model(ids[:, start : start + n], **given, **{CACHE: cache}, use_cache=True).logits)
+            start += n
+    return torch.cat(logits, 1)
+
+
+def sliding(cache: QuantizedCache) -> list[SlidingQuantizedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, SlidingQuantizedLayer)]
+
+
+@every_config
+@every_family
+def test_what_is_retired_is_not_missed(name, config):
+    """The same logits as from a cache that keeps every token, with left padding in a batch."""
+    model, ids = build(name, dtype=torch.float64), families.prompt(2, sum(TURNS))
+    mask = torch.ones_like(ids)
+    mask[1, :90] = 0
+    cache, whole = (QuantizedCache(model.config, config, attention_mask=mask) for _ in range(2))
+    whole.activate_past_recording()
+    got, expected = run(model, cache, ids, mask=mask), run(model, whole, ids, mask=mask)
+    assert sliding(cache)
+    assert all(layer.dropped for layer in sliding(cache))
+    assert not any(layer.dropped for layer in sliding(whole))
+    assert cache.routes == whole.routes
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=0, atol=ROUNDING)
+
+
+@every_family
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_nearly_the_logits_of_the_dense_cache(name, attn):
+    model, ids = build(name, attn=attn), families.prompt(1, sum(TURNS))
+    config = KVQuantConfig(QuantSpec("int8", "channel"), QuantSpec("int8"), recent_length=8, sliding=WINDOW)
+    got = run(model, QuantizedCache(model.config, config), ids)
+    expected = run(model, DynamicCache(config=model.config), ids)
+    assert (got - expected).pow(2).mean().sqrt() <= 0.03 * expected.std()
+    # Negative control: a window that is one token wider is noticed.
+    wider = build(name, attn=attn, **{"attention_chunk_size" if "chunks" in name else "sliding_window": WINDOW + 1})
+    assert (run(wider, DynamicCache(config=wider.config), ids) - expected).pow(2).mean().sqrt() > 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("turns", [TURNS, (1,) * 60, (23, 1, 1, 40), (24, 33, 1), (25, 2), (100, 100)], ids=str)
+def test_masks_and_states_have_the_columns_of_transformers_own_layer(turns):
+    native, layer = DynamicSlidingWindowLayer(sliding_window=WINDOW), new_layer()
+    for n in turns:
+        assert layer.get_mask_sizes(n) == native.get_mask_sizes(n)
+        new = torch.randn(2, 1, 2, n, 16)
+        expected, got = native.update(*new), layer.update(*new)
+        assert [x.shape for x in got] == [x.shape for x in expected]
+        assert torch.equal(got[0][:, :, -n:], expected[0][:, :, -n:]) or n <= ops.MAX_Q_LEN
+        assert (got[0] - expected[0]).abs().max() < 0.1
+        assert layer.get_seq_length() == native.get_seq_length()
+        assert layer.keys.shape == native.keys.shape
+    assert layer.get_max_length() == native.get_max_length()
+    assert layer.is_sliding
+
+
+def new_layer(config: str = "windows", **options) -> SlidingQuantizedLayer:
+    model = families.config("mistral_window", num_hidden_layers=1, **options)
+    return QuantizedCache(model, CONFIGS[config]).layers[0]
+
+
+@every_config
+def test_bytes_are_bounded(config):
+    cache = QuantizedCache(families.config("mistral_window", num_hidden_layers=1), config)
+    block = config.keys.block_length or 1
+    most = -(-(WINDOW + ROLLBACK + max(block, ROLLBACK)) // block) * block
+    cache.update(*torch.randn(2, 1, 2, 1000, 16), 0)
+    total = cache.memory_report()["total"]
+    for _ in range(300):
+        cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+        assert cache.memory_report()["total"] == total
+        assert cache.layers[0]._keys.capacity <= most
+    cache.reserve(10_000)
+    assert cache.memory_report()["total"] == total
+    assert cache.memory_report()["dense_equivalent"] == 2 * 2 * (WINDOW - 1) * 16 * 4
+    grown = QuantizedCache(families.config("mistral_window", num_hidden_layers=1), config)
+    for _ in range(1300):
+        grown.update(*torch.randn(2, 1, 2, 1, 16), 0)
+    assert grown.memory_report()["total"] == total
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding-mask"])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_attention_that_gets_no_window_in_its_mask(q_len, padded):
+    """Flash attention leaves the window, and with padding the columns, to attention."""
+    layer = new_layer()
+    for n in (300, *[1] * 10):
+        layer.update(*torch.randn(2, 2, 2, n, 16))
+    layer.takes_states = True
+    keys, values = layer.update(*torch.randn(2, 2, 2, q_len, 16))
+    assert isinstance(keys, QuantizedStates)
+    query, kv_len = torch.randn(2, 4, q_len, 16), WINDOW - 1 + q_len
+    columns = torch.arange(kv_len)
+    positions = columns[-q_len:, None]
+    seen = (columns <= positions) & (columns > positions - WINDOW)
+    padding = torch.ones(2, kv_len, dtype=torch.bool)
+    if padded:
+        padding[1, :20] = False
+    complete = seen & padding[:, None, None]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("dense attention was called")
+
+    def of(mask):
+        return attend(None, query, keys, values, mask, dense_attention=forbidden, sliding_window=WINDOW)[0]
+
+    expected = of(complete)
+    assert torch.equal(of(padding if padded else None), expected)
+    additive = torch.zeros(complete.shape).masked_fill(~complete, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(of(additive), expected)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, *(x.read(q_len).repeat_interleave(2, 1) for x in (keys, values)), attn_mask=complete
+    )
+    torch.testing.assert_close(dense.transpose(1, 2), expected, rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="mask: shape"):
+        of(torch.ones(2, 1, q_len, kv_len - 1, dtype=torch.bool))
+
+
+def test_an_obstacle_reads_what_the_mask_has():
+    """Attention weights come from dense attention over de-quantized states of the window."""
+    model, ids = build("mistral_window", attn="eager"), families.prompt(1, 300)
+    cache, again = (QuantizedCache(model.config, CONFIGS["int8"]) for _ in range(2))
+    expected = run(model, cache, ids, (297, 1, 1, 1))
+    run(model, again, ids, (297, 1))
+    with torch.no_grad(), attention(model):
+        out = model(ids[:, 298:299], **{CACHE: again}, output_attentions=True)
+    assert out.attentions[0].shape[-1] == WINDOW
+    torch.testing.assert_close(out.logits[:, 0], expected[:, 298], rtol=0, atol=10 * ROUNDING)
+
+
+# --- which layers
+
+
+def test_every_preset_takes_mistral_as_it_is():
+    for name in KVQuantConfig.preset_names():
+        cache = QuantizedCache(MistralConfig(), name)
+        assert {type(layer) for layer in cache.layers} == {SlidingQuantizedLayer}
+        assert cache.layers[0].sliding_window == 4096
+        # Where no token leaves the window there is none.
+        assert {type(layer) for layer in QuantizedCache(MistralConfig(), name, max_length=4096).layers} == {
+            QuantizedLayer
+        }
+
+
+def test_the_config_says_which_windows():
+    model = families.config("gemma3_window")
+
+    def kinds(**options) -> list[type]:
+        config = dataclasses.replace(KVQuantConfig.preset("int8"), **options)
+        return [type(layer) for layer in QuantizedCache(model, config).layers]
+
+    own = [DynamicSlidingWindowLayer, QuantizedLayer, DynamicSlidingWindowLayer]
+    assert kinds() == kinds(sliding="dense") == kinds(sliding=WINDOW + 1) == own
+    assert kinds(sliding=WINDOW) == [SlidingQuantizedLayer, QuantizedLayer, SlidingQuantizedLayer]
+    int4 = {2: LayerOverride(QuantSpec("int4"))}
+    assert kinds(sliding="dense", layers=int4) == [DynamicSlidingWindowLayer, QuantizedLayer, SlidingQuantizedLayer]
+    dense = {0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))}
+    assert kinds(sliding=WINDOW, layers=dense) == [DynamicSlidingWindowLayer, QuantizedLayer, SlidingQuantizedLayer]
+    static = dataclasses.replace(KVQuantConfig.preset("int8-static"), sliding=2)
+    layers = QuantizedCache(model, static, max_length=100).layers
+    assert [isinstance(layer, QuantizedLayer) for layer in layers] == [False, True, False]
+
+
+@pytest.mark.parametrize("value", [1, 0, -5, True, 3.5, None, "int8", [512]])
+def test_other_values_of_sliding_are_refused(value):
+    with pytest.raises(ValueError, match=r"sliding: .* is not allowed; expected an integer from 2 on .* or 'dense'"):
+        dataclasses.replace(KVQuantConfig.preset("int8"), sliding=value)
+
+
+def test_nothing_to_quantize():
+    model = families.config("mistral_window")
+    for options, told in (({}, "512"), ({"sliding": "dense"}, "dense")):
+        with pytest.raises(ValueError, match=rf"or a window that `sliding: {told}` takes .*nothing to quantize"):
+            QuantizedCache(model, dataclasses.replace(KVQuantConfig.preset("int8"), **options))
+    with pytest.raises(ValueError, match=r"layers\.9: the model has no such full-attention or sliding layer"):
+        QuantizedCache(model, dataclasses.replace(CONFIGS["int8"], layers={9: LayerOverride(QuantSpec("int4"))}))
+
+
+@pytest.mark.parametrize("layers", [{0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))},
+                                    {2: LayerOverride(QuantSpec("int8", "channel", block_length=256))}],
+                         ids=["dense", "other-blocks"])  # fmt: skip
+def test_layers_that_differ_share_a_mask(layers):
+    """The model makes one mask for all sliding layers, whoever stores them and in whatever blocks."""
+    model, ids = build("gemma3_window"), families.prompt(1, sum(TURNS))
+    config = dataclasses.replace(CONFIGS["int8"], layers=layers)
+    got = run(model, QuantizedCache(model.config, config), ids)
+    expected = run(model, DynamicCache(config=model.config), ids)
+    assert (got - expected).pow(2).mean().sqrt() <= 0.03 * expected.std()
+
+
+# --- scoring
+
+
+@every_family
+@pytest.mark.parametrize("config", ["int8", "int4", "windows", "long-recent"])
+def test_scored_as_decoded(name, config):
+    model, ids = build(name, dtype=torch.float64), families.prompt(2, 330)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    for context, chunk in ((10, 1), (200, 7)):
+        expected = score_by_decoding(model, ids, context, CONFIGS[config], mask, chunk=chunk)
+        for length in (256, 512):
+            got = score(model, ids, context, CONFIGS[config], mask, chunk_length=length)
+            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+# --- going back
+
+
+@every_config
+@pytest.mark.parametrize("removed", [1, 40, 64])
+def test_a_crop_across_the_window(config, removed):
+    """As if the tokens had never come, however they came."""
+    model, ids = build(dtype=torch.float64), families.prompt(1, 500)
+    for turns in ((removed,), (1,) * removed):
+        cache, fresh = (QuantizedCache(model.config, config) for _ in range(2))
+        run(model, cache, ids, (290, *[1] * 10, *turns))
+        run(model, fresh, ids, (290, *[1] * 10))
+        cache.crop(-removed)
+        assert cache.get_seq_length() == 300
+        got, expected = run(model, cache, ids, [1] * 70), run(model, fresh, ids, [1] * 70)
+        torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+        assert cache.routes["window_lost"] == 0
+
+
+def test_a_crop_that_needs_what_is_retired_changes_nothing():
+    model, ids = build("gemma3_window"), families.prompt(1, 500)
+    cache = QuantizedCache(model.config, CONFIGS["int8"])
+    run(model, cache, ids, (300, 1))
+    before = copy.deepcopy(cache)
+    with pytest.raises(RuntimeError, match=r"crop: 250 tokens cannot be removed from layer 0, whose window of 24"):
+        cache.crop(-250)
+    assert cache._lengths() == before._lengths() == [301] * 3
+    assert torch.equal(run(model, cache, ids, (1, 40)), run(model, before, ids, (1, 40)))
+    cache.crop(-cache.get_seq_length())
+    assert cache.get_seq_length() == 0
+    fresh = QuantizedCache(model.config, CONFIGS["int8"])
+    got, expected = (run(model, each, ids, (200, *[1] * 5)) for each in (cache, fresh))
+    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+
+
+def test_a_recorded_past_goes_back_as_far_as_the_last_crop():
+    model, ids = build(), families.prompt(1, 700)
+    cache, fresh = (QuantizedCache(model.config, CONFIGS["int8-plain"]) for _ in range(2))
+    for each in (cache, fresh):
+        run(model, each, ids, (300,))
+    cache.activate_past_recording()
+    run(model, cache, ids, (32,) * 8)
+    cache.crop(-250)
+    assert cache.layers[0]._keys.capacity <= WINDOW + 2 * ROLLBACK
+    run(model, fresh, ids, (6,))
+    got, expected = (run(model, each, ids, [1] * 20) for each in (cache, fresh))
+    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("n", [1, 64, 120, 500])
+@pytest.mark.parametrize("length", [0, 100, 300])
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interruption_while_a_layer_stores(call, written, length, n, monkeypatch):
+    """Up to 64 tokens are forgotten, and so is the first prompt; more may have taken with them what is needed."""
+    tokens, real, calls = torch.randn(2, 1, 2, length + n + 50, 16), ops.quantize_append, []
+    config = families.config("mistral_window", num_hidden_layers=1)
+    cache, fresh = QuantizedCache(config, CONFIGS["int4"]), QuantizedCache(config, CONFIGS["int4"])
+    if length:
+        for each in (cache, fresh):
+            each.update(*tokens[:, :, :, :length], 0)
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < call:
+            return real(*args, **kwargs)
+        if written:
+            real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "quantize_append", interrupted)
+        try:
+            cache.update(*tokens[:, :, :, length : length + n], 0)
+        except KeyboardInterrupt:
+            pass
+        else:
+            pytest.skip("the update has one piece")
+    with pytest.raises(ValueError, match="interrupted"):
+        cache.update(*tokens[:, :, :, -1:], 0)
+    if length and n > ROLLBACK:
+        with pytest.raises(ValueError, match=r"stored more than 64 tokens.*cache\.reset\(\)"):
+            cache.crop(0)
+        return
+    cache.crop(0)
+    assert cache.get_seq_length() == length
+    new = tokens[:, :, :, -40:]
+    for each in (cache, fresh):
+        each.update(*new, 0)
+    for a, b in zip(cache.layers[0]._views(), fresh.layers[0]._views()):
+        assert torch.equal(a.read(1), b.read(1))
+
+
+def test_no_memory_to_move_columns(monkeypatch):
+    cache = QuantizedCache(families.config("mistral_window", num_hidden_layers=1), CONFIGS["int4"])
+    cache.update(*torch.randn(2, 1, 2, 150, 16), 0)
+    layer = cache.layers[0]
+    layer.takes_states = True
+    for _ in range(42):
+        cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+    assert layer.length == layer._most
+    before, values = copy.deepcopy(cache), layer._values
+
+    def refuse(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(values, "moved", refuse)
+        with pytest.raises(MemoryError):
+            cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+    assert cache.get_seq_length() == 192
+    new = torch.randn(2, 1, 2, 1, 16)
+    for a, b in zip(cache.update(*new, 0), before.update(*new, 0)):
+        assert torch.equal(a.read(1), b.read(1))
+    assert layer.dropped
+
+
+# --- rows, generation, files
+
+
+def test_rows_are_chosen_after_columns_were_retired():
+    model, ids = build("gemma3_window"), families.prompt(3, 400)
+    mask = torch.ones_like(ids)
+    mask[1, :290] = 0
+    cache = QuantizedCache(model.config, CONFIGS["windows"], attention_mask=mask)
+    run(model, cache, ids, (280, *[1] * 5), mask)
+    rows = torch.tensor([1, 1, 0])
+    expected = run(model, copy.deepcopy(cache), ids, [1] * 100, mask)
+    cache.reorder_cache(rows)
+    got = run(model, cache, ids[rows], [1] * 100, mask[rows])
+    # The first tokens of row 1 come only now: they are its sinks, though columns before them are retired.
+    seen = mask[rows, 285:385].bool()
+    torch.testing.assert_close(got[seen], expected[rows][seen], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_assisted_decoding_beyond_the_window(preset):
+    model, assistant = build(), build(seed=1)
+    ids, options = families.prompt(1, 250), {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    choice = {"cache_implementation": "kvquant", "cache_config": CONFIGS[preset]}
+    plain = model.generate(ids, **options, **choice)
+    assisted = model.generate(ids, **options, **choice, assistant_model=assistant)
+    assert torch.equal(plain.sequences, assisted.sequences)
+    cache = assisted[CACHE]
+    assert {type(layer) for layer in cache.layers} == {SlidingQuantizedLayer}
+    assert cache.layers[0].dropped or cache.layers[0].record_past
+
+
+@every_config
+def test_save_and_load(config, tmp_path):
+    model, ids = build("gemma3_window"), families.prompt(2, 500)
+    cache = QuantizedCache(model.config, config)
+    run(model, cache, ids, (300, *[1] * 3))
+    path = tmp_path / "cache.safetensors"
+    cache.save(path, model)
+    loaded = QuantizedCache.load(path, model)
+    assert [layer.dropped for layer in sliding(loaded)] == [layer.dropped for layer in sliding(cache)] != [0, 0]
+    assert torch.equal(run(model, loaded, ids, (*[1] * 100, 40)), run(model, cache, ids, (*[1] * 100, 40)))
+
+
+def test_files_from_before_quantized_sliding_layers(tmp_path):
+    """They say nothing about sliding layers, which were not quantized."""
+    model, ids = build("gemma3_window"), families.prompt(1, 200)
+    config = dataclasses.replace(CONFIGS["int8"], sliding="dense")
+    cache = QuantizedCache(model.config, config)
+    run(model, cache, ids, (100,))
+    path = tmp_path / "cache.safetensors"
+    without = {name: value for name, value in config.to_dict().items() if name != "sliding"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVQuantConfig, "to_dict", lambda self: without)
+        cache.save(path, model)
+    loaded = QuantizedCache.load(path, model)
+    assert torch.equal(run(model, loaded, ids, [1] * 30), run(model, cache, ids, [1] * 30))

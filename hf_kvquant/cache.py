@@ -128,8 +128,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
             )
         for layer_idx, _ in self.kv_config.layers:
             if layer_idx not in quantizable:
-                kind = "full-attention or sliding layer" if any(windows) else "full-attention layer"
-                raise ValueError(f"layers.{layer_idx}: the model has no such {kind}; expected one of {quantizable}")
+                such = "full-attention or sliding layer" if any(windows) else "full-attention layer"
+                raise ValueError(f"layers.{layer_idx}: the model has no such {such}; expected one of {quantizable}")
         for layer_idx in chosen:
             specs = self.kv_config.for_layer(layer_idx)
             if not all(spec.is_dense for spec in specs):

@@ -112,7 +112,7 @@ class KVQuantConfig:
         """Whether a layer with such a window, or none, is quantized."""
         if sliding_window is None or layer_idx in dict(self.layers):
             return True
-        return self.sliding != "dense" and sliding_window >= self.sliding
+        return isinstance(self.sliding, int) and sliding_window >= self.sliding
 
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per cached element without exact copies: the mean of keys and values (16 for a dense side)."""

@@ -493,7 +493,8 @@ def is_refused(function, *args, **kwargs) -> bool:
         return True
     except RuntimeError as error:
         # A group size of 8, which only the reference takes.
-        assert "backend 'cpu' cannot run" in str(error)
+        if "backend 'cpu' cannot run" not in str(error):
+            raise
         return True
     return False
 

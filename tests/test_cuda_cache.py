@@ -294,7 +294,7 @@ class TestBuild:
             (["int8"], "--arch: there is no GPU"),
             (["--arch", "sm_70"], r"--arch: 'sm_70' is not supported; NVRTC \d+\.\d+ knows sm_80"),
             (["int9", "--arch", "sm_90"], "int9"),
-            (["--head-dim", "56", "--arch", "sm_90"], "head_dim: 56 cannot be quantized"),
+            (["--head-dim", "56", "--arch", "sm_90"], "head_dim: 56 is not supported by the CUDA kernels"),
             (["--head-dim", "512", "--arch", "sm_90"], "head_dim: 512 is not supported by the CUDA kernels"),
             (["--dtype", "float32", "--arch", "sm_90"], "--dtype: 'float32' is not supported"),
         ],

@@ -128,9 +128,9 @@ def page(document: dict) -> str:
     text.append(
         "\nWherever the cache acts, the operator gives what the model's own attention gives over de-quantized states "
         f"(largest difference {worst:.1g} of the output), and with a window over every token the logits are the "
-        f"dense cache's (largest difference {exact:.1g} of their spread). Sliding-window, linear and convolution "
-        "layers keep transformers' own caches, and so does cross-attention. A sliding window that hides no token "
-        "counts as full attention.\n"
+        f"dense cache's (largest difference {exact:.1g} of their spread). Linear and convolution layers, "
+        "cross-attention, and sliding windows as narrow as those of these tiny models keep transformers' own caches. "
+        "A sliding window that hides no token counts as full attention.\n"
     )
     own = [n for n in judged if families[n].get("recorded_calls") and families[n]["status"] == "fused"]
     text.append(

@@ -86,7 +86,7 @@ arm: .venv/arm
 matrix: .venv/installed
 	cd eval && OMP_NUM_THREADS=1 ../.venv/bin/python model_matrix.py
 
-# mypy reads the types of torch and transformers where they are installed.
+# mypy reads the types of what is installed there: torch, transformers, the stubs of PyYAML.
 lint: .venv-lint/installed .venv/installed
 	.venv-lint/bin/ruff check .
 	.venv-lint/bin/ruff format --check .
@@ -126,7 +126,7 @@ format: .venv-lint/installed
 
 .venv-lint/installed: $(LOCK)
 	$(PYTHON) -m venv .venv-lint
-	$(call install,$(LOCK),.venv-lint) ruff clang-format mypy types-PyYAML
+	$(call install,$(LOCK),.venv-lint) ruff clang-format mypy
 	touch $@
 
 .venv-lock/uv:

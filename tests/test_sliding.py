@@ -389,7 +389,8 @@ def test_rows_are_chosen_after_columns_were_retired():
 
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_assisted_decoding_beyond_the_window(preset):
-    model, assistant = build(), build(seed=1)
+    # The assistant's own cache is dense. With a window it fails before transformers 5.19, whatever the target's is.
+    model, assistant = build(), build(seed=1, sliding_window=None)
     ids, options = families.prompt(1, 250), {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
     choice = {"cache_implementation": "kvquant", "cache_config": CONFIGS[preset]}
     plain = model.generate(ids, **options, **choice)

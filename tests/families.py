@@ -158,6 +158,8 @@ SLIDING = {
 _RELEASE = tuple(map(int, host.VERSION.split(".")[:2]))
 # Before 5.20 the call that drops the cache has only the newest token, so the dense cache's text is wrong, too.
 LONGROPE_LOSES_TOKENS = _RELEASE < (5, 20)
+# Before 5.19 a dense sliding layer returns more states than its mask has columns if several calls precede a crop.
+DENSE_WINDOWS_FAIL_ASSISTED = _RELEASE < (5, 19)
 
 ALL = FAMILIES | UNFUSED | OTHERS | MORE | SLIDING
 

@@ -443,6 +443,8 @@ def assistant_of(name: str, choice: str | None) -> Iterator:
 @every_preset
 @pytest.mark.parametrize("draft", ["dense", "quantized"])
 def test_assisted_decoding(name, preset, draft):
+    if families.DENSE_WINDOWS_FAIL_ASSISTED and name in families.SLIDING:
+        pytest.skip("the dense cache of this transformers fails, or does not, as drafts are accepted")
     subject = host(name)
     inputs = subject.inputs()
     with assistant_of(name, f"kvquant-{preset}" if draft == "quantized" else None) as assistant:

@@ -18,7 +18,7 @@ import torch
 from . import reference
 from .backends import AUTO, NAMES
 from .quantization import QuantSpec
-from .states import QuantizedStates, Stored
+from .states import PagedStates, QuantizedStates, Stored
 
 # The longest update that is read as stored: decode, speculative verify, short chunks. The cache's definition has this
 # limit.
@@ -125,7 +125,7 @@ def _not_taken(compiled: str, dtype: torch.dtype, small: int) -> tuple[str | Non
     return None, ""
 
 
-def _small(keys: QuantizedStates, values: QuantizedStates) -> int:
+def _small(keys: QuantizedStates | PagedStates, values: QuantizedStates | PagedStates) -> int:
     """The first head_dim or group_size that only the reference takes; 0: none."""
     sizes = keys.head_dim, values.head_dim, keys.spec.group_size or 0, values.spec.group_size or 0
     return next((size for size in sizes if size % COMPILED_MULTIPLE), 0)
@@ -235,6 +235,33 @@ def quantize_append(
         key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
         keys.spec.code, values.spec.code, start, keys.backend,
     )  # fmt: skip
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same as `reference.paged_attention`, on the backend that the states name. Not compiled: continuous batching runs
+    it outside of graphs.
+
+    Raises:
+        ValueError: a shape, dtype or length does not fit the others; it is named.
+    """
+    backend = _implementation(keys.backend, query.device.type, query.dtype, _small(keys, values))
+    return backend.paged_attention(query, keys, values, s_aux, scaling=scaling, softcap=softcap)
+
+
+def paged_append(
+    key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
+) -> None:
+    """Same as `reference.paged_append`, on the backend that the states name."""
+    backend = _implementation(keys.backend, key.device.type, key.dtype, _small(keys, values))
+    backend.paged_append(key, value, keys, values, faults)
 
 
 def _check(

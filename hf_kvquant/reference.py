@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .quantization import quantize
-from .states import QuantizedStates
+from .states import PagedStates, QuantizedStates
 
 
 def decode_attention(
@@ -138,6 +138,43 @@ def quantize_append(
             states.recent[:, :, last % ring_length] = x[:, :, last - start]
     if keys.sink_positions is not None and keys.sink_positions.numel():
         _append_sinks(key, value, keys, values, padding, start)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode_attention` of one query per row, `[rows, num_heads, 1, head_dim]`, over rows of different lengths."""
+    results = [
+        decode_attention(
+            query[i : i + 1], keys.row(i), values.row(i), None, s_aux, scaling=scaling, softcap=softcap
+        )
+        for i in range(query.shape[0])
+    ]  # fmt: skip
+    outputs, logsumexps = zip(*results)
+    return torch.cat(outputs), torch.cat(logsumexps)
+
+
+def paged_append(
+    key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
+) -> None:
+    """`quantize_append` of n tokens per row, `[rows, num_kv_heads, n, head_dim]`, behind the lengths of the table."""
+    for i in range(key.shape[0]):
+        start, n = int(keys.table.lengths[i]), key.shape[2]
+        for index in range(start // keys.page_length, -(-(start + n) // keys.page_length)):
+            first = index * keys.page_length
+            begin, end = max(start, first), min(start + n, first + keys.page_length)
+            new = (x[i : i + 1, :, begin - start : end - start] for x in (key, value))
+            sides = [states.page(i, index) for states in (keys, values)]
+            sides[0].sink_positions[:, : begin - first] = torch.arange(begin - first)[
+                : sides[0].sink_positions.shape[1]
+            ]
+            quantize_append(*new, *sides, faults, start=begin - first)
 
 
 def _append_sinks(

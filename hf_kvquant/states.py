@@ -284,3 +284,76 @@ class QuantizedStates(HasStored):
         """What the newest `q_len` queries read, `[batch, num_kv_heads, mask_length, head_dim]`; see `dequantize`."""
         read = self.dequantize(self.position(q_len))
         return read[:, :, self.length - mask_length(self.length, self.sliding_window, q_len) :]
+
+
+class PageTable(NamedTuple):
+    """Where the columns of each row of a batch are stored.
+
+    pages: int64 `[batch, pages]`, the page of each `page_length` columns; entries behind the last page are arbitrary
+        pages that exist.
+    exact: int64 `[batch]`, the row of `recent` and `sink` in the stored tensors, or None if there are none.
+    lengths: int64 `[batch]`, the columns that each row has.
+    """
+
+    pages: torch.Tensor
+    exact: torch.Tensor | None
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PagedStates(HasStored):
+    """Keys or values of many rows of different lengths, stored in pages.
+
+    Args:
+        stored: as in `QuantizedStates`, with pages in place of the batch and `page_length` columns each.
+        table: the pages of every row. Its column t is column `t % page_length` of page `t // page_length`; sink i is
+            column i.
+        spec, recent_length, head_dim, dtype, backend: as in `QuantizedStates`.
+    """
+
+    spec: QuantSpec
+    stored: Stored
+    table: PageTable
+    page_length: int
+    sink_length: int
+    recent_length: int
+    head_dim: int
+    dtype: torch.dtype
+    backend: str = "auto"
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.data.shape[1]
+
+    def row(self, row: int) -> QuantizedStates:
+        """A contiguous copy of one row."""
+        length = int(self.table.lengths[row])
+        pages = self.table.pages[row, : -(-length // self.page_length)]
+
+        def joined(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[pages].transpose(0, 1).flatten(1, 2)[None]
+
+        def exact(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None or self.table.exact is None else x[self.table.exact[row]][None]
+
+        stored = Stored(*map(joined, self.stored[:3]), *map(exact, self.stored[3:]))
+        sinks = torch.arange(self.sink_length, dtype=torch.int32)
+        sinks = torch.where(sinks < length, sinks, -1)[None]
+        return QuantizedStates(
+            self.spec, stored, sinks, length, self.recent_length, self.head_dim, self.dtype, self.backend
+        )
+
+    def page(self, row: int, index: int) -> QuantizedStates:
+        """Page `index` of a row as storage of its own, whose column 0 is the page's first."""
+        at = int(self.table.pages[row, index])
+        stored = [None if x is None else x[at : at + 1] for x in self.stored[:3]]
+        if self.table.exact is not None:
+            at = int(self.table.exact[row])
+        stored += [None if x is None else x[at : at + 1] for x in self.stored[3:]]
+        if index:
+            stored[4] = None
+        sinks = torch.full((1, 0 if index else self.sink_length), -1, dtype=torch.int32)
+        return QuantizedStates(
+            self.spec, Stored(*stored), sinks, self.page_length, self.recent_length, self.head_dim, self.dtype,
+            self.backend,
+        )  # fmt: skip

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "config": {"quantization", "backends", "message"},
     "reference": {"quantization", "states"},
     "ops": {"reference", "quantization", "backends", "states"},
+    "pages": {"config", "ops", "quantization", "states"},
     "tensors_file": {"message"},
     "expected": {"host", "message"},
     "saving": {"expected", "host", "message", "tensors_file"},

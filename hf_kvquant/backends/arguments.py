@@ -7,7 +7,7 @@ struct holds addresses; tensors that were made on the way, contiguous copies for
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from struct import Struct
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..quantization import QuantSpec
-from ..states import QuantizedStates
+from ..states import PagedStates, QuantizedStates
 
 MAX_HEAD_DIM = 512
 
@@ -43,9 +43,14 @@ class Side(ctypes.Structure):
     )
 
 
+class Pages(ctypes.Structure):
+    _fields_ = _fields("table exact lengths", "table_stride page_length")
+    alive: Sequence[torch.Tensor | None]
+
+
 class Attention(ctypes.Structure):
     _fields_ = _fields(
-        "query output logsumexp mask s_aux sink_positions length",
+        "query output logsumexp mask s_aux sink_positions length pages",
         "query_batch query_head query_row mask_batch mask_head mask_row mask_column sink_positions_batch num_sinks "
         "mask_kind mask_width dtype batch num_heads num_kv_heads q_len kv_len recent_length isa threads",
         "scaling softcap",
@@ -55,7 +60,7 @@ class Attention(ctypes.Structure):
     dtype: int
     num_kv_heads: int
     kv_len: int
-    alive: Sequence[torch.Tensor | None]
+    alive: Sequence[Any]
 
 
 class NewTokens(ctypes.Structure):
@@ -65,7 +70,7 @@ class NewTokens(ctypes.Structure):
 
 class Append(ctypes.Structure):
     _fields_ = _fields(
-        "faults padding sink_positions length",
+        "faults padding sink_positions length pages",
         "padding_stride padding_length sink_positions_batch num_sinks dtype batch num_kv_heads start isa threads",
         keys=NewTokens,
         values=NewTokens,
@@ -73,7 +78,7 @@ class Append(ctypes.Structure):
     dtype: int
     batch: int
     num_kv_heads: int
-    alive: Sequence[torch.Tensor | None]
+    alive: Sequence[Any]
 
 
 def _packing(struct: Any) -> str:
@@ -120,7 +125,9 @@ def _row_sizes(spec: QuantSpec, head_dim: int) -> tuple[int, int, int, bool]:
     return spec.row_bytes(head_dim), spec.num_scales(head_dim), spec.block_length or 1, spec.has_zero_point
 
 
-def _misfit(name: str, states: QuantizedStates, heads: tuple[int, int], columns: int, num_sinks: int) -> str:
+def _misfit(
+    name: str, states: QuantizedStates | PagedStates, heads: tuple[int, int], columns: int, num_sinks: int
+) -> str:
     """The message for a side that does not fit: what it has and should have. `_side` makes these checks faster."""
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
     rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
@@ -151,7 +158,7 @@ def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dty
 
 def _side(
     name: str,
-    states: QuantizedStates,
+    states: QuantizedStates | PagedStates,
     itemsize: int,
     batch: int,
     num_kv_heads: int,
@@ -217,7 +224,7 @@ def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str)
     return DTYPES[dtype]
 
 
-def _dense(states: QuantizedStates) -> torch.Tensor | None:
+def _dense(states: QuantizedStates | PagedStates) -> torch.Tensor | None:
     """The body if it has the model's dtype, else None."""
     return states.data if states.spec.format == "dense" else None
 
@@ -288,7 +295,7 @@ def attention(
     )
     packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux), positions,
-        _address(keys.device_length), batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
+        _address(keys.device_length), 0, batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
         kv_len, keys.recent_length, isa, threads, scaling, softcap, *chain(*sides),
     )  # fmt: skip
@@ -358,9 +365,131 @@ def append(
         side = _side(f"{name}s", states, itemsize, batch, num_kv_heads, end if knows_end else None, num_sinks)
         sides += [x.data_ptr(), *strides, x.shape[2], *side]
     packed = _APPEND.pack(
-        faults.data_ptr(), _address(padding), positions, _address(keys.device_length),
+        faults.data_ptr(), _address(padding), positions, _address(keys.device_length), 0,
         0 if padding is None else padding.stride(0), 0 if padding is None else padding.shape[1],
         positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
+    )  # fmt: skip
+    arguments = Append.from_buffer_copy(packed)
+    arguments.alive = alive
+    return arguments
+
+
+def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> Pages:
+    """The tables of `batch` rows, each with `new` columns behind its length.
+
+    Raises:
+        ValueError: they do not fit; `page_table` has checked the numbers of the pages.
+    """
+    pages, exact, lengths = table = keys.table
+    room = pages.shape[-1] * keys.page_length
+    has_copies = any(x is not None for states in (keys, values) for x in states.stored[3:])
+    fits = values.table is table and values.page_length == keys.page_length == keys.data.shape[2]
+    fits = fits and pages.ndim == 2 and len(pages) == len(lengths) == batch > 0 and has_copies is (exact is not None)
+    fits = fits and (exact is None or len(exact) == batch)
+    if not fits or int(lengths.max()) + new > room or int(lengths.min()) + new < 1:
+        raise ValueError(
+            f"table: pages {tuple(pages.shape)} of {keys.page_length} columns for lengths {lengths.tolist()} and "
+            f"{new} new columns do not fit; expected {batch} rows with room for them, 1 column or more, and "
+            f"exact areas: {has_copies}"
+        )
+    for name, x in (("pages", pages), ("exact", exact), ("lengths", lengths)):
+        if x is not None and (x.dtype != torch.int64 or not x.is_contiguous() or x.device.type != "cpu"):
+            raise ValueError(
+                f"table {name}: {x.dtype} on {x.device} is not allowed; expected contiguous int64 on the CPU"
+            )
+    struct = Pages(pages.data_ptr(), _address(exact), lengths.data_ptr(), pages.shape[1], keys.page_length)
+    struct.alive = pages, exact, lengths
+    return struct
+
+
+def _paged_sides(keys: PagedStates, values: PagedStates, itemsize: int) -> Iterator[tuple[int, ...]]:
+    num_pages, num_kv_heads = keys.data.shape[:2]
+    for name, states in (("keys", keys), ("values", values)):
+        yield _side(name, states, itemsize, num_pages, num_kv_heads, keys.page_length, states.sink_length)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    s_aux: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    isa: int = 0,
+    threads: int = 0,
+) -> tuple[Attention, torch.Tensor, torch.Tensor]:
+    """As `attention`, of one query per row over pages."""
+    k, v = keys.stored, values.stored
+    code = _check_dtypes(
+        query.dtype, query, k.recent, k.sink, v.recent, v.sink, _dense(keys), _dense(values),
+        names="query keys keys values values keys values",
+    )  # fmt: skip
+    if values.spec.grid == "channel":
+        raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads = keys.num_kv_heads
+    if q_len != 1 or num_heads % num_kv_heads or head_dim != keys.head_dim or query.device != keys.data.device:
+        raise ValueError(
+            f"query: {tuple(query.shape)} on {query.device} does not fit; expected a multiple of {num_kv_heads} "
+            f"heads, one query and head_dim {keys.head_dim} on {keys.data.device}"
+        )
+    pages = _pages(keys, values, batch, 0)
+    num_sinks = keys.sink_length
+    positions = torch.arange(num_sinks, dtype=torch.int32) if num_sinks else None
+    if s_aux is not None:
+        _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
+        s_aux = s_aux.to(torch.float32).contiguous()
+    itemsize = query.element_size()
+    batch_stride, head_stride, row_stride, _ = (stride * itemsize for stride in query.stride())
+    output = query.new_empty((batch, num_heads, 1, values.head_dim))
+    logsumexp = query.new_empty((batch, num_heads, 1), dtype=torch.float32)
+    packed = _ATTENTION.pack(
+        query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0, _address(s_aux), _address(positions), 0,
+        ctypes.addressof(pages), batch_stride, head_stride, row_stride, 0, 0, 0, 0, 0, num_sinks, _NO_MASK, 0, code,
+        batch, num_heads, num_kv_heads, 1, 0, keys.recent_length, isa, threads, scaling, softcap,
+        *chain(*_paged_sides(keys, values, itemsize)),
+    )  # fmt: skip
+    arguments = Attention.from_buffer_copy(packed)
+    arguments.alive = query, s_aux, positions, pages
+    return arguments, output, logsumexp
+
+
+def paged_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    faults: torch.Tensor,
+    isa: int = 0,
+    threads: int = 0,
+) -> Append:
+    """As `append`, of n tokens per row into pages."""
+    k, v = keys.stored, values.stored
+    code = _check_dtypes(
+        key.dtype, key, value, k.recent, v.recent, k.sink, v.sink, _dense(keys), _dense(values),
+        names="key value keys values keys values keys values",
+    )  # fmt: skip
+    batch, num_kv_heads, n, _ = key.shape
+    _check_small("faults", faults, key, torch.int64, 2)
+    pages = _pages(keys, values, batch, n)
+    alive: list[Any] = [pages]
+    sides: list[int] = []
+    fields = _paged_sides(keys, values, key.element_size())
+    for name, x, states in (("key", key, keys), ("value", value, values)):
+        expected = (batch, states.num_kv_heads, n, states.head_dim)
+        if tuple(x.shape) != expected or x.device != states.data.device:
+            raise ValueError(f"{name}: {tuple(x.shape)} on {x.device} does not fit; expected {expected} on the CPU")
+        if states.spec.is_channel and states.recent is None:
+            raise ValueError(f"{name}s recent: None is not allowed on the channel grid of pages; expected a ring")
+        if x.stride(3) != 1:
+            x = x.contiguous()
+        alive.append(x)
+        sides += [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3]), n, *next(fields)]
+    packed = _APPEND.pack(
+        faults.data_ptr(), 0, 0, 0, ctypes.addressof(pages), 0, 0, 0, keys.sink_length, code, batch, num_kv_heads, 0,
+        isa, threads, *sides,
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive

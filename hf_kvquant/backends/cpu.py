@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..states import QuantizedStates
+from ..states import PagedStates, QuantizedStates
 from . import arguments
 
 ISA_VARIABLE = "KVQUANT_CPU_ISA"
@@ -165,3 +165,36 @@ def quantize_append(
     call = arguments.append(key, value, keys, values, faults, padding, start, index, threads)
     _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same as `reference.paged_attention`; no page is copied."""
+    index, threads = _index(isa or _from_environment), torch.get_num_threads()
+    call, output, logsumexp = arguments.paged_attention(
+        query, keys, values, s_aux, scaling, softcap, index, threads
+    )  # fmt: skip
+    _call(_library().kvquant_decode_attention, call)
+    return output, logsumexp
+
+
+def paged_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    faults: torch.Tensor,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Same as `reference.paged_append`."""
+    index, threads = _index(isa or _from_environment), torch.get_num_threads()
+    _call(_library().kvquant_quantize_append, arguments.paged_append(key, value, keys, values, faults, index, threads))

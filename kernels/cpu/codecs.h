@@ -41,6 +41,38 @@ inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h
   return body;
 }
 
+// Where batch row b keeps column t of its body: a page, or the row's own storage, and the column in
+// front of which that begins.
+struct Place {
+  int64_t row, first;
+};
+
+inline Place place_of(const KvquantPages* pages, int64_t b, int64_t t) {
+  if (pages == nullptr) return {b, 0};
+  const int64_t page = t / pages->page_length;
+  return {pages->table[b * pages->table_stride + page], page * pages->page_length};
+}
+
+// The row of the storage that holds the exact copies of batch row b.
+inline int64_t exact_row(const KvquantPages* pages, int64_t b) {
+  return pages == nullptr ? b : pages->exact == nullptr ? 0 : pages->exact[b];
+}
+
+// The body around column t of batch row b. Its columns have the same numbers as without pages.
+inline Body body_at(const KvquantSide& side, const KvquantPages* pages, int64_t dtype, int64_t b,
+                    int64_t h, int64_t t) {
+  const Place place = place_of(pages, b, t);
+  Body body = body_of(side, dtype, place.row, h);
+  if (place.first == 0) return body;
+  body.data -= place.first * body.row_bytes;
+  if (body.scale == nullptr) return body;
+  const int64_t offset = (body.channel_grid ? place.first / body.group_length : place.first) *
+                         (body.channel_grid ? body.head_dim : body.num_scales);
+  body.scale -= offset;
+  if (body.zero_point) body.zero_point -= offset;
+  return body;
+}
+
 inline void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::load((const Half*)(from + i)).store(to + i);

@@ -26,6 +26,11 @@ uint64_t bits_where(int n, Load attends) {
   return bits;
 }
 
+// The number of columns of batch row b.
+inline int64_t length_of(const KvquantAttention& a, int64_t b) {
+  return a.pages ? a.pages->lengths[b] : a.kv_len;
+}
+
 struct MaskRow {
   const KvquantAttention* a;
   const uint8_t* row;  // the mask's row for this batch row, head and query
@@ -33,7 +38,7 @@ struct MaskRow {
 
   MaskRow() = default;
   MaskRow(const KvquantAttention& a, int64_t b, int64_t head, int64_t j)
-      : a(&a), row(a.mask), position(a.kv_len - a.q_len + j) {
+      : a(&a), row(a.mask), position(length_of(a, b) - a.q_len + j) {
     if (row) row += b * a.mask_stride[0] + head * a.mask_stride[1] + j * a.mask_stride[2];
   }
 
@@ -80,9 +85,12 @@ struct DenseCopies {
 
   DenseCopies(const KvquantSide& side, const KvquantAttention& a, int64_t b, int64_t h)
       : ring(side.recent && side.format != kDense
-                 ? side.recent + b * side.recent_stride[0] + h * side.recent_stride[1]
+                 ? side.recent + exact_row(a.pages, b) * side.recent_stride[0] +
+                       h * side.recent_stride[1]
                  : nullptr),
-        sink(side.sink ? side.sink + b * side.sink_stride[0] + h * side.sink_stride[1] : nullptr),
+        sink(side.sink
+                 ? side.sink + exact_row(a.pages, b) * side.sink_stride[0] + h * side.sink_stride[1]
+                 : nullptr),
         ring_length(side.ring_length),
         row_bytes(side.head_dim * dtype_bytes(a.dtype)),
         recent_length(a.recent_length),

@@ -1,6 +1,7 @@
 // Attention of a few new queries over one quantized cache.
 //
-//   work item    (batch row, kv head, split of kSplit columns), on any thread
+//   work item    (batch row, kv head, split of kSplit columns), on any thread; with pages, rows
+//                have lengths of their own, and a long row has more splits
 //     chunk      up to kMaxRows query rows; all q_per_kv * q_len rows of a kv head share each load
 //                of the cache (GQA packing)
 //       tile     64 columns at multiples of 64
@@ -15,6 +16,7 @@
 // threads, and for a row alone and in a batch.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -95,10 +97,11 @@ struct DecodeAttention {
   const KvquantAttention& a;
   const KeyMethod keys;
   const ValueMethod values;
-  const int64_t q_per_kv, rows, splits;
+  const int64_t q_per_kv, rows, splits;  // splits of the longest row
   const int k_dim, v_dim;
   SoftmaxState* states;             // `[batch, num_kv_heads, splits, rows]`
   float* sums;                      // `[batch, num_kv_heads, splits, rows, v_dim]`
+  int64_t* first_item;              // `[batch + 1]` with pages: the first work item of each row
   std::atomic<int32_t>* remaining;  // `[batch, num_kv_heads]`: splits that are not yet done
   std::atomic<bool> no_memory{false};
 
@@ -112,34 +115,62 @@ struct DecodeAttention {
         k_dim(int(a.keys.head_dim)),
         v_dim(int(a.values.head_dim)) {}
 
+  int64_t splits_of(int64_t b) const {
+    return a.pages ? (a.pages->lengths[b] + kSplit - 1) / kSplit : splits;
+  }
+  int64_t first_of(int64_t b) const {
+    return a.pages ? first_item[b] : b * a.num_kv_heads * splits;
+  }
+  // The batch row of work item i.
+  int64_t row_of(int64_t i) const {
+    if (a.pages == nullptr) return i / (a.num_kv_heads * splits);
+    return std::upper_bound(first_item, first_item + a.batch, i) - first_item - 1;
+  }
+
   bool run() {
-    const int64_t heads = a.batch * a.num_kv_heads, items = heads * splits;
+    const int64_t heads = a.batch * a.num_kv_heads;
+    int64_t items = heads * splits, columns = a.batch * a.kv_len;
+    if (a.pages) {
+      items = columns = 0;
+      for (int64_t b = 0; b < a.batch; ++b) {
+        items += a.num_kv_heads * splits_of(b);
+        columns += a.pages->lengths[b];
+      }
+    }
     auto* memory = static_cast<uint8_t*>(
-        scratch(kCallScratch,
-                items * rows * (sizeof(SoftmaxState) + v_dim * sizeof(float)) + heads * 4 + 64));
+        scratch(kCallScratch, items * rows * (sizeof(SoftmaxState) + v_dim * sizeof(float)) +
+                                  (a.batch + 1) * sizeof(int64_t) + heads * 4 + 64));
     if (memory == nullptr) return false;
-    sums = reinterpret_cast<float*>(memory);
+    first_item = reinterpret_cast<int64_t*>(memory);
+    sums = reinterpret_cast<float*>(first_item + a.batch + 1);
     states = reinterpret_cast<SoftmaxState*>(sums + items * rows * v_dim);
     remaining = reinterpret_cast<std::atomic<int32_t>*>(states + items * rows);
-    for (int64_t i = 0; i < heads; ++i) new (&remaining[i]) std::atomic<int32_t>(int32_t(splits));
+    int64_t next = 0;
+    for (int64_t b = 0; b < a.batch; ++b) {
+      first_item[b] = next;
+      next += a.num_kv_heads * splits_of(b);
+    }
+    for (int64_t i = 0; i < heads; ++i)
+      new (&remaining[i]) std::atomic<int32_t>(int32_t(splits_of(i / a.num_kv_heads)));
     const int64_t bytes =
-        heads * a.kv_len * (row_bytes(a.keys, a.dtype) + row_bytes(a.values, a.dtype));
+        a.num_kv_heads * columns * (row_bytes(a.keys, a.dtype) + row_bytes(a.values, a.dtype));
     // Consecutive items read consecutive memory, because a thread's next item is most likely the
     // next split.
     auto item = [this](int64_t i) {
-      const int64_t head = i / splits;
-      attend(head, i % splits);
-      if (remaining[head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(head);
+      const int64_t b = row_of(i), in_row = i - first_of(b);
+      const int64_t h = in_row / splits_of(b), head = b * a.num_kv_heads + h;
+      attend(b, h, in_row % splits_of(b), i);
+      if (remaining[head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(b, h);
     };
     parallel_for(items, bytes < kInlineBytes ? 1 : a.threads, item);
     return !no_memory;
   }
 
-  void attend(int64_t head, int64_t split) {
+  void attend(int64_t b, int64_t h, int64_t split, int64_t item) {
     for (int64_t row = 0; row < rows; row += kMaxRows) {
       int64_t m = rows - row < kMaxRows ? rows - row : kMaxRows;
-      int64_t at = (head * splits + split) * rows + row;
-      attend_chunk(head, split * kSplit, int(row), int(m), states + at, sums + at * v_dim);
+      int64_t at = item * rows + row;
+      attend_chunk(b, h, split * kSplit, int(row), int(m), states + at, sums + at * v_dim);
     }
   }
 
@@ -150,11 +181,12 @@ struct DecodeAttention {
   }
 
   // Query row r of a kv head is query r % q_len of its head r / q_len.
-  void attend_chunk(int64_t kv_head, int64_t begin, int row0, int m, SoftmaxState* state,
+  void attend_chunk(int64_t b, int64_t h, int64_t begin, int row0, int m, SoftmaxState* state,
                     float* sum) {
-    const int64_t b = kv_head / a.num_kv_heads, h = kv_head % a.num_kv_heads;
-    const int64_t end = begin + kSplit < a.kv_len ? begin + kSplit : a.kv_len;
-    const Body k_body = body_of(a.keys, a.dtype, b, h), v_body = body_of(a.values, a.dtype, b, h);
+    const int64_t length = length_of(a, b);
+    const int64_t end = begin + kSplit < length ? begin + kSplit : length;
+    Body k_body = body_at(a.keys, a.pages, a.dtype, b, h, begin);
+    Body v_body = body_at(a.values, a.pages, a.dtype, b, h, begin);
     prefetch(k_body, begin);
     prefetch(v_body, begin);
     const DenseCopies k_copies(a.keys, a, b, h), v_copies(a.values, a, b, h);
@@ -199,13 +231,17 @@ struct DecodeAttention {
     for (int r = 0; r < padded; ++r) {
       const int row = row0 + (r < m ? r : m - 1);
       mask[r] = MaskRow(a, b, h * q_per_kv + row / a.q_len, row % a.q_len);
-      k_dense_from[r] = k_copies.dense_from(mask[r].position, a.kv_len);
-      v_dense_from[r] = v_copies.dense_from(mask[r].position, a.kv_len);
+      k_dense_from[r] = k_copies.dense_from(mask[r].position, length);
+      v_dense_from[r] = v_copies.dense_from(mask[r].position, length);
     }
 
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
+      if (a.pages && first != begin && first % a.pages->page_length == 0) {
+        k_body = body_at(a.keys, a.pages, a.dtype, b, h, first);
+        v_body = body_at(a.values, a.pages, a.dtype, b, h, first);
+      }
       int16_t sink_slot[kTile];
       const uint64_t sinks = find_sinks(b, first, n, sink_slot);
       // visible = k_body + k_copy = v_body + v_copy, per row.
@@ -288,12 +324,12 @@ struct DecodeAttention {
     return bits;
   }
 
-  void merge(int64_t kv_head) {
-    const int64_t b = kv_head / a.num_kv_heads, h = kv_head % a.num_kv_heads;
+  void merge(int64_t b, int64_t h) {
+    const int64_t splits = splits_of(b), item = first_of(b) + h * splits;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t head = h * q_per_kv + row / a.q_len,
                     out = (b * a.num_heads + head) * a.q_len + row % a.q_len;
-      const int64_t first = kv_head * splits * rows + row;
+      const int64_t first = item * rows + row;
       SoftmaxState total = states[first];
       float* sum = sums + first * v_dim;
       for (int64_t s = 1; s < splits; ++s) {

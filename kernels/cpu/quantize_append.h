@@ -137,7 +137,9 @@ struct QuantizeAppend {
   static int64_t num_chunks(const KvquantNewTokens& x) { return (x.n + kChunk - 1) / kChunk; }
   int64_t num_blocks(const KvquantNewTokens& x) const {
     if (x.side.format == kDense || x.side.grid != kChannelGrid) return 0;
-    return (a.start + x.n) / x.side.group_length - a.start / x.side.group_length;
+    const int64_t length = x.side.group_length;
+    if (a.pages) return (x.n + length - 1) / length;  // at most, in any row
+    return (a.start + x.n) / length - a.start / length;
   }
 
   bool run() {
@@ -158,8 +160,9 @@ struct QuantizeAppend {
       if (task < chunks[side]) {
         write_chunk(*sides[side], b, h, task);
       } else {
-        write_block(*sides[side], b, h,
-                    a.start / sides[side]->side.group_length + task - chunks[side]);
+        const int64_t length = sides[side]->side.group_length, start = start_of(b);
+        const int64_t block = start / length + task - chunks[side];
+        if ((block + 1) * length <= start + sides[side]->n) write_block(*sides[side], b, h, block);
       }
     };
     parallel_for(heads * (per_head[0] + per_head[1]), threads, write);
@@ -169,18 +172,21 @@ struct QuantizeAppend {
       write_sinks(*sides[i >= heads], b, h);
     };
     parallel_for(2 * heads, threads, copies);
-    for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t b = 0; b < a.batch && a.pages == nullptr; ++b)
       for_each_new_sink(b, a.keys.n,
                         [&](int64_t slot, int64_t t) { sink_positions(b)[slot] = int32_t(t); });
     a.faults[0] += nonfinite.load();
     return !no_memory;
   }
 
+  // The number of columns that batch row b had before.
+  int64_t start_of(int64_t b) const { return a.pages ? a.pages->lengths[b] : a.start; }
+
   const uint8_t* new_row(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t t) const {
-    return x.x + b * x.x_stride[0] + h * x.x_stride[1] + (t - a.start) * x.x_stride[2];
+    return x.x + b * x.x_stride[0] + h * x.x_stride[1] + (t - start_of(b)) * x.x_stride[2];
   }
-  static uint8_t* ring_row(const KvquantSide& side, int64_t b, int64_t h, int64_t t) {
-    return side.recent + b * side.recent_stride[0] + h * side.recent_stride[1] +
+  uint8_t* ring_row(const KvquantSide& side, int64_t b, int64_t h, int64_t t) const {
+    return side.recent + exact_row(a.pages, b) * side.recent_stride[0] + h * side.recent_stride[1] +
            t % side.ring_length * side.head_dim * int64_t(sizeof(T));
   }
 
@@ -194,6 +200,10 @@ struct QuantizeAppend {
   template <class Take>
   void for_each_new_sink(int64_t b, int64_t n, Take take) const {
     int64_t slot = 0;
+    if (a.pages) {
+      for (int64_t t = start_of(b); t < start_of(b) + n && t < a.num_sinks; ++t) take(t, t);
+      return;
+    }
     while (slot < a.num_sinks && sink_positions(b)[slot] >= 0 && sink_positions(b)[slot] < a.start)
       ++slot;
     for (int64_t t = a.start; t < a.start + n && slot < a.num_sinks; ++t) {
@@ -204,14 +214,17 @@ struct QuantizeAppend {
   void write_chunk(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t chunk) {
     const KvquantSide& side = x.side;
     const int head_dim = int(side.head_dim);
-    const int64_t first = a.start + chunk * kChunk, end = a.start + x.n;
+    const int64_t first = start_of(b) + chunk * kChunk, end = start_of(b) + x.n;
     alignas(64) float row[kMaxHeadDim];
     alignas(64) uint8_t codes[kMaxHeadDim];
-    uint8_t* data = side.data + b * side.data_stride[0] + h * side.data_stride[1];
-    uint16_t* scale = side.scale + (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2;
     const int64_t bytes = row_bytes(side, a.dtype), groups = num_scales(side);
     int64_t bad = 0;
     for (int64_t t = first; t < first + kChunk && t < end; ++t) {
+      const Place place = place_of(a.pages, b, t);
+      const int64_t at = t - place.first;
+      uint8_t* data = side.data + place.row * side.data_stride[0] + h * side.data_stride[1];
+      uint16_t* scale =
+          side.scale + (place.row * side.scale_stride[0] + h * side.scale_stride[1]) / 2;
       const uint8_t* from = new_row(x, b, h, t);
       uint32_t finite = lowest_lanes();
       for (int c = 0; c < head_dim; c += Vec::kWidth) {
@@ -221,17 +234,17 @@ struct QuantizeAppend {
       }
       bad += finite != lowest_lanes();
       if (side.format == kDense) {
-        std::memcpy(data + t * bytes, from, bytes);
+        std::memcpy(data + at * bytes, from, bytes);
       } else if (side.grid == kTokenGrid) {
         if (side.rotate) rotate(row, head_dim);
         const int n = int(side.group_length);
         for (int g = 0; g < groups; ++g) {
-          scale[t * groups + g] =
+          scale[at * groups + g] =
               side.format == kInt8  ? quantize_group<Signed8>(row + g * n, n, codes + g * n)
               : side.format == kFp8 ? quantize_group<E4M3>(row + g * n, n, codes + g * n)
                                     : quantize_group<Nibble>(row + g * n, n, codes + g * n);
         }
-        write_codes(side, codes, data + t * bytes);
+        write_codes(side, codes, data + at * bytes);
       }
     }
     if (bad) nonfinite += bad;
@@ -244,7 +257,7 @@ struct QuantizeAppend {
     bool counted[kMaxBlock];
     for (int i = 0; i < length; ++i) {
       const int64_t t = block * length + i;
-      rows[i] = t < a.start ? ring_row(side, b, h, t) : new_row(x, b, h, t);
+      rows[i] = t < start_of(b) ? ring_row(side, b, h, t) : new_row(x, b, h, t);
       counted[i] = !is_padding(b, t);
     }
     auto* codes = static_cast<uint8_t*>(scratch(kTaskScratch, size_t(length) * head_dim));
@@ -252,7 +265,10 @@ struct QuantizeAppend {
       no_memory = true;
       return;
     }
-    const int64_t at = (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2 + block * head_dim;
+    const Place place = place_of(a.pages, b, block * length);
+    const int64_t first = block * length - place.first;
+    const int64_t at = (place.row * side.scale_stride[0] + h * side.scale_stride[1]) / 2 +
+                       first / length * head_dim;
     uint16_t *scale = side.scale + at, *zero = side.zero_point ? side.zero_point + at : nullptr;
     for (int c = 0; c < head_dim; c += Vec::kWidth) {
       if (side.format == kInt8)
@@ -264,7 +280,7 @@ struct QuantizeAppend {
     }
     const int64_t bytes = row_bytes(side, a.dtype);
     uint8_t* data =
-        side.data + b * side.data_stride[0] + h * side.data_stride[1] + block * length * bytes;
+        side.data + place.row * side.data_stride[0] + h * side.data_stride[1] + first * bytes;
     for (int i = 0; i < length; ++i) write_codes(side, codes + i * head_dim, data + i * bytes);
   }
 
@@ -278,8 +294,8 @@ struct QuantizeAppend {
 
   void write_ring(const KvquantNewTokens& x, int64_t b, int64_t h) {
     if (x.side.recent == nullptr) return;
-    const int64_t end = a.start + x.n,
-                  first = end - x.side.ring_length > a.start ? end - x.side.ring_length : a.start;
+    const int64_t start = start_of(b), end = start + x.n,
+                  first = end - x.side.ring_length > start ? end - x.side.ring_length : start;
     for (int64_t t = first; t < end; ++t) {
       std::memcpy(ring_row(x.side, b, h, t), new_row(x, b, h, t), x.side.head_dim * sizeof(T));
     }
@@ -288,7 +304,8 @@ struct QuantizeAppend {
   void write_sinks(const KvquantNewTokens& x, int64_t b, int64_t h) {
     if (x.side.sink == nullptr) return;
     const int64_t bytes = x.side.head_dim * int64_t(sizeof(T));
-    uint8_t* sink = x.side.sink + b * x.side.sink_stride[0] + h * x.side.sink_stride[1];
+    uint8_t* sink =
+        x.side.sink + exact_row(a.pages, b) * x.side.sink_stride[0] + h * x.side.sink_stride[1];
     for_each_new_sink(b, x.n, [&](int64_t slot, int64_t t) {
       std::memcpy(sink + slot * bytes, new_row(x, b, h, t), bytes);
     });

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +98,59 @@ NEEDS = (
     Need("cache_utils:LinearAttentionAndStaticFullAttentionLayer", ("number_of_states", "max_cache_len")),
 )
 
+_CONTINUOUS = "generation.continuous_batching"
+CONTINUOUS_BATCHING_NEEDS = (
+    Need(f"{_CONTINUOUS}.cache:ATTN_TYPE_TO_ALLOCATOR"),
+    Need(f"{_CONTINUOUS}.cache:group_layers_by_attn_type", ("config",)),
+    Need(f"{_CONTINUOUS}.cache:PagedAttentionMemoryHandler.attention_mask_bytes", ("max_batch_tokens", "num_sectors")),
+    Need(f"{_CONTINUOUS}.cache:PagedAttentionCache.update", ("key_states", "value_states", "layer_idx", "kwargs")),
+    Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator._before_cache_tensor_init", ("bytes_per_page",)),
+    Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator._after_cache_tensor_init", ("pool",)),
+    Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator.get_write_indices", ("request_id",)),
+    Need(f"{_CONTINUOUS}.continuous_api:PagedAttentionCache", ("continuous_batching_config",)),
+    Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._run_generation_loop"),
+    Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._create_batch_processor"),
+    Need(f"{_CONTINUOUS}.utils:find_head_dim", ("config",)),
+    Need("generation.configuration_utils:ContinuousBatchingConfig", ("page_size", "cpu_offload_space")),
+)
+"""What quantized pages need. transformers before 5.23 has other allocators, and everything but quantized pages."""
+
+
+def continuous_batching() -> SimpleNamespace:
+    """The names of transformers' continuous batching that quantized pages build on.
+
+    Raises:
+        ImportError: this version of transformers lacks one of them.
+    """
+    for need in CONTINUOUS_BATCHING_NEEDS:
+        need.check()
+    cache: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.cache")
+    api: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.continuous_api")
+
+    @contextmanager
+    def replaced(allocator: Any, handler: type) -> Iterator[None]:
+        """Within this context caches of full attention get this allocator, and memory is planned by this handler."""
+        table, name = cache.ATTN_TYPE_TO_ALLOCATOR, "full_attention"
+        originals = table[name], cache.PagedAttentionMemoryHandler
+        table[name], cache.PagedAttentionMemoryHandler = allocator, handler
+        try:
+            yield
+        finally:
+            table[name], cache.PagedAttentionMemoryHandler = originals
+
+    return SimpleNamespace(
+        api=api,
+        manager=api.ContinuousBatchingManager,
+        options=configuration_utils.ContinuousBatchingConfig,
+        PagedAttentionCache=cache.PagedAttentionCache,
+        PagedAttentionMemoryHandler=cache.PagedAttentionMemoryHandler,
+        FullAttentionCacheAllocator=cache.FullAttentionCacheAllocator,
+        find_head_dim=cache.find_head_dim,
+        group_layers=cache.group_layers_by_attn_type,
+        replaced=replaced,
+    )
+
+
 for need in NEEDS:
     need.check()
 
@@ -121,6 +176,7 @@ __all__ = [
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "CACHE",
     "CACHE_NAMES",
+    "CONTINUOUS_BATCHING_NEEDS",
     "NEEDS",
     "NEWEST",
     "OLDEST",
@@ -146,6 +202,7 @@ __all__ = [
     "can_set_attn_implementation",
     "configuration_utils",
     "context_length",
+    "continuous_batching",
     "cross_attention_layers",
     "generation_state",
     "records_attention_weights",

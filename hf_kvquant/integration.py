@@ -9,6 +9,7 @@ A call of `generate` that asks for a quantized cache has it in every forward cal
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -491,7 +492,21 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
 def _build(
     model: PreTrainedModel, generation_config: GenerationConfig, max_length: int, request: _Request
 ) -> QuantizedCache:
-    name, config = generation_config.cache_implementation, generation_config.cache_config
+    config = _kv_config(model, generation_config, generation_config.cache_implementation)
+    if config.static:
+        if generation_config.is_assistant and request.outer is not None:
+            # An assistant's cache lives as long as its target's, with the same sequence and candidates after it.
+            ahead = (generation_config.num_assistant_tokens or 0) + 1
+            max_length = max(max_length, (request.outer.max_length or 0) + ahead)
+        # At least as long as every cache before, so that a compiled step serves this call too, as in transformers.
+        max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
+        _longest_static[model] = max_length
+    return QuantizedCache(model.config, config, max_length=max_length)
+
+
+def _kv_config(model: PreTrainedModel, generation_config: GenerationConfig, name: str) -> KVQuantConfig:
+    """The config that a generation config asks for under one of our names."""
+    config = generation_config.cache_config
     if generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
     if not host.supports_cache(model):
@@ -507,16 +522,7 @@ def _build(
         raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
     else:
         config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
-    config = KVQuantConfig.load(config)
-    if config.static:
-        if generation_config.is_assistant and request.outer is not None:
-            # An assistant's cache lives as long as its target's, with the same sequence and candidates after it.
-            ahead = (generation_config.num_assistant_tokens or 0) + 1
-            max_length = max(max_length, (request.outer.max_length or 0) + ahead)
-        # At least as long as every cache before, so that a compiled step serves this call too, as in transformers.
-        max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
-        _longest_static[model] = max_length
-    return QuantizedCache(model.config, config, max_length=max_length)
+    return KVQuantConfig.load(config)
 
 
 _longest_static: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
@@ -608,15 +614,76 @@ def _quantize_guidance(context: dict, request: _Request) -> None:
 
 def _wrap_continuous_batching(init: Callable) -> Callable:
     @functools.wraps(init)
-    def wrapper(self: PreTrainedModel, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        name, _ = _asked_for(self, generation_config, {})
+    def wrapper(
+        self: PreTrainedModel, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> Any:
+        name, by_call = _asked_for(self, generation_config, {})
+        asked = None
         if _is_ours(name):
+            given = generation_config if by_call else self.generation_config
+            asked, continuous_batching_config = _paged(self, name, given, continuous_batching_config)
+        # A persistent manager is used again, whatever the call asks for.
+        manager = getattr(self, "_cached_continuous_batching_manager", None)
+        kept = getattr(getattr(manager, "continuous_batching_config", None), _PAGED, None)
+        if manager is not None and kept != asked:
             raise ValueError(
-                f"cache_implementation: {name!r} cannot act in continuous batching, which has its own paged cache"
+                f"cache_implementation: {name!r} is not that of the model's persistent manager; "
+                "call model.destroy_cached_continuous_batching_manager() first"
             )
-        return init(self, generation_config, *args, **kwargs)
+        return init(self, generation_config, continuous_batching_config, **kwargs)
 
     return wrapper
+
+
+_PAGED = "kvquant"
+"""The attribute of a `ContinuousBatchingConfig` that holds the `KVQuantConfig` of a manager with quantized pages."""
+
+
+def _paged(model: PreTrainedModel, name: str, generation_config: Any, options: Any) -> tuple[KVQuantConfig, Any]:
+    """The config of quantized pages, and the manager's options with it.
+
+    Raises:
+        ValueError: quantized pages do not serve the model, an option, or this version of transformers.
+    """
+    try:
+        known = host.continuous_batching()
+    except ImportError as error:
+        raise ValueError(f"cache_implementation: {name!r} cannot act in continuous batching: {error}") from None
+    from . import batching
+
+    kv_config = _kv_config(model, generation_config, name)
+    if options is None:
+        options = getattr(generation_config, "continuous_batching_config", None) or known.options()
+    batching.refuse_unserved(model, kv_config, options)
+    options = copy.deepcopy(options)
+    options.auto_switch_to_flash = False
+    setattr(options, _PAGED, kv_config)
+    return kv_config, options
+
+
+def _with_paged_attention(method: Callable) -> Callable:
+    """The attention of quantized pages is in place while their manager makes its buffers, and while it runs."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.continuous_batching_config, _PAGED, None) is None:
+            return method(self, *args, **kwargs)
+        from . import batching
+
+        with _switched_attention(self.model, batching.attend, f"{NAME}-paged"):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _wrap_paged_cache(cache_class: Callable) -> Callable:
+    @functools.wraps(cache_class, updated=())
+    def make(*args: Any, **kwargs: Any) -> Any:
+        from . import batching
+
+        return batching.paged_cache(getattr(kwargs.get("continuous_batching_config"), _PAGED, None), *args, **kwargs)
+
+    return make
 
 
 _WRAPPERS = {
@@ -627,3 +694,14 @@ _WRAPPERS = {
     (host.GenerationMixin, "init_continuous_batching"): _wrap_continuous_batching,
     (PreTrainedModel, "get_compiled_call"): _wrap_compiled_call,
 }
+try:
+    _batching = host.continuous_batching()
+except ImportError:
+    # Other versions of transformers have no pages that could be quantized; `_paged` says so.
+    pass
+else:
+    _WRAPPERS |= {
+        (_batching.manager, "_create_batch_processor"): _with_paged_attention,
+        (_batching.manager, "_run_generation_loop"): _with_paged_attention,
+        (_batching.api, "PagedAttentionCache"): _wrap_paged_cache,
+    }

@@ -1,0 +1,415 @@
+"""Continuous batching with quantized pages: a request reads the same alone and in a batch, and no page is lost."""
+
+import random
+from types import SimpleNamespace
+
+import families
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import hf_kvquant
+from hf_kvquant import KVQuantConfig, host
+
+try:
+    host.continuous_batching()
+except ImportError:
+    pytest.skip("transformers before 5.23 has other pages", allow_module_level=True)
+
+from hf_kvquant import batching
+
+PRESETS = KVQuantConfig.preset_names()
+PAGE = 128
+
+
+@pytest.fixture(scope="module")
+def model():
+    return families.build("llama")
+
+
+class Log:
+    """What the caches of a test did: the chunks of every request, and the bytes that each held when it was freed."""
+
+    def __init__(self):
+        self.caches, self.chunks, self.held = [], {}, {}
+
+
+@pytest.fixture
+def log(monkeypatch):
+    log = Log()
+    make, write, free = (
+        batching.paged_cache,
+        batching.QuantizedAllocator.get_write_indices,
+        batching.QuantizedAllocator.free_blocks,
+    )
+
+    def paged_cache(*args, **kwargs):
+        log.caches.append(make(*args, **kwargs))
+        return log.caches[-1]
+
+    def get_write_indices(self, request_id, past, n):
+        log.chunks.setdefault(request_id, []).append((past, n))
+        return write(self, request_id, past, n)
+
+    def free_blocks(self, request_id, no_cache=False):
+        if self.block_table.get(request_id) and log.chunks.get(request_id):
+            log.held[request_id] = read_all(self, request_id, sum(log.chunks[request_id][-1]))
+        return free(self, request_id, no_cache)
+
+    monkeypatch.setattr(batching, "paged_cache", paged_cache)
+    monkeypatch.setattr(batching.QuantizedAllocator, "get_write_indices", get_write_indices)
+    monkeypatch.setattr(batching.QuantizedAllocator, "free_blocks", free_blocks)
+    return log
+
+
+def read_all(allocator, request_id, length):
+    """What the next query of a request reads, per layer and side."""
+    chunk = SimpleNamespace(request_id=request_id, past=length, n=0)
+    return [
+        x
+        for index, layer in allocator.layers.items()
+        for x in layer.past(allocator.table([chunk], allocator.exact_block(index)), 0)
+    ]
+
+
+def generate(model, preset, prompts, new=24, num_return_sequences=1, **options):
+    options = {"page_size": PAGE, "num_blocks": 64, "max_batch_tokens": 512} | options
+    config = GenerationConfig(
+        cache_implementation=f"kvquant-{preset}", max_new_tokens=new, do_sample=False, eos_token_id=-1,
+        num_return_sequences=num_return_sequences,
+    )  # fmt: skip
+    results = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**options)
+    )
+    for result in results.values():
+        assert result.error is None
+    return results
+
+
+def check_alone(model, preset, tokens, num_prompt, chunks, held=None):
+    """Replay the chunks of one request with a `QuantizedCache` of its own. It must predict the same tokens, and, if
+    `held` is given, hold the same numbers at the end."""
+    cache = None
+    for past, n in chunks:
+        new = torch.tensor([tokens[past : past + n]])
+        with hf_kvquant.attention(model), torch.no_grad():
+            if cache is None or past != cache.get_seq_length():
+                # The request begins, begins anew after an eviction, or takes over the pages of another's prompt.
+                cache = hf_kvquant.QuantizedCache(model.config, preset)
+                if past:
+                    model(torch.tensor([tokens[:past]]), **host.cache_inputs(model, cache))
+            logits = model(new, **host.cache_inputs(model, cache)).logits[0, -1]
+        end = past + n
+        if num_prompt <= end < len(tokens):
+            assert int(logits.argmax()) == tokens[end], f"token {end} of {num_prompt} + {len(tokens) - num_prompt}"
+    if held is not None:
+        own = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        for batched, alone in zip(held, own):
+            assert batched.shape == alone.shape
+            # Sums in the model's matrix products depend on the batch, so that a code may differ by one step.
+            assert ((batched - alone).abs() > 1e-4).float().mean() < 0.002
+
+
+def check_all_alone(model, preset, prompts, results, log):
+    for i, prompt in enumerate(prompts):
+        tokens = [*prompt, *results[f"req_{i}"].generated_tokens]
+        check_alone(model, preset, tokens, len(prompt), log.chunks[f"req_{i}"], log.held[f"req_{i}"])
+
+
+def check_all_free(cache):
+    """Every block is free, or kept because its content may be shared; none is counted twice."""
+    allocator = cache.allocator
+    cache.evict_cached_blocks()
+    assert not allocator.block_table and not allocator.exact_table and not allocator.ledger.shared_ref_counts
+    cache.pool.try_to_free_sectors()
+    assert sorted(cache.pool.free_sectors) == list(range(2, cache.num_sectors + 2))
+
+
+def random_prompts(seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, families.VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+class TestEqualsAlone:
+    def test_requests_of_many_lengths(self, model, log, preset):
+        prompts = random_prompts(1, [1, 40, 63, 64, 127, 128, 200])
+        results = generate(model, preset, prompts, new=70, max_batch_tokens=1024)
+        check_all_alone(model, preset, prompts, results, log)
+        (cache,) = log.caches
+        assert isinstance(cache, batching.QuantizedPagedCache)
+        routes = cache.routes
+        assert routes["prefill_dense"] == 14 and routes["decode_fused"] == 138 and not routes["decode_dequantized"]
+        check_all_free(cache)
+
+    def test_prompts_in_chunks_beside_decoding_requests(self, model, log, preset):
+        prompts = random_prompts(2, [20, 150, 90, 10, 170])
+        results = generate(model, preset, prompts, max_batch_tokens=70, new=12)
+        assert any(past and n > 32 for chunks in log.chunks.values() for past, n in chunks)
+        assert any(past and 1 < n <= 32 for chunks in log.chunks.values() for past, n in chunks)
+        check_all_alone(model, preset, prompts, results, log)
+        check_all_free(log.caches[0])
+
+    def test_shared_prefixes(self, model, log, preset):
+        start = random_prompts(3, [2 * PAGE])[0]
+        prompts = [start + rest for rest in random_prompts(4, [50, 3, 33])]
+        # One after the other, because only pages that are complete are shared.
+        results = generate(model, preset, prompts, new=8, max_requests_per_batch=1, max_batch_tokens=512)
+        first = sorted(chunks[0] for chunks in log.chunks.values())
+        cache = log.caches[0]
+        assert cache.use_prefix_sharing == (preset != "int4")
+        assert [past for past, _ in first] == ([0, 256, 256] if cache.use_prefix_sharing else [0, 0, 0])
+        check_all_alone(model, preset, prompts, results, log)
+        check_all_free(cache)
+
+    def test_forks(self, model, log, preset):
+        prompts = random_prompts(5, [30, 140])
+        results = generate(model, preset, prompts, new=40, num_return_sequences=3)
+        assert len(results) == 6
+        for i, prompt in enumerate(prompts):
+            for name in (f"req_{i}", f"req_{i}__child#0", f"req_{i}__child#1"):
+                tokens = [*prompt, *results[name].generated_tokens]
+                chunks = log.chunks[name] if "child" not in name else log.chunks[f"req_{i}"][:1] + log.chunks[name]
+                check_alone(model, preset, tokens, len(prompt), chunks, log.held[name])
+        check_all_free(log.caches[0])
+
+    def test_evictions(self, model, log, preset):
+        prompts = random_prompts(6, [100, 110, 120, 90, 80])
+        # So few pages that requests lose theirs and begin anew.
+        needed = log_blocks(model, preset)
+        results = generate(model, preset, prompts, new=60, num_blocks=needed)
+        assert any(past == 0 for chunks in log.chunks.values() for past, _ in chunks[1:])
+        check_all_alone(model, preset, prompts, results, log)
+        check_all_free(log.caches[0])
+
+
+def log_blocks(model, preset):
+    """The smallest `num_blocks` with room for three requests of 100 tokens, but not of 130."""
+    for num_blocks in range(1, 64):
+        cache = make_cache(preset, model.config, torch.float32, num_blocks=num_blocks, page_size=PAGE)
+        if cache.allocator.num_blocks >= 4 * (1 + cache.allocator.exact_blocks):
+            return num_blocks
+    raise AssertionError(preset)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_random_mix(model, log, preset, seed):
+    rng = random.Random(f"{preset} {seed}")
+    prompts = random_prompts(rng.randrange(1000), [rng.choice([1, 7, 31, 64, 100, 190]) for _ in range(6)])
+    results = generate(
+        model, preset, prompts, new=rng.choice([1, 20, 70]), max_batch_tokens=rng.choice([40, 100, 600]),
+        num_blocks=rng.choice([16, 40]), allow_block_sharing=rng.random() < 0.5,
+        scheduler_type=rng.choice(["fifo", "prefill_first"]),
+    )  # fmt: skip
+    check_all_alone(model, preset, prompts, results, log)
+    check_all_free(log.caches[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_other_families(log, family):
+    model = families.build(family)
+    prompts = random_prompts(8, [60, 131, 5])
+    check_all_alone(model, "int4", prompts, generate(model, "int4", prompts, page_size=256), log)
+
+
+def test_a_cancelled_request_frees_its_pages_and_others_go_on(model, log):
+    prompts = random_prompts(9, [50, 60])
+    config = GenerationConfig(
+        cache_implementation="kvquant-int4", max_new_tokens=200, do_sample=False, eos_token_id=-1
+    )
+    options = ContinuousBatchingConfig(page_size=PAGE, num_blocks=64, max_batch_tokens=256)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=options) as manager:
+        manager.add_request(prompts[0], request_id="goes", streaming=True)
+        manager.add_request(prompts[1], request_id="stays", max_new_tokens=30)
+        for result in manager.request_id_iter("goes"):
+            if len(result.generated_tokens) >= 3:
+                break
+        manager.cancel_request("goes")
+        stays = next(result for result in manager if result.request_id == "stays" and result.is_finished())
+    tokens = [*prompts[1], *stays.generated_tokens]
+    assert len(stays.generated_tokens) == 30 and len(log.chunks["goes"]) < 200
+    check_alone(model, "int4", tokens, 60, log.chunks["stays"])
+    check_all_free(log.caches[0])
+
+
+# --- memory
+
+
+def make_cache(preset, config, dtype, device="cpu", **options):
+    options = {"max_batch_tokens": 64, "max_memory_percent": 0.5, "max_blocks_per_request": 0} | options
+    kv_config = None if preset is None else KVQuantConfig.preset(preset)
+    return batching.paged_cache(
+        kv_config, config=config, continuous_batching_config=ContinuousBatchingConfig(**options), device=device,
+        distributed_helper=SimpleNamespace(tp_size=1), dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "least"), [("int8", 1.85), ("int8-plain", 1.85), ("int4", 3.4), ("int4-small", 3.4)]
+)
+def test_equal_bytes_hold_more_tokens(preset, least):
+    """head_dim 128 and BF16, one request as long as the cache: exact copies and alignment included."""
+    config = families.build("llama", num_hidden_layers=4, head_dim=128, hidden_size=128).config
+    config._attn_implementation = "sdpa"
+    options = {"page_size": 256, "num_blocks": 32}
+    dense = make_cache(None, config, torch.bfloat16, **options)
+    ours = make_cache(preset, config, torch.bfloat16, **options)
+    # The same bytes, up to one sector and the two that are never handed out.
+    assert ours.cache_tensor.nbytes <= dense.cache_tensor.nbytes + 3 * ours.bytes_per_sector
+    state = SimpleNamespace(request_id="one", current_len=lambda: 0)
+    fits = [
+        max(
+            n
+            for n in range(0, cache.max_tokens_read + 1, 64)
+            if cache.can_store_request_tokens(state, n, dry_run=True)
+        )
+        for cache in (dense, ours)
+    ]
+    assert fits[0] == 32 * 256
+    assert fits[1] >= least * fits[0]
+    exact = ours.allocator.exact_blocks * 256
+    assert fits[1] + exact == ours.tokens_held == ours.allocator.num_blocks * 256
+
+
+def test_a_share_of_memory_is_not_exceeded():
+    config = families.build("llama").config
+    budget = {"num_blocks": None, "page_size": 256, "max_memory_percent": 0.002}
+    dense, ours = (make_cache(preset, config, torch.float32, **budget) for preset in (None, "int4"))
+    import psutil
+
+    assert ours.cache_tensor.nbytes < 0.002 * psutil.virtual_memory().total
+    assert ours.tokens_held > dense.num_blocks * 256
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "int4-small"])
+def test_no_page_is_lost_or_given_twice(preset):
+    """Thousands of random requests: arrivals, growth, forks, shared prefixes, ends; memory is short all the time."""
+    rng, config = random.Random(preset), families.build("llama").config
+    cache = make_cache(preset, config, torch.float32, page_size=256, num_blocks=60)
+    allocator, alive, serial = cache.allocator, {}, 0
+
+    def check():
+        owners = {}
+        for name, blocks in allocator.block_table.items():
+            for block in {*blocks, *allocator.exact_table.get(name, ())}:
+                owners.setdefault(block, []).append(name)
+            assert not set(blocks) & set(allocator.exact_table.get(name, ()))
+        for block, names in owners.items():
+            assert len(names) == allocator.ledger.shared_ref_counts.get(block, 1)
+        exact = [block for blocks in allocator.exact_table.values() for block in blocks]
+        assert len(set(exact)) == len(exact) and all(len(owners[block]) == 1 for block in exact)
+        free = [leaf for tree in cache.pool._free_blocks[0].trees.values() for leaf in tree]
+        assert (
+            not {*free} & {*owners} and len({*free}) == len(free) and not {*free} & {*allocator.ledger.cached_blocks}
+        )
+        in_sectors = len(cache.pool.free_sectors) * allocator.blocks_per_sector
+        assert len(free) + len(owners) + len(allocator.ledger.cached_blocks) + in_sectors == allocator.num_blocks
+
+    def grow(name, n):
+        state = alive[name]
+        if cache.can_store_request_tokens(state, n):
+            complete = cache.count_new_complete_blocks(state, n)
+            state.position += n
+            cache.mark_complete_blocks(state, complete)
+
+    for _ in range(3000):
+        action = rng.random()
+        if action < 0.3:
+            serial += 1
+            name, length = f"r{serial}", rng.choice([3, 200, 600])
+            # Few different tokens, so that prefixes match.
+            tokens = [rng.randrange(2)] * length
+            alive[name] = state = SimpleNamespace(
+                request_id=name, initial_tokens=tokens, generated_tokens=[0] * 4000, position=0, status=None
+            )
+            state.current_len = lambda state=state: state.position
+            state.position = cache.search_prefix_match(name, tokens)
+            grow(name, length - state.position)
+            if not allocator.block_table.get(name):
+                cache.free_blocks(alive.pop(name).request_id)
+        elif action < 0.6 and alive:
+            grow(rng.choice(sorted(alive)), rng.choice([1, 1, 64, 300]))
+        elif action < 0.7 and alive:
+            source = alive[rng.choice(sorted(alive))]
+            copies = {"full_attention": ([], [])}
+            names = [f"{source.request_id}c{serial}-{i}" for i in range(2)]
+            serial += 1
+            for name in cache.prepare_fork_request(source, names, copies):
+                alive[name] = SimpleNamespace(**vars(source) | {"request_id": name})
+                alive[name].current_len = lambda state=alive[name]: state.position
+            cache.perform_cache_copy(copies)
+        elif action < 0.75:
+            cache.evict_cached_blocks()
+        elif alive:
+            cache.free_blocks(alive.pop(rng.choice(sorted(alive))).request_id, no_cache=rng.random() < 0.3)
+        check()
+    assert serial > 500
+    for name in list(alive):
+        cache.free_blocks(alive.pop(name).request_id)
+    check_all_free(cache)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("named", "option"),
+    [
+        ("use_async_batching", {"use_async_batching": True}),
+        ("cpu_offload_space", {"cpu_offload_space": 0.5}),
+        ("use_cuda_graph", {"use_cuda_graph": True}),
+        ("default_compile_level", {"default_compile_level": 1}),
+    ],
+)
+def test_an_option_that_is_not_served_is_named(model, named, option):
+    with pytest.raises(ValueError, match=f"{named}: .* is not served in continuous batching with quantized pages"):
+        generate(model, "int4", [[3, 4, 5]], **option)
+
+
+def test_what_cannot_act_raises(model, monkeypatch):
+    def refused(match, model=model, preset="int4", **options):
+        with pytest.raises(ValueError, match=match):
+            generate(model, preset, [[3, 4, 5]], **options)
+        assert host.attn_implementation(model.config) in ("sdpa", "eager")
+
+    refused("static: a static cache is not served", preset="int4-static")
+    refused("page_size: 100 is not allowed .* expected a multiple of 64", page_size=100)
+    refused("page_size: 64 is not allowed: the exact tokens of a request take", page_size=64)
+    refused(r"layer_types: \['full_attention', 'sliding_attention'\] is not served", families.build("gemma2"))
+    refused(r"layer_types: \['sliding_attention'\]", families.build("mistral", sliding_window=16))
+    refused("attn_implementation: eager is not served", families.build("llama", attn="eager"))
+    monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", lambda self: False)
+    refused("does not support Cache objects")
+
+
+def test_a_persistent_manager_keeps_its_cache(model, log):
+    prompts = random_prompts(10, [20])
+    config = GenerationConfig(cache_implementation="kvquant-int8", max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    options = ContinuousBatchingConfig(page_size=PAGE, num_blocks=32, max_batch_tokens=64)
+    try:
+        first, second = (
+            model.generate_batch(prompts, config, options, persistent_manager=True) for _ in range(2)
+        )  # fmt: skip
+        assert [x.generated_tokens for x in first.values()] == [x.generated_tokens for x in second.values()]
+        assert len(log.caches) == 1
+        for other in (None, "kvquant-int4"):
+            config = GenerationConfig(cache_implementation=other, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+            with pytest.raises(ValueError, match="is not that of the model's persistent manager"):
+                model.generate_batch(prompts, config, options)
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+
+
+def test_dense_batches_are_transformers_own(model, log):
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    options = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    model.generate_batch(random_prompts(11, [20]), config, options)
+    assert type(log.caches[0]).__name__ == "PagedAttentionCache"
+
+
+def test_a_model_that_changes_cached_states_is_told():
+    states = batching.NewStates(torch.zeros(1, 2, 3, 4), None)
+    for use in (lambda: states[0], lambda: torch.cat([states]), lambda: states.transpose(1, 2)):
+        with pytest.raises((TypeError, AttributeError), match="changes cached states before attention"):
+            use()

@@ -19,12 +19,12 @@ except ImportError:
 from hf_kvquant import batching
 
 PRESETS = KVQuantConfig.preset_names()
-PAGE = 128
+PAGE = 256
 
 
 @pytest.fixture(scope="module")
 def model():
-    return families.build("llama")
+    return families.build("llama", max_position_embeddings=1024)
 
 
 class Log:
@@ -133,7 +133,7 @@ def random_prompts(seed, lengths):
 @pytest.mark.parametrize("preset", PRESETS)
 class TestEqualsAlone:
     def test_requests_of_many_lengths(self, model, log, preset):
-        prompts = random_prompts(1, [1, 40, 63, 64, 127, 128, 200])
+        prompts = random_prompts(1, [1, 40, 63, 64, 250, 256, 300])
         results = generate(model, preset, prompts, new=70, max_batch_tokens=1024)
         check_all_alone(model, preset, prompts, results, log)
         (cache,) = log.caches
@@ -143,7 +143,7 @@ class TestEqualsAlone:
         check_all_free(cache)
 
     def test_prompts_in_chunks_beside_decoding_requests(self, model, log, preset):
-        prompts = random_prompts(2, [20, 150, 90, 10, 170])
+        prompts = random_prompts(2, [20, 150, 90, 10, 270])
         results = generate(model, preset, prompts, max_batch_tokens=70, new=12)
         assert any(past and n > 32 for chunks in log.chunks.values() for past, n in chunks)
         assert any(past and 1 < n <= 32 for chunks in log.chunks.values() for past, n in chunks)
@@ -154,16 +154,16 @@ class TestEqualsAlone:
         start = random_prompts(3, [2 * PAGE])[0]
         prompts = [start + rest for rest in random_prompts(4, [50, 3, 33])]
         # One after the other, because only pages that are complete are shared.
-        results = generate(model, preset, prompts, new=8, max_requests_per_batch=1, max_batch_tokens=512)
+        results = generate(model, preset, prompts, new=8, max_requests_per_batch=1, max_batch_tokens=1024)
         first = sorted(chunks[0] for chunks in log.chunks.values())
         cache = log.caches[0]
         assert cache.use_prefix_sharing == (preset != "int4")
-        assert [past for past, _ in first] == ([0, 256, 256] if cache.use_prefix_sharing else [0, 0, 0])
+        assert [past for past, _ in first] == ([0, 2 * PAGE, 2 * PAGE] if cache.use_prefix_sharing else [0, 0, 0])
         check_all_alone(model, preset, prompts, results, log)
         check_all_free(cache)
 
     def test_forks(self, model, log, preset):
-        prompts = random_prompts(5, [30, 140])
+        prompts = random_prompts(5, [30, 240])
         results = generate(model, preset, prompts, new=40, num_return_sequences=3)
         assert len(results) == 6
         for i, prompt in enumerate(prompts):
@@ -174,17 +174,16 @@ class TestEqualsAlone:
         check_all_free(log.caches[0])
 
     def test_evictions(self, model, log, preset):
-        prompts = random_prompts(6, [100, 110, 120, 90, 80])
+        prompts = random_prompts(6, [230, 240, 250, 220, 210])
         # So few pages that requests lose theirs and begin anew.
-        needed = log_blocks(model, preset)
-        results = generate(model, preset, prompts, new=60, num_blocks=needed)
+        results = generate(model, preset, prompts, new=60, num_blocks=few_blocks(model, preset))
         assert any(past == 0 for chunks in log.chunks.values() for past, _ in chunks[1:])
         check_all_alone(model, preset, prompts, results, log)
         check_all_free(log.caches[0])
 
 
-def log_blocks(model, preset):
-    """The smallest `num_blocks` with room for three requests of 100 tokens, but not of 130."""
+def few_blocks(model, preset):
+    """The smallest `num_blocks` with room for four requests of one page each."""
     for num_blocks in range(1, 64):
         cache = make_cache(preset, model.config, torch.float32, num_blocks=num_blocks, page_size=PAGE)
         if cache.allocator.num_blocks >= 4 * (1 + cache.allocator.exact_blocks):
@@ -196,10 +195,10 @@ def log_blocks(model, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_random_mix(model, log, preset, seed):
     rng = random.Random(f"{preset} {seed}")
-    prompts = random_prompts(rng.randrange(1000), [rng.choice([1, 7, 31, 64, 100, 190]) for _ in range(6)])
+    prompts = random_prompts(rng.randrange(1000), [rng.choice([1, 7, 31, 64, 190, 270]) for _ in range(6)])
     results = generate(
         model, preset, prompts, new=rng.choice([1, 20, 70]), max_batch_tokens=rng.choice([40, 100, 600]),
-        num_blocks=rng.choice([16, 40]), allow_block_sharing=rng.random() < 0.5,
+        num_blocks=rng.choice([4, 40]), allow_block_sharing=rng.random() < 0.5,
         scheduler_type=rng.choice(["fifo", "prefill_first"]),
     )  # fmt: skip
     check_all_alone(model, preset, prompts, results, log)

@@ -15,7 +15,7 @@ import torch
 from matplotlib.text import Text
 from transformers import DynamicCache, LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
+from hf_kvquant import KVQuantConfig, QuantizedCache, host, ops, reference
 from hf_kvquant.backends import cpu
 from hf_kvquant.measure import caches, clock, facts, llama_cpp, operator, process_memory, step
 from hf_kvquant.measure.report import style
@@ -156,6 +156,34 @@ def test_generate_result(tmp_path):
     assert rows["int8-plain"]["cache_bytes"] == rows["int8-plain"]["memory_report"]["total"]
     done = {check["check"] for check in result["checks"] if check["name"] == "int4"}
     assert {"every step took the fused route", "memory_report counts every tensor", "logits are finite"} <= done
+
+
+def test_serving(bench, tmp_path):
+    try:
+        host.continuous_batching()
+    except ImportError:
+        pytest.skip("transformers before 5.23 has other pages")
+    out = tmp_path / "serving.json"
+    arguments = [*SHAPE, "--layers", "2", "--hidden", "32", "--head-dim", "64", "--mix", "chat", "--requests", "3"]
+    arguments += ["--rate", "50", "--blocks", "8", "--presets", "int8,int4", "--out", str(out)]
+    assert bench("bench_serving").main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert {check["name"] for check in result["checks"]} == {"dense", "int8", "int4"}
+    assert all(check["passed"] for check in result["checks"])
+    assert [row["name"] for row in result["rows"]] == ["dense", "int8", "int4"]
+    assert len({row["new_tokens"] for row in result["rows"]}) == 1
+    for row in result["rows"]:
+        assert 1 <= row["held_at_once"] <= 3
+        assert 0 < row["first_token_s"]["median"] <= row["first_token_s"]["p99"]
+        assert 0 < row["token_s"]["median"] <= row["token_s"]["p99"]
+
+
+def test_serving_refuses_wrong_answers(bench, monkeypatch, capsys):
+    serving = bench("bench_serving")
+    monkeypatch.setattr(serving, "same_alone", lambda model, args, config: config is None)
+    arguments = [*SHAPE, "--layers", "1", "--hidden", "32", "--mix", "chat", "--presets", "int8"]
+    assert serving.main(arguments) == 1
+    assert "REFUSED" in capsys.readouterr().out
 
 
 def test_generate_compiled(bench, tmp_path):

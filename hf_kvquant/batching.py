@@ -84,7 +84,7 @@ class Batch:
         return self._tables[key]
 
 
-class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[misc, name-defined]
+class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[name-defined]
     """Hands out blocks of quantized pages to requests, and blocks for their exact copies."""
 
     supports_block_table = False
@@ -176,10 +176,12 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[mis
         self, source_request_id: str, dest_request_id: str, past_length: int
     ) -> tuple[list[int], list[int]]:
         source, copies = super().fork_blocks(source_request_id, dest_request_id, past_length)
-        if not self.exact_blocks:
-            return source, copies
-        exact = self.exact_table[dest_request_id] = self.pool.get_free_blocks(self.index, self.exact_blocks)
-        return [*source, *self.exact_table[source_request_id]], [*copies, *exact]
+        if self.exact_blocks:
+            exact = self.exact_table[dest_request_id] = self.pool.get_free_blocks(self.index, self.exact_blocks)
+            # A request that has shared pages only, and computed nothing yet, has no exact copies.
+            held = self.exact_table.get(source_request_id, [])
+            source, copies = [*source, *held], [*copies, *exact[: len(held)]]
+        return source, copies
 
     # --- batches: the manager asks for indices of every request in a batch, then it calls the model
 
@@ -227,18 +229,20 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[mis
         raise AssertionError("QuantizedPagedCache.update does not call this")
 
 
-class _MemoryHandler(_HOST.PagedAttentionMemoryHandler):  # type: ignore[misc, name-defined]
+class _MemoryHandler(_HOST.PagedAttentionMemoryHandler):  # type: ignore[name-defined]
     """Counts no attention masks: the operator needs none, and the manager makes none for our attention."""
 
     def attention_mask_bytes(self, max_batch_tokens: int, num_sectors: int) -> int:
         return 0
 
 
-class QuantizedPagedCache(_HOST.PagedAttentionCache):  # type: ignore[misc, name-defined]
+class QuantizedPagedCache(_HOST.PagedAttentionCache):  # type: ignore[name-defined]
     """transformers' paged cache with quantized pages.
 
     `routes` counts calls of attention, as in `QuantizedCache`; `tokens_held` is what fits.
     """
+
+    use_prefix_sharing: bool
 
     def __init__(self, kv_config: KVQuantConfig, **kwargs: Any) -> None:
         self.kv_config, self.routes = kv_config, Routes()
@@ -352,7 +356,7 @@ def attend(
         raise ValueError(f"layer {update.layer_idx} attends twice to the same states: {_NOT_SERVED}")
     update.is_stored = True
     scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
+    softcap = float(kwargs.get("softcap") or 0.0)
     dense_kwargs = {name: x for name, x in kwargs.items() if name not in _OF_BATCHES}
     output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
 
@@ -378,7 +382,9 @@ def attend(
         table = update.table(chunks)
         states = update.layer.states(table._replace(lengths=table.lengths + 1))
         update.routes.count("decode_fused")
-        output[0, rows] = ops.paged_attention(q, *states, kwargs.get("s_aux"), **options)[0][:, :, 0]
+        output[0, rows] = ops.paged_attention(
+            q, *states, kwargs.get("s_aux"), scaling=float(scaling), softcap=softcap
+        )[0][:, :, 0]  # fmt: skip
     return output, None
 
 
@@ -410,9 +416,9 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     graphs = options.use_cuda_graph if isinstance(options.use_cuda_graph, tuple) else (options.use_cuda_graph,)
     obstacles = {
         "static": kv_config.static and "a static cache",
+        "layer_types": set(layers) != {"full_attention"} and sorted(layers),
         "device": model.device.type != "cpu" and model.device.type,
         "attn_implementation": attn_implementation(text_config) != "sdpa" and attn_implementation(text_config),
-        "layer_types": set(layers) != {"full_attention"} and sorted(layers),
         "tensor parallelism": getattr(model, "_device_mesh", None),
         "use_async_batching": options.use_async_batching,
         "cpu_offload_space": options.cpu_offload_space,

@@ -147,7 +147,7 @@ class PagedLayer:
         """
         stored = []
         for side in ("keys", "values"):
-            fields = {}
+            fields: dict[str, torch.Tensor] = {}
             for pieces, first in ((layout.page, first_page), (layout.exact, first_exact)):
                 fields |= {
                     name.partition(".")[2]: piece.view(memory, first, block_bytes)

@@ -169,12 +169,11 @@ def paged_append(
         for index in range(start // keys.page_length, -(-(start + n) // keys.page_length)):
             first = index * keys.page_length
             begin, end = max(start, first), min(start + n, first + keys.page_length)
-            new = (x[i : i + 1, :, begin - start : end - start] for x in (key, value))
-            sides = [states.page(i, index) for states in (keys, values)]
-            sides[0].sink_positions[:, : begin - first] = torch.arange(begin - first)[
-                : sides[0].sink_positions.shape[1]
-            ]
-            quantize_append(*new, *sides, faults, start=begin - first)
+            new_key, new_value = (x[i : i + 1, :, begin - start : end - start] for x in (key, value))
+            page_keys, page_values = keys.page(i, index), values.page(i, index)
+            sinks = page_keys.sink_positions
+            sinks[0, : begin - first] = torch.arange(min(begin - first, sinks.shape[1]))
+            quantize_append(new_key, new_value, page_keys, page_values, faults, start=begin - first)
 
 
 def _append_sinks(

@@ -75,9 +75,9 @@ def read_all(allocator, request_id, length):
 def generate(model, preset, prompts, new=24, num_return_sequences=1, **options):
     options = {"page_size": PAGE, "num_blocks": 64, "max_batch_tokens": 512} | options
     config = GenerationConfig(
-        cache_implementation=f"kvquant-{preset}", max_new_tokens=new, do_sample=False, eos_token_id=-1,
-        num_return_sequences=num_return_sequences,
-    )  # fmt: skip
+        cache_implementation=f"kvquant-{preset}", max_new_tokens=new, do_sample=False, eos_token_id=-1
+    )
+    config.num_return_sequences = num_return_sequences  # the constructor refuses it for greedy search
     results = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**options)
     )
@@ -105,15 +105,15 @@ def check_alone(model, preset, tokens, num_prompt, chunks, held=None):
     if held is not None:
         own = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         for batched, alone in zip(held, own):
-            assert batched.shape == alone.shape
-            # Sums in the model's matrix products depend on the batch, so that a code may differ by one step.
-            assert ((batched - alone).abs() > 1e-4).float().mean() < 0.002
+            torch.testing.assert_close(batched, alone, rtol=0, atol=1e-9)
 
 
 def check_all_alone(model, preset, prompts, results, log):
     for i, prompt in enumerate(prompts):
         tokens = [*prompt, *results[f"req_{i}"].generated_tokens]
-        check_alone(model, preset, tokens, len(prompt), log.chunks[f"req_{i}"], log.held[f"req_{i}"])
+        # In float32 a sum in a matrix product depends on the batch, and then a code, and what it decides.
+        held = log.held[f"req_{i}"] if model.dtype == torch.float64 else None
+        check_alone(model, preset, tokens, len(prompt), log.chunks[f"req_{i}"], held)
 
 
 def check_all_free(cache):
@@ -150,6 +150,13 @@ class TestEqualsAlone:
         check_all_alone(model, preset, prompts, results, log)
         check_all_free(log.caches[0])
 
+    def test_every_number_in_the_pages(self, log, preset):
+        """In float64, in which sums in another order do not change a code."""
+        model = families.build("llama").double()
+        prompts = random_prompts(2, [3, 100, 70, 260])
+        results = generate(model, preset, prompts, max_batch_tokens=150, new=8)
+        check_all_alone(model, preset, prompts, results, log)
+
     def test_shared_prefixes(self, model, log, preset):
         start = random_prompts(3, [2 * PAGE])[0]
         prompts = [start + rest for rest in random_prompts(4, [50, 3, 33])]
@@ -170,7 +177,7 @@ class TestEqualsAlone:
             for name in (f"req_{i}", f"req_{i}__child#0", f"req_{i}__child#1"):
                 tokens = [*prompt, *results[name].generated_tokens]
                 chunks = log.chunks[name] if "child" not in name else log.chunks[f"req_{i}"][:1] + log.chunks[name]
-                check_alone(model, preset, tokens, len(prompt), chunks, log.held[name])
+                check_alone(model, preset, tokens, len(prompt), chunks)
         check_all_free(log.caches[0])
 
     def test_evictions(self, model, log, preset):
@@ -375,7 +382,8 @@ def test_what_cannot_act_raises(model, monkeypatch):
     refused("static: a static cache is not served", preset="int4-static")
     refused("page_size: 100 is not allowed .* expected a multiple of 64", page_size=100)
     refused("page_size: 64 is not allowed: the exact tokens of a request take", page_size=64)
-    refused(r"layer_types: \['full_attention', 'sliding_attention'\] is not served", families.build("gemma2"))
+    gemma = families.build("gemma2", attn="eager")
+    refused(r"layer_types: \['full_attention', 'sliding_attention'\] is not served", gemma)
     refused(r"layer_types: \['sliding_attention'\]", families.build("mistral", sliding_window=16))
     refused("attn_implementation: eager is not served", families.build("llama", attn="eager"))
     monkeypatch.setattr(type(model), "_supports_default_dynamic_cache", lambda self: False)

@@ -37,7 +37,7 @@ _HOST = continuous_batching()
 # Arguments of the manager's forward calls, which the cache and this file use up.
 _OF_BATCHES = frozenset({
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "read_index", "write_index", "block_table",
-    "logits_indices", "logits_processor_args", "is_causal", "use_cache",
+    "logits_indices", "logits_processor_args", "is_causal", "use_cache", "cache",
 })  # fmt: skip
 _NOT_SERVED = "not served in continuous batching with quantized pages"
 _HARMLESS = frozenset({"dropout", "scaling", "softcap", "s_aux", "sliding_window", "position_ids", "logits_to_keep"})
@@ -341,6 +341,10 @@ def attend(
     Raises:
         ValueError: an argument that the operator does not know, or states of another cache.
     """
+    cache = kwargs.get("cache")
+    if isinstance(cache, QuantizedPagedCache):
+        # Before transformers 5.24 attention functions update the cache.
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
     if not (isinstance(key, NewStates) and isinstance(value, NewStates) and key.update is value.update):
         raise ValueError(
             f"{type(module).__name__} attends to {type(key).__name__} and {type(value).__name__} in continuous "

@@ -113,15 +113,17 @@ CONTINUOUS_BATCHING_NEEDS = (
     Need(f"{_CONTINUOUS}.utils:find_head_dim", ("config",)),
     Need("generation.configuration_utils:ContinuousBatchingConfig", ("page_size", "cpu_offload_space")),
 )
-"""What quantized pages need. transformers before 5.23 has other allocators, and everything but quantized pages."""
+"""What quantized pages need; without these names everything but quantized pages works."""
 
 
 def continuous_batching() -> SimpleNamespace:
     """The names of transformers' continuous batching that quantized pages build on.
 
     Raises:
-        ImportError: this version of transformers lacks one of them.
+        ImportError: this version of transformers is too old, or lacks one of them.
     """
+    if tuple(int(number) for number in VERSION.split(".")[:2]) < (5, 23):
+        raise ImportError(f"quantized pages need transformers 5.23 or newer, and this is {VERSION}")
     for need in CONTINUOUS_BATCHING_NEEDS:
         need.check()
     cache: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.cache")

@@ -199,6 +199,7 @@ def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:
 
 _switch_lock = threading.RLock()
 _switched: dict[int, tuple[int, str]] = {}
+_PAGED_ATTENTION = f"{NAME}-paged"
 
 
 def _attention_configs(model: PreTrainedModel) -> list:
@@ -221,7 +222,8 @@ def _attention_configs(model: PreTrainedModel) -> list:
 
 
 def _register(name: str, base: str, attend: Callable) -> None:
-    """Register attention and mask as `<name>|<base>`; without the mask, padded batches would be silently wrong."""
+    """Register attention and mask as `<name>|<base>`; without the mask, padded batches would be silently wrong.
+    Batches of pages have no mask: each request attends to itself."""
     if "|" in base:
         raise ValueError(
             f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"
@@ -230,7 +232,7 @@ def _register(name: str, base: str, attend: Callable) -> None:
     if registered in host.ALL_ATTENTION_FUNCTIONS:
         return
     host.AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, base)))
-    if base in host.ALL_MASK_ATTENTION_FUNCTIONS:
+    if base in host.ALL_MASK_ATTENTION_FUNCTIONS and name != _PAGED_ATTENTION:
         host.AttentionMaskInterface.register(registered, host.ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
@@ -670,7 +672,7 @@ def _with_paged_attention(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
         from . import batching
 
-        with _switched_attention(self.model, batching.attend, f"{NAME}-paged"):
+        with _switched_attention(self.model, batching.attend, _PAGED_ATTENTION):
             return method(self, *args, **kwargs)
 
     return wrapper

@@ -415,6 +415,18 @@ def test_dense_batches_are_transformers_own(model, log):
     assert type(log.caches[0]).__name__ == "PagedAttentionCache"
 
 
+def test_other_versions_are_told(monkeypatch):
+    need = host.CONTINUOUS_BATCHING_NEEDS[1]
+    module, _, name = need.path.partition(":")
+    with monkeypatch.context() as patch:
+        patch.delattr(f"transformers.{module}.{name}")
+        with pytest.raises(ImportError, match=f"has no .*{name}"):
+            host.continuous_batching()
+    monkeypatch.setattr(host, "VERSION", "5.22.1")
+    with pytest.raises(ImportError, match="quantized pages need transformers 5.23 or newer, and this is 5.22.1"):
+        host.continuous_batching()
+
+
 def test_a_model_that_changes_cached_states_is_told():
     states = batching.NewStates(torch.zeros(1, 2, 3, 4), None)
     for use in (lambda: states[0], lambda: torch.cat([states]), lambda: states.transpose(1, 2)):

@@ -154,7 +154,7 @@ class TestEqualsAlone:
         """In float64, in which sums in another order do not change a code."""
         model = families.build("llama").double()
         prompts = random_prompts(2, [3, 100, 70, 260])
-        results = generate(model, preset, prompts, max_batch_tokens=150, new=8)
+        results = generate(model, preset, prompts, max_batch_tokens=150, new=8, page_size=384)
         check_all_alone(model, preset, prompts, results, log)
 
     def test_shared_prefixes(self, model, log, preset):

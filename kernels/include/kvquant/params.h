@@ -54,6 +54,7 @@ typedef struct KvquantSide {
 // KvquantSide then have an axis of pages in place of the batch: column t of batch row b is row
 // t % page_length of page table[b][t / page_length]. The exact copies of b (ring and sinks) are
 // those of page exact[b]. A page is whole tiles of 64 columns and whole blocks of the channel grid.
+// The CUDA kernels do not read pages yet; the host passes them null.
 typedef struct KvquantPages {
   const int64_t* table;    // `[batch, table_stride]`
   const int64_t* exact;    // `[batch]`, or null: there are no exact copies

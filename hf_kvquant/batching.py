@@ -344,7 +344,8 @@ def attend(
     cache = kwargs.get("cache")
     if isinstance(cache, QuantizedPagedCache):
         # Before transformers 5.24 attention functions update the cache.
-        key, value = cache.update(key, value, module.layer_idx, kwargs)
+        layer_idx: Any = module.layer_idx
+        key, value = cache.update(key, value, layer_idx, kwargs)
     if not (isinstance(key, NewStates) and isinstance(value, NewStates) and key.update is value.update):
         raise ValueError(
             f"{type(module).__name__} attends to {type(key).__name__} and {type(value).__name__} in continuous "

@@ -40,7 +40,7 @@ _OF_BATCHES = frozenset({
     "logits_indices", "logits_processor_args", "is_causal", "use_cache", "cache",
 })  # fmt: skip
 _NOT_SERVED = "not served in continuous batching with quantized pages"
-_HARMLESS = frozenset({"dropout", "scaling", "softcap", "s_aux", "sliding_window", "position_ids", "logits_to_keep"})
+_HARMLESS = frozenset({"dropout", "scaling", "sliding_window", "position_ids", "logits_to_keep"})
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,6 @@ def attend(
         raise ValueError(f"layer {update.layer_idx} attends twice to the same states: {_NOT_SERVED}")
     update.is_stored = True
     scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    softcap = float(kwargs.get("softcap") or 0.0)
     dense_kwargs = {name: x for name, x in kwargs.items() if name not in _OF_BATCHES}
     output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
 
@@ -387,9 +386,7 @@ def attend(
         table = update.table(chunks)
         states = update.layer.states(table._replace(lengths=table.lengths + 1))
         update.routes.count("decode_fused")
-        output[0, rows] = ops.paged_attention(
-            q, *states, kwargs.get("s_aux"), scaling=float(scaling), softcap=softcap
-        )[0][:, :, 0]  # fmt: skip
+        output[0, rows] = ops.paged_attention(q, *states, scaling=float(scaling))[0][:, :, 0]
     return output, None
 
 

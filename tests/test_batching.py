@@ -427,6 +427,18 @@ def test_other_versions_are_told(monkeypatch):
         host.continuous_batching()
 
 
+def test_an_attention_argument_that_is_not_served_is_named():
+    states = batching.NewStates(torch.zeros(1, 2, 3, 4), SimpleNamespace(is_stored=False))
+    call = {"query": torch.zeros(1, 4, 3, 4), "key": states, "value": states, "attention_mask": None}
+    for name in ("s_aux", "softcap", "position_bias", "sliding_window", "dropout"):
+        with pytest.raises(ValueError, match=f"attention argument '{name}': not served"):
+            batching.attend(torch.nn.Identity(), **call, dense_attention=None, **{name: 2})
+    with pytest.raises(ValueError, match="attention argument 'attention_mask': not served"):
+        batching.attend(torch.nn.Identity(), **call | {"attention_mask": torch.ones(1)}, dense_attention=None)
+    with pytest.raises(ValueError, match="Identity attends to Tensor and NewStates in continuous batching"):
+        batching.attend(torch.nn.Identity(), **call | {"key": torch.ones(1)}, dense_attention=None)
+
+
 def test_a_model_that_changes_cached_states_is_told():
     states = batching.NewStates(torch.zeros(1, 2, 3, 4), None)
     for use in (lambda: states[0], lambda: torch.cat([states]), lambda: states.transpose(1, 2)):

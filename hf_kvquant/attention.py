@@ -50,10 +50,9 @@ def attend(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
-    # The mask of a static cache is as wide as its storage; the states have only the columns in use, if these are
-    # known. The operator, or dense attention, raises for any other width that does not fit.
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] == getattr(key, "capacity", None):
-        attention_mask = attention_mask[..., : key.shape[2]]
+    whole_mask = attention_mask
+    if isinstance(attention_mask, torch.Tensor):
+        attention_mask = _of_columns(attention_mask, key, query.shape[2])
     call = None
     if isinstance(key, RecordedStates) and isinstance(value, RecordedStates):
         if key.meaning.is_as_stored and value.meaning.is_as_stored:
@@ -75,6 +74,8 @@ def attend(
         if not torch.compiler.is_compiling():
             say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
         key.routes.count("decode_dequantized")
+        if isinstance(states, QuantizedStates) and states.device_length is not None:
+            attention_mask = whole_mask
         key, value = (s.read(query.shape[2]) if isinstance(s, states_type) else s for s in (key, value))
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
@@ -156,6 +157,20 @@ def _obstacle(
         return f"sinks of shape {tuple(sinks.shape)}"
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     return f"the attention argument {unknown[0]!r}" if unknown else None
+
+
+def _of_columns(mask: torch.Tensor, key: Any, q_len: int) -> torch.Tensor:
+    """The columns of the mask that the states have. The mask of a static cache is as wide as all of its tokens; the
+    states have only the columns in use, if these are known, and those of a sliding layer begin later. The operator, or
+    dense attention, raises for any other width that does not fit."""
+    kv_len = key.shape[2]
+    if getattr(key, "mask_width", None) is None:
+        return mask[..., :kv_len] if mask.shape[-1] == getattr(key, "capacity", None) else mask
+    if isinstance(key.dropped, torch.Tensor):
+        columns = torch.arange(kv_len, device=mask.device) + key.dropped
+        return mask.index_select(-1, columns.clamp(max=mask.shape[-1] - 1))
+    end = key.dropped + kv_len
+    return mask[..., end - mask_length(kv_len, key.sliding_window, q_len) : end]
 
 
 def _widened(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor | None:

@@ -33,6 +33,7 @@ from .host import (
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
     context_length,
     cross_attention_layers,
 )
@@ -43,6 +44,7 @@ from .route import ROUTES, Routes, say_once
 from .sliding import SlidingQuantizedLayer
 from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
+from .static_sliding import StaticSlidingQuantizedLayer
 from .storage import storage_nbytes
 
 # Models whose code treats all of the storage as tokens: with transformers' StaticCache, too, they fail or give wrong
@@ -60,6 +62,7 @@ _GROWING: dict[type, Any] = {
 _STATIC: dict[type, Any] = {
     StaticLayer: StaticQuantizedLayer,
     LinearAttentionAndStaticFullAttentionLayer: StaticQuantizedHybridLayer,
+    StaticSlidingWindowLayer: StaticSlidingQuantizedLayer,
 }
 
 
@@ -67,8 +70,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized, and
-    sliding layers as the config's `sliding` says, unless the cache is static; linear and cross-attention layers stay
-    transformers' own. A window that hides no token is ignored.
+    sliding layers as the config's `sliding` says; linear and cross-attention layers stay transformers' own. A window
+    that hides no token is ignored.
 
     Args:
         config: the model's config.
@@ -117,7 +120,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         layers = self._native_layers()
         kinds = _STATIC if self.kv_config.static else _GROWING
         quantizable = [i for i, layer in enumerate(layers) if type(layer) in kinds]
-        windows = [getattr(layer, "sliding_window", None) if type(layer) in kinds else None for layer in layers]
+        windows = self._windows(layers)
         chosen = [i for i in quantizable if self.kv_config.quantizes(i, windows[i])]
         if not chosen:
             names = sorted({type(layer).__name__ for layer in layers})
@@ -130,17 +133,23 @@ class QuantizedCache(WholeChanges, DynamicCache):
             if layer_idx not in quantizable:
                 such = "full-attention or sliding layer" if any(windows) else "full-attention layer"
                 raise ValueError(f"layers.{layer_idx}: the model has no such {such}; expected one of {quantizable}")
-        for layer_idx in chosen:
-            specs = self.kv_config.for_layer(layer_idx)
-            if not all(spec.is_dense for spec in specs):
-                native, window = layers[layer_idx], windows[layer_idx]
-                arguments = (self.kv_config, layer_idx, self._routes, max_length)
-                layers[layer_idx] = kinds[type(native)](*arguments, *([] if window is None else [window]))
-                if isinstance(native, LinearAttentionLayer):
-                    layers[layer_idx].set_linear_states(native.number_of_states)
+        stored = {i: self.kv_config for i in chosen if not all(s.is_dense for s in self.kv_config.for_layer(i))}
+        if self.kv_config.static and any(windows[i] for i in stored):
+            # One mask serves all sliding layers, and it has other columns than transformers' static ones.
+            others = [i for i in quantizable if windows[i] and i not in stored]
+            stored |= {i: self.kv_config.with_dense(i) for i in others}
+        for layer_idx, layer_config in stored.items():
+            native, window = layers[layer_idx], windows[layer_idx]
+            arguments = (layer_config, layer_idx, self._routes, max_length)
+            layers[layer_idx] = kinds[type(native)](*arguments, *([] if window is None else [window]))
+            if isinstance(native, LinearAttentionLayer):
+                layers[layer_idx].set_linear_states(native.number_of_states)
         for layer in layers:
             if isinstance(layer, StaticQuantizedLayer):
-                layer.is_beside_dense = any(type(other) in kinds for other in layers)
+                # Full and sliding layers have a mask each.
+                layer.is_beside_dense = any(
+                    type(other) in kinds and other.is_sliding == layer.is_sliding for other in layers
+                )
         Cache.__init__(self, layers=layers)
         self._whole = self._lengths()
         if attention_mask is not None:
@@ -159,6 +168,12 @@ class QuantizedCache(WholeChanges, DynamicCache):
             elif type(growing) is DynamicSlidingWindowLayer and not hides_columns(growing.sliding_window, self._reach):
                 layers[i] = StaticLayer(self._max_length) if static else DynamicLayer()
         return layers
+
+    def _windows(self, layers: list[Any]) -> list[int | None]:
+        """The window of each of `_native_layers` that has one."""
+        growing = DynamicCache(config=self._config).layers
+        has_window = [getattr(layer, "is_sliding", False) for layer in layers]
+        return [other.sliding_window if sliding else None for other, sliding in zip(growing, has_window)]
 
     @property
     def is_empty(self) -> bool:

@@ -114,6 +114,13 @@ class KVQuantConfig:
             return True
         return isinstance(self.sliding, int) and sliding_window >= self.sliding
 
+    def with_dense(self, layer_idx: int) -> KVQuantConfig:
+        """The same config with one layer that is not quantized."""
+        dense = QuantSpec("dense")
+        return replace(
+            self, layers=(*(x for x in self.layers if x[0] != layer_idx), (layer_idx, LayerOverride(dense, dense)))
+        )
+
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per cached element without exact copies: the mean of keys and values (16 for a dense side)."""
         sides = [16.0 if s.is_dense else s.bits_per_element(head_dim) for s in (self.keys, self.values)]

@@ -92,6 +92,7 @@ NEEDS = (
     Need("cache_utils:DynamicLayer.crop"),
     Need("cache_utils:DynamicSlidingWindowLayer", ("sliding_window",)),
     Need("cache_utils:StaticLayer", ("max_cache_len",)),
+    Need("cache_utils:StaticSlidingWindowLayer", ("max_cache_len", "sliding_window")),
     Need("cache_utils:LinearAttentionLayer", ("number_of_states",)),
     Need("cache_utils:LinearAttentionCacheLayerMixin"),
     Need("cache_utils:LinearAttentionAndFullAttentionLayer", ("number_of_states",)),
@@ -166,6 +167,7 @@ from transformers.cache_utils import (  # noqa: E402
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.generation import GenerationMixin, GenerationMode, configuration_utils  # noqa: E402
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor  # noqa: E402
@@ -195,6 +197,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "StaticLayer",
+    "StaticSlidingWindowLayer",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "attn_implementation",
     "auto_class_names",

@@ -294,13 +294,13 @@ class QuantizedLayer(DynamicLayer):
             self.sink_positions[self.sink_positions >= self.length] = -1
 
     def _states(
-        self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None
+        self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None, **place: Any
     ) -> QuantizedStates:
         """States of all columns so far, or of those below `length`, the first `device_length` of which are in use."""
         return QuantizedStates(
             side.spec, side.stored, self.sink_positions, self.length if length is None else length,
             self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
-            device_length, self.sliding_window,
+            device_length, self.sliding_window, **place,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:

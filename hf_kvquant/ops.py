@@ -1,7 +1,8 @@
-"""The two operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
+"""The operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
 
 This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA
-graphs see every storage that is read or written. Python calls the operators through the two functions at the bottom.
+graphs see every storage that is read or written. Python calls the operators through the functions at the bottom. (A
+third one, `kvquant::retire`, makes room in the static storage of a sliding layer.)
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ _library.define(
     f"quantize_append(Tensor key, Tensor value, {_side('k', 'abcde')}, {_side('v', 'fghij')}, "
     "Tensor(k!)? sink_positions, Tensor(l!) faults, Tensor? padding, Tensor? length, str k_spec, str v_spec, "
     "int start, str backend) -> ()"
+)
+# `length` and `dropped` are int64 on the device; see `reference.retire`.
+_library.define(
+    f"retire({_side('k', 'abcde')}, {_side('v', 'fghij')}, Tensor(k!) sink_positions, Tensor(l!) length, "
+    "Tensor(m!) dropped, int block_length, int n, int kept) -> ()"
 )
 
 
@@ -166,6 +172,11 @@ def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None
     )
 
 
+def _retire(*args: Any) -> None:
+    k_stored, v_stored, others = _sides(args)
+    reference.retire(k_stored, v_stored, *others)
+
+
 def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
     """The arguments of an operator as the storage of keys, the storage of values, and the rest."""
     return Stored._make(args[:5]), Stored._make(args[5:10]), args[10:]
@@ -184,6 +195,7 @@ def _head_dim(spec: str, data: torch.Tensor) -> int:
 
 _library.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")
 _library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
+_library.impl("retire", _retire, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("kvquant::decode_attention", lib=_library)
@@ -194,6 +206,7 @@ def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.library.register_fake("kvquant::quantize_append", lib=_library)
+@torch.library.register_fake("kvquant::retire", lib=_library)
 def _(*args: Any) -> None:
     return None
 
@@ -262,6 +275,21 @@ def paged_append(
     """Same as `reference.paged_append`, on the backend that the states name."""
     backend = _implementation(keys.backend, key.device.type, key.dtype, _small(keys, values))
     backend.paged_append(key, value, keys, values, faults)
+
+
+def retire(
+    keys: Stored,
+    values: Stored,
+    sink_positions: torch.Tensor,
+    length: torch.Tensor,
+    dropped: torch.Tensor,
+    *,
+    block_length: int,
+    n: int,
+    kept: int,
+) -> None:
+    """Same as `reference.retire`, the only implementation: it copies, and computes nothing."""
+    torch.ops.kvquant.retire.default(*keys, *values, sink_positions, length, dropped, block_length, n, kept)
 
 
 def _check(

@@ -1,7 +1,7 @@
 """`decode_attention` and `quantize_append` in plain PyTorch, float32. They define what is correct; they are slow.
 
 Every backend is tested against these two functions. With float64 queries they compute in float64, for exact
-comparisons.
+comparisons. `retire` moves bytes only, and serves every device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .quantization import quantize
-from .states import PagedStates, QuantizedStates
+from .states import PagedStates, QuantizedStates, Stored
 
 
 def decode_attention(
@@ -215,3 +215,44 @@ def _append_blocks(x: torch.Tensor, states: QuantizedStates, padding: torch.Tens
     states.scale[:, :, first:last] = quantized.scale
     if quantized.zero_point is not None:
         states.zero_point[:, :, first:last] = quantized.zero_point
+
+
+def retire(
+    keys: Stored,
+    values: Stored,
+    sink_positions: torch.Tensor,
+    length: torch.Tensor,
+    dropped: torch.Tensor,
+    block_length: int,
+    n: int,
+    kept: int,
+) -> None:
+    """Move the columns of a sliding layer to the front of its storage, in place, if `n` more tokens have no room.
+
+    Whole blocks are retired that queries of the new tokens, or after a crop, do not read: all but the last `kept`
+    columns, the new ones included.
+
+    Args:
+        sink_positions: int32 `[batch, sink_length]`, columns; a sink that is retired moves to the first column.
+        length, dropped: int64 scalars on the device: the number of stored columns, and of tokens before them.
+        block_length: of the keys' blocks; 1 without blocks.
+    """
+    capacity = keys.data.shape[2]
+    end = length + n
+    gone = (torch.minimum(end - kept, length) // block_length * block_length).clamp(min=0) * (end > capacity)
+    if length.device.type == "cpu" and not gone:
+        return
+    for tensor in (*keys, *values):
+        if tensor is None or tensor is keys.sink or tensor is values.sink:
+            continue
+        column = torch.arange(tensor.shape[2], device=tensor.device)
+        if tensor is keys.recent or tensor is values.recent:
+            # A column's slot is its number modulo the ring's length.
+            moved = (column + gone) % tensor.shape[2]
+        else:
+            rows = gone // block_length if tensor.shape[2] < capacity else gone
+            moved = (column + rows).clamp(max=tensor.shape[2] - 1)
+        tensor.copy_(tensor.index_select(2, moved))
+    sink_positions.copy_(torch.where(sink_positions < 0, -1, (sink_positions - gone).clamp(min=0)))
+    length -= gone
+    dropped += gone

@@ -402,9 +402,8 @@ class _ScoringCache(DynamicCache):
         padding: torch.Tensor | None,
         length: int,
     ):
-        # A query reads the same from static storage; but in a static cache sliding layers are not quantized.
-        growing = replace(config, static=False, sliding="dense" if config.static else config.sliding)
-        layers = QuantizedCache(model.config, growing).layers
+        # A query reads the same from static storage.
+        layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 window = layer.sliding_window

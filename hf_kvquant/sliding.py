@@ -102,9 +102,13 @@ class SlidingQuantizedLayer(QuantizedLayer):
             return (states,)
         return states[:, :, :first], *states[:, :, first:].split(self._most, dim=2)
 
+    def _gone(self, end: int) -> int:
+        """How many columns are retired before there are `end` columns."""
+        return max(min(end - self._kept, self.length), 0) // self._block * self._block
+
     def _retire(self, end: int) -> None:
         """Before there are `end` columns: whole blocks that no query will see make way."""
-        gone = max(min(end - self._kept, self.length), 0) // self._block * self._block
+        gone = self._gone(end)
         if not gone:
             return
         sides = self._keys, self._values

@@ -121,6 +121,8 @@ class QuantizedStates(HasStored):
         device_length: int64 scalar on the device, or None. If it is given, it is the number of columns, and `length`
             is only its upper limit, which is all that a compiled step knows, since it cannot read from the device.
         sliding_window: the layer's window, or None. The masks of its queries have `mask_length` columns.
+        mask_width: None, or that of masks with a column for every token (of a sliding layer in a static cache).
+        dropped: the number of tokens before the first stored column; beside a `device_length` a tensor.
         backend: the operator's backend, "auto" or a name.
         routes: the cache's route counter, in which attention counts its calls.
     """
@@ -136,6 +138,8 @@ class QuantizedStates(HasStored):
     routes: Routes = field(default_factory=Routes)
     device_length: torch.Tensor | None = None
     sliding_window: int | None = None
+    mask_width: int | None = None
+    dropped: int | torch.Tensor = 0
 
     @classmethod
     def of_operator(cls, **fields: Any) -> QuantizedStates:
@@ -176,6 +180,7 @@ class QuantizedStates(HasStored):
         return replace(
             self, stored=self.stored.transformed(move), sink_positions=move(self.sink_positions),
             device_length=move(self.device_length),
+            dropped=move(self.dropped) if isinstance(self.dropped, torch.Tensor) else self.dropped,
         )  # fmt: skip
 
     @classmethod
@@ -281,8 +286,15 @@ class QuantizedStates(HasStored):
         return torch.where((column < self.device_length)[:, None], read, 0)
 
     def read(self, q_len: int) -> torch.Tensor:
-        """What the newest `q_len` queries read, `[batch, num_kv_heads, mask_length, head_dim]`; see `dequantize`."""
+        """What the newest `q_len` queries read, `[batch, num_kv_heads, mask_length, head_dim]`; see `dequantize`.
+        Beside a `device_length` it has all columns of the storage or, if masks have more, those of masks."""
         read = self.dequantize(self.position(q_len))
+        if self.device_length is not None and self.mask_width is not None:
+            column = torch.arange(self.mask_width, device=self.device) - self.dropped
+            is_stored = (column >= 0) & (column < self.length)
+            return torch.where(is_stored[:, None], read[:, :, column.clamp(0, self.length - 1)], 0)
+        if self.device_length is not None:
+            return read
         return read[:, :, self.length - mask_length(self.length, self.sliding_window, q_len) :]
 
 

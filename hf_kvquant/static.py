@@ -66,7 +66,7 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     @property
     def length(self) -> int:
-        """The number of tokens. After a compiled step only the device knows it, and this waits for the device.
+        """The number of stored tokens. After a compiled step only the device knows it, and this waits for the device.
 
         Raises:
             ValueError: a compiled step found no room for its tokens.
@@ -79,7 +79,7 @@ class StaticQuantizedLayer(QuantizedLayer):
                     f"layer {self.layer_idx}, and that are lost; cache.reset() empties the cache"
                 )
             self._length = int(self.device_length)
-            self._make_way(0)
+            self._learn_steps()
         return self._length
 
     @length.setter
@@ -89,6 +89,14 @@ class StaticQuantizedLayer(QuantizedLayer):
         self._is_filled = length > 0
         if self.device_length is not None:
             self.device_length.fill_(length)
+
+    def _learn_steps(self) -> None:
+        """Note what compiled steps have done, once the number of tokens is known."""
+        self._make_way(0)
+
+    def _device_tokens(self) -> torch.Tensor:
+        """`tokens`, as the device knows it."""
+        return self.device_length
 
     @property
     def is_filled(self) -> bool:
@@ -127,7 +135,7 @@ class StaticQuantizedLayer(QuantizedLayer):
                 call outside of compiled steps raises.
         """
         if not is_traced():
-            self._check_room(self.length + key_states.shape[2])
+            self._check_room(self.tokens + key_states.shape[2])
         return super()._admitted(key_states, value_states)
 
     def _is_whole(self) -> bool:
@@ -177,18 +185,18 @@ class StaticQuantizedLayer(QuantizedLayer):
         if not (self.is_initialized and self.is_filled):
             return None
         keys, values = self._whole_states()
-        return (keys if side is self._keys else values).dequantize(self.device_length)
+        return (keys if side is self._keys else values).read(0)
 
     def _with_newest(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`states` `[batch, num_kv_heads, max_length, head_dim]` with its last columns replaced by `new`."""
         n = new.shape[2]
-        index = torch.arange(self.max_length, device=self.device) - (self.device_length - n)
+        index = torch.arange(self.max_length, device=self.device) - (self._device_tokens() - n)
         is_new = (index >= 0) & (index < n)
         return torch.where(is_new[:, None], new[:, :, index.clamp(0, n - 1)], states)
 
     def _whole_states(self) -> tuple[QuantizedStates, QuantizedStates]:
         """Keys and values with all columns of the storage, and the length beside them."""
-        keys, values = (self._states(x, self.max_length, self.device_length) for x in (self._keys, self._values))
+        keys, values = (self._states(x, x.capacity, self.device_length) for x in (self._keys, self._values))
         return keys, values
 
     def _check_room(self, length: int) -> None:
@@ -210,7 +218,7 @@ class StaticQuantizedLayer(QuantizedLayer):
         """The number of tokens; a tensor if an integer would have to wait for the device, as in a `StaticLayer`."""
         if not self.is_initialized or not self.is_filled:
             return 0
-        return self.device_length if is_traced() or self._length is None else self._length
+        return self._device_tokens() if is_traced() or self._length is None else self.tokens
 
     def get_max_length(self) -> int:
         return self.max_length
@@ -232,11 +240,16 @@ class StaticQuantizedLayer(QuantizedLayer):
             # The interruption may have come between the updates of the two lengths.
             self.device_length.fill_(self.length)
 
+    def reset(self) -> None:
+        max_length = self.max_length
+        super().reset()
+        self.max_length = max_length
+
     def restore(self, state: dict, device: torch.device | str) -> None:
-        self._check_room(state["length"])
+        self._check_room(state["length"] + state.get("dropped", 0))
         super().restore(state, device)
         if self.is_initialized:
             self.padding = self._whole_padding(state["padding"])
             for side in (self._keys, self._values):
-                side.grow(self.max_length, self.length)
+                side.grow(self._first_capacity(0), self.length)
             keep_in_place(self._tensors())

@@ -30,14 +30,21 @@ from .host import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
     context_length,
     cross_attention_layers,
 )
-from .hybrid import QuantizedHybridLayer, StaticQuantizedHybridLayer
+from .hybrid import (
+    QuantizedHybridLayer,
+    SlidingQuantizedHybridLayer,
+    StaticQuantizedHybridLayer,
+    StaticSlidingQuantizedHybridLayer,
+)
 from .layers import QuantizedLayer
 from .message import told
 from .route import ROUTES, Routes, say_once
@@ -58,11 +65,19 @@ _GROWING: dict[type, Any] = {
     DynamicLayer: QuantizedLayer,
     LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
     DynamicSlidingWindowLayer: SlidingQuantizedLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: SlidingQuantizedHybridLayer,
 }
 _STATIC: dict[type, Any] = {
     StaticLayer: StaticQuantizedLayer,
     LinearAttentionAndStaticFullAttentionLayer: StaticQuantizedHybridLayer,
     StaticSlidingWindowLayer: StaticSlidingQuantizedLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer: StaticSlidingQuantizedHybridLayer,
+}
+_SLIDING = {
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    StaticSlidingWindowLayer,
 }
 
 
@@ -165,15 +180,20 @@ class QuantizedCache(WholeChanges, DynamicCache):
         for i, growing in enumerate(DynamicCache(config=self._config).layers):
             if i in crossing:
                 layers[i] = StaticCrossAttentionLayer() if static else CrossAttentionLayer()
-            elif type(growing) is DynamicSlidingWindowLayer and not hides_columns(growing.sliding_window, self._reach):
-                layers[i] = StaticLayer(self._max_length) if static else DynamicLayer()
+            elif type(growing) in _SLIDING and not hides_columns(growing.sliding_window, self._reach):
+                if isinstance(growing, LinearAttentionLayer):
+                    states = growing.number_of_states
+                    full = LinearAttentionAndFullAttentionLayer, LinearAttentionAndStaticFullAttentionLayer
+                    layers[i] = full[1](self._max_length, states) if static else full[0](states)
+                else:
+                    layers[i] = StaticLayer(self._max_length) if static else DynamicLayer()
         return layers
 
     def _windows(self, layers: list[Any]) -> list[int | None]:
         """The window of each of `_native_layers` that has one."""
-        growing = DynamicCache(config=self._config).layers
-        has_window = [getattr(layer, "is_sliding", False) for layer in layers]
-        return [other.sliding_window if sliding else None for other, sliding in zip(growing, has_window)]
+        # transformers' static layers do not keep it.
+        known = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self._config).layers]
+        return [window if type(layer) in _SLIDING else None for layer, window in zip(layers, known)]
 
     @property
     def is_empty(self) -> bool:

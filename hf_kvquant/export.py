@@ -24,8 +24,8 @@ from .static import StaticQuantizedLayer
 def register_for_export() -> None:
     """Let `torch.export` take a static `QuantizedCache` as an argument; a second call changes nothing.
 
-    A prompt must have filled the cache before. Its layers may keep their state in tensors only: a model with sliding
-    or linear layers beside full attention is refused when it is exported.
+    A prompt must have filled the cache before. Its layers may keep their state in tensors only: a model with linear
+    layers, or with sliding ones that are not quantized, is refused when it is exported.
     """
     if QuantizedCache not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
@@ -57,11 +57,13 @@ def _replacing(old: list, new: list, cache: QuantizedCache) -> dict:
 
 def _flatten(cache: QuantizedCache) -> tuple[list[torch.Tensor], _Empty]:
     for layer_idx, layer in enumerate(cache.layers):
-        is_static = isinstance(layer, (StaticQuantizedLayer, StaticLayer)) and not layer.is_sliding
+        # transformers' own sliding layers keep their length in a Python number.
+        is_native = isinstance(layer, StaticLayer) and not layer.is_sliding
+        is_static = isinstance(layer, StaticQuantizedLayer) or is_native
         if not is_static or not layer.is_initialized:
             raise ValueError(
                 f"layer {layer_idx}: a {type(layer).__name__} cannot be exported; expected a static cache that a "
-                "prompt has filled, of full-attention layers only"
+                "prompt has filled, without layers of transformers' own that slide"
             )
         if isinstance(layer, StaticQuantizedLayer):
             # The length is read from the device, where the program will change it.

@@ -97,6 +97,8 @@ NEEDS = (
     Need("cache_utils:LinearAttentionCacheLayerMixin"),
     Need("cache_utils:LinearAttentionAndFullAttentionLayer", ("number_of_states",)),
     Need("cache_utils:LinearAttentionAndStaticFullAttentionLayer", ("number_of_states", "max_cache_len")),
+    Need("cache_utils:LinearAttentionAndSlidingWindowAttentionLayer", ("sliding_window", "number_of_states")),
+    Need("cache_utils:LinearAttentionAndStaticSlidingWindowAttentionLayer", ("sliding_window", "number_of_states")),
 )
 
 _CONTINUOUS = "generation.continuous_batching"
@@ -163,7 +165,9 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
@@ -193,7 +197,9 @@ __all__ = [
     "GenerationMixin",
     "GenerationMode",
     "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
     "LinearAttentionAndStaticFullAttentionLayer",
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "StaticLayer",

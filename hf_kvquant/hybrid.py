@@ -1,4 +1,5 @@
-"""Layers with linear and full attention side by side: transformers keeps the linear states, the rest is quantized.
+"""Layers with linear attention beside full or sliding attention: transformers keeps the linear states, the rest is
+quantized.
 
 Each method calls that of one half of the layer, or those of both halves in turn.
 """
@@ -15,21 +16,25 @@ from .expected import linear
 from .host import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from .layers import QuantizedLayer
 from .route import Routes
+from .sliding import SlidingQuantizedLayer
 from .static import StaticQuantizedLayer
+from .static_sliding import StaticSlidingQuantizedLayer
 from .storage import storage_nbytes
 
 
 class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):
     """A layer of both kinds whose full attention is a `QuantizedLayer`."""
 
-    _attention: type[QuantizedLayer] = QuantizedLayer
+    _attention: Any = QuantizedLayer
     _layer_type = None
     batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
     batch_select_indices = QuantizedLayer.batch_select_indices
 
-    def __init__(self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None):
+    def __init__(
+        self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None, *window: int
+    ):
         LinearAttentionLayer.__init__(self)
-        self._attention.__init__(self, kv_config, layer_idx, routes, max_length)
+        self._attention.__init__(self, kv_config, layer_idx, routes, max_length, *window)
 
     def set_linear_states(self, number_of_states: int) -> None:
         """Set how many linear states the layer keeps, before it is used."""
@@ -51,14 +56,14 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
 
     def state(self) -> dict:
         linear = {name: getattr(self, name) for name in vars(LinearAttentionLayer(self.number_of_states))}
-        return QuantizedLayer.state(self) | {"linear": linear}
+        return self._attention.state(self) | {"linear": linear}
 
     def restore(self, state: dict, device: torch.device | str) -> None:
         self._attention.restore(self, state, device)
         vars(self).update(state["linear"])
 
     def expected(self, state: dict) -> dict:
-        return QuantizedLayer.expected(self, state) | {"linear": linear(self, state["linear"])}
+        return self._attention.expected(self, state) | {"linear": linear(self, state["linear"])}
 
     def _both(self, name: str, *args: Any) -> None:
         for part in (LinearAttentionLayer, self._attention):
@@ -94,3 +99,19 @@ class StaticQuantizedHybridLayer(QuantizedHybridLayer, StaticQuantizedLayer):
     def is_compileable(self) -> bool:
         """False while linear states are recorded for a rollback, because they grow then; as in transformers."""
         return not self.record_past
+
+
+class SlidingQuantizedHybridLayer(QuantizedHybridLayer, SlidingQuantizedLayer):
+    """A layer of both kinds whose sliding attention is a `SlidingQuantizedLayer`."""
+
+    is_sliding = True
+    _attention = SlidingQuantizedLayer
+    _layer_type = None
+
+
+class StaticSlidingQuantizedHybridLayer(StaticQuantizedHybridLayer, StaticSlidingQuantizedLayer):
+    """A layer of both kinds whose sliding attention is a `StaticSlidingQuantizedLayer`."""
+
+    is_sliding = True
+    _attention = StaticSlidingQuantizedLayer
+    _layer_type = None

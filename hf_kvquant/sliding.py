@@ -47,6 +47,8 @@ class SlidingQuantizedLayer(QuantizedLayer):
         self._kept = sliding_window + ROLLBACK
         self._block = kv_config.for_layer(layer_idx)[0].block_length or 1
         self._most = -(-(self._kept + max(self._block, ROLLBACK)) // self._block) * self._block
+        # Before a piece of so many tokens a column stays: without one, its first tokens would count as sinks.
+        self._piece = self._kept - 1
         # How many tokens there were when the last update began.
         self._before = 0
 
@@ -57,6 +59,10 @@ class SlidingQuantizedLayer(QuantizedLayer):
     def activate_past_recording(self) -> None:
         """Keep what the next tokens push out of the window until the next crop."""
         self.record_past = True
+
+    def _keeps_past(self) -> bool:
+        """Whether nothing is retired for now."""
+        return self.record_past
 
     def get_max_length(self) -> int:
         return self.sliding_window
@@ -73,14 +79,14 @@ class SlidingQuantizedLayer(QuantizedLayer):
 
     def _first_capacity(self, n: int) -> int:
         capacity = super()._first_capacity(n)
-        return capacity if self.record_past else min(capacity, self._most)
+        return capacity if self._keeps_past() else min(capacity, self._most)
 
     def _grown(self, capacity: int, needed: int) -> int:
         grown = super()._grown(capacity, needed)
-        return grown if self.record_past else max(needed, min(grown, self._most))
+        return grown if self._keeps_past() else max(needed, min(grown, self._most))
 
     def reserve(self, max_length: int, exact: bool = True) -> None:
-        super().reserve(max_length if self.record_past else min(max_length, self._most), exact)
+        super().reserve(max_length if self._keeps_past() else min(max_length, self._most), exact)
 
     def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return super()._joined(past[:, :, max(past.shape[2] - self.sliding_window + 1, 0) :], new)
@@ -91,16 +97,15 @@ class SlidingQuantizedLayer(QuantizedLayer):
             # A piece that is stored without the next is no whole update.
             self.storing = self.tokens != self._before
             end = self.length + keys.shape[2]
-            if end > self._most and not self.record_past:
+            if end > self._most and not self._keeps_past():
                 self._retire(end)
             super()._append(keys, values)
 
     def _pieces(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """New states, in pieces for which there is room when every whole block before them is retired."""
-        first = self._most - self.length % self._block
-        if self.record_past or states.shape[2] <= first:
+        """New states, in pieces for which there is room if older columns are retired."""
+        if self._keeps_past() or self.length + states.shape[2] <= self._most:
             return (states,)
-        return states[:, :, :first], *states[:, :, first:].split(self._most, dim=2)
+        return states.split(self._piece, dim=2)
 
     def _gone(self, end: int) -> int:
         """How many columns are retired before there are `end` columns."""

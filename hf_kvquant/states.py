@@ -295,7 +295,9 @@ class QuantizedStates(HasStored):
             return torch.where(is_stored[:, None], read[:, :, column.clamp(0, self.length - 1)], 0)
         if self.device_length is not None:
             return read
-        return read[:, :, self.length - mask_length(self.length, self.sliding_window, q_len) :]
+        read = read[:, :, self.length - mask_length(self.length, self.sliding_window, q_len) :]
+        # Dense storage is not copied so far, and a sliding layer of a static cache moves its columns in place.
+        return read.clone() if self.spec.is_dense and self.mask_width is not None else read
 
 
 class PageTable(NamedTuple):

@@ -11,15 +11,17 @@ that are stored: the first of them is `dropped` tokens from the beginning, a num
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import ops
+from . import ops, static
 from .config import KVQuantConfig
 from .expected import COUNT
 from .route import Routes
 from .sliding import SlidingQuantizedLayer
 from .states import QuantizedStates
-from .static import StaticQuantizedLayer, is_traced
+from .static import StaticQuantizedLayer
 from .storage import Side
 
 
@@ -49,9 +51,9 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         if self.device_dropped is not None:
             self.device_dropped.fill_(dropped)
 
-    def activate_past_recording(self) -> None:
-        """Do nothing: a crop can remove the last `ROLLBACK` tokens at any time, and storage of a fixed size can keep
-        no more."""
+    def _keeps_past(self) -> bool:
+        # Storage of a fixed size keeps what a crop of `ROLLBACK` tokens needs, and no more.
+        return False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         with torch.inference_mode(False):
@@ -72,24 +74,24 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         return self.device_length + self.device_dropped
 
     def _states(
-        self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None, **place
+        self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None, **place: Any
     ) -> QuantizedStates:
         dropped = self.dropped if device_length is None else self.device_dropped
         return super()._states(side, length, device_length, mask_width=self.max_length, dropped=dropped, **place)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if not is_traced():
+        if not static.is_traced():
             super()._append(key_states, value_states)
-            return
-        # Pieces for which there is room however many columns are stored.
-        n = self._kept // self._block * self._block
-        for keys, values in zip(key_states.split(n, dim=2), value_states.split(n, dim=2)):
-            self._move(keys.shape[2])
-            StaticQuantizedLayer._append(self, keys, values)
-        has_no_room = self._device_tokens() > self.max_length
-        self.faults[1] += has_no_room * key_states.shape[2]
+        elif self._keys.capacity == self.max_length:
+            # Storage for all tokens never needs space.
+            StaticQuantizedLayer._append(self, key_states, value_states)
+        else:
+            for keys, values in zip(*(x.split(self._piece, dim=2) for x in (key_states, value_states))):
+                self._make_space(keys.shape[2])
+                StaticQuantizedLayer._append(self, keys, values)
+            self.faults[1] += (self._device_tokens() > self.max_length) * key_states.shape[2]
 
-    def _move(self, n: int) -> None:
+    def _make_space(self, n: int) -> None:
         """Retire columns in the storage if `n` tokens have no room, as far as the device knows it."""
         ops.retire(
             self._keys.stored, self._values.stored, self.sink_positions, self.device_length, self.device_dropped,
@@ -101,7 +103,7 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         if not gone:
             return
         self.storing = self._is_moving = True
-        self._move(end - self.length)
+        self._make_space(end - self.length)
         for side in (self._keys, self._values):
             side.recent_start = max(side.recent_start - gone, 0)
         self.length, self.dropped = self.length - gone, self.dropped + gone
@@ -128,4 +130,4 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         self._is_moving = False
 
     def expected(self, state: dict) -> dict:
-        return super().expected(state) | {"length": COUNT[: self._most + 1], "record_past": False}
+        return super().expected(state) | {"length": COUNT[: self._most + 1]}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import families
 import pytest
 import stored
 import torch
 
-from hf_kvquant import QuantizedStates, route
+from hf_kvquant import QuantizedStates, config, route
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,15 @@ def seed():
 def nothing_said(monkeypatch):
     """Warnings that are given once per process are given once per test."""
     monkeypatch.setattr(route, "_said", set())
+
+
+@pytest.fixture
+def narrow_windows(request, monkeypatch):
+    """For the families with quantized sliding layers the presets take windows as narrow as theirs."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if given.get("name") in families.SLIDING:
+        read = config._read_preset
+        monkeypatch.setattr(config, "_read_preset", lambda name: dataclasses.replace(read(name), sliding=24))
 
 
 @pytest.fixture

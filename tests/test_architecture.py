@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "static": {"config", "layers", "states", "ops", "storage", "route"},
     "static_sliding": {"config", "expected", "ops", "route", "sliding", "states", "static", "storage"},
     "cross_attention": {"host"},
-    "hybrid": {"config", "expected", "host", "layers", "static", "storage", "route"},
+    "hybrid": {"config", "expected", "host", "layers", "route", "sliding", "static", "static_sliding", "storage"},
     "changes": {"cross_attention", "host", "layers", "route", "static"},
     "cache": {
         "changes",
@@ -173,6 +173,7 @@ class TestImports:
             "sliding",
             "states",
             "static",
+            "static_sliding",
             "storage",
         }
         assert our_imports(MODULES["backends.cpu"]) == {"backends", "backends.arguments", "states"}

@@ -14,7 +14,6 @@ of its own, and its score must be the sum of the log-probabilities.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 import warnings
@@ -30,7 +29,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation.streamers import BaseStreamer
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, QuantizedCache, config
+from hf_kvquant import KVQuantConfig, QuantizedCache
 from hf_kvquant.host import CACHE
 
 # One of each kind: grouped queries with biases, a hybrid with sliding layers, softcap, no grouping, learned sinks,
@@ -53,6 +52,7 @@ ROUNDING = 1e-4
 ONE_CODE = {"int8": 0.005, "int8-plain": 0.005, "fp8": 0.05, "int4": 0.05, "int4-small": 0.05}
 OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
+pytestmark = pytest.mark.usefixtures("narrow_windows")
 every_family = pytest.mark.parametrize("name", NAMES)
 every_family_that_rolls_back = pytest.mark.parametrize("name", ROLLS_BACK)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -64,15 +64,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(autouse=True)
-def narrow_windows(request, monkeypatch):
-    """For the families with quantized sliding layers the presets take windows as narrow as theirs."""
-    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if given.get("name") in families.SLIDING:
-        read = config._read_preset
-        monkeypatch.setattr(config, "_read_preset", lambda name: dataclasses.replace(read(name), sliding=24))
 
 
 @dataclass

@@ -47,6 +47,7 @@ CACHES = {
     "int8-static": ("llama", "int8-static", 120),
     "sliding": ("gemma2", "fp8", None),
     "window": ("mistral_window", NARROW, None),
+    "window-static": ("mistral_window", dataclasses.replace(NARROW, static=True), LENGTH + MORE + 30),
     "sliding-static": ("gemma2", "int4-static", 120),
     "conv": ("lfm2", "int8-plain", None),
     "linear": ("falcon_h1", "int4-small", None),
@@ -69,7 +70,7 @@ def filled(kind: str) -> QuantizedCache:
             layer.update_conv_state(torch.randn(ROWS, 32, 4))
             layer.update_recurrent_state(torch.randn(ROWS, 4, 16, 8))
         if hasattr(layer, "keys"):
-            for n in (LENGTH - 2 + (MORE if kind == "window" else 0), 1, 1):
+            for n in (LENGTH - 2 + (MORE if kind.startswith("window-") or kind == "window" else 0), 1, 1):
                 cache.update(*torch.randn(2, ROWS, 2, n, 16), layer_idx)
     return cache
 

@@ -11,8 +11,8 @@ import families
 import pytest
 import torch
 import transformers
+from captured import Recorded
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation.configuration_utils import CompileConfig
@@ -32,7 +32,11 @@ WINDOWS = KVQuantConfig(
 )  # fmt: skip
 EAGER = ("gemma2", "gpt_oss", "gptj")
 # Families with every kind of layer that a model may have beside ours, and some that read de-quantized states.
-FAMILIES = ["llama", "gemma3", "gpt_oss", "jamba", "falcon_h1", "bart", "falcon", "deepseek_v3"]
+FAMILIES = [
+    "llama", "gemma3", "gpt_oss", "jamba", "falcon_h1", "bart", "falcon", "deepseek_v3", "mistral_window",
+    "gemma3_window",
+]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("narrow_windows")
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-5}
 
 
@@ -158,7 +162,8 @@ def test_layers_that_are_not_ours_are_transformers_static_ones(name):
     for layer, native in zip(ours.layers, theirs.layers, strict=True):
         assert layer.is_compileable
         if isinstance(layer, (StaticQuantizedLayer, StaticQuantizedHybridLayer)):
-            assert not native.is_sliding
+            assert native.is_sliding == layer.is_sliding
+            assert not layer.is_sliding or name in families.SLIDING
         else:
             assert type(layer) is type(native)
     assert len(ours.quantized_layers) == families.ALL[name].num_full
@@ -261,7 +266,7 @@ def test_prompts_that_need_more_room_need_no_graph_each():
 def test_as_many_graphs_as_transformers_static_cache(name):
     """transformers' sliding layers are compiled once more when they are full."""
     kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    model = build(name, **(kinds if name in ("gemma3", "gpt_oss") else {}))
+    model = build(name, **(kinds if name in ("gemma3", "gpt_oss", "gemma3_window") else {}))
     needed = []
     expected = generate(model, cache_implementation="kvquant-int4")
     for cache in ("static", "kvquant-int4-static"):
@@ -684,15 +689,6 @@ def test_beside_a_cross_attention_cache_of_its_own():
     assert isinstance(out.past_key_values.cross_attention_cache, StaticCache)
     out = generate(build("bart"), cache_implementation="kvquant-int4", n=3)
     assert isinstance(out.past_key_values.cross_attention_cache, DynamicCache)
-
-
-class Recorded(TorchDispatchMode):
-    """Records operations that a CUDA graph cannot capture: reads from the device, and tensors made from host data."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        asks = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "aten::equal")
-        assert not any(name in func.name() for name in asks), f"{func.name()} cannot be captured"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

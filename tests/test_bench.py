@@ -25,6 +25,8 @@ EVAL = Path(__file__).parents[1] / "eval"
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32"]
 DECODE = ["--lengths", "67,130", *SHAPE, "--prompt", "70", "--rounds", "3"]
 GENERATE = ["--lengths", "70", *SHAPE, "--layers", "2", "--hidden", "32", "--new", "2", "--no-memory"]
+SLIDING = [*SHAPE, "--window", "70", "--length", "200", "--rounds", "3", "--weigh", "600"]
+SLIDING += ["--models", "GPT-OSS 20B,Mistral 7B v0.1"]
 COMMON = {
     "benchmark",
     "command",
@@ -204,6 +206,36 @@ def test_generate_compiled(bench, tmp_path):
     assert ("int4-static-compiled", "every step took the fused route") in checks
 
 
+def test_sliding_result(tmp_path):
+    result, text = run("bench_sliding.py", SLIDING, tmp_path / "sliding.json")
+    check_common(result, text)
+    rows = {row["name"]: row for row in result["steps"]}
+    assert set(rows) == {"dense", "dense-static", "int8", "int4", "fp8"}
+    for row in rows.values():
+        assert set(row["ms"]) == SUMMARY
+        assert row["ms"]["n"] == 3
+        assert row["ms"]["min"] <= row["mean_ms"] <= row["ms"]["max"]
+        assert row["faster_than_dense"] == pytest.approx(rows["dense"]["mean_ms"] / row["mean_ms"])
+    # Keys and values of two heads; fp8 has 64 tokens that a crop may bring back, and room for as many.
+    assert rows["dense"]["cache_bytes"] == 2 * 2 * 70 * 32 * 2
+    assert rows["fp8"]["cache_bytes"] - 2 * 2 * (70 + 2 * 64) * (32 + 2) < 100
+    caches = {(row["model"], row["length"], row["name"]): row for row in result["bytes"]}
+    assert len(caches) == 2 * 7
+    # GPT-OSS: twelve layers with all tokens, twelve with a window of 128, which the default leaves dense.
+    dense = 2 * 8 * 64 * 2 * 12 * (600 + 128)
+    assert caches["GPT-OSS 20B", 600, "dense"]["cache_bytes"] == pytest.approx(dense, rel=0.001)
+    assert caches["GPT-OSS 20B", 600, "int8"] == caches["GPT-OSS 20B", 600, "int8, sliding: dense"] | {"name": "int8"}
+    assert "nothing to quantize" in caches["Mistral 7B v0.1", 600, "int8, sliding: dense"]["reason"]
+    done = {check["check"] for check in result["checks"] if check["name"] == "int4"}
+    assert {"every step took the fused route", "memory_report counts every tensor"} <= done
+
+
+def test_the_readme_has_the_tables_of_sliding_layers(bench):
+    sliding = bench("bench_sliding")
+    readme = sliding.README.read_text(encoding="utf-8")
+    assert sliding.with_tables(readme, facts.read_json(sliding.RESULT)) == readme, "bench_sliding.py --readme"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process memory is read from /proc")
 def test_process_memory_grows_by_the_cache(bench):
     generate = bench("bench_generate")
@@ -286,6 +318,11 @@ def test_generate_refuses_wrong_operator(refuses, monkeypatch):
     """At 2 % off it loses no more than int8 does, so only the comparison with the de-quantized route can tell."""
     monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"]))
     refuses("bench_generate", [*GENERATE, "--presets", "int8"], "fused against the de-quantized")
+
+
+def test_sliding_refuses_wrong_operator(refuses, monkeypatch):
+    monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"]))
+    refuses("bench_sliding", [*SLIDING, "--presets", "int8"], "fused against attention over the de-quantized window")
 
 
 def test_generate_refuses_a_cache_that_is_not_read_fused(refuses, monkeypatch):

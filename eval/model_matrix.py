@@ -127,10 +127,11 @@ def page(document: dict) -> str:
     exact = max(max(families[n]["exact"].values()) for n in judged)
     text.append(
         "\nWherever the cache acts, the operator gives what the model's own attention gives over de-quantized states "
-        f"(largest difference {worst:.1g} of the output), and with a window over every token the logits are the "
-        f"dense cache's (largest difference {exact:.1g} of their spread). Linear and convolution layers, "
-        "cross-attention, and sliding windows as narrow as those of these tiny models keep transformers' own caches. "
-        "A sliding window that hides no token counts as full attention.\n"
+        f"(largest difference {worst:.1g} of the output), and if every token is read exactly, the logits are the "
+        f"dense cache's (largest difference {exact:.1g} of their spread). Linear and convolution layers and "
+        "cross-attention keep transformers' own caches (native). A layer with a sliding window is a ring: quantized, "
+        "read as stored, and bounded by its window. Here that is so for every window, with `sliding: 2`; the presets "
+        "leave windows of less than 512 tokens dense. A window that hides no token counts as full attention.\n"
     )
     own = [n for n in judged if families[n].get("recorded_calls") and families[n]["status"] == "fused"]
     text.append(
@@ -153,7 +154,7 @@ def page(document: dict) -> str:
         )  # fmt: skip
     text.append(
         "\n## It acts\n\n`exact`: largest difference to the dense cache's logits, as a share of their spread, when "
-        "a window covers every token. `operator`: largest difference between the operator and the model's own "
+        "every token is read exactly. `operator`: largest difference between the operator and the model's own "
         "attention over de-quantized states, as a share of the largest output. Then the distance of each preset's "
         "logits to the dense cache's, root mean square over their spread (random weights, head_dim 16: no statement "
         "about accuracy). The cross-attention cache of encoder-decoder models is dense.\n\n"

@@ -114,7 +114,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
     def _retire(self, end: int) -> None:
         """Before there are `end` columns: whole blocks that no query will see make way."""
         gone = self._gone(end)
-        if not gone:
+        if not gone and self._keys.capacity <= self._most:
             return
         sides = self._keys, self._values
         capacity = min(max(side.capacity for side in sides), self._most)
@@ -152,7 +152,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.length > self._most:
+        if self.is_initialized and self._keys.capacity > self._most:
             self._retire(self.length)
 
     def _go_back(self, removed: int) -> None:

@@ -641,7 +641,7 @@ def test_a_captured_step_asks_nothing_of_the_device(config, monkeypatch):
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_step_moves_columns(strict):
     hf_kvquant.register_for_export()
-    model, ids = build("gemma3_window"), families.prompt(1, 160)
+    model, ids = build("gemma3_window"), families.prompt(1, 170)
     caches = [fixed(model, CONFIGS["windows"], 300) for _ in range(2)]
 
     class Step(torch.nn.Module):
@@ -653,10 +653,10 @@ def test_an_exported_step_moves_columns(strict):
             return self.model(ids, **{CACHE: cache}).logits
 
     for cache in caches:
-        run(model, cache, ids, (149, 1))
+        run(model, cache, ids, (157, 1))
     with torch.no_grad(), attention(model):
-        program = torch.export.export(Step(), (ids[:, 150:151], caches[0]), strict=strict)
-        for i in range(150, 156):
+        program = torch.export.export(Step(), (ids[:, 158:159], caches[0]), strict=strict)
+        for i in range(158, 164):
             logits = program.module()(ids[:, i : i + 1], caches[0])
             expected = model(ids[:, i : i + 1], **{CACHE: caches[1]}).logits
             torch.testing.assert_close(logits, expected, rtol=0, atol=ROUNDING)

@@ -264,7 +264,7 @@ def test_prompts_that_need_more_room_need_no_graph_each():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_as_many_graphs_as_transformers_static_cache(name):
-    """transformers' sliding layers are compiled once more when they are full."""
+    """transformers' sliding layers are compiled once more when they are full; those that are quantized are not."""
     kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     model = build(name, **(kinds if name in ("gemma3", "gpt_oss", "gemma3_window") else {}))
     needed = []
@@ -274,7 +274,7 @@ def test_as_many_graphs_as_transformers_static_cache(name):
         for _ in range(2):
             out = generate(model, cache_implementation=cache, compile_config=on_the_cpu())
             needed.append(graphs())
-    assert needed[2:] == needed[:2]
+    assert needed[2:] == ([1, 0] if name in families.SLIDING else needed[:2])
     assert needed[3] == 0
     assert distance(out, expected) <= ROUNDING[torch.float32]
     routes = own(expected).routes

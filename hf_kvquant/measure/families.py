@@ -1,10 +1,10 @@
-"""Examines a model family with every preset: fused, de-quantized, native or refused.
+"""Examines a model family with every preset: fused, ring (a window, bounded), de-quantized, native or refused.
 
 Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. These
 must hold:
 
-- exact: with a window that covers every token, the cache's logits are those of the dense cache, through the operator
-  and through de-quantized states. This finds every wrong route, mask, scale or position, without a format's tolerance.
+- exact: if every token is read exactly, the cache's logits are those of the dense cache, through the operator and
+  through de-quantized states. This finds every wrong route, mask, scale or position, without a format's tolerance.
 - fused: in every decode call of every preset the operator's output is that of the model's own attention over the
   de-quantized states, given the same arguments.
 - distance: the logits of every preset are those of the dense cache within the format's tolerance.
@@ -34,13 +34,16 @@ from ..config import KVQuantConfig
 from ..host import CACHE, attn_implementation, cache_of
 from ..layers import QuantizedLayer
 from ..recorded import RecordedStates, recorded_in
+from ..sliding import SlidingQuantizedLayer
 from ..states import QuantizedStates
 from .facts import without_paths
 from .tiny_models import FIRST_TOKEN, VOCAB, Family
 
 PRESETS = KVQuantConfig.preset_names()
-# A window over every token: stored codes are never read, and everything else is as usual.
-EXACT = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "recent_length": 128}
+# Sliding layers of tiny models are quantized too, whatever their window.
+EVERY_WINDOW = {"sliding": 2}
+# Every token is recent: stored codes are never read, and everything else is as usual.
+EXACT = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "recent_length": 128, **EVERY_WINDOW}
 
 PROMPT, PADDED, STEPS = 62, 17, 10
 # The largest difference of attention outputs, as a share of the largest output; also that of logits, of their spread.
@@ -55,11 +58,13 @@ LAYER_KINDS = {
     "DynamicLayer": "full attention",
     "QuantizedLayer": "full attention",
     "DynamicSlidingWindowLayer": "sliding window",
+    "SlidingQuantizedLayer": "sliding window",
     "DynamicIndexedLayer": "indexed attention",
     "LinearAttentionLayer": "linear or convolution",
     "LinearAttentionAndFullAttentionLayer": "linear and full attention",
     "QuantizedHybridLayer": "linear and full attention",
     "LinearAttentionAndSlidingWindowAttentionLayer": "linear and sliding window",
+    "SlidingQuantizedHybridLayer": "linear and sliding window",
     "DummyLayer": "no cache",
 }
 
@@ -132,7 +137,7 @@ def _dequantized(states: QuantizedStates | RecordedStates, q_len: int) -> torch.
     """What the model's own attention reads."""
     if isinstance(states, RecordedStates):
         return states.node.compute()
-    return states.dequantize(position=states.shape[2] - q_len)
+    return states.read(q_len)
 
 
 def share(difference: torch.Tensor, size: torch.Tensor) -> float:
@@ -229,7 +234,8 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
         presets: dict[str, dict[str, Any]] = {}
         for preset in PRESETS:
             compared.largest = 0.0
-            logits, cache = subject.generate(cache_implementation=f"kvquant-{preset}")
+            config = KVQuantConfig.preset(preset).to_dict() | EVERY_WINDOW
+            logits, cache = subject.generate(cache_implementation="kvquant", cache_config=config)
             distance = float((logits - dense).pow(2).mean().sqrt() / spread)
             routes = {route: count for route, count in own(cache).routes.items() if count}
             presets[preset] = {"fused": compared.largest, "distance": distance, "routes": routes}
@@ -274,11 +280,12 @@ def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
         elif not layer.is_initialized:
             route = "never used"
         elif not routes["decode_dequantized"] or (layer.takes_states and routes["decode_fused"]):
-            route = "fused"
+            route = "ring" if isinstance(layer, SlidingQuantizedLayer) else "fused"
         else:
             route = "partly fused" if routes["decode_fused"] else "de-quantized"
         counted.setdefault(kind, Counter())[route] += 1
-    ways = {route for routes in counted.values() for route in routes} & {"fused", "partly fused", "de-quantized"}
+    status_of = {"fused": "fused", "ring": "fused", "partly fused": "partly fused", "de-quantized": "de-quantized"}
+    ways = {status_of[route] for routes in counted.values() for route in routes if route in status_of}
     if not ways:
         raise Failed("no layer used the quantized cache")
     # Every decode step of every layer took the route that is recorded.

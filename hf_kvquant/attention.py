@@ -197,8 +197,12 @@ def _complete(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> to
 
 
 def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
-    """A bias (T5) and a mask as one additive mask `[batch or 1, num_heads, q_len, kv_len]`."""
+    """A bias (T5, or Inkling's, for the columns in the window) and a mask for all stored columns as one additive mask
+    `[batch or 1, num_heads, q_len, kv_len]`."""
     lowest = torch.finfo(position_bias.dtype).min
+    hidden_columns = key.shape[2] - mask_length(key.shape[2], key.sliding_window, q_len)
+    if hidden_columns and position_bias.shape[-1] == key.shape[2] - hidden_columns:
+        position_bias = torch.nn.functional.pad(position_bias, (hidden_columns, 0))
     if mask is None or mask.ndim == 2:
         mask = _complete(mask, key, q_len)
     if mask.dtype == torch.bool:

@@ -153,8 +153,8 @@ SLIDING = {
         {"attention_chunk_size": 24, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
          "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
     ),
-    # Linear states beside sliding and beside full attention, in one layer each. A token that changes its expert changes
-    # more than any format does, so there is one.
+    # Linear states beside sliding and beside full attention, in one layer each. There is one expert, because a token
+    # that goes to another one differs by more than any format makes it.
     "zaya_window": Family(
         "ZayaConfig", "ZayaForCausalLM",
         {"sliding_window": 24, "layer_types": ["hybrid_sliding", "hybrid"], "num_experts": 1, "router_hidden_size": 32,

@@ -171,6 +171,28 @@ def test_attention_that_gets_no_window_in_its_mask(q_len, padded):
         of(torch.ones(2, 1, q_len, kv_len - 1, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_a_position_bias_for_the_columns_of_the_window(q_len):
+    """Inkling makes it as wide as its mask."""
+    layer = new_layer()
+    for n in (150, *[1] * 10):
+        layer.update(*torch.randn(2, 2, 2, n, 16))
+    layer.takes_states = True
+    keys, values = layer.update(*torch.randn(2, 2, 2, q_len, 16))
+    query, columns = torch.randn(2, 4, q_len, 16), torch.arange(WINDOW - 1 + q_len)
+    positions = columns[-q_len:, None]
+    seen = ((columns <= positions) & (columns > positions - WINDOW))[None, None]
+    bias = torch.randn(1, 4, q_len, len(columns))
+
+    def of(mask, **options):
+        return attend(None, query, keys, values, mask, dense_attention=None, sliding_window=WINDOW, **options)[0]
+
+    expected = of(torch.where(seen, bias, torch.finfo(torch.float32).min))
+    assert torch.equal(of(seen, position_bias=bias), expected)
+    assert torch.equal(of(None, position_bias=bias), expected)
+    assert (of(seen) - expected).abs().max() > 0.01
+
+
 def test_an_obstacle_reads_what_the_mask_has():
     """Attention weights come from dense attention over de-quantized states of the window."""
     model, ids = build("mistral_window", attn="eager"), families.prompt(1, 300)

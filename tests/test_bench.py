@@ -217,8 +217,8 @@ def test_sliding_result(tmp_path):
         assert row["ms"]["min"] <= row["mean_ms"] <= row["ms"]["max"]
         assert row["faster_than_dense"] == pytest.approx(rows["dense"]["mean_ms"] / row["mean_ms"])
     # Keys and values of two heads; fp8 has 64 tokens that a crop may bring back, and room for as many.
-    assert rows["dense"]["cache_bytes"] == 2 * 2 * 70 * 32 * 2
-    assert rows["fp8"]["cache_bytes"] - 2 * 2 * (70 + 2 * 64) * (32 + 2) < 100
+    assert 0 <= rows["dense"]["cache_bytes"] - 2 * 2 * 70 * 32 * 2 < 100
+    assert 0 <= rows["fp8"]["cache_bytes"] - 2 * 2 * (70 + 2 * 64) * (32 + 2) < 100
     caches = {(row["model"], row["length"], row["name"]): row for row in result["bytes"]}
     assert len(caches) == 2 * 7
     # GPT-OSS: twelve layers with all tokens, twelve with a window of 128, which the default leaves dense.

@@ -23,6 +23,8 @@ SAMPLE = (
     "Qwen2VLForConditionalGeneration", "MambaForCausalLM", "OpenAIGPTLMHeadModel",
 )  # fmt: skip
 ACTS = ("fused", "partly fused", "de-quantized")
+# A second stream of its own; and columns of its own behind those of quantized sliding layers, which are not recorded.
+PARTLY = {"ProphetNetForCausalLM", "ProphetNetForConditionalGeneration", "T5Gemma2ForConditionalGeneration"}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,8 @@ def test_no_family_failed(file, known):
 def test_results_keep_their_promises(matrix, results):
     acting = {name: f for name, f in results["families"].items() if f["status"] in ACTS}
     assert sum(f["status"] == "fused" for f in acting.values()) >= 240
-    assert sum(f["status"] != "fused" for f in acting.values()) <= 13
+    assert sum(f["status"] == "de-quantized" for f in acting.values()) <= 11
+    assert {name for name, f in acting.items() if f["status"] == "partly fused"} == PARTLY
     for name, found in acting.items():
         assert max(found["exact"].values()) <= checks.EXACT_LIMIT, name
         assert set(found["presets"]) == set(checks.PRESETS), name

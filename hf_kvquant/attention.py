@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import axes, ops
+from . import axes, latent, ops
 from .calls import Call
 from .host import CACHE_NAMES
 from .recorded import RecordedStates
@@ -50,6 +50,8 @@ def attend(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, and attention weights or None.
     """
+    if isinstance(key, latent.LatentStates):
+        return _attend_latents(module, query, key, value, attention_mask, dense_attention, kwargs)
     whole_mask = attention_mask
     if isinstance(attention_mask, torch.Tensor):
         attention_mask = _of_columns(attention_mask, key, query.shape[2])
@@ -96,6 +98,37 @@ def attend(
             attention_mask = call.mask(attention_mask)
         output = call(query, attention_mask, None if s_aux is None else call.per_head(s_aux), **options)
     return autocast(output).transpose(1, 2).contiguous(), None
+
+
+def _attend_latents(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    states: latent.LatentStates,
+    value: Any,
+    mask: torch.Tensor | None,
+    dense_attention: Callable,
+    kwargs: dict,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend` for the stored latents of multi-head latent attention (see `latent`)."""
+    latents, q_len = states.latents, query.shape[2]
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] == latents.capacity:
+        mask = mask[..., : latents.length]
+    same_type = isinstance(value, latent.LatentStates)
+    obstacle = _obstacle(module, query, latents, same_type, latents.length, mask, kwargs)
+    obstacle = obstacle or latent.obstacle_of(states, query, kwargs)
+    if obstacle is not None:
+        if not torch.compiler.is_compiling():
+            say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
+        latents.routes.count("decode_dequantized")
+        key, expanded = states.read(q_len)
+        value = expanded if same_type else value
+        return dense_attention(module, query, key, value, mask, **kwargs)
+    latents.routes.count("decode_fused")
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    mask = _widened(mask, latents, q_len)
+    output = latent.attend(module, query, states, mask, kwargs.get("s_aux"), scaling=scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _decode(

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from . import host
+from . import host, latent
 from .attention import attend
 from .cache import QuantizedCache
 from .changes import FORWARD
@@ -103,7 +103,8 @@ def _switched_attention(model: PreTrainedModel, attend: Callable = attend, name:
                     raise RuntimeError(f"the model is in use as {used!r}; {name!r} has to wait")
                 _switched[id(config)] = (count + 1, base)
                 entered.append(config)
-        with switched_attention():
+        # Other attention functions (see `scoring`) take expanded states.
+        with switched_attention(), latent.patched(model) if name == NAME else nullcontext():
             yield
     finally:
         for config in entered:

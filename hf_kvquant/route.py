@@ -81,12 +81,18 @@ def learn_route(key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention calls this with its key and value. If they are the very objects that a layer returned from an update,
     and nothing else has used them (to make a mask of the values, say), the layer may return `QuantizedStates` from now
     on. Returns both as plain tensors."""
+    layer = layer_of_fresh(key, value)
+    if layer is not None and layer.takes_states is None:
+        layer.takes_states = True
+    return getattr(key, "plain", key), getattr(value, "plain", value)
+
+
+def layer_of_fresh(key: torch.Tensor, value: torch.Tensor) -> object | None:
+    """The layer that returned these very objects from an update, if nothing else has used them; else None."""
     layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
     used = getattr(key, "used", False) or getattr(value, "used", False)
-    same_layer = len(layers) == 2 and layers[0] is layers[1] and layers[0] is not None
-    if same_layer and not used and layers[0].takes_states is None:
-        layers[0].takes_states = True
-    return getattr(key, "plain", key), getattr(value, "plain", value)
+    same_layer = len(layers) == 2 and layers[0] is layers[1]
+    return layers[0] if same_layer and not used else None
 
 
 _switched = 0

@@ -89,20 +89,17 @@ FAMILIES = {
         "FalconConfig", "FalconForCausalLM",
         {"num_attention_heads": 2, "num_kv_heads": 1, "new_decoder_architecture": True}, without=("head_dim",),
     ),
-}  # fmt: skip
-
-# No attention at all.
-OTHERS = {"mamba": Family("MambaConfig", "MambaForCausalLM", num_full=0, without=("num_attention_heads", "head_dim"))}
-
-# Their attention changes the states before it reads them.
-UNFUSED = {
+    # Its cache holds latents; see hf_kvquant/latent.py.
     "deepseek_v3": Family(
         "DeepseekV3Config", "DeepseekV3ForCausalLM",
         {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
          "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-         "moe_intermediate_size": 32, "first_k_dense_replace": 1}, fused=False, without=("head_dim",),
+         "moe_intermediate_size": 32, "first_k_dense_replace": 1}, without=("head_dim",),
     ),
 }  # fmt: skip
+
+# No attention at all.
+OTHERS = {"mamba": Family("MambaConfig", "MambaForCausalLM", num_full=0, without=("num_attention_heads", "head_dim"))}
 
 # More kinds, for test_contract.py only: experts, linear attention beside full attention (in one layer, and layer by
 # layer), and an encoder-decoder model with learned positions.
@@ -168,7 +165,7 @@ LONGROPE_LOSES_TOKENS = _RELEASE < (5, 20)
 # Before 5.19 a dense sliding layer returns more states than its mask has columns if several calls precede a crop.
 DENSE_WINDOWS_FAIL_ASSISTED = _RELEASE < (5, 19)
 
-ALL = FAMILIES | UNFUSED | OTHERS | MORE | SLIDING
+ALL = FAMILIES | OTHERS | MORE | SLIDING
 
 # Options that make a family smaller still; some families have names of their own.
 _SMALL = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}

@@ -29,7 +29,6 @@ from stored import (
 
 from hf_kvquant import reference
 from hf_kvquant.backends import cpu
-from hf_kvquant.quantization import QuantSpec
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -382,9 +381,6 @@ def test_refusals_name_the_cause():
         cpu.decode_attention(query, keys, values, torch.ones(1, 1, 1, 130, dtype=torch.long), scaling=1.0)
     with pytest.raises(ValueError, match="instruction set 'sse9' is unknown"):
         cpu.decode_attention(query, keys, values, scaling=1.0, isa="sse9")
-    channel = make_states(torch.randn(1, 2, 130, 64), QuantSpec("int8", "channel"))
-    with pytest.raises(ValueError, match="values grid: 'channel'"):
-        cpu.decode_attention(query, keys, channel, scaling=1.0)
     x = torch.randn(1, 2, 9, 64)
     with pytest.raises(ValueError, match="key: shape"):
         cpu.quantize_append(x, x, keys, values, no_faults(), start=130)

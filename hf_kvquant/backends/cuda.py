@@ -65,6 +65,8 @@ def decode_attention(
         ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
         nvrtc.CompileError: a kernel does not compile.
     """
+    if values.spec.grid == "channel":
+        raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
     kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
     _check_alignment("keys", call, _KEYS, keys)

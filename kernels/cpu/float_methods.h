@@ -62,13 +62,14 @@ inline KeyMethod float_key_method(const KvquantSide& side, int64_t dtype) {
 }
 
 inline ValueMethod float_value_method(const KvquantSide& side, int64_t dtype) {
+  const bool channel = side.grid == kChannelGrid;
   switch (side.format) {
     case kInt8:
-      return float_values<TokenRows<Signed8>>();
+      return channel ? float_values<ChannelRows<Unsigned8>>() : float_values<TokenRows<Signed8>>();
     case kFp8:
-      return float_values<TokenRows<E4M3>>();
+      return channel ? float_values<ChannelRows<E4M3>>() : float_values<TokenRows<E4M3>>();
     case kInt4:
-      return float_values<TokenRows<Nibble>>();
+      return channel ? float_values<ChannelRows<Nibble>>() : float_values<TokenRows<Nibble>>();
     default:
       return dtype == kFloat32   ? float_values<DenseRows<float>>()
              : dtype == kFloat16 ? float_values<DenseRows<Half>>()

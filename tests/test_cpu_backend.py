@@ -71,13 +71,14 @@ def test_few_query_rows(k, v, head_dim, q_per_kv):
     check(*problem(k, v, head_dim=head_dim, q_per_kv=q_per_kv, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize("k", ["int8", "int8-channel", "int4-rotated", "int4-channel"])
-def test_the_largest_sums(k, head_dim):
+def test_the_largest_sums(k, head_dim, dtype):
     """Every code and every weight is the largest or smallest possible one: integer sums must not overflow."""
     sign = torch.ones(1, 1, 128, 1)
     sign[:, :, ::3] = -1
-    x = (sign * torch.ones(head_dim)).to(torch.bfloat16)
+    x = (sign * torch.ones(head_dim)).to(dtype)
     # After rotation one channel holds the whole vector.
     states = (
         make_states(x, KEY_SPECS[k]),

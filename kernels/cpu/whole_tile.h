@@ -12,7 +12,7 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kMaxDotDim = 256;  // sums over 256 channels fit in 32 bits
+constexpr int kMaxDotDim = 512;  // sums over 512 channels fit where they have to; see dot.h
 constexpr int kMaxGroups = kMaxDotDim / 16;
 
 // Whether the loops can read these keys or values: on the channel grid a tile must lie in one

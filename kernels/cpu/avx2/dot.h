@@ -5,9 +5,9 @@
 // adds that to a sum in a second instruction; AVX-VNNI does both in one (vpdpwssd), with the same
 // result.
 //
-// No sum overflows: a row has at most 256 codes of 0 .. 255, and 256 * 255 * 32767 < 2^31; a tile
-// of values has 64 codes of -127 .. 127. Weights of 15 bits and a sign are as exact as BF16 and
-// FP16 queries, but not as float ones.
+// No sum overflows: 256 codes of 0 .. 255 times 32767 are less than 2^31, and longer rows, of up to
+// 512 codes, have weights of half the size; a tile of values has 64 codes of -127 .. 127. Weights of
+// 14 bits and a sign are as exact as BF16 and FP16 queries, but not as float ones.
 #pragma once
 
 #include <immintrin.h>
@@ -128,7 +128,8 @@ struct PairSums {
 
 // Rounds floats to weights, in their order, and adds the weights up.
 struct WeightMaker {
-  static constexpr float kLargest = 32767.0f;
+  // The largest weight for sums over n codes.
+  static constexpr float largest(int n) { return n > 256 ? 16383.0f : 32767.0f; }
   const Vec inverse;
   __m256i sums = _mm256_setzero_si256();
 

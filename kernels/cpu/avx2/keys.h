@@ -30,7 +30,7 @@ struct WordKeys {
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
       Largest largest;
       for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
-      row->factor = largest.factor(WeightMaker::kLargest);
+      row->factor = largest.factor(WeightMaker::largest(keys.head_dim));
       for (int g = 0; g < keys.num_scales; ++g) {
         row->offset[g] = kOffset * set_weights(q, g * length, length, row);
       }
@@ -80,7 +80,7 @@ struct WordKeys {
     scale_queries<kRows>(keys, at, q, scaled, largest, zero);
     for (int r = 0; r < kRows; ++r) {
       row[r].zero = Vec::sum(zero[r]);
-      row[r].factor = largest[r].factor(WeightMaker::kLargest);
+      row[r].factor = largest[r].factor(WeightMaker::largest(n));
     }
     for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
   }

@@ -50,7 +50,7 @@ struct WordValues {
         w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
       largest.take(w[i]);
     }
-    row->factor = largest.factor(WeightMaker::kLargest);
+    row->factor = largest.factor(WeightMaker::largest(kTile));
     WeightMaker maker(row->factor);
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);

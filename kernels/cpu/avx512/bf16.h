@@ -45,7 +45,7 @@ struct Bf16Dot {
       asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(elements.v), "v"(weights.v[k]));
     }
   }
-  Vec result(int = 1, int32_t = 0, int32_t = 0) const { return sum; }
+  Vec result(int = 1, int32_t = 0, int64_t = 0) const { return sum; }
 
  private:
   static __m512 float_of(__m256i elements) {

@@ -72,7 +72,11 @@ struct IntDot {
     store_bytes(_mm512_srli_epi16(ab, 8), _mm512_srli_epi16(cd, 8), quads + stride);
     return sum;
   }
-  static int32_t total(__m512i sums) { return _mm512_reduce_add_epi32(sums); }
+  static int64_t total(__m512i sums) {
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(sums));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sums, 1));
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+  }
 
   __m512i sum[n];
   void clear() {
@@ -103,20 +107,24 @@ struct IntDot {
       add_product(sum[k], weights.v[k], codes.v);
     }
   }
-  // times * dot product - offset * sum of the weights; `times` is 1 or 2. With n = 2 the result is
-  // an integer, so the steps before it may wrap around.
-  Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
-    __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
-    if (times == 2) low = _mm512_add_epi32(low, low);
-    if (n == 2) {
-      if (offset) low = _mm512_sub_epi32(low, _mm512_set1_epi32(offset * weights));
-      return _mm512_cvtepi32_ps(low);
+  // times * dot product - offset * sum of the weights; `times` is 1 or 2. With n = 2 and an offset
+  // the result is an integer below 2^31 (512 codes of -128 .. 127), so the steps before it may wrap
+  // around. All else is added up as floats: the sums of one plane are below 2^24.
+  Vec result(int times = 1, int32_t offset = 0, int64_t weights = 0) const {
+    if (n == 2 && offset) {
+      __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
+      if (times == 2) whole = _mm512_add_epi32(whole, whole);
+      return _mm512_cvtepi32_ps(
+          _mm512_sub_epi32(whole, _mm512_set1_epi32(int32_t(offset * weights))));
     }
-    const Vec high = Vec(_mm512_cvtepi32_ps(sum[n - 1])) * Vec(65536.0f * float(times));
-    return (high - Vec(float(offset) * float(weights))) + Vec(_mm512_cvtepi32_ps(low));
+    const Vec low = Vec::fma(float_of(sum[1]), Vec(256.0f), float_of(sum[0])) * Vec(float(times));
+    if (n == 2) return low;
+    const Vec high = float_of(sum[n - 1]) * Vec(65536.0f * float(times));
+    return (high - Vec(float(offset) * float(weights))) + low;
   }
 
  private:
+  static Vec float_of(__m512i x) { return _mm512_cvtepi32_ps(x); }
   static __m512i pack(__m512i a, __m512i b) {
     return kSignedWeights ? _mm512_packs_epi32(a, b) : _mm512_packus_epi32(a, b);
   }
@@ -185,9 +193,9 @@ struct PairDot {
     add_product(sum, codes.high.v, weights.z);
   }
   // As IntDot::result.
-  Vec result(int times = 1, int32_t offset = 0, int32_t weights = 0) const {
+  Vec result(int times = 1, int32_t offset = 0, int64_t weights = 0) const {
     __m512i x = times == 2 ? _mm512_add_epi32(sum, sum) : sum;
-    if (offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(offset * weights));
+    if (offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(int32_t(offset * weights)));
     return _mm512_cvtepi32_ps(x);
   }
 };

@@ -37,7 +37,7 @@ struct PairedKeys {
 // Shared by the weights of one group: float = factor * weight.
 struct Share {
   float factor;
-  int32_t sum;  // of the weights
+  int64_t sum;  // of the weights
 };
 
 // Makes the weights of n floats (a multiple of 16), in `Dot::kPlanes` planes of quads with room for

@@ -15,7 +15,7 @@ from . import axes, latent, ops
 from .calls import Call
 from .host import CACHE_NAMES
 from .recorded import RecordedStates
-from .route import KEEPS_WEIGHTS, learn_route, say_once
+from .route import KEEPS_WEIGHTS, learn_route, say_dequantized
 from .states import QuantizedStates, autocast, hides_columns, is_autocast, mask_length
 
 # Arguments that do not change what decode attention computes.
@@ -74,7 +74,7 @@ def attend(
             key, value = (x.numbers(obstacle) for x in (key, value))
             return dense_attention(module, query, key, value, attention_mask, **kwargs)
         if not torch.compiler.is_compiling():
-            say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
+            say_dequantized(obstacle)
         key.routes.count("decode_dequantized")
         if isinstance(states, QuantizedStates) and states.device_length is not None:
             attention_mask = whole_mask
@@ -118,7 +118,7 @@ def _attend_latents(
     obstacle = obstacle or latent.obstacle_of(states, query, kwargs)
     if obstacle is not None:
         if not torch.compiler.is_compiling():
-            say_once(f"Attention reads de-quantized copies of the KV cache, because of {obstacle}.")
+            say_dequantized(obstacle)
         latents.routes.count("decode_dequantized")
         key, expanded = states.read(q_len)
         value = expanded if same_type else value

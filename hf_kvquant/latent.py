@@ -22,7 +22,7 @@ import torch
 from . import ops
 from .recorded import RecordedStates
 from .reference import mask_rows
-from .route import layer_of_fresh, say_once, tagged
+from .route import layer_of_fresh, say_dequantized, tagged
 from .states import QuantizedStates
 
 # The method by which a module expands latents and rotary keys, and the sizes that its projection's weight has.
@@ -92,7 +92,12 @@ def _is_latent(module: torch.nn.Module) -> bool:
 
 
 def _expansion(module: torch.nn.Module, expand: Callable) -> Callable:
+    """The module's expansion of tensors, which returns stored latents as `LatentStates`. The layers of the cache learn
+    from it whether they may return them (see `route`)."""
+    found: str | None = None
+
     def expand_kv(latents: Any, rotary: Any) -> tuple[Any, Any]:
+        nonlocal found
         if isinstance(latents, QuantizedStates):
             states = LatentStates(
                 latents, rotary, expand, module.num_heads, module.qk_nope_head_dim + module.qk_rope_head_dim,
@@ -100,18 +105,18 @@ def _expansion(module: torch.nn.Module, expand: Callable) -> Callable:
             )  # fmt: skip
             return states, states._replace(head_dim=module.v_head_dim)
         if isinstance(latents, RecordedStates):
-            # The first step after a prefill outside of this context.
-            layer = latents.meaning.step.layer()
-            latents, rotary = (x.numbers("latents that were not yet read as stored") for x in (latents, rotary))
+            # A step of a layer that has not learned it: the first one after a prefill outside of this context.
+            layer, why = latents.meaning.step.layer(), found or "latents whose expansion is not known yet"
+            latents, rotary = (x.numbers(why) for x in (latents, rotary))
         else:
             layer = layer_of_fresh(latents, rotary)
             latents, rotary = getattr(latents, "plain", latents), getattr(rotary, "plain", rotary)
         key, value = expand(latents, rotary)
         if layer is None or torch.compiler.is_compiling():
             return key, value
-        obstacle = _not_foldable(module, latents) or _not_absorbed(module, latents, rotary, key, value)
-        if obstacle is not None:
-            say_once(f"Latents are de-quantized and expanded at every step, because of {obstacle}.")
+        found = _not_foldable(module, latents) or _not_absorbed(module, latents, rotary, key, value)
+        if found is not None:
+            say_dequantized(found)
             return key, value
         return tagged(key, layer), tagged(value, layer)
 

@@ -20,7 +20,7 @@ from .expected import COUNT, Bounds, meta
 from .grammar import recorded
 from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
-from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_once, tagged
+from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_dequantized, say_once, tagged
 from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured, mask_length
 from .storage import ROLLBACK, Side
 
@@ -309,7 +309,7 @@ class QuantizedLayer(DynamicLayer):
             return
         if attention_is_switched():
             if self._keeps_weights():
-                say_once(f"Attention reads de-quantized copies of the KV cache, because of {KEEPS_WEIGHTS}.")
+                say_dequantized(KEEPS_WEIGHTS)
             elif self.was_offered:
                 say_once(
                     "This model's attention does not take the cached states as they are, so each step de-quantizes "

@@ -24,7 +24,7 @@ import torch
 
 from . import axes
 from .axes import Dims
-from .route import say_once
+from .route import say_dequantized
 from .states import QuantizedStates
 
 
@@ -77,7 +77,7 @@ class Step:
     def say(self, why: str) -> None:
         """De-quantized copies are about to be read."""
         if not self._is_counted:
-            say_once(f"Attention reads de-quantized copies of the KV cache, because of {why}.")
+            say_dequantized(why)
             self.keys.routes.count("decode_dequantized")
             self._is_counted = True
 

@@ -123,3 +123,7 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=3)
+
+
+def say_dequantized(why: str) -> None:
+    say_once(f"Attention reads de-quantized copies of the KV cache, because of {why}.")

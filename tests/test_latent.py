@@ -68,13 +68,14 @@ def test_absorbed_attention_equals_every_class_s_own_expansion(name, preset):
     def expand(a, b):
         return MODULES[name].expand_kv(module, a, b)
 
-    assert latent._cannot_absorb(module, latents, rotary, *expand(latents, rotary)) is None
+    assert latent._not_foldable(module, latents) is None
+    assert latent._not_absorbed(module, latents, rotary, *expand(latents, rotary)) is None
     stored = latent.LatentStates(*states, expand, 4, 64)
     query = torch.randn(2, 4, 3, 64).double()
     with torch.no_grad():
         ours = latent.attend(module, query, stored, None, None, scaling=0.2)
         for i, position in enumerate(range(128, 131)):
-            key, value = (x[:, :, : position + 1] for x in stored.dequantize(position))
+            key, value = expand(*(x.dequantize(position)[:, :, : position + 1] for x in states))
             theirs = torch.nn.functional.scaled_dot_product_attention(query[:, :, i, None], key, value, scale=0.2)
             assert 0 < (ours[:, :, i, None] - theirs).abs().max() < 1e-9
 
@@ -114,6 +115,12 @@ def test_fused_equals_dequantized(kv_config, dtype, attn):
     assert (ours - theirs).abs().max() < LIMITS[dtype]
 
 
+def decode_dense(model, n=6):
+    ids, new = families.prompt(2, 70), families.prompt(2, n, seed=3)
+    with torch.no_grad():
+        return model(torch.cat([ids, new], 1)).logits[:, 70:]
+
+
 def test_the_patch_is_undone():
     model = build()
     modules = [module for module in model.modules() if hasattr(module, latent.EXPANSION)]
@@ -132,19 +139,121 @@ def test_the_patch_is_undone():
     assert not latent._entered
 
 
-class Wrapped(torch.nn.Linear):
-    """A projection whose weight is not all of it, as LoRA's and quantized ones."""
+class Adapted(torch.nn.Module):
+    """A projection beside which another one is added, as LoRA does."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base, self.more = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
 
 
-def test_a_projection_that_cannot_be_absorbed_is_expanded_and_said(monkeypatch):
-    monkeypatch.setattr(route, "_said", set())
-    model = build()
+class Quantized(torch.nn.Linear):
+    """A projection whose weight is not in the dtype that it computes in."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = torch.nn.Parameter((base.weight.data * 100).round().char(), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 100)
+
+
+def with_bias(base: torch.nn.Linear) -> torch.nn.Linear:
+    base.bias = torch.nn.Parameter(torch.ones(base.out_features))
+    return base
+
+
+def hooked(base: torch.nn.Linear) -> torch.nn.Linear:
+    base.register_forward_hook(lambda module, args, output: output * 2)
+    return base
+
+
+def offloaded(base: torch.nn.Linear) -> torch.nn.Linear:
+    forward = base.forward
+    base.forward = lambda x: forward(x) * 2
+    return base
+
+
+UNFOLDABLE = {
+    "adapted": (Adapted, "a Adapted as kv_b_proj"),
+    "quantized": (Quantized, "a Quantized as kv_b_proj"),
+    "with_bias": (with_bias, "a Linear with a bias as kv_b_proj"),
+    "hooked": (hooked, "hooks on kv_b_proj"),
+    "offloaded": (offloaded, "hooks on kv_b_proj"),
+}
+every_unfoldable = pytest.mark.parametrize("name", UNFOLDABLE)
+
+
+def change_projections(model, change) -> None:
     for module in model.modules():
         if hasattr(module, latent.EXPANSION):
-            module.kv_b_proj.__class__ = Wrapped
-    with pytest.warns(UserWarning, match="Latents are de-quantized and expanded at every step, because of a Wrapped"):
-        _, cache = decode(model, "int8-plain", True)
+            module.kv_b_proj = change(module.kv_b_proj)
+
+
+@every_unfoldable
+def test_a_projection_that_cannot_be_folded_is_expanded_and_said_once(name, monkeypatch):
+    monkeypatch.setattr(route, "_said", set())
+    change, reason = UNFOLDABLE[name]
+    model = build()
+    change_projections(model, change)
+    with pytest.warns(UserWarning, match="de-quantized copies of the KV cache") as said:
+        ours, cache = decode(model, "int8-plain", True)
+    messages = [str(w.message) for w in said if "de-quantized" in str(w.message)]
+    assert len(messages) == 1 and reason in messages[0]
     assert cache.routes["decode_fused"] == 0 and cache.routes["decode_dequantized"] == 12
+    dense = decode_dense(model)
+    assert (ours - dense).abs().max() < 0.05 * dense.abs().max()
+
+
+@every_unfoldable
+def test_a_projection_that_changes_after_prefill_is_expanded_from_then_on(name, monkeypatch):
+    monkeypatch.setattr(route, "_said", set())
+    change, reason = UNFOLDABLE[name]
+    model = build()
+    cache = hf_kvquant.QuantizedCache(config=model.config, kv_config="int8-plain")
+    copy = hf_kvquant.QuantizedCache(config=model.config, kv_config="int8-plain")
+    ids, new = families.prompt(2, 70), families.prompt(2, 1, seed=3)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for either in (cache, copy):
+            model(ids, **{CACHE: either})
+    change_projections(model, change)
+    for layer in copy.layers:
+        layer.takes_states = False
+    with torch.no_grad(), hf_kvquant.attention(model):
+        with pytest.warns(UserWarning, match=f"because of {reason}"):
+            ours = model(new, **{CACHE: cache}).logits
+        assert cache.routes["decode_fused"] == 0 and cache.routes["decode_dequantized"] == 2
+        assert (ours - model(new, **{CACHE: copy}).logits).abs().max() < 1e-4
+
+
+def test_the_layers_of_a_cache_that_was_filled_outside_of_attention_learn_in_their_first_step():
+    model = build()
+    ids, new = families.prompt(2, 70), families.prompt(2, 3, seed=3)
+    caches = [hf_kvquant.QuantizedCache(config=model.config, kv_config="int8-plain") for _ in range(2)]
+    logits = []
+    for cache, is_inside in zip(caches, (True, False)):
+        with torch.no_grad():
+            if not is_inside:
+                model(ids, **{CACHE: cache})
+            with hf_kvquant.attention(model):
+                if is_inside:
+                    model(ids, **{CACHE: cache})
+                logits.append(torch.cat([model(new[:, i : i + 1], **{CACHE: cache}).logits for i in range(3)], 1))
+    assert (caches[0].routes["decode_fused"], caches[0].routes["decode_dequantized"]) == (6, 0)
+    assert (caches[1].routes["decode_fused"], caches[1].routes["decode_dequantized"]) == (4, 2)
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("argument", ["softcap", "position_bias", "sinks"])
+def test_arguments_that_the_absorbed_call_does_not_take(argument):
+    states = latent.LatentStates(*[make_states(torch.randn(1, 1, 9, 32), QuantSpec("int8"))] * 2, None, 4, 64)
+    query = torch.randn(1, 4, 1, 64)
+    assert latent.obstacle_of(states, query, {}) is None
+    assert argument in latent.obstacle_of(states, query, {argument: torch.ones(1)})
+    assert "torch.float16" in latent.obstacle_of(states, query.half(), {})
 
 
 def test_an_expansion_that_does_something_else_is_not_absorbed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Tries every model family of the installed transformers with every preset: fused, de-quantized, native or refused.
+"""Tries every model family of the installed transformers with every preset: fused, absorbed, de-quantized, refused.
 
     make matrix                                                   # every family; resumes where it was stopped
     python eval/model_matrix.py --only LlamaForCausalLM T5ForConditionalGeneration
@@ -75,6 +75,7 @@ def run(names: list[str], jobs: int, done) -> None:
 
 STATUS = {
     "fused": "every decode step reads the quantized cache as stored",
+    "absorbed": "the same over latents (MLA), which are not expanded: its up-projection is folded into the query",
     "partly fused": "part of its attention reads it as stored, the rest de-quantized copies: slower, one warning",
     "de-quantized": "attention changes the cached states, so each step reads de-quantized copies: slower, one warning",
     "refused": "a `ValueError` says why the cache cannot act",
@@ -122,7 +123,7 @@ def page(document: dict) -> str:
         "random model. Made by `make matrix` (`eval/model_matrix.py`, which says what is checked) from "
         "[model_matrix.json](model_matrix.json); do not edit.\n\n" + _summary(document)
     ]
-    judged = _names(document, "fused", "partly fused", "de-quantized")
+    judged = _names(document, "fused", "absorbed", "partly fused", "de-quantized")
     worst = max(families[n]["presets"][p]["fused"] for n in judged if families[n]["compared_calls"] for p in PRESETS)
     exact = max(max(families[n]["exact"].values()) for n in judged)
     text.append(
@@ -184,8 +185,10 @@ def sentence(document: dict) -> str:
     """The sentence about models in the README."""
     families, version = document["families"], document["versions"]["transformers"]
     partly = _count(families, "partly fused")
+    absorbed = _count(families, "absorbed")
     parts = [
-        f"{_count(families, 'fused')} decode from the quantized cache as stored",
+        f"{_count(families, 'fused') + absorbed} decode from the quantized cache as stored"
+        + (f" ({absorbed} of them from latents)" if absorbed else ""),
         *([f"{partly} partly"] if partly else []),
         f"{_count(families, 'de-quantized')} from de-quantized copies",
         f"{_count(families, 'refused')} are refused with a reason",

@@ -1,4 +1,4 @@
-"""Examines a model family with every preset: fused, ring (a window, bounded), de-quantized, native or refused.
+"""Examines a model family with every preset: fused, ring (bounded by a window), absorbed, de-quantized, native, refused.
 
 Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. These
 must hold:
@@ -32,6 +32,7 @@ from ..attention import attend
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
 from ..host import CACHE, attn_implementation, cache_of
+from ..latent import LatentStates
 from ..layers import QuantizedLayer
 from ..recorded import RecordedStates, recorded_in
 from ..sliding import SlidingQuantizedLayer
@@ -85,14 +86,18 @@ class Compared:
     """Our attention function, which compares each output of the operator with the model's own attention."""
 
     def __init__(self):
-        self.largest, self.calls, self.recorded = 0.0, 0, 0
+        self.largest, self.calls, self.recorded, self.absorbed = 0.0, 0, 0, 0
 
     def __call__(self, module, query, key, value, attention_mask, *, dense_attention, **kwargs):
         routes = _routes(key)
         before = routes["decode_fused"]
         output = attend(module, query, key, value, attention_mask, dense_attention=dense_attention, **kwargs)
         if routes["decode_fused"] > before:
-            states = (_dequantized(x, query.shape[2]) for x in (key, value))
+            if isinstance(key, LatentStates):
+                self.absorbed += 1
+                states = key.read(query.shape[2])
+            else:
+                states = tuple(_dequantized(x, query.shape[2]) for x in (key, value))
             self.compare(output[0], dense_attention(module, query, *states, attention_mask, **kwargs)[0])
         return output
 
@@ -130,6 +135,8 @@ class Compared:
 def _routes(states: object) -> Counter:
     if isinstance(states, RecordedStates):
         states = states.meaning.step.keys
+    if isinstance(states, LatentStates):
+        states = states.latents
     return states.routes if isinstance(states, QuantizedStates) else Counter()
 
 
@@ -229,7 +236,7 @@ def _measured(subject: Subject, dense: torch.Tensor) -> dict:
         warnings.simplefilter("always")
         logits, cache = subject.generate(cache_implementation="kvquant", cache_config=EXACT)
         exact = {"own_route": share(logits - dense, spread)}
-        layers, status = _layers(own(cache))
+        layers, status = _layers(own(cache), compared.absorbed > 0)
         exact["dequantized"] = share(subject.generate(**{CACHE: subject.cache(EXACT)})[0] - dense, spread)
         presets: dict[str, dict[str, Any]] = {}
         for preset in PRESETS:
@@ -268,8 +275,9 @@ def own(cache) -> QuantizedCache:
     return cache
 
 
-def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
-    """How many layers of each kind took which route, and the route of those that are quantized."""
+def _layers(cache: QuantizedCache, has_latents: bool) -> tuple[dict[str, dict[str, int]], str]:
+    """How many layers of each kind took which route, and the route of those that are quantized. No model has layers
+    of latents beside quantized ones of keys."""
     routes = cache.routes
     counted: dict[str, Counter] = {}
     for layer in cache.layers:
@@ -280,12 +288,14 @@ def _layers(cache: QuantizedCache) -> tuple[dict[str, dict[str, int]], str]:
         elif not layer.is_initialized:
             route = "never used"
         elif not routes["decode_dequantized"] or (layer.takes_states and routes["decode_fused"]):
-            route = "ring" if isinstance(layer, SlidingQuantizedLayer) else "fused"
+            as_stored = "absorbed" if has_latents else "fused"
+            route = "ring" if isinstance(layer, SlidingQuantizedLayer) else as_stored
         else:
             route = "partly fused" if routes["decode_fused"] else "de-quantized"
         counted.setdefault(kind, Counter())[route] += 1
-    status_of = {"fused": "fused", "ring": "fused", "partly fused": "partly fused", "de-quantized": "de-quantized"}
-    ways = {status_of[route] for routes in counted.values() for route in routes if route in status_of}
+    quantized = {"fused", "absorbed", "partly fused", "de-quantized"}
+    found = {"fused" if route == "ring" else route for routes in counted.values() for route in routes}
+    ways = found & quantized
     if not ways:
         raise Failed("no layer used the quantized cache")
     # Every decode step of every layer took the route that is recorded.

@@ -115,6 +115,36 @@ def test_decode_with_as_many_kv_heads_as_heads(tmp_path):
     assert {(row["kv_heads"], row["length"]) for row in result["checks"]} == {(2, 67), (4, 40)}
 
 
+LATENT = ["--lengths", "67,130", "--heads", "4", "--hidden", "64", "--latent", "32", "--rounds", "3"]
+
+
+def test_latent_result(tmp_path):
+    result, text = run("bench_latent.py", LATENT, tmp_path / "latent.json")
+    check_common(result, text)
+    names = {"dense", "dense, absorbed", *KVQuantConfig.preset_names()}
+    rows = {(row["length"], row["name"]): row for row in result["step"]}
+    assert set(rows) == {(length, name) for length in (67, 130) for name in names}
+    for row in rows.values():
+        assert set(row["ms"]) == SUMMARY
+        dense = rows[row["length"], "dense"]["ms"]["median"]
+        assert row["faster_than_dense"] == pytest.approx(dense / row["ms"]["median"])
+    alone = {(row["length"], row["name"]): row for row in result["operator"]}
+    assert set(alone) == {(length, name) for length, name in rows if name != "dense"}
+    # Latents are stored once, and are keys and values: 32 int8 codes and a float16 scale per token.
+    assert alone[130, "int8-plain"]["bytes_read"] == 130 * (32 + 2)
+    assert alone[130, "int8-plain"]["multiplications_per_byte"] == 2 * 4 * 130 * 32 / (130 * 34)
+    done = {check["check"] for check in result["checks"]}
+    assert {"the step took the fused route", "step against de-quantized states", "step against transformers'"} <= done
+
+
+def test_latent_refuses_a_wrong_step(refuses, monkeypatch):
+    from hf_kvquant import latent
+
+    original = latent.attend
+    monkeypatch.setattr(latent, "attend", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
+    refuses("bench_latent", [*LATENT, "--presets", "int8"], "step against de-quantized states")
+
+
 def test_error_result(tmp_path):
     out = tmp_path / "error.json"
     result, text = run("bench_error.py", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)

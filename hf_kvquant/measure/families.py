@@ -1,4 +1,4 @@
-"""Examines a model family with every preset: fused, ring (bounded by a window), absorbed, de-quantized, native, refused.
+"""Examines a model family with every preset: fused, ring (has a window), absorbed, de-quantized, native, refused.
 
 Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. These
 must hold:

@@ -71,6 +71,26 @@ def test_few_query_rows(k, v, head_dim, q_per_kv):
     check(*problem(k, v, head_dim=head_dim, q_per_kv=q_per_kv, dtype=torch.bfloat16))
 
 
+CHANNEL_SPECS = [name for name, spec in KEY_SPECS.items() if spec.is_channel]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 512])
+@pytest.mark.parametrize("k", CHANNEL_SPECS)
+def test_latents_on_the_channel_grid(k, head_dim, dtype):
+    """Latents are keys and values at once, so values are on the channel grid too; many heads share them."""
+    shape = {"head_dim": head_dim, "kv_len": 300, "num_kv_heads": 1, "q_per_kv": 13, "dtype": dtype}
+    query, latents, _ = problem(k, q_len=2, recent_length=5, sink_length=3, **shape)
+    check(query, latents, latents)
+
+
+@pytest.mark.parametrize("k", CHANNEL_SPECS)
+def test_latents_whose_rows_see_different_columns(k):
+    query, latents, _ = problem(k, batch=2, head_dim=64, kv_len=300, num_kv_heads=1, q_per_kv=4, q_len=3)
+    mask = torch.rand(2, 4, 3, 300, generator=torch.Generator().manual_seed(3)) > 0.3
+    check(query, latents, latents, mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize("k", ["int8", "int8-channel", "int4-rotated", "int4-channel"])
@@ -86,6 +106,7 @@ def test_the_largest_sums(k, head_dim, dtype):
     )
     for query in (x[:, :, :1], x[:, :, 1:2]):
         check(query.contiguous(), *states)
+        check(query.contiguous(), states[0], states[0])
 
 
 def test_keys_and_values_of_different_head_dim():

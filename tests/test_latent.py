@@ -8,12 +8,10 @@ import families
 import pytest
 import torch
 import transformers
-from levels import LEVELS
 from stored import make_states
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, host, latent, reference, route
-from hf_kvquant.backends import cpu
+from hf_kvquant import KVQuantConfig, host, latent, route
 from hf_kvquant.quantization import QuantSpec
 
 PRESETS = ("int8", "int8-plain", "fp8", "int4", "int4-small")
@@ -265,17 +263,3 @@ def test_an_expansion_that_does_something_else_is_not_absorbed(monkeypatch):
     with pytest.warns(UserWarning, match="are not kv_b_proj's product"):
         _, cache = decode(model, "int8-plain", True)
     assert cache.routes["decode_fused"] == 0
-
-
-@pytest.mark.parametrize("fmt", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize(("head_dim", "length"), [(64, 63), (128, 130), (512, 1000)])
-def test_values_on_the_channel_grid(isa, fmt, head_dim, length):
-    """Latents on the channel grid are values too."""
-    torch.manual_seed(0)
-    x = torch.randn(1, 1, length, head_dim)
-    states = make_states(x, QuantSpec(fmt, "channel").resolve(head_dim))
-    query = torch.randn(1, 16, 2, head_dim)
-    ours, ours_lse = cpu.decode_attention(query, states, states, scaling=head_dim**-0.5, isa=isa)
-    expected, lse = reference.decode_attention(query, states, states, scaling=head_dim**-0.5)
-    assert (ours - expected).abs().max() < 1e-4 and (ours_lse - lse).abs().max() < 1e-4

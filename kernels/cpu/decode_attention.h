@@ -365,11 +365,7 @@ inline bool decode_attention(const KvquantAttention& a, KeyMethod keys, ValueMet
 template <KeyMethod (*key_method)(const KvquantSide&, int64_t dtype),
           ValueMethod (*value_method)(const KvquantSide&, int64_t dtype)>
 bool attend(const KvquantAttention& a) {
-  // Only latents, which are keys too, have values on the channel grid; no dot product takes those.
-  const bool channel = a.values.grid == kChannelGrid;
-  return decode_attention(
-      a, key_method(a.keys, a.dtype),
-      channel ? float_value_method(a.values, a.dtype) : value_method(a.values, a.dtype));
+  return decode_attention(a, key_method(a.keys, a.dtype), value_method(a.values, a.dtype));
 }
 
 }  // namespace KVQUANT_ISA

@@ -40,7 +40,9 @@ inline KeyMethod word_key_method(const KvquantSide& side, int64_t dtype) {
   return channel ? word_keys<Nibble, true>() : word_keys<Nibble, false>();
 }
 inline ValueMethod word_value_method(const KvquantSide& side, int64_t dtype) {
-  if (!takes_words(side, dtype)) return float_value_method(side, dtype);
+  // Only latents, which are keys too, have values on the channel grid.
+  if (!takes_words(side, dtype) || side.grid == kChannelGrid)
+    return float_value_method(side, dtype);
   return side.format == kInt8 ? word_values<Signed8>() : word_values<Nibble>();
 }
 

@@ -83,7 +83,7 @@ struct QuadKeys {
   using Dot = typename Operand::Dot;
   static constexpr int kQuads = Dot::quads(kMaxDotDim + 64);
   // The vectors of columns and the query rows whose sums fit in the registers beside the codes.
-  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kRowsAtOnce = 4;
+  static constexpr int kVecs = Dot::kSums == 1 ? 2 : 1, kRowsAtOnce = Dot::kSums == 2 ? 8 : 4;
 
   // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(64) Row {
@@ -168,7 +168,7 @@ struct QuadKeys {
                                              const Row* row, int g, int quad, const float* scale,
                                              float* scores) {
     Dot acc[kRows][kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
@@ -181,7 +181,7 @@ struct QuadKeys {
       at.advance(16);
     }
     if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row_bytes, row, quad, acc);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Share share = row[r].share[g];
       const Vec factor(share.factor / Operand::kTimes);
@@ -218,7 +218,7 @@ struct QuadKeys {
         // The second of two vectors holds, for nibbles, the channels after those of the first
         // and, for BF16, the other two elements of four.
         const int at = quad + (Operand::kNibbles ? o * kByteQuads + d : d * Operand::kOut + o);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           if constexpr (kVecs == 1) {
             acc[r][0].add(codes[0][o], row[r].quads[0] + at, kQuads);

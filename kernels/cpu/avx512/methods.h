@@ -63,8 +63,12 @@ inline KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
 
 template <int n, bool kBf16Query = false>
 ValueMethod quad_value_method(const KvquantSide& side, int64_t dtype) {
-  if (takes_tiles(side)) {
-    if (side.format == kInt8) return quad_values<ValueOperand<Signed8, n>>();
+  const bool channel = side.grid == kChannelGrid;
+  if (takes_tiles(side) && !(channel && side.format == kInt4 && side.head_dim % 32)) {
+    if (side.format == kInt8) {
+      return channel ? quad_values<ValueOperand<Unsigned8, n>>()
+                     : quad_values<ValueOperand<Signed8, n>>();
+    }
     if (side.format == kInt4 && kBf16Query) return quad_values<PairedValues>();
     if (side.format == kInt4) return quad_values<ValueOperand<Nibble, n>>();
   }

@@ -12,13 +12,15 @@ inline namespace KVQUANT_ISA {
 // turns each result into kOut vectors of codes. Nibbles take kHalves = 2 rounds, the low ones and
 // then the high ones. The elements' weighted sum follows from the dot product of weights and codes:
 //   kUnit * dot product + kShift * sum of weights
+// and on the channel grid, where an element is zero point + scale * code, that of the codes:
+//   kUnit * dot product + kZero * sum of weights
 //
 // 8-bit codes are signed; their weights are unsigned.
 template <class Dot_>
 struct FourColumns {
   using Dot = Dot_;
   static constexpr int kColumns = 4, kHalves = 1, kOut = 1;
-  static constexpr float kUnit = 1.0f, kShift = 0.0f;
+  static constexpr float kUnit = 1.0f, kShift = 0.0f, kZero = 0.0f;
   static int first(int step) { return 4 * step; }
   template <int>
   static Quads take(const uint8_t* column, int64_t, int bytes) {
@@ -33,9 +35,17 @@ struct ValueOperand : FourColumns<IntDot<kBytes, false>> {
   }
 };
 template <int kBytes>
+struct ValueOperand<Unsigned8, kBytes> : FourColumns<IntDot<kBytes, false>> {
+  static constexpr float kZero = 128.0f;
+  template <int>
+  void expand(Quads x, Quads* out) const {
+    out[0] = x ^ Quads(128);
+  }
+};
+template <int kBytes>
 struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
   static constexpr int kHalves = 2;
-  static constexpr float kUnit = 0.0625f, kShift = 0.5f;
+  static constexpr float kUnit = 0.0625f, kShift = 0.5f, kZero = 8.0f;
   template <int kPart>
   void expand(Quads x, Quads* out) const {
     out[0] = kPart ? x.high_centered() : x.low_centered();
@@ -44,7 +54,7 @@ struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
 struct PairedValues {
   using Dot = PairDot;
   static constexpr int kColumns = 8, kHalves = 2, kOut = 1;
-  static constexpr float kUnit = 1.0f, kShift = -7.5f;
+  static constexpr float kUnit = 1.0f, kShift = -7.5f, kZero = 0.0f;
   static int first(int step) { return step / 4 * 32 + step % 4 * 4; }
   template <int kPart>
   static Quads take(const uint8_t* column, int64_t row_bytes, int bytes) {
@@ -71,18 +81,28 @@ struct QuadValues {
   static constexpr int kParts = Dot::kSums == 1 ? 1 : 2, kPasses = kHalves * kParts;
   static constexpr int kVecs = 4 / kParts, kRowsAtOnce = 4;
 
-  // The weights of one query row: probabilities times the scales of a group.
+  // The weights of one query row: probabilities, on the token grid times the scales of a group.
   struct alignas(64) Row {
     int32_t quads[Dot::kPlanes][kQuads];
     float factor;
+    float total;  // channel grid: of the probabilities
   };
+
+  // Channel grid: what the sums of a chunk become values with, in the order of the sums.
+  struct alignas(64) Affine {
+    float scale[kSums], zero[kSums];
+  };
+
+  static int num_groups(const Body& values) {
+    return values.channel_grid ? 1 : int(values.num_scales);
+  }
 
   // Calls f(group, first byte, number of bytes, index of the first sum) for each chunk of a row.
   template <class F>
   static void for_chunks(const Body& values, F f) {
-    const int group_bytes = int(values.row_bytes / values.num_scales);
+    const int groups = num_groups(values), group_bytes = int(values.row_bytes / groups);
     int sum = 0;
-    for (int g = 0; g < values.num_scales; ++g) {
+    for (int g = 0; g < groups; ++g) {
       for (int c = 0; c < group_bytes; c += kChunk, sum += kSums) {
         f(g, g * group_bytes + c, group_bytes - c < kChunk ? group_bytes - c : kChunk, sum);
       }
@@ -91,8 +111,11 @@ struct QuadValues {
 
   // A row of `acc` has the sums of its chunks and, if codes are shifted, the sums of the weights of
   // each group.
+  static bool is_shifted(const Body& values) {
+    return Operand::kShift != 0.0f && !values.channel_grid;
+  }
   static size_t acc_floats(const Body& values) {
-    return weights_at(values) + (Operand::kShift != 0.0f ? values.num_scales * Vec::kWidth : 0);
+    return weights_at(values) + (is_shifted(values) ? values.num_scales * Vec::kWidth : 0);
   }
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
@@ -105,16 +128,21 @@ struct QuadValues {
     for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
       if (g != weighted) {
         alignas(64) float scale[kTile];
-        load_scales(values, g, first, n, scale);
+        if (!values.channel_grid) load_scales(values, g, first, n, scale);
         for_row_blocks<4>(rows, [&](int r, auto block) {
-          make_rows<block>(scale, columns + r, p + r * kTile, row + r,
-                           acc + r * acc_dim + weights + g * Vec::kWidth, acc_dim);
+          float* sums =
+              is_shifted(values) ? acc + r * acc_dim + weights + g * Vec::kWidth : nullptr;
+          make_rows<block>(values.channel_grid ? nullptr : scale, columns + r, p + r * kTile,
+                           row + r, sums, acc_dim);
         });
       }
       weighted = g;
+      Affine affine;
+      if (values.channel_grid) load_affine(values, first, byte, bytes, affine);
       for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
         float* sums = acc + r * acc_dim + first_sum;
-        accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r, sums, acc_dim);
+        accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r,
+                                   values.channel_grid ? &affine : nullptr, sums, acc_dim);
       });
     });
   }
@@ -127,7 +155,7 @@ struct QuadValues {
     for (int r = 0; r < rows; ++r, acc += acc_dim) {
       for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
         Vec rest(0.0f);
-        if (Operand::kShift != 0.0f)
+        if (is_shifted(values))
           rest = Vec(Operand::kShift * Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
         for (int half = 0; half < kHalves; ++half) {
           Vec sum[4];
@@ -148,6 +176,31 @@ struct QuadValues {
   }
 
  private:
+  // Scales and zero points of a chunk's channels in the block of column `first`; see `finish` for
+  // the order of the sums.
+  static void load_affine(const Body& values, int64_t first, int byte, int bytes, Affine& affine) {
+    const int64_t at = first / values.group_length * values.head_dim;
+    for (int half = 0; half < kHalves; ++half) {
+      Vec scale[4], zero[4];
+      for (int b = 0; b < 64; b += 16) {
+        const int channel =
+            kHalves == 2 && b < bytes ? nibble_channel(byte + b, half, values.head_dim) : byte + b;
+        const bool is_there = b < bytes;
+        Vec& s = scale[b / 16] =
+            is_there ? Vec::load((const Half*)(values.scale + at + channel)) : Vec(0.0f);
+        zero[b / 16] = s * Vec(Operand::kZero);
+        if (is_there && values.zero_point)
+          zero[b / 16] = zero[b / 16] + Vec::load((const Half*)(values.zero_point + at + channel));
+      }
+      Quads::transpose_lanes(scale);
+      Quads::transpose_lanes(zero);
+      for (int i = 0; i < 4; ++i) {
+        scale[i].store(affine.scale + (4 * half + i) * Vec::kWidth);
+        zero[i].store(affine.zero + (4 * half + i) * Vec::kWidth);
+      }
+    }
+  }
+
   // Where the sums of weights begin in a row of `acc`.
   static size_t weights_at(const Body& values) {
     size_t n = 0;
@@ -155,8 +208,9 @@ struct QuadValues {
     return n;
   }
 
-  // Makes the weights of kRows rows for one group, and adds them to their sums. The rows advance
-  // together, because the steps of one row wait for each other.
+  // Makes the weights of kRows rows for one group (`scale`: null on the channel grid), and adds them
+  // to their sums, if these are given. The rows advance together, because the steps of one row wait
+  // for each other.
   template <int kRows>
   KVQUANT_NOINLINE static void make_rows(const float* scale, const uint64_t* columns,
                                          const float* p, Row* row, float* weights, size_t acc_dim) {
@@ -167,7 +221,8 @@ struct QuadValues {
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) {
-        w[r][i] = Vec::load(p + r * kTile + i * Vec::kWidth) * Vec::load(scale + i * Vec::kWidth);
+        w[r][i] = Vec::load(p + r * kTile + i * Vec::kWidth);
+        if (scale) w[r][i] = w[r][i] * Vec::load(scale + i * Vec::kWidth);
       }
       // A hidden column may have no scale yet.
       if (columns[r] != ~uint64_t(0)) {
@@ -188,7 +243,8 @@ struct QuadValues {
 #pragma GCC unroll 4
       for (Vec& x : w[r]) x = x * inverse;
       const Vec sum(_mm512_cvtepi32_ps(Dot::split(w[r], kTile, row[r].quads[0], kQuads)));
-      if (Operand::kShift != 0.0f) {
+      if (!scale) row[r].total = factor[r] * Vec::sum(sum);
+      if (Operand::kShift != 0.0f && weights) {
         float* sums = weights + r * acc_dim;
         Vec::fma(sum, Vec(factor[r]), Vec::load(sums)).store(sums);
       }
@@ -200,8 +256,8 @@ struct QuadValues {
   // 2) the lower or the upper eight bytes of every lane; it calls the next pass.
   template <int kRows, int kPass>
   KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,
-                                                int bytes, const Row* row, float* sums,
-                                                size_t acc_dim) {
+                                                int bytes, const Row* row, const Affine* affine,
+                                                float* sums, size_t acc_dim) {
     constexpr int kNibble = kPass / kParts, kPart = kPass % kParts;
     const Operand operand{};
     Dot acc[kRows][kVecs];
@@ -235,14 +291,20 @@ struct QuadValues {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vec factor(row[r].factor * Operand::kUnit);
-      float* out = sums + r * acc_dim + (4 * kNibble + kVecs * kPart) * Vec::kWidth;
+      float* out = sums + r * acc_dim;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v, out += Vec::kWidth) {
-        Vec::fma(acc[r][v].result(), factor, Vec::load(out)).store(out);
+      for (int v = 0; v < kVecs; ++v) {
+        const int at = (4 * kNibble + kVecs * kPart + v) * Vec::kWidth;
+        Vec dot = acc[r][v].result(), sum = Vec::load(out + at);
+        if (affine) {
+          dot = dot * Vec::load(affine->scale + at);
+          sum = Vec::fma(Vec(row[r].total), Vec::load(affine->zero + at), sum);
+        }
+        Vec::fma(dot, factor, sum).store(out + at);
       }
     }
     if constexpr (kPass + 1 < kPasses)
-      accumulate_chunk<kRows, kPass + 1>(columns, row_bytes, bytes, row, sums, acc_dim);
+      accumulate_chunk<kRows, kPass + 1>(columns, row_bytes, bytes, row, affine, sums, acc_dim);
   }
   // Each pass prefetches its share of the columns of a step.
   template <int kPass>

@@ -219,13 +219,14 @@ def attend(
         latents, rotary = latents.known(), rotary.known()
     q_len, nope = query.shape[2], module.qk_nope_head_dim
     compute = torch.promote_types(query.dtype, torch.float32)
-    weight = _up_projection(module)
-    first = latents.position(q_len)
-    scores = [
-        query[:, :, j, None, nope:].to(compute) @ rotary.dequantize(first + j).to(compute).mT for j in range(q_len)
-    ]
-    hidden, bias = _mask_of(mask, latents, q_len, compute)
-    bias = (torch.cat(scores, dim=2) * scaling + bias).masked_fill(hidden, torch.finfo(compute).min)
+    weight, first = _up_projection(module), latents.position(q_len)
+    rotated = query[..., nope:].to(compute) * scaling
+    bias = torch.cat(
+        [rotated[:, :, j : j + 1] @ rotary.dequantize(first + j).to(compute).mT for j in range(q_len)], dim=2
+    )
+    if mask is not None or q_len > 1 or latents.device_length is not None:
+        hidden, added = _mask_of(mask, latents, q_len, compute)
+        bias = (bias + added).masked_fill(hidden, torch.finfo(compute).min)
     absorbed = query[..., :nope] @ weight[:, :nope]
     output, _ = ops.decode_attention(absorbed, latents, latents, bias, s_aux, scaling=scaling)
     return output @ weight[:, nope:].mT

@@ -184,13 +184,13 @@ def _cell(text: str) -> str:
 def sentence(document: dict) -> str:
     """The sentence about models in the README."""
     families, version = document["families"], document["versions"]["transformers"]
-    partly = _count(families, "partly fused")
+    partly, dequantized = _count(families, "partly fused"), _count(families, "de-quantized")
     absorbed = _count(families, "absorbed")
     parts = [
         f"{_count(families, 'fused') + absorbed} decode from the quantized cache as stored"
         + (f" ({absorbed} of them from latents)" if absorbed else ""),
         *([f"{partly} partly"] if partly else []),
-        f"{_count(families, 'de-quantized')} from de-quantized copies",
+        *([f"{dequantized} from de-quantized copies"] if dequantized else []),
         f"{_count(families, 'refused')} are refused with a reason",
     ]
     unjudged = _count(families, "dense fails") + _count(families, "not built")

@@ -221,15 +221,16 @@ def attend(
     compute = torch.promote_types(query.dtype, torch.float32)
     weight, first = _up_projection(module), latents.position(q_len)
     rotated = query[..., nope:].to(compute) * scaling
-    bias = torch.cat(
-        [rotated[:, :, j : j + 1] @ rotary.dequantize(first + j).to(compute).mT for j in range(q_len)], dim=2
-    )
+    # Heads are rows of one product: a product for each head takes ten times as long.
+    scores = [rotated[:, :, j] @ rotary.dequantize(first + j)[:, 0].to(compute).mT for j in range(q_len)]
+    bias = torch.stack(scores, dim=2)
     if mask is not None or q_len > 1 or latents.device_length is not None:
         hidden, added = _mask_of(mask, latents, q_len, compute)
         bias = (bias + added).masked_fill(hidden, torch.finfo(compute).min)
     absorbed = query[..., :nope] @ weight[:, :nope]
     output, _ = ops.decode_attention(absorbed, latents, latents, bias, s_aux, scaling=scaling)
-    return output @ weight[:, nope:].mT
+    # The weight's rows as they are stored: with the weight transposed, the product takes four times as long.
+    return (weight[:, nope:] @ output.mT).mT
 
 
 def _mask_of(

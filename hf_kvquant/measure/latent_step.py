@@ -144,7 +144,7 @@ def _attend(
     latents, rotary = latents[0, 0], rotary[0, 0]
     scores = absorbed[0, :, 0] @ latents.T + query[0, :, 0, nope:] @ rotary.T
     weights = (scores.float() * scaling).softmax(-1).to(query.dtype)
-    output = (weights @ latents)[None, :, None] @ weight[:, nope:].mT
+    output = (weight[:, nope:] @ (weights @ latents)[None, :, :, None]).mT
     return output.transpose(1, 2).contiguous(), None
 
 

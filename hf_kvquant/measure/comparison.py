@@ -23,6 +23,7 @@ from ..host import context_length
 from ..saving import weights_sum
 from ..scoring import cache_read_share
 from .caches import DENSE, Candidate, Dense, Preset
+from .generation import continued
 from .layer_errors import layer_errors
 from .metrics import compare_logits, position_bins, summarize
 from .store import Store
@@ -79,6 +80,7 @@ def compare(
     folder: Path | None = None,
     progress: bool = True,
     by_layer: bool = True,
+    weigh: bool = True,
 ) -> dict:
     """Score the dense cache and `candidates` on the same tokens; the result, also in `folder/result.json`.
 
@@ -90,6 +92,7 @@ def compare(
             folder that was begun a change of it is refused. `machine` is saved only with the result.
         folder: the folder for finished parts, so that a killed run can go on; None keeps nothing.
         by_layer: measure the errors of each layer, too.
+        weigh: measure the bytes of each cache, too.
 
     Raises:
         ValueError: the settings do not fit the documents, or the folder was begun with others.
@@ -110,7 +113,7 @@ def compare(
         "caches": {candidate.name: {"kind": candidate.kind, **candidate.settings()} for candidate in candidates},
     }
     store = Store(folder, plan)
-    weights, skipped = _weigh(model, candidates, documents.shape[1], settings)
+    weights, skipped = _weigh(model, candidates, documents.shape[1], settings) if weigh else ({}, {})
     with tqdm(
         total=len(documents) * len(candidates), unit="piece", disable=not progress, smoothing=0.05, leave=False
     ) as bar:
@@ -128,7 +131,8 @@ def compare(
         **_scored(documents, settings),
         "long_length": LONG,
         "caches": {
-            c.name: _result(c, len(documents), settings, store) | {"bytes_per_element": weights[c.name]}
+            c.name: _result(c, len(documents), settings, store)
+            | ({"bytes_per_element": weights[c.name]} if weigh else {})
             for c in candidates
         },
         "skipped": skipped,
@@ -249,14 +253,7 @@ def _greedy_texts(
     stored = [store.load(DENSE, first + i) for i in range(len(documents))]
     if None not in stored:
         return torch.from_numpy(np.concatenate([part["greedy"] for part in stored])).to(documents.device)
-    return model.generate(  # type: ignore[operator]  # of GenerationMixin
-        contexts,
-        attention_mask=torch.ones_like(contexts),
-        max_new_tokens=settings.greedy_tokens,
-        do_sample=False,
-        # Text goes on past its end, so that every prompt has the same number of tokens.
-        eos_token_id=None,
-    )
+    return continued(model, contexts, settings.greedy_tokens)
 
 
 def _agreement_with(model: PreTrainedModel, candidate: Candidate, greedy: torch.Tensor, context: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""One timed generation: text, separate times of prefill and decode, bytes and routes of the cache."""
+"""One timed generation: text, separate times of prefill and decode, bytes and routes of the cache; and the text that
+the dense cache writes."""
 
 from __future__ import annotations
 
@@ -139,3 +140,28 @@ def run(
         memory=cache.memory_report() if quantized else dict.fromkeys(parts, held_bytes(cache)),
         routes=cache.routes if quantized else None,
     )
+
+
+def continued(
+    model: PreTrainedModel, contexts: torch.Tensor, new_tokens: int, temperature: float | None = None, seed: int = 0
+) -> torch.Tensor:
+    """Contexts `[documents, length]`, each with the `new_tokens` tokens that the model writes after it through the
+    dense cache.
+
+    Args:
+        temperature: None: the most likely tokens; otherwise tokens are drawn from the whole distribution.
+        seed: of the draws, which leave torch's own generators as they were.
+    """
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.generate(  # type: ignore[operator]  # of GenerationMixin
+            contexts,
+            attention_mask=torch.ones_like(contexts),
+            max_new_tokens=new_tokens,
+            # Text goes on past its end, so that every document has the same number of tokens.
+            eos_token_id=None,
+            **options,
+        )

@@ -39,7 +39,8 @@ def bytes_per_element_long(model: PreTrainedModel, candidate: Candidate) -> floa
 
 def _weigh(model: PreTrainedModel, candidate: Candidate, context: int, lengths: list[int]) -> list[float]:
     """Bytes per element at each of the (rising) lengths."""
-    dtype, shapes = model.dtype, _shapes(model)
+    dtype = model.dtype
+    shapes = {i: sides for i, (kind, sides) in layer_shapes(model).items() if kind is DynamicLayer}
     if not candidate.weighed_in_model_dtype and dtype.itemsize != 2:
         dtype = torch.float16
 
@@ -62,13 +63,13 @@ def _weigh(model: PreTrainedModel, candidate: Candidate, context: int, lengths: 
     return found
 
 
-def _shapes(model: PreTrainedModel) -> dict[int, list[tuple[int, int]]]:
-    """`(num_kv_heads, head_dim)` of keys and of values of each full-attention layer."""
+def layer_shapes(model: PreTrainedModel) -> dict[int, tuple[type, list[tuple[int, int]]]]:
+    """The kind of each layer of the dense cache that holds keys and values, and `(num_kv_heads, head_dim)` of both."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache_inputs(model, cache))
-    layers = {i: layer for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer}
-    return {i: [(x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)] for i, layer in layers.items()}
+    layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
+    return {i: (type(x), [(y.shape[1], y.shape[3]) for y in (x.keys, x.values)]) for i, x in layers.items()}
 
 
 def held_bytes(cache: Cache) -> int:

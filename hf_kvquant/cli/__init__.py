@@ -1,4 +1,6 @@
-"""The command line: `hf-kvquant info | generate | demo | build | eval | check | lm-eval | report`. One file each.
+"""The command line: `hf-kvquant info | generate | demo | build | eval | check | tune | lm-eval | report`.
+
+One file per command.
 
 Nothing here is imported by `import hf_kvquant`. The program starts in `hf_kvquant_entry`, which imports this only when
 a command runs.
@@ -12,7 +14,7 @@ import warnings
 import typer
 from hf_kvquant_entry import OPTIONS
 
-from . import build, check, demo, evaluate, generate, info, lm_eval, report
+from . import build, check, demo, evaluate, generate, info, lm_eval, report, tune
 
 app = typer.Typer(**OPTIONS)
 app.command("info")(info.info)
@@ -21,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("build")(build.build)
 app.command("eval")(evaluate.evaluate)
 app.command("check")(check.check)
+app.command("tune")(tune.tune)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("report")(report.report)
 

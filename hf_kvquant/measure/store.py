@@ -50,9 +50,9 @@ class Store:
         """A finished part; None if there is none."""
         if (name, document) in self._parts:
             return self._parts[name, document]
-        if self.folder is None or not self._file(name, document).exists():
+        if self.folder is None or not document_file(self.folder, name, document).exists():
             return None
-        with np.load(self._file(name, document)) as arrays:
+        with np.load(document_file(self.folder, name, document)) as arrays:
             part = dict(arrays)
         self._parts[name, document] = part
         return part
@@ -60,7 +60,7 @@ class Store:
     def save(self, name: str, document: int, part: dict[str, np.ndarray]) -> None:
         self._parts[name, document] = part
         if self.folder is not None:
-            file = self._file(name, document)
+            file = document_file(self.folder, name, document)
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as temporary, temporary.open("wb") as stream:
                 np.savez_compressed(stream, **part)  # type: ignore[arg-type]  # none is its own option
@@ -69,8 +69,10 @@ class Store:
         if self.folder is not None:
             write_json(self.folder / RESULT, result)
 
-    def _file(self, name: str, document: int) -> Path:
-        return self.folder / "documents" / name / f"{document}.npz"
+
+def document_file(folder: Path, name: str, document: int) -> Path:
+    """The file of the finished part of one cache and document."""
+    return folder / "documents" / name / f"{document}.npz"
 
 
 def _changes(before: object, after: object, where: str = "") -> list[str]:

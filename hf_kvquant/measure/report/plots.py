@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..caches import DENSE
@@ -94,6 +95,22 @@ def _frontier(points: list[tuple[float, float]]) -> list[list[tuple[float, float
             best.append((x, y))
     corners = [((x, y), (after, y), (after, below)) for (x, y), (after, below) in itertools.pairwise(best)]
     return [[start, end] for a, b, c in corners for start, end in ((a, b), (b, c))]
+
+
+def tuned(result: Mapping, theme: Theme, width: float) -> Figure:
+    """KL divergence over stored bits: what `tuning` found, and the uniform configs."""
+    figure = new_figure(theme, (width, 4.6))
+    axes = figure.subplots()
+    curve = sorted((point["bits"], _MILLI * point["kl"]) for point in result["curve"] if 0 < point["kl"] < inf)
+    axes.plot(*zip(*curve), "o-", ms=5, lw=1.4, color=COLORS[1], label="best by the losses of single sides")
+    uniform = [(each["bits"], _MILLI * each["kl"]) for each in result["uniform"] if each["kl"] < inf]
+    axes.plot(*zip(*uniform), "s", ms=5, color=PEER_COLORS[2], label="the same in all layers")
+    axes.plot(result["chosen_bits"], _MILLI * min(result["rounds"]), "D", ms=8, color=COLORS[4], label="chosen")
+    axes.set_yscale("log")
+    axes.margins(x=0.1, y=0.1)
+    axes.set(xlabel="stored bits per element", ylabel="KL divergence from the dense cache (0.001 nats)")
+    _finish(figure, [axes], theme, width >= WIDE)
+    return figure
 
 
 def by_position(result: Mapping, theme: Theme, width: float) -> Figure:

@@ -1,0 +1,131 @@
+"""`hf-kvquant tune MODEL --bits N`: the config that loses least on this model and text within N bits per element.
+
+Half of the text's pieces choose, the other half judges. `measure.tuning` says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from ..config import KVQuantConfig
+from ..host import context_length
+from ..measure.facts import machine, versions, write_json, write_text
+from ..measure.report.plots import tuned
+from ..measure.report.style import PRINT, WIDE
+from ..measure.store import RESULT
+from ..measure.tables import new_table, notes, rich_table, three_digits
+from ..measure.text import BUNDLED
+from ..measure.tuning import Tuner
+from .evaluate import model_name, read_documents
+from .models import Device, Dtype, load_config, load_model
+
+CONFIG, PLOT = "config.yaml", "pareto.png"
+_LONGEST_WINDOW = 512
+
+
+def tune(
+    model: Annotated[
+        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
+    ],
+    bits: Annotated[
+        float, typer.Option(help="The most stored bits per element, exact tokens left out.", show_default=False)
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="A text file.", show_default="source of Python's standard library")
+    ] = None,
+    base: Annotated[str, typer.Option(help="The preset whose exact tokens and other fields the result has.")] = "int4",
+    documents: Annotated[
+        int, typer.Option(min=2, help="Pieces of the text to choose by, and as many again to judge by.")
+    ] = 6,
+    window: Annotated[
+        int | None, typer.Option(min=4, help="Tokens of a piece.", show_default="512, or the model's context")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a piece to prefill.", show_default="a quarter of it")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="The most rounds of changes inside of the whole cache.")] = 2,
+    dtype: Annotated[
+        Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
+    ] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the config and all measurements. A run that was killed goes on in it.")
+    ] = Path("kvquant-tune"),
+) -> None:
+    """Find the config that loses least on a model within a number of bits, and write it as YAML."""
+    console = Console()
+    start = load_config(base, None)
+    if start is None:
+        raise typer.BadParameter("the dense cache has no windows; expected a preset", param_hint="--base")
+    lm, tokenizer = load_model(model, dtype.value, device.value)
+    window = window or min(_LONGEST_WINDOW, context_length(lm.config) or _LONGEST_WINDOW)
+    context = context or max(1, window // 4)
+    name = model_name(model)
+    try:
+        ids, source = read_documents(tokenizer, text, 2 * documents, window)
+        facts = {"model": name, "text": source, "versions": versions()}
+        tuner = Tuner(lm, ids[:documents], ids[documents:], bits, context, start, out, facts, rounds)
+        console.print(f"{len(tuner.choices)} sides, {sum(map(len, tuner.choices.values()))} choices in all; about "
+                      f"{_duration(tuner.seconds())} here.", highlight=False)  # fmt: skip
+        result = tuner.run()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    write_json(out / RESULT, result | {"machine": machine()})
+    config = KVQuantConfig.from_dict(result["config"])
+    head = (f"# Tuned for {name} on {source}: {result['chosen_bits']:.4g} bits per element, KL divergence "
+            f"{three_digits(1000 * min(result['rounds']))} thousandths of a nat.\n")  # fmt: skip
+    write_text(out / CONFIG, head + yaml.safe_dump(config.to_dict(), sort_keys=False))
+    show(result, console)
+    console.print(f"Config: {out / CONFIG}, for cache_config= and for hf-kvquant lm-eval --model_args "
+                  f"pretrained={model},kv_config={out / CONFIG}", soft_wrap=True, highlight=False)  # fmt: skip
+    if find_spec("matplotlib") is None:
+        console.print("The plot needs matplotlib, which is not installed (pip install matplotlib).")
+    else:
+        tuned(result, PRINT, WIDE).savefig(out / PLOT, dpi=150)
+        console.print(f"Plot: {out / PLOT}", soft_wrap=True, highlight=False)
+
+
+def show(result: Mapping, console: Console) -> None:
+    """Print the curve, the uniform configs, the result by layer, and the verdict on held-out text."""
+
+    def milli(kl: float) -> str:
+        return three_digits(1000 * kl)
+
+    curve = [(f"{point['bits']:.3f}", milli(point["kl"]), milli(point["estimate"])) for point in result["curve"]]
+    console.print(new_table("KL divergence (0.001 nats) over stored bits per element",
+                            ("bits", "measured", "if losses added up"), curve, left=()))  # fmt: skip
+    uniform = [(each["name"], f"{each['bits']:.3f}", milli(each["kl"])) for each in result["uniform"]]
+    console.print(new_table("The same in all layers, within the budget", ("config", "bits", "KL"), uniform))
+    config = KVQuantConfig.from_dict(result["config"])
+    layers = sorted({entry["layer"] for entry in result["alone"]})
+    rows = [(str(layer_idx), *(spec.code for spec in config.for_layer(layer_idx))) for layer_idx in layers]
+    console.print(new_table(f"Chosen: {result['chosen_bits']:.3f} bits, KL {milli(min(result['rounds']))}",
+                            ("layer", "keys", "values"), rows, left=(0, 1, 2)))  # fmt: skip
+    console.print(rich_table(result["held_out"]))
+    for note in notes(result["held_out"]):
+        console.print(f"• {note}", highlight=False)
+    console.print(f"\n[bold]{said(result)}[/]", highlight=False)
+
+
+def said(result: Mapping) -> str:
+    """The verdict in one sentence."""
+    verdict, best = result["verdict"], result["uniform"][0]
+    difference = verdict["difference"]
+    share = f"{abs(verdict['margin']):.0%} {'lower' if verdict['margin'] >= 0 else 'higher'}"
+    figures = (f"KL divergence {share}, difference {1000 * difference['mean']:+.3g} ± {1000 * difference['se']:.2g} "
+               "thousandths of a nat")  # fmt: skip
+    beats = "beats" if verdict["beats"] else "does not beat"
+    return f"On held-out text it {beats} the best uniform config within the budget, {best['name']}: {figures}."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

@@ -36,7 +36,8 @@ from pathlib import Path
 from hf_kvquant import KVQuantConfig
 from hf_kvquant.cli import app
 from hf_kvquant.measure import markdown_table
-from hf_kvquant.measure.tables import three_digits
+from hf_kvquant.measure.facts import rounded
+from hf_kvquant.measure.tables import put_between, three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
@@ -111,19 +112,11 @@ def publish(folder: Path, to: Path | None = None) -> Path:
     to = RESULTS if to is None else to
     to.mkdir(parents=True, exist_ok=True)
     file = to / f"{result['plan']['model'].replace('/', '--')}.json"
-    text = json.dumps(_rounded(result), indent=1, ensure_ascii=False)
+    text = json.dumps(rounded(result, _DIGITS), indent=1, ensure_ascii=False)
     # Write a curve on one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
     file.write_text(text + "\n", encoding="utf-8")
     return file
-
-
-def _rounded(data: object) -> object:
-    if isinstance(data, float):
-        return float(f"{data:.{_DIGITS}g}")
-    if isinstance(data, dict):
-        return {name: _rounded(value) for name, value in data.items()}
-    return [_rounded(value) for value in data] if isinstance(data, list) else data
 
 
 def published() -> list[dict]:
@@ -138,10 +131,7 @@ def with_tables(readme: str, results: list[dict]) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, between which the tables stand")
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + "\n" + tables(results) + "\n" + END + rest.partition(END)[2]
+    return put_between(readme, BEGIN, END, tables(results))
 
 
 def exceptions(result: dict) -> list[str]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hf_kvquant.measure.facts import versions, write_text
 from hf_kvquant.measure.families import PRESETS, examine
+from hf_kvquant.measure.tables import put_between
 from hf_kvquant.measure.tiny_models import families
 
 RESULTS = Path(__file__).parent / "results"
@@ -207,10 +208,7 @@ def with_sentence(readme: str, document: dict) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, between which the sentence stands")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{sentence(document)}\n{END}{rest.partition(END)[2]}"
+    return put_between(readme, BEGIN, END, sentence(document))
 
 
 def save(path: Path, document: dict) -> None:

@@ -442,13 +442,22 @@ class TestTables:
             (0.000198, 0.000058, "0.00020 ± 0.00006"),
             (1e-9, 1e-10, "below 0.00001"),
             (1.23456, None, "1.23"),
+            (math.nan, math.nan, "nan"),
         ],
     )
     def test_digits_follow_the_error(self, mean, se, text):
         assert with_error({"mean": mean, "se": se}) == text
 
     @pytest.mark.parametrize(
-        ("x", "text"), [(2934.4, "2934"), (81.72, "81.7"), (0.0, "0.00"), (0.01234, "0.0123"), (1.83e-5, "0.000018")]
+        ("x", "text"),
+        [
+            (2934.4, "2934"),
+            (81.72, "81.7"),
+            (0.0, "0.00"),
+            (0.01234, "0.0123"),
+            (1.83e-5, "0.000018"),
+            (math.inf, "inf"),
+        ],
     )
     def test_three_digits(self, x, text):
         assert three_digits(x) == text

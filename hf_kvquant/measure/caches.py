@@ -27,7 +27,7 @@ from ..config import KVQuantConfig
 from ..host import DynamicLayer, cache_inputs, takes
 from ..quantization import FORMATS, QuantSpec
 from ..scoring import DENSE as NOT_QUANTIZED
-from ..scoring import score
+from ..scoring import score, score_by_decoding
 
 DENSE, FP16 = "dense", "fp16"
 # The settings that transformers' guide recommends (quanto: axis 0, HQQ: axis 1), otherwise with its defaults: groups
@@ -160,6 +160,15 @@ class Preset(Candidate):
 
     def build(self, config, max_length):
         return QuantizedCache(config, self.config, max_length=max_length)
+
+
+@dataclass
+class Decoded(Preset):
+    """A cache of ours, driven token by token as `generate` does. Slower, and the same figures up to rounding."""
+
+    def rows(self, model, ids, context, first):
+        context = min(context, ids.shape[1])
+        yield score_by_decoding(model, ids, context, self.config)[0][first - ids.shape[1] :]
 
 
 def presets(names: Sequence[str]) -> list[Candidate]:

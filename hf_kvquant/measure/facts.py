@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,6 +128,15 @@ def _version(package: str, missing: str = "not installed") -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return missing
+
+
+def rounded(data: Any, digits: int) -> Any:
+    """Plain data with every float rounded to so many significant digits."""
+    if isinstance(data, float):
+        return float(f"{data:.{digits}g}")
+    if isinstance(data, dict):
+        return {name: rounded(value, digits) for name, value in data.items()}
+    return [rounded(value, digits) for value in data] if isinstance(data, list) else data
 
 
 def read_json(file: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -62,6 +63,8 @@ def _cells(name: str, cache: Mapping, share: float) -> list[str]:
 
 def three_digits(x: float) -> str:
     """`x` with three significant digits and no exponent; at most six decimals."""
+    if not math.isfinite(x):
+        return str(x)
     exponent = int(f"{x:e}".partition("e")[2])
     return f"{x:.{min(max(0, 2 - exponent), 6)}f}"
 
@@ -69,7 +72,7 @@ def three_digits(x: float) -> str:
 def with_error(x: Mapping, factor: float = 1, sign: str = "") -> str:
     """Mean and standard error, with as many digits as the error allows."""
     mean, error = factor * x["mean"], x["se"]
-    if not error:
+    if not error or not math.isfinite(error):
         return f"{mean:{sign}.3g}"
     error *= factor
     first, _, exponent = f"{error:e}".partition("e")
@@ -124,6 +127,18 @@ def markdown_table(result: Mapping, leave_out: Sequence[str] = ()) -> str:
             cells = [f"**{cells[0]}**", *cells[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def put_between(page: str, begin: str, end: str, content: str) -> str:
+    """`page` with other content between its two marker lines.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if begin not in page or end not in page:
+        raise ValueError(f"README.md: expected the lines {begin!r} and {end!r}, between which results stand")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 TASK_COLUMNS = ("model", "cache", "task", "metric", "score", "saw the cache")

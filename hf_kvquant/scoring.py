@@ -16,7 +16,7 @@ with length times vocabulary. Chunks change the result by rounding only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,8 @@ _CHUNK_MULTIPLE = 256
 # The most attention scores in memory at once. It limits how many queries are computed together (one at least).
 _MAX_SCORES = 2**24
 _MAX_ROWS = 256
+# The arguments and the result of `quantize`.
+Quantizer = Callable[[torch.Tensor, QuantSpec, torch.Tensor | None], Any]
 
 
 def score(
@@ -116,6 +118,7 @@ def score_chunks(
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
     first_row: int = 0,
+    quantizers: tuple[Quantizer, Quantizer] = (quantize, quantize),
     **model_kwargs: Any,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The logits of `score` in chunks: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
@@ -123,6 +126,9 @@ def score_chunks(
     Rows before `first_row` are left out, and not even computed if the model can skip them (`logits_to_keep`). The
     model is free for other use between two chunks. Layers other than full and sliding attention (linear ones) carry a
     state that transformers cannot continue by several tokens, so such a model takes the whole text as one chunk.
+
+    `quantizers` take the place of `quantize` for keys and for values, so that other schemes can be scored with the
+    config's exact tokens. What they return has a method `dequantize(dtype)`.
     """
     batch, length = input_ids.shape
     contexts = torch.as_tensor(context_lengths, device=input_ids.device).expand(batch)
@@ -138,7 +144,7 @@ def score_chunks(
         cache = DynamicCache(config=model.config)
     else:
         padding = None if attention_mask is None else attention_mask == 0
-        cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding, length)
+        cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding, length, quantizers)
     if not all(type(layer) in (_ScoringLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         chunk_length = length
     per_token = [name for name, x in model_kwargs.items() if isinstance(x, torch.Tensor) and length in x.shape[1:2]]
@@ -347,11 +353,13 @@ class _ScoringLayer(DynamicLayer):
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
         length: int,
+        quantizers: tuple[Quantizer, Quantizer],
         sliding_window: int | None = None,
     ):
         super().__init__()
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self.specs, self.contexts, self.padding, self.max_length = specs, contexts, padding, length
+        self.quantizers = quantizers
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
         self.length = 0
 
@@ -373,10 +381,12 @@ class _ScoringLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
         padding = None if self.padding is None else self.padding[:, start : self.length]
-        for states, spec, exact, pieces in zip((key_states, value_states), self.specs, self.exact, self.pieces):
+        for states, spec, exact, pieces, stored in zip(
+            (key_states, value_states), self.specs, self.exact, self.pieces, self.quantizers
+        ):
             exact[:, :, start : self.length] = states
             if not spec.is_dense:
-                pieces.append(quantize(states, spec, padding))
+                pieces.append(stored(states, spec, padding))
         return tuple(
             ScoredStates(exact[:, :, : self.length], tuple(pieces), spec, self)
             for spec, exact, pieces in zip(self.specs, self.exact, self.pieces)
@@ -401,11 +411,13 @@ class _ScoringCache(DynamicCache):
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
         length: int,
+        quantizers: tuple[Quantizer, Quantizer],
     ):
         # A query reads the same from static storage.
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 window = layer.sliding_window
-                layers[i] = _ScoringLayer(config.for_layer(i), config, contexts, padding, length, window)
+                arguments = (config.for_layer(i), config, contexts, padding, length, quantizers)
+                layers[i] = _ScoringLayer(*arguments, window)
         Cache.__init__(self, layers=layers)

@@ -12,6 +12,7 @@ from hf_kvquant import (
     KVQuantConfig,
     QuantSpec,
     cache_read_share,
+    quantize,
     score,
     score_by_decoding,
     score_chunks,
@@ -352,18 +353,15 @@ def test_padding_on_the_right_needs_no_mask():
             torch.testing.assert_close(together[row : row + 1, :length], alone, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
-def test_a_broken_cache_shows_where_it_is_read_and_only_there(monkeypatch):
+def test_a_broken_cache_shows_where_it_is_read_and_only_there():
     """Stored keys twice as large as they are: `cache_read_share` counts the rows whose logits change."""
     model = tiny("llama-gqa", torch.float64)
     ids, _ = text(padded=True)
     contexts = [40, 64, 98]
     config = KVQuantConfig(spec("int8"), spec("fp8"))
     whole = score(model, ids, contexts, config)
-    quantize = scoring.quantize
-    monkeypatch.setattr(
-        scoring, "quantize", lambda x, s, padding: quantize(2 * x if s.format == "int8" else x, s, padding)
-    )
-    changed = (score(model, ids, contexts, config) != whole).any(-1)
+    quantizers = (lambda x, *rest: quantize(2 * x, *rest), quantize)
+    changed = (score(model, ids, contexts, config, quantizers=quantizers) != whole).any(-1)
     # The last row predicts a token beyond the text.
     share = changed[:, :-1].float().mean().item()
     assert share == pytest.approx(cache_read_share(contexts, [1] * 3, [LENGTH] * 3))

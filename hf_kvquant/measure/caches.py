@@ -100,7 +100,7 @@ class Dense(Candidate):
         return {"cache": "StaticCache" if self.static else "DynamicCache"}
 
     def rows(self, model, ids, context, first):
-        yield _one_pass(model, ids, context, NOT_QUANTIZED, first)
+        yield one_pass(model, ids, context, NOT_QUANTIZED, first)
 
     def build(self, config, max_length):
         return StaticCache(config=config, max_cache_len=max_length) if self.static else DynamicCache(config=config)
@@ -156,7 +156,7 @@ class Preset(Candidate):
         return self.config.to_dict()
 
     def rows(self, model, ids, context, first):
-        yield _one_pass(model, ids, context, self.config, first)
+        yield one_pass(model, ids, context, self.config, first)
 
     def build(self, config, max_length):
         return QuantizedCache(config, self.config, max_length=max_length)
@@ -247,6 +247,10 @@ def _keep_logits(model: PreTrainedModel, ids: torch.Tensor, first: int) -> dict:
     return {"logits_to_keep": max(ids.shape[1] - first, 1)} if known else {}
 
 
-def _one_pass(model: PreTrainedModel, ids: torch.Tensor, context: int, kv_config, first: int) -> torch.Tensor:
+def one_pass(
+    model: PreTrainedModel, ids: torch.Tensor, context: int, kv_config: KVQuantConfig | str, first: int, **options: Any
+) -> torch.Tensor:
+    """The logits of `Candidate.rows` as one piece; `options` are those of `score`."""
     context = min(context, ids.shape[1])
-    return score(model, ids, context, kv_config, **_keep_logits(model, ids, first))[0][first - ids.shape[1] :]
+    options |= _keep_logits(model, ids, first)
+    return score(model, ids, context, kv_config, **options)[0][first - ids.shape[1] :]

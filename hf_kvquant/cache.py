@@ -129,6 +129,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
         self.unconditional: QuantizedCache | None = None
         # State of this generation that the model keeps outside of its cache; see `host.GENERATION_STATE`.
         self.model_state: dict[str, torch.Tensor | int | None] = {}
+        # The adapters of the last call of the model, by module; None if no call is known.
+        self.adapters: dict[str, dict] | None = None
         self._routes = Routes()
         self._max_length = max_length
         self._reach = reach or min((n for n in (max_length, context_length(config)) if n), default=None)

@@ -38,7 +38,8 @@ from .attention import attend
 from .cache import QuantizedCache
 from .changes import FORWARD
 from .config import KVQuantConfig
-from .route import switched_attention
+from .route import say_once, switched_attention
+from .saving import active_adapters, adapters_difference
 
 NAME = "kvquant"
 
@@ -127,6 +128,7 @@ def _watched(model: PreTrainedModel, calls_begin_here: bool = False) -> Iterator
         _watchers[model] += 1
         related = any(model in other.modules() or other in model.modules() for other in _hooks)
         _state_places[model] = host.generation_state(model)
+        _adapters[model] = active_adapters(model, model)
         if model not in _hooks and (calls_begin_here or not related):
             _hooks[model] = (
                 model.register_forward_pre_hook(_call_begins, with_kwargs=True),
@@ -160,6 +162,7 @@ def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     for cache in _caches_given((args, kwargs)):
         cache.begin(FORWARD, bool(keeps_weights))
         _put_back_state(model, cache)
+        _note_other_adapters(model, cache)
     return args, kwargs
 
 
@@ -186,6 +189,21 @@ def _put_back_state(model: torch.nn.Module, cache: QuantizedCache) -> None:
 
 
 _state_places: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+def _note_other_adapters(model: torch.nn.Module, cache: QuantizedCache) -> None:
+    """Warn if an adapter was switched between two turns: tokens of the first stay as the old adapter made them."""
+    now, was = _adapters.get(model), cache.adapters
+    # Within a generation both are the same object.
+    if was is not None and now is not None and was is not now and was != now and not cache.is_empty:
+        say_once(
+            "The tokens in the quantized KV cache were computed with other adapters and are not computed anew: "
+            f"{adapters_difference(was, now, 'the cache')}."
+        )
+    cache.adapters = now
+
+
+_adapters: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:

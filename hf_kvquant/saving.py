@@ -268,11 +268,7 @@ class File:
     def _check_adapters(self, saved: dict | None, given: dict | None) -> None:
         if saved is None or given is None or saved == given:
             return
-        module = min(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
-        was, now = (_told_adapters(adapters.get(module)) for adapters in (saved, given))
-        raise ValueError(
-            f"{self.path}: was computed with other adapters: {module} has {was} in the file, {now} in the model"
-        )
+        raise ValueError(f"{self.path}: was computed with other adapters: {adapters_difference(saved, given)}")
 
 
 def base_model(model: object) -> object:
@@ -301,11 +297,11 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     return {
         "config": {name: value for name, value in fields.items() if name not in _IRRELEVANT},
         "weights": weights_sum(model) if is_model else None,  # type: ignore[arg-type]  # so is the wrapper
-        "adapters": _adapters(model, base) if is_model else None,
+        "adapters": active_adapters(model, base) if is_model else None,
     }
 
 
-def _adapters(model: Any, base: PreTrainedModel) -> dict[str, dict]:
+def active_adapters(model: Any, base: PreTrainedModel) -> dict[str, dict]:
     """The active adapters of peft in each module, with their scaling, or "merged" if they are part of its weights.
 
     peft is not imported: a module with adapters is recognised by its bool `disable_adapters`, which peft's all have.
@@ -332,6 +328,13 @@ def _adapters(model: Any, base: PreTrainedModel) -> dict[str, dict]:
 
 def _plain(number: object) -> object:
     return number if number is None or isinstance(number, (bool, int, float, str)) else str(number)
+
+
+def adapters_difference(saved: dict, given: dict, where: str = "the file") -> str:
+    """The first module in which two results of `active_adapters` differ, in words; `where` the first one is from."""
+    module = min(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
+    was, now = (_told_adapters(adapters.get(module)) for adapters in (saved, given))
+    return f"{module} has {was} in {where}, {now} in the model"
 
 
 def _told_adapters(adapters: object) -> str:

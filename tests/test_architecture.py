@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "latent": {"backends.arguments", "ops", "recorded", "reference", "route", "states"},
     "attention": {"axes", "calls", "host", "latent", "ops", "recorded", "route", "states"},
     "batching": {"config", "host", "ops", "pages", "route", "states"},
-    "integration": {"batching", "cache", "changes", "attention", "config", "host", "latent", "route"},
+    "integration": {"batching", "cache", "changes", "attention", "config", "host", "latent", "route", "saving"},
     "scoring": ANYTHING,
     "cli": ANYTHING,
     "": ANYTHING,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec
-from hf_kvquant.host import CACHE, cache_of
+from hf_kvquant.host import CACHE, cache_inputs, cache_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
 # Every token is exact, so a difference from the dense cache is not due to quantization.
@@ -226,3 +227,40 @@ class TestCallsAside:
         assert cache_of(out).get_seq_length() == 70 + 7
         assert cache_of(out).routes["prefill_dense"] == 2
         assert_equal_logits(out, generate(model, cache_implementation="kvquant-int8"))
+
+
+class TestSwitchedAdapters:
+    """A cache whose first tokens another adapter computed goes on, and says so once."""
+
+    @pytest.fixture
+    def model(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(families.build("llama"), config, adapter_name="first").eval()
+        model.add_adapter("second", config)
+        return model
+
+    def turn(self, model, before=None):
+        given = {} if before is None else {CACHE: cache_of(before)}
+        ids = families.prompt() if before is None else before.sequences
+        name = {"cache_implementation": "kvquant-int8"} if before is None else {}
+        return model.generate(input_ids=ids, **GREEDY, **given, **name)
+
+    def test_warn(self, model):
+        first = self.turn(model)
+        model.set_adapter("second")
+        with pytest.warns(UserWarning, match="other adapters .* has 'first' times 2.0 in the cache, 'second' times 2"):
+            second = self.turn(model, first)
+        assert cache_of(second).routes["decode_fused"] == cache_of(second).routes["prefill_dense"] * (7 + 8)
+
+    @pytest.mark.filterwarnings("error:The tokens in the quantized:UserWarning")
+    def test_the_same_one_does_not(self, model):
+        self.turn(model, self.turn(model, self.turn(model)))
+        model.set_adapter("second")
+        self.turn(model)
+
+    def test_plain_calls_warn(self, model):
+        cache, base = cache_of(self.turn(model)), model.get_base_model()
+        noted = pytest.warns(UserWarning, match="'first' times 2.0 in the cache, none in the model")
+        with noted, torch.no_grad(), model.disable_adapter(), hf_kvquant.attention(base):
+            base(families.prompt(1, 1), **cache_inputs(base, cache))

@@ -67,6 +67,9 @@ def attend(
     states = key if call is None else call.step.keys
     same_type = call is not None or type(value) is type(key)
     obstacle = _obstacle(module, query, states, same_type, key.shape[2], attention_mask, kwargs)
+    # Another function than the compiled operator may have gradients.
+    if obstacle is None and operator is None and query.requires_grad and torch.is_grad_enabled():
+        obstacle = "queries that require grad"
     if call is not None and obstacle is None:
         obstacle = _obstacle_of_call(call, query.shape[2], attention_mask, kwargs)
     if obstacle is not None:
@@ -173,8 +176,6 @@ def _obstacle(
         return "values that are not cached as the keys are"
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return KEEPS_WEIGHTS
-    if query.requires_grad and torch.is_grad_enabled():
-        return "queries that require grad"
     if kwargs.get("dropout"):
         return f"dropout={kwargs['dropout']}"
     if mask is not None and not isinstance(mask, torch.Tensor):

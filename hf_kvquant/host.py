@@ -323,6 +323,19 @@ def supports_cache(model: PreTrainedModel) -> bool:
     return generates._supports_default_dynamic_cache() and cache_argument(model) is not None
 
 
+@contextmanager
+def keeps_caches(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context the model is without gradient checkpointing, in which its layers get no cache."""
+    parts = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True  # type: ignore[assignment]
+
+
 def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:
     """`num_heads` and `head_dim` for allocating a static cache of the model early; None if they are not known."""
     generates: Any = model

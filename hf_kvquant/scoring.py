@@ -3,6 +3,7 @@
     logits = score(model, input_ids, context_lengths=128, kv_config="int4")  # [batch, length, vocab]
     for start, logits in score_chunks(model, input_ids, 128, "int4"): ...    # the same, in chunks
     log_probs, is_greedy = score_tokens(model, input_ids, 128, "int4")       # enough for perplexity
+    log_probs, _ = score_tokens(..., straight_through=True)                  # with gradients, for training
 
 Prefill is un-quantized, so one forward pass over a whole text never reads a quantized cache, and perplexity measured
 that way is perfect for any format. Here the rows of the context attend densely, and every scored row reads each key
@@ -11,24 +12,32 @@ tokens is needed.
 
 A text goes through the model in chunks of a fixed length, so memory grows with the cache, not with its square, nor
 with length times vocabulary. Chunks change the result by rounding only.
+
+With `straight_through` the same values have gradients, with which a model can be trained on text that it generated
+from a quantized cache. Quantization counts as adding a constant, so gradients pass it unchanged (the straight-through
+estimator, Bengio et al. 2013, arXiv:1308.3432). Backward computes each chunk anew, and each few rows of its attention,
+so that beside the cache it needs the activations of one chunk.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .attention import attend
 from .cache import QuantizedCache
 from .config import KVQuantConfig
-from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, takes
+from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, keeps_caches, takes
 from .integration import attention
 from .layers import QuantizedLayer
 from .quantization import QuantizedTensor, QuantSpec, quantize
@@ -56,6 +65,7 @@ def score(
     *,
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
+    straight_through: bool = False,
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """Logits `[batch, length, vocab]` as decode gives them after prefilling `context_lengths` positions of each row.
@@ -72,12 +82,14 @@ def score(
             at least), so that even the token after the context is predicted from the cache. It does no more than
             shorten the context: give `cache_read_share` the same number.
         chunk_length: positions per forward call, a multiple of 256.
+        straight_through: whether the result has gradients, which pass the quantization unchanged.
         model_kwargs: passed on to the model's forward.
 
     Raises:
         ValueError: an argument out of range, or a model whose attention cannot be scored in one pass.
     """
-    options = {"decode_tail": decode_tail, "chunk_length": chunk_length, **model_kwargs}
+    options = {"decode_tail": decode_tail, "chunk_length": chunk_length, "straight_through": straight_through}
+    options |= model_kwargs
     chunks = [
         part for _, part in score_chunks(model, input_ids, context_lengths, kv_config, attention_mask, **options)
     ]
@@ -98,13 +110,15 @@ def score_tokens(
         For the tokens `input_ids[:, 1:]`: natural log-probabilities, float32 `[batch, length - 1]`, and whether each
         is the most likely one, bool. Arguments and errors are those of `score`.
     """
-    log_probs, is_greedy = [], []
-    for start, logits in score_chunks(model, input_ids, context_lengths, kv_config, attention_mask, **options):
-        targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]]
+
+    def predicted(start: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
         logits = logits[:, : targets.shape[1]]
-        targets = targets.to(logits.device)
-        log_probs.append(logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets[..., None])[..., 0])
-        is_greedy.append(logits.argmax(-1) == targets)
+        log_probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets[..., None])[..., 0]
+        return log_probs, logits.argmax(-1) == targets
+
+    arguments = (model, input_ids, context_lengths, kv_config, attention_mask)
+    log_probs, is_greedy = zip(*(found for _, found in _score_chunks(predicted, *arguments, **options)))
     return torch.cat(log_probs, dim=1), torch.cat(is_greedy, dim=1)
 
 
@@ -114,12 +128,7 @@ def score_chunks(
     context_lengths: int | Sequence[int] | torch.Tensor,
     kv_config: KVQuantConfig | str | Path | dict,
     attention_mask: torch.Tensor | None = None,
-    *,
-    decode_tail: int = 0,
-    chunk_length: int = CHUNK_LENGTH,
-    first_row: int = 0,
-    quantizers: tuple[Quantizer, Quantizer] = (quantize, quantize),
-    **model_kwargs: Any,
+    **options: Any,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The logits of `score` in chunks: pairs of a first row and the logits `[batch, rows, vocab]` from there on.
 
@@ -130,6 +139,26 @@ def score_chunks(
     `quantizers` take the place of `quantize` for keys and for values, so that other schemes can be scored with the
     config's exact tokens. What they return has a method `dequantize(dtype)`.
     """
+    arguments = (model, input_ids, context_lengths, kv_config, attention_mask)
+    return _score_chunks(lambda start, logits: logits, *arguments, **options)
+
+
+def _score_chunks(
+    result: Callable,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    context_lengths: int | Sequence[int] | torch.Tensor,
+    kv_config: KVQuantConfig | str | Path | dict,
+    attention_mask: torch.Tensor | None,
+    *,
+    decode_tail: int = 0,
+    chunk_length: int = CHUNK_LENGTH,
+    first_row: int = 0,
+    quantizers: tuple[Quantizer, Quantizer] = (quantize, quantize),
+    straight_through: bool = False,
+    **model_kwargs: Any,
+) -> Iterator[tuple[int, Any]]:
+    """Pairs of a first row and `result(first row, logits)`, which backward computes anew with the chunk."""
     batch, length = input_ids.shape
     contexts = torch.as_tensor(context_lengths, device=input_ids.device).expand(batch)
     _check_range("context_lengths", contexts.tolist(), 1, length, "the length")
@@ -144,7 +173,7 @@ def score_chunks(
         cache = DynamicCache(config=model.config)
     else:
         padding = None if attention_mask is None else attention_mask == 0
-        cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding, length, quantizers)
+        cache = _ScoringCache(model, KVQuantConfig.load(kv_config), contexts, padding, quantizers)
     if not all(type(layer) in (_ScoringLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         chunk_length = length
     per_token = [name for name, x in model_kwargs.items() if isinstance(x, torch.Tensor) and length in x.shape[1:2]]
@@ -152,11 +181,13 @@ def score_chunks(
         raise ValueError(
             f"{per_token[0]}: a value per token cannot be given in chunks; expected chunk_length of at least {length}"
         )
-    return _chunks(model, input_ids, cache, attention_mask, chunk_length, first_row, model_kwargs)
+    inputs = (model, input_ids, cache, attention_mask, chunk_length, first_row, model_kwargs)
+    return _chunks(result, straight_through, *inputs)
 
 
-@torch.no_grad()
 def _chunks(
+    result: Callable,
+    straight_through: bool,
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     cache: Cache,
@@ -164,14 +195,18 @@ def _chunks(
     chunk_length: int,
     first_row: int,
     model_kwargs: dict,
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int, Any]]:
     length = input_ids.shape[1]
     dense = not isinstance(cache, _ScoringCache)
     keeps = takes(model, "logits_to_keep")
-    for start in range(0, length, chunk_length):
-        end = min(start + chunk_length, length)
-        # The model must see every token, even those whose logits are not wanted; 0 would mean "all".
-        wanted = max(end - max(start, first_row), 0)
+
+    def forward(before: Cache, start: int, end: int, wanted: int) -> tuple[Any, Cache]:
+        """The result of one chunk, and the cache after it."""
+        cache = before
+        if straight_through:
+            # The cache before it stays for another pass.
+            cache = copy.copy(before)
+            cache.layers = [copy.copy(layer) for layer in before.layers]
         inputs = mask_inputs(model, attention_mask, start, end) | model_kwargs
         if keeps and wanted < end - start:
             inputs["logits_to_keep"] = max(wanted, 1)
@@ -179,13 +214,27 @@ def _chunks(
             inputs["use_cache"] = False
         else:
             inputs |= cache_inputs(model, cache)
-        if dense:
+        with keeps_caches(model), nullcontext() if dense else attention(model, _attend, name="kvquant-score"):
             logits = model(input_ids[:, start:end], **inputs).logits
+        lengths = {layer.length for layer in cache.layers if isinstance(layer, _ScoringLayer)}
+        if lengths - {end}:
+            raise ValueError(
+                f"score: layers hold {lengths} tokens, expected {end}: the model called some without cache"
+            )
+        return result(end - wanted, logits[:, -wanted:]) if wanted else None, cache
+
+    for start in range(0, length, chunk_length):
+        end = min(start + chunk_length, length)
+        # The model must see every token, even those whose logits are not wanted; 0 would mean "all".
+        wanted = max(end - max(start, first_row), 0)
+        chunk = (cache, start, end, wanted)
+        if straight_through:
+            found, cache = checkpoint(forward, *chunk, use_reentrant=False)
         else:
-            with attention(model, _attend, name="kvquant-score"):
-                logits = model(input_ids[:, start:end], **inputs).logits
+            with torch.no_grad():
+                found, cache = forward(*chunk)
         if wanted:
-            yield end - wanted, logits[:, -wanted:]
+            yield end - wanted, found
 
 
 def _check_range(name: str, values: Sequence[int], low: int, high: int | None, what: str) -> None:
@@ -272,9 +321,10 @@ class ScoredStates:
 
     def body(self, dtype: torch.dtype) -> torch.Tensor:
         """De-quantized copies of all positions, `[batch, num_kv_heads, length, head_dim]`."""
+        exact = self.exact.to(dtype)
         if self.spec.is_dense:
-            return self.exact.to(dtype)
-        return torch.cat([piece.dequantize(dtype) for piece in self.pieces], dim=2)
+            return exact
+        return _StraightThrough.apply(exact, torch.cat([piece.dequantize(dtype) for piece in self.pieces], dim=2))
 
     def read_exactly(self, start: int, end: int) -> torch.Tensor:
         """Which of all positions the queries at positions `start .. end` read exactly, bool
@@ -292,6 +342,18 @@ class ScoredStates:
 
 
 _REFUSED = "this model cannot be scored in one pass, use score_by_decoding"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The de-quantized states, with gradients that go to the exact ones."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: torch.Tensor, dequantized: torch.Tensor) -> torch.Tensor:
+        return dequantized.view_as(dequantized)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 def _attention(
@@ -318,10 +380,8 @@ def _attention(
     def per_head(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(batch, num_heads, -1, x.shape[-1])
 
-    outputs = []
-    step = min(max(_MAX_SCORES // (batch * num_heads * kv_len), 1), _MAX_ROWS)
-    for start in range(0, q_len, step):
-        end = min(start + step, q_len)
+    def rows(start: int, end: int, query: torch.Tensor, *states: torch.Tensor) -> torch.Tensor:
+        k_exact, v_exact, k_body, v_body = states
         positions = start + kv_len - q_len, end + kv_len - q_len
         q = per_kv_head(query[:, :, start:end].to(dtype))
         hidden, bias = mask_rows(mask, start, end, q_len, kv_len, dtype, query.device)
@@ -336,7 +396,13 @@ def _attention(
         weights = scores.softmax(-1)[..., :kv_len].masked_fill(hidden, 0.0)
         exactly = values.read_exactly(*positions)
         near, far = weights.masked_fill(~exactly, 0.0), weights.masked_fill(exactly, 0.0)
-        outputs.append(per_head(per_kv_head(near) @ v_exact + per_kv_head(far) @ v_body))
+        return per_head(per_kv_head(near) @ v_exact + per_kv_head(far) @ v_body)
+
+    step = min(max(_MAX_SCORES // (batch * num_heads * kv_len), 1), _MAX_ROWS)
+    # Not all scores are kept for backward, either.
+    computed = partial(checkpoint, rows, use_reentrant=False) if torch.is_grad_enabled() else rows
+    states = (k_exact, v_exact, k_body, v_body)
+    outputs = [computed(start, min(start + step, q_len), query, *states) for start in range(0, q_len, step)]
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
@@ -352,14 +418,12 @@ class _ScoringLayer(DynamicLayer):
         config: KVQuantConfig,
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
-        length: int,
         quantizers: tuple[Quantizer, Quantizer],
         sliding_window: int | None = None,
     ):
         super().__init__()
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
-        self.specs, self.contexts, self.padding, self.max_length = specs, contexts, padding, length
-        self.quantizers = quantizers
+        self.specs, self.contexts, self.padding, self.quantizers = specs, contexts, padding, quantizers
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
         self.length = 0
 
@@ -369,8 +433,9 @@ class _ScoringLayer(DynamicLayer):
         self.padding = None if self.padding is None else self.padding.to(self.device)
         states = key_states, value_states
         self.specs = tuple(spec if spec.is_dense else spec.resolve(x.shape[-1]) for spec, x in zip(self.specs, states))
-        self.exact = tuple(x.new_empty(*x.shape[:2], self.max_length, x.shape[-1]) for x in states)
-        self.pieces: tuple[list[QuantizedTensor], ...] = ([], [])
+        # By update, so that the caches before and after it share them.
+        self.exact: tuple[tuple[torch.Tensor, ...], ...] = ((), ())
+        self.pieces: tuple[tuple[QuantizedTensor, ...], ...] = ((), ())
         self.is_initialized = True
 
     def update(
@@ -381,15 +446,16 @@ class _ScoringLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
         padding = None if self.padding is None else self.padding[:, start : self.length]
-        for states, spec, exact, pieces, stored in zip(
-            (key_states, value_states), self.specs, self.exact, self.pieces, self.quantizers
-        ):
-            exact[:, :, start : self.length] = states
-            if not spec.is_dense:
-                pieces.append(stored(states, spec, padding))
+        states = key_states, value_states
+        # Nothing is changed in place: backward needs it as it was.
+        self.exact = tuple((*exact, x) for exact, x in zip(self.exact, states))
+        self.pieces = tuple(
+            pieces if spec.is_dense else (*pieces, stored(x.detach(), spec, padding))
+            for pieces, spec, x, stored in zip(self.pieces, self.specs, states, self.quantizers)
+        )
         return tuple(
-            ScoredStates(exact[:, :, : self.length], tuple(pieces), spec, self)
-            for spec, exact, pieces in zip(self.specs, self.exact, self.pieces)
+            ScoredStates(torch.cat(exact, dim=2), pieces, spec, self)
+            for exact, pieces, spec in zip(self.exact, self.pieces, self.specs)
         )
 
     def get_seq_length(self) -> int:
@@ -410,7 +476,6 @@ class _ScoringCache(DynamicCache):
         config: KVQuantConfig,
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
-        length: int,
         quantizers: tuple[Quantizer, Quantizer],
     ):
         # A query reads the same from static storage.
@@ -418,6 +483,6 @@ class _ScoringCache(DynamicCache):
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 window = layer.sliding_window
-                arguments = (config.for_layer(i), config, contexts, padding, length, quantizers)
+                arguments = (config.for_layer(i), config, contexts, padding, quantizers)
                 layers[i] = _ScoringLayer(*arguments, window)
         Cache.__init__(self, layers=layers)

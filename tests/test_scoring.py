@@ -1,5 +1,6 @@
 """Decode-faithful scoring equals real decode: every accuracy figure rests on this."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -391,3 +392,143 @@ def test_attention_asks_scored_states_what_it_asks_cached_ones():
     mask = torch.where(seen, bias, -torch.inf)
     expected = torch.nn.functional.scaled_dot_product_attention(query, exact, exact, mask, enable_gqa=True)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+class TestStraightThrough:
+    """Gradients of the values that `score` gives, with quantization as the addition of a constant."""
+
+    @staticmethod
+    def summed(model, ids, mask, config, chunk_length=1024, **options) -> torch.Tensor:
+        """The sum of the log-probabilities of the tokens that were predicted from the cache."""
+        logits = score(model, ids, CONTEXT, config, mask, chunk_length=chunk_length, **options)[:, CONTEXT:-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, CONTEXT + 1 :, None]).sum()
+
+    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_the_values_are_those_without(self, config, dtype):
+        model = tiny("llama-gqa", dtype)
+        ids, mask = text(True, LONG)
+        for chunk_length in (1024, CHUNK):
+            given = (model, ids, LONG_CONTEXT, CONFIGS[config], mask)
+            with_gradients = score(*given, chunk_length=chunk_length, straight_through=True)
+            assert with_gradients.requires_grad
+            assert torch.equal(with_gradients, score(*given, chunk_length=chunk_length))
+
+    @pytest.mark.parametrize(
+        ("family", "config", "length"),
+        [
+            *(("llama-gqa", config, LENGTH) for config in CONFIGS),
+            *((family, "int4-channel", LENGTH) for family in FAMILIES if family != "llama-gqa"),
+            ("llama-gqa", "int4-channel", LONG),
+        ],
+    )
+    def test_gradients_are_finite_differences(self, family, config, length, monkeypatch):
+        """Of the function in which the error of quantization stays what it was at the first evaluation."""
+        model = tiny(family, torch.float64)
+        # The models' own norms compute in float32, which is too coarse for differences.
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                model.set_submodule(name, torch.nn.RMSNorm(module.weight.shape, eps=1e-6, dtype=torch.float64))
+        ids, mask = text(family == "llama-gqa", length)
+        arguments = (model, ids, mask, CONFIGS[config], CHUNK)
+        self.summed(*arguments, straight_through=True).backward()
+        monkeypatch.setattr(scoring, "_StraightThrough", frozen := FrozenErrors())
+        self.summed(*arguments)
+        assert frozen.errors
+        parameters = list(model.parameters())
+        for _ in range(3):
+            directions, values = [torch.randn_like(p) for p in parameters], []
+            for step in (1e-6, -1e-6):
+                with torch.no_grad():
+                    torch._foreach_add_(parameters, directions, alpha=step)
+                    frozen.again()
+                    values.append(self.summed(*arguments))
+                    torch._foreach_sub_(parameters, directions, alpha=step)
+            along = sum((p.grad * d).sum().item() for p, d in zip(parameters, directions))
+            assert along == pytest.approx((values[0] - values[1]).item() / 2e-6, rel=1e-4)
+
+    def test_gradients_of_score_tokens(self):
+        model, (ids, mask) = tiny("llama-gqa", torch.float32), text(True, LONG)
+        arguments = (model, ids, LONG_CONTEXT, CONFIGS["int4-channel"], mask)
+        log_probs, _ = score_tokens(*arguments, chunk_length=CHUNK, straight_through=True)
+        log_probs.square().mean().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        logits = score(*arguments, chunk_length=CHUNK, straight_through=True)[:, :-1]
+        logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).square().mean().backward()
+        torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-5)
+
+    def test_they_are_not_those_of_the_dense_cache(self):
+        model, (ids, _) = tiny("llama-gqa", torch.float64), text(False)
+        gradients = []
+        for config in (CONFIGS["int4-rotated"], "none"):
+            model.zero_grad()
+            self.summed(model, ids, None, config, straight_through=True).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[1].norm()
+        assert torch.cosine_similarity(*gradients, dim=0) > 0.5
+
+    def test_of_a_model_with_gradient_checkpointing(self):
+        """Which transformers does without a cache; trainers switch it on."""
+        model, (ids, _) = tiny("llama-gqa", torch.float32).train(), text(False)
+        expected = self.summed(model, ids, None, "int8", straight_through=True)
+        model.gradient_checkpointing_enable()
+        found = self.summed(model, ids, None, "int8", straight_through=True)
+        found.backward()
+        assert torch.equal(found, expected)
+        assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+        assert model.is_gradient_checkpointing
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_layers_without_a_cache_are_noticed(self, monkeypatch):
+        model, (ids, _) = tiny("llama-gqa", torch.float32).train(), text(False)
+        model.gradient_checkpointing_enable()
+        monkeypatch.setattr(scoring, "keeps_caches", lambda model: nullcontext())
+        with pytest.raises(ValueError, match="tokens, expected 100: the model called some without"):
+            score(model, ids, CONTEXT, "int8", straight_through=True)
+
+    def test_of_an_adapter(self):
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+        model, (ids, _) = peft.get_peft_model(tiny("llama-gqa", torch.float32), lora), text(False)
+        found = self.summed(model, ids, None, "int8", straight_through=True)
+        found.backward()
+        assert torch.equal(found, self.summed(model.get_base_model(), ids, None, "int8"))
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert all((grad is not None and bool(grad.any())) == ("lora" in name) for name, grad in gradients.items())
+
+    @pytest.mark.parametrize("config", ["int4", "none"])
+    def test_memory(self, config):
+        """No tensor is as large as the square of the length or as length times vocabulary, and beside the cache the
+        graph keeps few of them: less than one chunk's attention scores."""
+        length, vocab, heads = 4096, 2048, 4
+        shape = SHAPE | {"num_hidden_layers": 1, "vocab_size": vocab, "max_position_embeddings": length}
+        model = tiny(
+            LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=2, intermediate_size=64, head_dim=16),
+            torch.float32,
+        )
+        kept = []
+        with Largest() as largest:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+                log_probs, _ = score_tokens(
+                    model, torch.randint(3, vocab, (1, length)), 128, config, chunk_length=256, straight_through=True
+                )
+            log_probs.sum().backward()
+        assert largest.numel <= 2**22 < min(heads * length**2, vocab * length) / 1.5
+        assert sum(kept) < heads * 256 * length / 2
+
+
+class FrozenErrors:
+    """In place of `_StraightThrough`: the first evaluation records the errors of quantization, later ones add them."""
+
+    def __init__(self):
+        self.errors, self.next = [], None
+
+    def apply(self, exact: torch.Tensor, dequantized: torch.Tensor) -> torch.Tensor:
+        if self.next is None:
+            self.errors.append(dequantized - exact)
+            return dequantized
+        return exact + next(self.next)
+
+    def again(self) -> None:
+        self.next = iter(self.errors)

@@ -9,7 +9,7 @@ LOCK := .ci/constraints.txt
 OLDEST_LOCK := .ci/constraints-oldest.txt
 SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest smoke newest lock sanitize soak arm matrix lint format clean
+.PHONY: demo test test-oldest smoke recipes newest lock sanitize soak arm matrix lint format clean
 
 # Threads that sleep while they wait: the demo stays fast beside other programs.
 demo: .venv-demo/installed
@@ -38,6 +38,15 @@ smoke: $(SMOKE:%=smoke-%)
 .PRECIOUS: .venv/transformers-%/installed
 smoke-%: .venv/installed .venv/transformers-%/installed
 	OMP_NUM_THREADS=1 SMOKE_TRANSFORMERS=$* PYTHONPATH=.venv/transformers-$* .venv/bin/pytest -q tests/test_smoke.py
+
+# Every recipe of eval/recipes, also with packages that are not in the lock: of these the newest releases.
+recipes: .venv-recipes/installed
+	OMP_NUM_THREADS=1 .venv-recipes/bin/pytest -q -rs tests/test_recipes.py
+
+.venv-recipes/installed: $(SOURCES) $(LOCK)
+	$(PYTHON) -m venv .venv-recipes
+	$(call install,$(LOCK),.venv-recipes) . pytest peft accelerate lm-eval datasets trl smolagents
+	touch $@
 
 # The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only
 # torch is pinned, to its CPU build. The last lines list failed tests and versions that differ from the lock.
@@ -135,4 +144,4 @@ format: .venv-lint/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-oldest .venv-newest .venv-lint .venv-lock build dist
+	rm -rf .venv .venv-demo .venv-recipes .venv-oldest .venv-newest .venv-lint .venv-lock build dist

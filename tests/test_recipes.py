@@ -1,0 +1,185 @@
+"""The recipes of eval/recipes: each runs, decodes from the quantized cache as stored, and does what its page says."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+
+import hf_kvquant
+from hf_kvquant.host import CACHE
+
+RECIPES = Path(__file__).parent.parent / "eval" / "recipes"
+MODEL = hf_kvquant.__path__[0] + "/models/stdlib-nano"
+# 4 layers; 8 new tokens, the first of which comes from the prompt.
+ONE_GENERATION = {"prefill_dense": 4, "decode_fused": 28, "decode_dequantized": 0, "window_lost": 0, "nonfinite": 0}
+
+pytestmark = pytest.mark.skipif(CACHE != "cache", reason="the recipes say `cache`, the name since transformers 5.24")
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list[hf_kvquant.QuantizedCache]:
+    """Every quantized cache that is made during a test: some frameworks do not return theirs."""
+    made, init = [], hf_kvquant.QuantizedCache.__init__
+
+    def remember(self, *args, **kwargs):
+        made.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf_kvquant.QuantizedCache, "__init__", remember)
+    return made
+
+
+def needs(*packages: str) -> None:
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not installed; `make recipes` installs it")
+
+
+def run(name: str) -> dict:
+    """The variables of a recipe after it has run."""
+    return runpy.run_path(str(RECIPES / f"{name}.py"))
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """That of a new process that finds the installed package, and keeps its files in a folder."""
+    path = os.pathsep.join(p for p in sys.path if p and Path(p).resolve() != RECIPES.parent.parent)
+    return {**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(folder)}
+
+
+def test_the_page_names_every_recipe():
+    page = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for file in RECIPES.glob("*.*"):
+        assert file.name == "README.md" or f"({file.name})" in page, file.name
+
+
+def test_peft():
+    needs("peft")
+    found = run("peft_adapters")
+    assert found["first"].sequences.shape == found["merged"].sequences.shape
+    assert found["second"].cache is found["first"].cache
+    assert found["second"].cache.routes == ONE_GENERATION | {"decode_fused": 28 + 32}
+    assert found["merged"].cache.routes == ONE_GENERATION
+    (message,) = found["switched"]
+    assert "'first' times 2.0 in the cache, 'second' times 2.0 in the model" in message
+
+
+def test_offloaded_weights():
+    needs("accelerate")
+    found = run("offloaded_weights")
+    for name in ("from_disk", "from_memory"):
+        assert found[name].sequences.tolist() == found["plain"].sequences.tolist()
+        assert found[name].cache.routes == ONE_GENERATION
+
+
+def test_pipelines(caches):
+    found = run("pipelines")
+    assert len(found["batch"]) == 2
+    assert found["chat"][0]["generated_text"][-1]["role"] == "assistant"
+    # A generation of a pipeline may end early.
+    assert len(caches) == 3
+    for cache in caches:
+        assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
+
+
+def test_saved_with_the_model():
+    found = run("saved_with_the_model")
+    assert found["cache"].kv_config.values.format == "int4"
+    assert found["cache"].routes == ONE_GENERATION
+    with_import, without = found["runs"]["import hf_kvquant"], found["runs"][""]
+    assert with_import.stdout == "kvquant\n"
+    assert without.returncode == 1 and "Invalid `cache_implementation` (kvquant)" in without.stderr
+
+
+def test_lm_eval(caches):
+    needs("lm_eval", "datasets")
+    found = run("lm_eval_hf")
+    assert found["scores"]["kvquant-int8"] == found["scores"]["dynamic"] > 0.5
+    assert len(caches) == 2 * 8
+    for cache in caches:
+        assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
+
+
+def test_from_a_repository(tmp_path):
+    """In a process of its own, which does not import hf_kvquant before the repository does."""
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "from_a_repository.py")], env=environment(tmp_path), capture_output=True,
+        text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{ONE_GENERATION}\n"
+
+
+def test_kv_replay():
+    """Replay gives the probabilities of the rollout, but for rounding; a dense pass does not."""
+    found = run("kv_replay")
+    for preset, row in found["table"].items():
+        (dense, dense_ratio), (replay, ratio) = row["dense"], row["replay"]
+        assert 0 <= replay < 1e-5 < dense, preset
+        assert replay < dense / 20, preset
+        assert max(abs(r - 1) for r in ratio) < 0.01 < max(abs(r - 1) for r in dense_ratio), preset
+    tokens = found["ids"][:, found["prompt_length"] :, None]
+    assert (found["log_probs"] - found["generated"].gather(-1, tokens)[..., 0]).abs().max() < 0.05
+    assert found["model"].model.layers[0].self_attn.k_proj.weight.grad.norm() > 0
+
+
+def test_smolagents(caches):
+    needs("smolagents")
+    assert 0 < run("smolagents_model")["answer"].token_usage.output_tokens <= 8
+    assert [cache.routes["decode_fused"] > 0 for cache in caches] == [True]
+
+
+def test_trl(caches):
+    needs("trl", "peft", "datasets")
+    found = run("trl_rollouts")
+    for name, rewards in found["rewards"].items():
+        assert sum(rewards[-2:]) > sum(rewards[:2]), name
+    # Scoring makes caches, too, which stay empty.
+    rollouts = [cache for cache in caches if not cache.is_empty]
+    assert len(rollouts) == sum(len(rewards) for rewards in found["rewards"].values())
+    for cache in rollouts:
+        assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
+
+
+class TestBadInput:
+    """One clear error at the door."""
+
+    def test_a_name_that_does_not_exist(self):
+        write = pipeline("text-generation", MODEL)
+        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\).*'kvquant-int4'"):
+            write("def", max_new_tokens=2, cache_implementation="kvquant-int3")
+        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\).*'kvquant-int4'"):
+            GenerationConfig(cache_implementation="kvquant-int3")
+
+    def test_a_config_that_does_not_exist(self, tmp_path):
+        write = pipeline("text-generation", MODEL)
+        with pytest.raises(ValueError, match="kv_config: '/nowhere.yaml' is neither a preset nor a file"):
+            write("def", max_new_tokens=2, cache_implementation="kvquant", cache_config="/nowhere.yaml")
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        model.generation_config.cache_implementation = "kvquant"
+        model.generation_config.cache_config = "/nowhere.yaml"
+        model.save_pretrained(tmp_path)
+        write = pipeline("text-generation", AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer=write.tokenizer)
+        with pytest.raises(ValueError, match="kv_config: '/nowhere.yaml' is neither a preset nor a file"):
+            write("def", max_new_tokens=2)
+
+    def test_a_model_that_cannot_be_quantized(self):
+        """Under an adapter, too."""
+        needs("peft")
+        import peft
+        from transformers import MambaConfig, MambaForCausalLM
+
+        model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+        lora = peft.LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match="MambaForCausalLM does not support Cache objects|nothing to quantize"):
+            peft.get_peft_model(model, lora).generate(max_new_tokens=2, cache_implementation="kvquant-int8")
+
+    def test_a_preset_that_a_repository_does_not_know(self, tmp_path, monkeypatch):
+        spec = runpy.run_path(str(RECIPES / "repository" / "custom_generate" / "generate.py"))
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\)"):
+            spec["generate"](model, preset="int3", max_new_tokens=2)

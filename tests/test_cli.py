@@ -70,6 +70,20 @@ def call(*arguments: object, code: int = 0, columns: int = 140):
 
 
 class TestInfo:
+    def test_a_block_for_an_issue(self):
+        """Every fact in a line of its own, whatever the terminal's width, and no path of the user's."""
+        facts, lines = (
+            json.loads(call("info", "--json").stdout),
+            call("info", "--issue", columns=40).stdout.splitlines(),
+        )
+        assert (lines[0], lines[-1]) == ("```text", "```")
+        said = {name: value.strip() for name, _, value in (line.partition(":") for line in lines[1:-1])}
+        assert said["cpu backend"].startswith(facts["backends"]["cpu"]["chosen"])
+        assert said["processor"] == facts["machine"]["cpu"]
+        for name, version in facts["versions"].items():
+            assert f"{name} {version}" in said["versions"]
+        assert str(Path.home()) not in "".join(lines) and hf_kvquant.__path__[0] not in "".join(lines)
+
     def test_json(self):
         facts = json.loads(call("info", "--json").stdout)
         assert facts["backends"]["cpu"]["chosen"] == ops.choose_backend("auto", "cpu", torch.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -183,3 +185,19 @@ class TestBadInput:
         model = AutoModelForCausalLM.from_pretrained(MODEL)
         with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\)"):
             spec["generate"](model, preset="int3", max_new_tokens=2)
+
+
+def test_the_notebook(tmp_path):
+    """Its cells run in order in a process of their own; it is stored without output, which would go stale."""
+    notebook = json.loads((RECIPES / "first_steps.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'decode_dequantized': 0" in done.stdout
+    shares = dict(re.findall(r"^(\S+) +\d+ of \d+ tokens, (\d+)% of the bytes$", done.stdout, re.MULTILINE))
+    assert list(shares) == hf_kvquant.KVQuantConfig.preset_names()
+    assert int(shares["int4-small"]) < 30 < int(shares["int8-plain"]) < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from typing import Annotated
 
 import torch
@@ -21,11 +22,15 @@ HEAD_DIM = 128
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    issue: Annotated[bool, typer.Option("--issue", help="Print a block to quote in an issue, without paths.")] = False,
 ) -> None:
     """Show which backend runs here and why, the machine, versions and presets."""
     facts = collect()
     if as_json:
         print(json.dumps(facts, indent=1))
+        return
+    if issue:
+        print(quoted(facts))
         return
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -35,13 +40,8 @@ def info(
         table.add_row(f"{device} backend", f"[green]{chosen['chosen'] or 'none'}[/]  {chosen['why']}")
         for name, value in chosen.get("library", {}).items():
             table.add_row("", f"[dim]{name}: {', '.join(value) if isinstance(value, list) else value}[/]")
-    here = facts["machine"]
-    table.add_row("processor", here["cpu"])
-    table.add_row("features", " ".join(here["cpu_features"]) or "unknown")
-    table.add_row("cores", f"{here['cores']}, torch threads {here['threads']}")
-    table.add_row("OpenMP", here["openmp"])
-    table.add_row("GPU", here["gpu"])
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    for row in _machine(facts):
+        table.add_row(*row)
     console.print(table)
 
     presets = Table(
@@ -66,6 +66,27 @@ def collect() -> dict:
         "versions": versions(),
         "presets": {name: describe(KVQuantConfig.preset(name)) for name in KVQuantConfig.preset_names()},
     }
+
+
+def quoted(facts: dict) -> str:
+    """The facts that someone who reads an issue needs, as a Markdown block."""
+    backends = [
+        (f"{device} backend", f"{x['chosen'] or 'none'}, {x['why']}") for device, x in facts["backends"].items()
+    ]
+    rows = [*backends, ("system", platform.platform()), *_machine(facts)]
+    return "\n".join(["```text", *(f"{name + ':':14}{value}" for name, value in rows), "```"])
+
+
+def _machine(facts: dict) -> list[tuple[str, str]]:
+    here = facts["machine"]
+    return [
+        ("processor", here["cpu"]),
+        ("features", " ".join(here["cpu_features"]) or "unknown"),
+        ("cores", f"{here['cores']}, torch threads {here['threads']}"),
+        ("OpenMP", here["openmp"]),
+        ("GPU", here["gpu"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+    ]
 
 
 def _cpu_backend() -> dict:

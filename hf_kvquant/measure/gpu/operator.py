@@ -21,6 +21,7 @@ from .. import operator
 from ..caches import grids
 from ..checks import at_most, is_true, relative_error
 from ..clock import summary
+from . import goals
 from .clock import host_seconds, median
 from .points import Deadline, Report
 
@@ -212,6 +213,9 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
             row |= {"us": summary(samples[name], 1e-6), "gb_per_s": nbytes[name] / seconds / 1e9}
             row |= {"share_of_copy_bandwidth": row["gb_per_s"] / facts["copy_gb_per_s"]}
             row |= {"time_over_best_bf16": None if best is None else seconds / best}
+            if name in goals.SHARE_OF_COPY:
+                limit = goals.time_limit(name, nbytes[name], facts["copy_gb_per_s"])
+                row["time_over_limit"] = seconds * 1e6 / limit
             if name in stored:
                 row["host_us"] = host_seconds(machine, calls[name]) * 1e6
             rows.append(row)

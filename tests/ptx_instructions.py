@@ -387,6 +387,21 @@ def _prmt(opcode, operands):
     return permute
 
 
+def _bfi(opcode, operands):
+    """Puts the lowest bits of the first operand into the second."""
+    to, *sources = operands
+
+    def insert(threads):
+        bits, into, position, length = (np.asarray(threads.read(x, "u32")).astype(np.uint64) for x in sources)
+        position, length = position & np.uint64(255), length & np.uint64(255)
+        ones = (np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)
+        mask = np.where(position < 32, ones << np.minimum(position, np.uint64(32)), np.uint64(0))
+        moved = bits << np.minimum(position, np.uint64(32))
+        threads.write(to, ((into & ~mask | moved & mask) & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+
+    return insert
+
+
 def _lop3(opcode, operands):
     to, *sources, table = operands
     table = int(table, 0)
@@ -588,6 +603,7 @@ _MAKERS: dict[str, Callable] = {
     "shr": _shift,
     "prmt": _prmt,
     "lop3": _lop3,
+    "bfi": _bfi,
     "selp": _selp,
     "setp": _setp,
     "cvt": _cvt,

@@ -237,6 +237,8 @@ INSTRUCTIONS = [
     ("popc.b32 %d, %a;", dict(a=U([0xF0F0, 2**32 - 1])), np.array([8, 32], "u1")),
     ("lop3.b32 %d, %a, %b, %c, 0xCA;", dict(a=U([0xFF00]), b=U([0x1234]), c=U([0x5678])), U([0x1278])),
     ("prmt.b32 %d, %a, %b, 0x8C40;", dict(a=U([0x80]), b=U([0xFE])), U([0xFFFFFE80])),
+    ("bfi.b32 %d, %a, %b, 4, 3;", dict(a=U([0xFF, 0x02]), b=U([0, 0xFFFFFFFF])), U([0x70, 0xFFFFFFAF])),
+    ("bfi.b32 %d, %a, %b, %c, 40;", dict(a=U([3, 3]), b=U([7, 7]), c=U([31, 32])), U([0x80000007, 7])),
     ("setp.lt.f32 %d, %a, %b;", dict(a=F([1, NAN, 2]), b=F([2, 1, 1])), np.array([True, False, False])),
     ("setp.ltu.f32 %d, %a, %b;", dict(a=F([1, NAN, 2]), b=F([2, 1, 1])), np.array([True, True, False])),
     ("setp.ne.f32 %d, %a, %b;", dict(a=F([NAN, 1]), b=F([NAN, 1])), np.array([False, False])),

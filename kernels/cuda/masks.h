@@ -34,6 +34,30 @@ KVQUANT_DEVICE Seen mask_at(const KvquantAttention& a, const uint8_t* row, int c
   return {global_load(reinterpret_cast<const int64_t*>(p)) != 0, 0.0f};
 }
 
+// Which of the columns `first` + 32 i, i < kCount, have no effect on scores: bit i. T: unsigned, as
+// wide as the mask's elements. The loads do not wait for each other.
+template <class T, int kCount>
+KVQUANT_DEVICE uint32_t plain_columns(const KvquantAttention& a, const uint8_t* row, int first,
+                                      int end) {
+  const bool adds = a.mask_kind >= kAddFloat32;
+  T x[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = first + 32 * i;
+    x[i] = adds;  // not plain
+    if (column < end) {
+      x[i] = global_load(reinterpret_cast<const T*>(row + column * a.mask_stride[3]));
+    }
+  }
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool plain = adds ? T(x[i] << 1) == 0 : x[i] != 0;  // a bias of 0 or -0
+    found |= uint32_t(plain) << i;
+  }
+  return found;
+}
+
 struct Mask {
   const Place& p;
   bool is_shared;  // the mask is the same for all rows
@@ -59,6 +83,27 @@ struct Mask {
   KVQUANT_DEVICE Seen common(int column) const {
     if (!is_shared || p.a.mask_kind == kNoMask) return {true, 0.0f};
     return mask_at(p.a, row(0, 0), column);
+  }
+  // Bit i: column `first` + 32 i is before `end`, and the mask, which is shared, leaves all scores
+  // with it as they are.
+  template <int kCount>
+  KVQUANT_DEVICE uint32_t plain(int first, int end) const {
+    const KvquantAttention& a = p.a;
+    if (a.mask_kind == kNoMask) {
+      uint32_t found = 0;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) found |= uint32_t(first + 32 * i < end) << i;
+      return found;
+    }
+    const uint8_t* from = row(0, 0);
+    const int width = a.mask_kind == kAddFloat32    ? 4
+                      : a.mask_kind >= kAddFloat16  ? 2
+                      : a.mask_kind == kPaddingMask ? int(a.mask_width)
+                                                    : 1;
+    return width == 1   ? plain_columns<uint8_t, kCount>(a, from, first, end)
+           : width == 2 ? plain_columns<uint16_t, kCount>(a, from, first, end)
+           : width == 4 ? plain_columns<uint32_t, kCount>(a, from, first, end)
+                        : plain_columns<uint64_t, kCount>(a, from, first, end);
   }
 };
 

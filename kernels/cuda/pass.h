@@ -19,6 +19,10 @@
 // Weights times scales must fit FP16. Scales of values are therefore divided by `reference`, a
 // power of two above the largest so far; the sums are kept in the same unit.
 //
+// Most tiles are plain: every row sees each of their columns, without a bias, a softcap or a copy.
+// Which ones is known before the loop, from one load of the mask. The other tiles look again, column
+// by column.
+//
 // A hidden column has weight 0, whatever is stored there: its scores and scales are replaced, not
 // changed. Codes are finite in every codec. Dense values that are not finite are taken out of the
 // product and added one by one (NonFinite).
@@ -108,22 +112,49 @@ struct Pass {
       key_scales.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
     }
+    const uint32_t plain = plain_tiles(begin);
     queries.template prepare<kWarps>(p);
     block_barrier();
 
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = queries.factors[g + 8 * r];
-    const ScoreRule rule(p.a);
     for (int i = begin; i < end; ++i) {
       if constexpr (kStages == 1) issue(i, begin, end, key_rows, value_rows);
       cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
       warp_barrier();  // tile i is complete, and tile i - 1 has been read
       if constexpr (kStages > 1) issue(i + kStages - 1, begin, end, key_rows, value_rows);
-      attend(i, i == begin, i + 1 < end, key_scales, value_scales, factor, rule);
+      if (kInOrder && (plain >> (i - begin) & 1u)) {
+        attend<true>(i, i == begin, i + 1 < end, key_scales, value_scales, factor);
+      } else {
+        attend<false>(i, i == begin, i + 1 < end, key_scales, value_scales, factor);
+      }
       if constexpr (kStages == 1) warp_barrier();
     }
     softmax.finish();
+  }
+
+  // Bit i: tile `begin` + i of this warp is plain.
+  KVQUANT_DEVICE uint32_t plain_tiles(int begin) const {
+    if constexpr (!kInOrder) return 0;
+    constexpr int kWords = (kSplit / kWarps + 31) / 32;
+    static_assert(kWords * 32 / kTile <= 32, "a bit for each tile of a warp");
+    if (p.a.softcap != 0.0 || !mask.is_shared) return 0;
+    const int from = columns.begin + begin * kTile + lane, past = columns.begin + columns.count,
+              end = past < mask.plain_end ? past : mask.plain_end;
+    const uint32_t seen = mask.plain<kWords>(from, end);
+    uint32_t tiles = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t word = warp_ballot((seen >> i & 1u) != 0 && !columns.sinks.has(from + 32 * i));
+      if constexpr (kTile == 32) {
+        tiles |= uint32_t(word == ~0u) << i;
+      } else {
+        tiles |= (uint32_t((word & 0xffffu) == 0xffffu) | uint32_t(word >> 16 == 0xffffu) << 1)
+                 << 2 * i;
+      }
+    }
+    return tiles;
   }
 
   // Starts the copy of a tile of this warp. Every tile commits a group, even an empty one, because
@@ -146,25 +177,27 @@ struct Pass {
     cp_async_commit();
   }
 
+  // kPlain: the tile is one of plain_tiles().
+  template <bool kPlain>
   KVQUANT_DEVICE void attend(int tile, bool is_first, bool has_next, KeyScales& key_scales,
-                             ValueScales& value_scales, const float (&factor)[2],
-                             const ScoreRule& rule) {
+                             ValueScales& value_scales, const float (&factor)[2]) {
     const int first = tile * kTile;
     // One bit per column: set if it is in this tile, and not hidden from all rows.
     const int mine = first + lane % kTile, column = columns.column(mine);
     bool taken = column >= 0;
-    if (taken && !columns.is_slot(mine)) taken = !columns.sinks.has(column);
+    if (!kPlain && taken && !columns.is_slot(mine)) taken = !columns.sinks.has(column);
     bool biased = false;
-    if (taken) {
+    if (!kPlain && taken) {
       const Seen common = mask.common(column);
       taken = common.seen;
       biased = common.bias != 0.0f;
     }
     const uint32_t all = kTile == 32 ? ~0u : (1u << kTile % 32) - 1,
-                   bits = warp_ballot(taken) & all;
+                   bits = kPlain ? all : warp_ballot(taken) & all;
     const int past = first + kTile < columns.count ? first + kTile : columns.count;
-    const bool by_row = !kInOrder || !mask.is_shared || columns.begin + past > mask.plain_end ||
-                        warp_any(taken && biased);
+    const bool by_row =
+        !kPlain && (!kInOrder || !mask.is_shared || columns.begin + past > mask.plain_end ||
+                    warp_any(taken && biased));
     const bool bigger = value_scales.exceed(bits, reference);
     key_scales.store(bits);
     if (warp_any(bigger)) raise_reference(value_scales.largest(bits));
@@ -187,9 +220,17 @@ struct Pass {
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[m][e] = rule(x[m][e] * factor[e / 2]);
+      for (int e = 0; e < 4; ++e) x[m][e] *= factor[e / 2];
     }
-    const bool plain = bits == all && !by_row;
+    if (!kPlain && p.a.softcap != 0.0) {
+      const ScoreRule rule(p.a);
+#pragma unroll
+      for (int m = 0; m < kEights; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][e] = rule(x[m][e]);
+      }
+    }
+    const bool plain = kPlain || (bits == all && !by_row);
     if (!plain) hide(bits, by_row, column, first, x);
 
     float largest[2] = {-infinity(), -infinity()}, rescale[2];

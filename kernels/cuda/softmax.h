@@ -49,16 +49,15 @@ struct RowsSoftmax {
   }
 };
 
-// Softcapping of scores; everything is in units of log2.
+// Softcapping of scores, for calls that have it (Pass::attend asks once per tile); everything is in
+// units of log2.
 struct ScoreRule {
-  float softcap, rate;  // 0: no softcap
+  float softcap, rate;
 
   KVQUANT_DEVICE explicit ScoreRule(const KvquantAttention& a)
-      : softcap(float(a.softcap) * kLog2e),
-        rate(a.softcap != 0.0 ? float(2.0 / a.softcap) : 0.0f) {}
+      : softcap(float(a.softcap) * kLog2e), rate(float(2.0 / a.softcap)) {}
   // softcap * tanh(x / softcap)
   KVQUANT_DEVICE float operator()(float x) const {
-    if (softcap == 0.0f) return x;
     return softcap * (1.0f - 2.0f * rcp_approx(1.0f + exp2_approx(x * rate)));
   }
 };

@@ -114,10 +114,17 @@ struct Sinks {
   const Place& p;
   int last = -1;  // the largest column that is a sink
 
+  // All lanes of a warp call this.
   KVQUANT_DEVICE explicit Sinks(const Place& p) : p(p) {
-    for (int i = 0; i < count(); ++i) {
+    if (count() == 0) return;
+    for (int i = lane_index(); i < count(); i += 32) {
       const int mine = column(i);
       if (mine > last) last = mine;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const int other = shuffle_xor(last, lanes);
+      if (other > last) last = other;
     }
   }
   KVQUANT_DEVICE int count() const {

@@ -8,7 +8,7 @@
 //     row tile  16 of the q_per_kv * q_len query rows of a kv head
 //   merge_splits_kernel(a, partial)
 //     grid      (q_len, num_heads, batch)
-//     block     as many threads
+//     block     32 * kMergeWarps threads
 //
 //     x = 0 .. 2     the kinds of columns with copies (columns.h)      |
 //     x = 3          stored columns    0 .. split                      |  partials.h -> merge.h
@@ -174,11 +174,11 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
   write_nothing(p, partials, index);
 }
 
-KVQUANT_KERNEL(merge_splits_kernel, 32 * kvquant::kWarps, 1,
-               kvquant::RowMerge<kvquant::kWarps>::kBytes, KVQUANT_ARGUMENT KvquantAttention a,
+KVQUANT_KERNEL(merge_splits_kernel, 32 * kvquant::kMergeWarps, 1,
+               kvquant::RowMerge<kvquant::kMergeWarps>::kBytes, KVQUANT_ARGUMENT KvquantAttention a,
                const float* partial) {
   using namespace kvquant;
   KVQUANT_DYNAMIC_SHARED(float, memory);
-  const RowMerge<kWarps> merge{a, Partials(a, const_cast<float*>(partial)), memory};
+  const RowMerge<kMergeWarps> merge{a, Partials(a, const_cast<float*>(partial)), memory};
   merge.run(block_index_z(), block_index_y(), block_index_x());
 }

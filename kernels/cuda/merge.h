@@ -124,13 +124,17 @@ struct BlockMerge {
 // Merges the slices of one (batch row, head, query). They are dealt out to the warps in turn:
 //   warp w, lane l   weights of the slices w + kWarps * l, w + kWarps * (l + 32), ..
 //   warp w           the weighted sum of these slices, as a WarpRow; stored and copied values
-//                    apart, because only the stored ones may be rotated
+//                    apart, because only the stored ones may be rotated. The loads of kAtOnce
+//                    slices do not wait for each other: their latency is all of the time
 //   warp 0           adds the warps, rotates, adds the learned sink, writes
+constexpr int kMergeWarps = 8;
+
 template <int kWarps>
 struct RowMerge {
   using Row = WarpRow<kValueDim>;
   static constexpr int kFloats = Row::kRounds * 128;
   static constexpr int kBytes = 4 * (2 * kFloats + 1) * kWarps;
+  static constexpr int kAtOnce = 4;
 
   const KvquantAttention& a;
   const Partials partials;
@@ -152,31 +156,40 @@ struct RowMerge {
     float sum = 0.0f;
     for (int first = warp; first < slices; first += 32 * kWarps) {
       const int mine = first + lane * kWarps;
+      const float* const sums = partials.sums + partials.at(row, first) * kValueDim;
       const Floats2 state = mine < slices ? global_load(states + mine) : Floats2{-infinity(), 0.0f};
       const float weight = state.x == -infinity() ? 0.0f : expf(state.x - total.max);
       sum += weight * state.y;
-      const int used = state.y != 0.0f;  // 0: the slice has no sums. NaN counts as used
-      const int here = (slices - first + kWarps - 1) / kWarps;
-#pragma unroll 4
-      for (int j = 0; j < (here < 32 ? here : 32); ++j) {
-        const int slice = first + j * kWarps;
-        add(shuffle(used, j) ? partials.sums + partials.at(row, slice) * kValueDim : nullptr,
-            shuffle(weight, j), slice == kCopiedBoth || slice == kCopiedValues, stored, copied);
+      // A slice whose sum is 0 has no sums of values. NaN counts as used.
+      const uint32_t used = warp_ballot(state.y != 0.0f);
+      for (int j = 0; j < 32 && first + j * kWarps < slices; j += kAtOnce) {
+        Words4 x[kAtOnce][Row::kRounds];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          load(sums + (j + k) * (kWarps * kValueDim), (used >> (j + k) & 1u) != 0, x[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int slice = first + (j + k) * kWarps;
+          add(x[k], shuffle(weight, j + k), slice == kCopiedBoth || slice == kCopiedValues, stored,
+              copied);
+        }
       }
     }
     sum = warp_sum(sum);
     hand_over(warp, lane, stored, copied, sum);
     block_barrier();
     if (warp != 0) return;
+    const auto words = shared_cast<Words4>(memory);
+#pragma unroll 2
     for (int w = 1; w < kWarps; ++w) {
       const float other = memory[2 * kFloats * kWarps + w];
       sum += other;
+#pragma unroll
       for (int r = 0; r < Row::kRounds; ++r) {
-        for (int i = 0; i < 4; ++i) {
-          const float x = memory[place(w, 0, r, lane) + i], y = memory[place(w, 1, r, lane) + i];
-          stored.x[r][i] += x;
-          copied.x[r][i] += y;
-        }
+        const Words4 x = words[place(w, 0, r, lane) / 4], y = words[place(w, 1, r, lane) / 4];
+        add_four(stored.x[r], x);
+        add_four(copied.x[r], y);
       }
     }
     total.sum = sum;
@@ -185,14 +198,20 @@ struct RowMerge {
   }
 
  private:
-  KVQUANT_DEVICE void add(const float* sums, float weight, bool is_copied, Row& stored,
-                          Row& copied) const {
+  KVQUANT_DEVICE void load(const float* sums, bool is_used, Words4 (&x)[Row::kRounds]) const {
 #pragma unroll
     for (int r = 0; r < Row::kRounds; ++r) {
       const int c = Row::channel(r);
-      Words4 x = {0u, 0u, 0u, 0u};
-      if (sums && c < kValueDim) x = load_16(sums + c);
-      const float four[4] = {bits_float(x.x), bits_float(x.y), bits_float(x.z), bits_float(x.w)};
+      x[r] = Words4{0u, 0u, 0u, 0u};
+      if (is_used && c < kValueDim) x[r] = load_16(sums + c);
+    }
+  }
+  KVQUANT_DEVICE void add(const Words4 (&x)[Row::kRounds], float weight, bool is_copied,
+                          Row& stored, Row& copied) const {
+#pragma unroll
+    for (int r = 0; r < Row::kRounds; ++r) {
+      const float four[4] = {bits_float(x[r].x), bits_float(x[r].y), bits_float(x[r].z),
+                             bits_float(x[r].w)};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float product = weight * four[i];
@@ -200,6 +219,12 @@ struct RowMerge {
         copied.x[r][i] += partials.extra && is_copied ? product : 0.0f;
       }
     }
+  }
+  static KVQUANT_DEVICE void add_four(float (&to)[4], const Words4& x) {
+    to[0] += bits_float(x.x);
+    to[1] += bits_float(x.y);
+    to[2] += bits_float(x.z);
+    to[3] += bits_float(x.w);
   }
   static KVQUANT_DEVICE int place(int warp, int which, int r, int lane) {
     return ((2 * warp + which) * Row::kRounds + r) * 128 + 4 * lane;

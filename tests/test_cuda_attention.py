@@ -49,20 +49,21 @@ def of(case, **sizes):
     return problem(k, v, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, **sizes)
 
 
-def attend(*arguments, split=SPLIT, device=None, **settings):
+def attend(*arguments, split=SPLIT, blocks=specialisation.BLOCKS, device=None, **settings):
     """The backend's own call in the emulator, or on another `device`, with short splits, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specialisation, "SPLIT", split)
+        patch.setattr(specialisation, "UNIT", min(split, specialisation.UNIT))
+        patch.setattr(specialisation, "BLOCKS", blocks)
         patch.setattr(specialisation, "_made", {})
-        patch.setattr(cuda, "SPLIT", split)
         return cuda.decode_attention(*arguments, **settings, device=device or emulator.Device())
 
 
-def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, split=SPLIT, scaling=None, device=None):
+def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, scaling=None, **how):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = dict(scaling=scaling, softcap=softcap)
     expected, expected_lse = reference.decode_attention(query, keys, values, mask, s_aux, **settings)
-    output, lse = attend(query, keys, values, mask, s_aux, split=split, device=device, **settings)
+    output, lse = attend(query, keys, values, mask, s_aux, **how, **settings)
     tolerance, lse_tolerance = TOLERANCE[query.dtype]
     assert torch.equal(output.isnan(), expected.isnan())
     seen = expected.float().nan_to_num()
@@ -105,6 +106,23 @@ def test_windows_across_blocks(case, window, kv_len):
 @pytest.mark.parametrize("split", [128, 512])
 def test_split_sizes(split):
     check(*of(FEW[1], kv_len=1100, recent_length=8, sink_length=4, num_kv_heads=1), split=split)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_the_length_decides_the_splits(blocks):
+    """Each of two heads has 1, 1, 2 or 4 blocks, of 1024, 1024, 512 or 256 columns."""
+    check(*of(FEW[1], kv_len=1000, recent_length=8, sink_length=4, num_kv_heads=2), split=1024, blocks=blocks)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 6, 8, 300])
+def test_the_grid_has_room_for_every_shorter_length(num_kv_heads):
+    """A static cache is launched for the columns that it may have; blocks are split by those that it has."""
+    splits, most = [], specialisation.most_splits
+    for kv_len in [*range(1, 3000, 7), *range(3000, 2_000_000, 9973)]:
+        length = specialisation.split_length(kv_len, num_kv_heads)
+        assert length % specialisation.UNIT == 0 and length <= specialisation.SPLIT
+        splits.append(-(-kv_len // length))
+        assert max(splits) <= most(kv_len, num_kv_heads)
 
 
 MASK_DTYPES = [torch.bool, torch.int32, torch.int64]

@@ -13,7 +13,7 @@ import torch
 
 from ..states import QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import SPLIT, THREADS, specialisation
+from .specialisation import THREADS, most_splits, specialisation
 
 # Rows (queries of the heads that share a KV head) in one tile of the tensor cores.
 TILE_ROWS = 16
@@ -73,7 +73,8 @@ def decode_attention(
     _check_alignment("values", call, _VALUES, values)
     copies = _has_copies(keys, values)
     batch, num_heads, q_len, v_head_dim = output.shape
-    num_kv_heads, slices = call.num_kv_heads, copies + -(-call.kv_len // SPLIT)
+    num_kv_heads = call.num_kv_heads
+    slices = copies + most_splits(call.kv_len, num_kv_heads)
     row_tiles = -(-(num_heads // num_kv_heads * q_len) // TILE_ROWS)
     # Every slice has the sum of values, the largest score and the sum of weights.
     partial = query.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)

@@ -9,12 +9,28 @@ from __future__ import annotations
 from ..quantization import QuantSpec
 from .arguments import FORMATS
 
-# The columns that one block of threads attends to. Fixed, so that results do not depend on the size of the GPU.
-SPLIT = 512
+# The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
+# would have fewer than BLOCKS blocks. Neither the GPU nor the batch decides, so results do not depend on them.
+SPLIT, UNIT, BLOCKS = 2048, 256, 256
 # The most threads of a block; attention takes fewer if a GPU lacks the shared memory for them.
 THREADS = 128
 MAX_HEAD_DIM = 256
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
+
+
+def most_splits(kv_len: int, num_kv_heads: int) -> int:
+    """The largest number of splits of sequences of at most `kv_len` columns (`Splits` in kernels/cuda/partials.h)."""
+    return max(min(-(-kv_len // UNIT), _enough(num_kv_heads)), -(-kv_len // SPLIT))
+
+
+def split_length(kv_len: int, num_kv_heads: int) -> int:
+    """The columns of each split of a sequence of `kv_len` columns."""
+    return min(max(-(-kv_len // (UNIT * _enough(num_kv_heads))), 1) * UNIT, SPLIT)
+
+
+def _enough(num_kv_heads: int) -> int:
+    """The splits of each head that give a sequence BLOCKS blocks, or half of them: a power of two."""
+    return max(BLOCKS >> (num_kv_heads - 1).bit_length(), 1)
 
 
 class Specialisation(dict):
@@ -83,6 +99,8 @@ def _make(dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_h
             "KVQUANT_V_GROUP": v_spec.group_size or v_head_dim,
             "KVQUANT_V_ROTATE": int(v_spec.rotate),
             "KVQUANT_SPLIT": SPLIT,
+            "KVQUANT_UNIT": UNIT,
+            "KVQUANT_BLOCKS": BLOCKS,
             "KVQUANT_THREADS": THREADS,
         }
     )

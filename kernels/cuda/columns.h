@@ -4,7 +4,7 @@
 // block attends to one kind:
 //
 //   keys    values
-//   stored  stored   nearly all; a block takes one split, KVQUANT_SPLIT consecutive columns
+//   stored  stored   nearly all; a block takes one split, consecutive columns (partials.h)
 //   copied  copied   the newest columns, and sinks
 //   copied  stored   channel grid: the block of the newest column, older than `recent_length`
 //   stored  copied   dense keys beside quantized values

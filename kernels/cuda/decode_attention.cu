@@ -1,7 +1,7 @@
 // Attention of up to 32 new queries over one quantized cache: `reference.decode_attention`.
 //
 //   decode_attention_kernel(a, partial)
-//     grid      (3 if a has exact copies, + ceil(a.kv_len / KVQUANT_SPLIT),
+//     grid      (3 if a has exact copies, + Splits::most(a),
 //                num_kv_heads * row tiles,
 //                batch)
 //     block     KVQUANT_THREADS, or fewer where shared memory does not suffice
@@ -18,23 +18,9 @@
 // Blocks do not communicate, and slices are merged in a fixed order, so the result of a query row
 // does not depend on the other rows of a batch.
 //
-// A roofline on paper for head_dim 128, counted in the SASS of sm_90; none of it is measured. A
-// load is 16 bytes of codes for each lane of a warp, in a tile that every row sees.
-//
-//                 bytes of a column   instructions of a load    of which      cycles that a full
-//                 keys     values     (loop)  per block/load    MMA  LOP3+SHF memory gives a load
-//   int4          64 + 8   64 + 2     79      + 31              9    20       H200    99
-//   int4-small    64 + 2   64 + 2     67      + 31              8    20       H100   141
-//   int8          128 + 8  128 + 2    56      + 16              5    8        A100   153
-//   int8-plain    128 + 2  128 + 2    50      + 16              4    10       4090   655
-//   fp8           128 + 2  128 + 2    64      + 16              4    24
-//
-// A scheduler issues one instruction per cycle. On an H200 with splits of 512 columns, int4 needs
-// 79 + 31 cycles per load (79 + 16 with splits of 1024) where the memory takes 99: only int4 is
-// bound by instructions, near 70 percent of the bandwidth. Integer instructions keep their pipe
-// busy for two cycles: 54 of 99. Shared memory: each load is written and read once, and queries add
-// 0.6 of a load: 13 of 25 cycles of the SM. In flight: 3 blocks of 128 threads, each one stage of
-// 18 to 20 KB ahead, are 55 KB; 4.8 TB/s times 0.8 us is 29 KB.
+// eval/cuda_model.py counts the instructions of the loop and predicts its speed; none of it is
+// measured. Three blocks of 128 threads on a multiprocessor, each one stage of 18 to 20 KB ahead,
+// have 55 KB in flight; 4.8 TB/s times 0.8 us, an H200's, is 29 KB for each.
 #include "cuda/merge.h"
 
 namespace kvquant {
@@ -88,8 +74,8 @@ using StoredPass = ThePasses::Stored;
 using CopiedPass = ThePasses::Copied;
 using CopiedKeysPass = ThePasses::WithCopiedKeys;
 using CopiedValuesPass = ThePasses::WithCopiedValues;
-static_assert(kSplit % StoredPass::kTile == 0, "KVQUANT_SPLIT: a multiple of 32");
-static_assert(!StoredKeys::kChannelGrid || kSplit % StoredPass::kTile == 0, "tiles lie in blocks");
+static_assert(kUnit % StoredPass::kTile == 0 && kMostColumns % kUnit == 0,
+              "KVQUANT_UNIT: a multiple of 32 that divides KVQUANT_SPLIT");
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
 // for a thread, two get 255. The sums of values take kValueDim / 2 of them.
@@ -123,7 +109,8 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
   const Place p(a);
   const Partials partials(a, partial);
   const int index = block_index_x(), split = index - partials.extra;
-  if (split >= 0 && split * kSplit >= p.kv_len) return;
+  const int split_columns = Splits::columns(a, p.kv_len);
+  if (split >= 0 && split * split_columns >= p.kv_len) return;
 
   const Copies key_copies = Copies::of<StoredKeys>(a.keys, p);
   const Copies value_copies = Copies::of<StoredValues>(a.values, p);
@@ -138,7 +125,7 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
   const int v_last = value_copies.dense_from(p.kv_len - 1, p.kv_len);
 
   if (split >= 0) {
-    const int begin = split * kSplit, end = begin + kSplit,
+    const int begin = split * split_columns, end = begin + split_columns,
               limit = k_last < v_last ? k_last : v_last;
     const Columns<false> columns(sinks, false, begin, end < limit ? end : limit);
     attend<StoredPass>(p, columns, mask, memory, partials, keys, values, index);

@@ -143,7 +143,8 @@ struct RowMerge {
   KVQUANT_DEVICE void run(int batch, int head, int query) const {
     const int warp = warp_index(), lane = lane_index();
     const int64_t row = (int64_t(batch) * a.num_heads + head) * a.q_len + query;
-    const int slices = partials.extra + (Place::length(a) + kSplit - 1) / kSplit;
+    const int kv_len = Place::length(a), columns = Splits::columns(a, kv_len);
+    const int slices = partials.extra + (kv_len + columns - 1) / columns;
     const auto* states = reinterpret_cast<const Floats2*>(partials.states) + partials.at(row, 0);
 
     SoftmaxState total;

@@ -38,6 +38,16 @@
 
 namespace kvquant {
 
+// As many bits as a warp may have tiles.
+template <bool kMany>
+struct Bits {
+  using Type = uint32_t;
+};
+template <>
+struct Bits<true> {
+  using Type = uint64_t;
+};
+
 // kCopied..: rows come from exact copies, and the columns are a list; without them, a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
           int kNumStages, int kNumWarps>
@@ -51,6 +61,7 @@ struct Pass {
   static constexpr int kEights = kTile / 8;
   // The offset of values is subtracted once per row, times the sum of weights; with several groups,
   // from every code (kCentred).
+  using TileBits = typename Bits<(kMostColumns / kWarps > 32 * kTile)>::Type;
   static constexpr bool kHasOffset = V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
@@ -99,8 +110,8 @@ struct Pass {
   template <class KeyRows, class ValueRows>
   KVQUANT_DEVICE void run(const KeyRows& key_rows, const ValueRows& value_rows) {
     const int tiles = (columns.count + kTile - 1) / kTile;
-    const int share =
-        kInOrder ? (kSplit / kTile + kWarps - 1) / kWarps : (tiles + kWarps - 1) / kWarps;
+    const int of_block = kInOrder ? Splits::columns(p.a, p.kv_len) / kTile : tiles,
+              share = (of_block + kWarps - 1) / kWarps;
     const int begin = warp * share, end = begin + share < tiles ? begin + share : tiles;
     KeyScales key_scales(p.a.keys, p, memory + kScalesAt + warp * KeyScales::kBytes);
     ValueScales value_scales(
@@ -112,7 +123,7 @@ struct Pass {
       key_scales.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
     }
-    const uint32_t plain = plain_tiles(begin);
+    const TileBits plain = plain_tiles(begin);
     queries.template prepare<kWarps>(p);
     block_barrier();
 
@@ -135,22 +146,28 @@ struct Pass {
   }
 
   // Bit i: tile `begin` + i of this warp is plain.
-  KVQUANT_DEVICE uint32_t plain_tiles(int begin) const {
+  KVQUANT_DEVICE TileBits plain_tiles(int begin) const {
     if constexpr (!kInOrder) return 0;
-    constexpr int kWords = (kSplit / kWarps + 31) / 32;
-    static_assert(kWords * 32 / kTile <= 32, "a bit for each tile of a warp");
+    constexpr int kWords = (kMostColumns / kWarps + 31) / 32;
+    static_assert(kWords * 32 / kTile <= 8 * int(sizeof(TileBits)), "a bit for each tile");
     if (p.a.softcap != 0.0 || !mask.is_shared) return 0;
     const int from = columns.begin + begin * kTile + lane, past = columns.begin + columns.count,
               end = past < mask.plain_end ? past : mask.plain_end;
+    if (p.a.mask_kind == kNoMask && columns.sinks.last < columns.begin + begin * kTile) {
+      const int whole = (end - columns.begin) / kTile - begin;
+      return whole >= 8 * int(sizeof(TileBits)) ? ~TileBits(0)
+             : whole > 0                        ? (TileBits(1) << whole) - 1
+                                                : 0;
+    }
     const uint32_t seen = mask.plain<kWords>(from, end);
-    uint32_t tiles = 0;
+    TileBits tiles = 0;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const uint32_t word = warp_ballot((seen >> i & 1u) != 0 && !columns.sinks.has(from + 32 * i));
       if constexpr (kTile == 32) {
-        tiles |= uint32_t(word == ~0u) << i;
+        tiles |= TileBits(word == ~0u) << i;
       } else {
-        tiles |= (uint32_t((word & 0xffffu) == 0xffffu) | uint32_t(word >> 16 == 0xffffu) << 1)
+        tiles |= (TileBits((word & 0xffffu) == 0xffffu) | TileBits(word >> 16 == 0xffffu) << 1)
                  << 2 * i;
       }
     }

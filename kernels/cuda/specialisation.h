@@ -6,7 +6,7 @@
 //   KVQUANT_K_GROUP                    channels (token grid) or tokens (channel grid) of a scale
 //   KVQUANT_K_ROTATE                   keys are rotated, so queries have to be
 //   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
-//   KVQUANT_SPLIT                      columns of a block
+//   KVQUANT_SPLIT, .._UNIT, .._BLOCKS  columns of a block (Splits in partials.h)
 #pragma once
 
 #include "cuda/codecs.h"
@@ -14,7 +14,7 @@
 namespace kvquant {
 
 constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
-constexpr int kSplit = KVQUANT_SPLIT;
+constexpr int kMostColumns = KVQUANT_SPLIT, kUnit = KVQUANT_UNIT, kEnoughBlocks = KVQUANT_BLOCKS;
 constexpr int kRows = 16;  // query rows of a block, the M of an MMA
 constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
 

@@ -15,7 +15,7 @@ import torch
 
 from ...backends import nvrtc
 from ...backends.arguments import DTYPES
-from ...backends.specialisation import SPLIT, specialisation
+from ...backends.specialisation import specialisation, split_length
 from ...config import KVQuantConfig
 from ...quantization import FORMATS
 from . import goals, machine_code, warp_timing
@@ -187,9 +187,16 @@ def merge_us(kernel: Kernel, gpu: GpuFacts, batch: int, context: int, heads: int
 
 
 def call_us(
-    kernel: Kernel, gpu: GpuFacts, batch: int, context: int, split: int = SPLIT, kv_heads: int = 8, q_per_kv: int = 4
+    kernel: Kernel,
+    gpu: GpuFacts,
+    batch: int,
+    context: int,
+    split: int | None = None,
+    kv_heads: int = 8,
+    q_per_kv: int = 4,
 ) -> float:
-    """Microseconds of a call on the device: both kernels."""
+    """Microseconds of a call on the device, both kernels; `split`: columns of a block, by default the backend's."""
+    split = split or split_length(context, kv_heads)
     attention = attention_us(kernel, gpu, batch, context, kv_heads, split)
     return START_US + attention + BETWEEN_US + merge_us(kernel, gpu, batch, context, kv_heads * q_per_kv, split)
 

@@ -84,14 +84,14 @@ _lock = threading.Lock()
 _entered: dict[torch.nn.Module, int] = {}
 
 
-def _is_latent(module: torch.nn.Module) -> bool:
+def _is_latent(module: Any) -> bool:
     has_sizes = all(isinstance(getattr(module, name, None), int) for name in _SIZES)
     # An instance's own method is someone else's patch.
     own = vars(module).get(EXPANSION) is not None and module not in _entered
     return has_sizes and not own and callable(getattr(module, EXPANSION, None)) and hasattr(module, "kv_b_proj")
 
 
-def _expansion(module: torch.nn.Module, expand: Callable) -> Callable:
+def _expansion(module: Any, expand: Callable) -> Callable:
     """The module's expansion of tensors, which returns stored latents as `LatentStates`. The layers of the cache learn
     from it whether they may return them (see `route`)."""
     found: str | None = None
@@ -123,12 +123,12 @@ def _expansion(module: torch.nn.Module, expand: Callable) -> Callable:
     return expand_kv
 
 
-def _up_projection(module: torch.nn.Module) -> torch.Tensor:
+def _up_projection(module: Any) -> torch.Tensor:
     """The weight that expands a latent, `[num_heads, qk_nope_head_dim + v_head_dim, rank]`."""
     return module.kv_b_proj.weight.view(module.num_heads, -1, module.kv_lora_rank)
 
 
-def _not_foldable(module: torch.nn.Module, latents: torch.Tensor | QuantizedStates) -> str | None:
+def _not_foldable(module: Any, latents: torch.Tensor | QuantizedStates) -> str | None:
     """The reason why the weight of the up-projection is not all that it does, or None."""
     projection = module.kv_b_proj
     if type(projection) is not torch.nn.Linear or projection.bias is not None:
@@ -143,7 +143,7 @@ def _not_foldable(module: torch.nn.Module, latents: torch.Tensor | QuantizedStat
 
 
 def _not_absorbed(
-    module: torch.nn.Module, latents: torch.Tensor, rotary: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    module: Any, latents: torch.Tensor, rotary: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> str | None:
     """The reason why keys and values are not what the formula in the docstring above makes of latents and rotary keys,
     or None. The last token is expanded again, and compared."""
@@ -197,7 +197,7 @@ def _obstacle_of_backend(requested: str, device_type: str, dtype: torch.dtype, h
 
 
 def attend(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     states: LatentStates,
     mask: torch.Tensor | None,

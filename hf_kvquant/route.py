@@ -87,7 +87,7 @@ def learn_route(key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return getattr(key, "plain", key), getattr(value, "plain", value)
 
 
-def layer_of_fresh(key: torch.Tensor, value: torch.Tensor) -> object | None:
+def layer_of_fresh(key: Any, value: Any) -> Any:
     """The layer that returned these very objects from an update, if nothing else has used them; else None."""
     layers = [tag() for tag in (getattr(key, _TAG, None), getattr(value, _TAG, None)) if tag is not None]
     used = getattr(key, "used", False) or getattr(value, "used", False)

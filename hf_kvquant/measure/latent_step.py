@@ -101,7 +101,7 @@ def quantized_cache(
     return cache
 
 
-def step(model: DeepseekV3ForCausalLM, cache: Any, hidden: torch.Tensor) -> torch.Tensor:
+def step(model: Any, cache: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The output `[1, 1, hidden]` of the layer's attention for one more token."""
     position = torch.tensor([[cache.get_seq_length()]])
     rotary = model.model.rotary_emb(hidden, position)
@@ -115,7 +115,7 @@ def step(model: DeepseekV3ForCausalLM, cache: Any, hidden: torch.Tensor) -> torc
 
 
 @contextlib.contextmanager
-def _absorbed(model: DeepseekV3ForCausalLM) -> Iterator[None]:
+def _absorbed(model: Any) -> Iterator[None]:
     """Within this context the layer attends to dense latents, which it does not expand."""
     layer, before = model.model.layers[0].self_attn, attn_implementation(model.config)
     AttentionInterface.register(ABSORBED, _attend)

@@ -179,6 +179,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
             layers = StaticCache(self._config.get_text_config(decoder=True), max_cache_len=self._max_length).layers
         else:
             layers = DynamicCache(config=self._config).layers
+        growing: Any
         for i, growing in enumerate(DynamicCache(config=self._config).layers):
             if i in crossing:
                 layers[i] = StaticCrossAttentionLayer() if static else CrossAttentionLayer()

@@ -113,5 +113,5 @@ class StaticSlidingQuantizedHybridLayer(StaticQuantizedHybridLayer, StaticSlidin
     """A layer of both kinds whose sliding attention is a `StaticSlidingQuantizedLayer`."""
 
     is_sliding = True
-    _attention = StaticSlidingQuantizedLayer
+    _attention = StaticSlidingQuantizedLayer  # type: ignore[assignment]
     _layer_type = None

@@ -97,7 +97,7 @@ class Compared:
                 self.absorbed += 1
                 states = key.read(query.shape[2])
             else:
-                states = tuple(_dequantized(x, query.shape[2]) for x in (key, value))
+                states = _dequantized(key, query.shape[2]), _dequantized(value, query.shape[2])
             self.compare(output[0], dense_attention(module, query, *states, attention_mask, **kwargs)[0])
         return output
 

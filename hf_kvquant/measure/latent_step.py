@@ -47,7 +47,7 @@ def build(shape: LatentShape, seed: int = 0) -> DeepseekV3ForCausalLM:
         initializer_range=shape.hidden**-0.5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, dtype=shape.dtype,
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
+    set_attn_implementation(config, "sdpa")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         before = torch.get_default_dtype()

@@ -60,7 +60,8 @@ class SlidingLayer:
         self._query = operator.random_query(1, shape.heads, 1, shape.head_dim, torch.float32).to(dtype)
         self._new = [x[:, :, length:].to(dtype).contiguous() for x in states]
         self._module = SimpleNamespace(num_key_value_groups=shape.heads // shape.kv_heads)
-        self.cache.update(*(x[:, :, :length].to(dtype) for x in states), 0)
+        key, value = (x[:, :, :length].to(dtype) for x in states)
+        self.cache.update(key, value, 0)
         if isinstance(self.cache, QuantizedCache):
             self.cache.enable_fused()
 
@@ -72,10 +73,12 @@ class SlidingLayer:
 
     def step(self, mask: torch.Tensor) -> torch.Tensor:
         """The output `[1, 1, heads, head_dim]` for the next token; as timed."""
+        new_key, new_value = self._new
+        key, value = self.cache.update(new_key, new_value, 0)
         return attend(
             self._module,  # type: ignore[arg-type]  # attention functions read one attribute of it
-            self._query, *self.cache.update(*self._new, 0), mask, scaling=self._query.shape[-1] ** -0.5,
-            sliding_window=self.window, dense_attention=ALL_ATTENTION_FUNCTIONS["sdpa"],
+            self._query, key, value, mask, scaling=self._query.shape[-1] ** -0.5, sliding_window=self.window,
+            dense_attention=ALL_ATTENTION_FUNCTIONS["sdpa"],
         )[0]  # fmt: skip
 
     def read_dequantized(self) -> None:

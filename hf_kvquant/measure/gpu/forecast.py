@@ -80,7 +80,8 @@ class Kernel:
         """
         config = KVQuantConfig.preset(preset)
         sides = [side.resolve(head_dim) for side in (config.keys, config.values)]
-        kind = specialisation(DTYPES[torch.bfloat16], *sides, head_dim, head_dim)
+        keys, values = sides
+        kind = specialisation(DTYPES[torch.bfloat16], keys, values, head_dim, head_dim)
         compiled = nvrtc.compiled("decode_attention.cu", kind, arch)
         attention = paths(disassembled(compiled.cubin, "decode_attention_kernel"), TILE, is_product)
         merge = paths(disassembled(compiled.cubin, "merge_splits_kernel"), [is_slice], is_slice)

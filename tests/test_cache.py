@@ -643,8 +643,8 @@ def test_a_cache_that_cannot_act_raises():
     hybrid = families.config("gemma3")
     with pytest.raises(ValueError, match=r"layers\.3: .*full-attention or sliding layer; expected one of \[0, 1, 2\]"):
         QuantizedCache(hybrid, KVQuantConfig(INT8, INT8, layers={3: LayerOverride(values=INT4)}))
-    fixed = KVQuantConfig(INT8, INT8, static=True, layers={0: LayerOverride(values=INT4)})
-    with pytest.raises(ValueError, match=r"layers\.0: .*full-attention layer; expected one of \[1\]"):
+    fixed = KVQuantConfig(INT8, INT8, static=True, layers={3: LayerOverride(values=INT4)})
+    with pytest.raises(ValueError, match=r"layers\.3: .*full-attention or sliding layer; expected one of \[0, 1, 2\]"):
         QuantizedCache(hybrid, fixed, max_length=50)
     with pytest.raises(ValueError, match=r"layer 0: keys\.head_dim: 20 .* multiple of 8"):
         feed(new_cache("int8"), *states(10, head_dim=20))

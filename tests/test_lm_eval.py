@@ -356,12 +356,11 @@ class TestBatchSizeAuto:
 
 
 def broken_keys(monkeypatch) -> None:
-    """Store every key doubled, in real caches and in scoring; not values, whose format differs."""
+    """Store every key doubled, in real caches and in scoring; not values."""
     append, quantize = ops.quantize_append, scoring.quantize
     monkeypatch.setattr(ops, "quantize_append", lambda key, *args, **kwargs: append(2 * key, *args, **kwargs))
-    monkeypatch.setattr(
-        scoring, "quantize", lambda x, spec, *args: quantize(2 * x if spec.format == "int8" else x, spec, *args)
-    )
+    defaults = scoring._score_chunks.__kwdefaults__
+    monkeypatch.setitem(defaults, "quantizers", (lambda x, *args: quantize(2 * x, *args), defaults["quantizers"][1]))
 
 
 # Keys and values of different formats, and nothing read exactly.

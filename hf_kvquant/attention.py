@@ -66,10 +66,9 @@ def attend(
         return dense_attention(module, query, key, value, attention_mask, **kwargs)
     states = key if call is None else call.step.keys
     same_type = call is not None or type(value) is type(key)
-    obstacle = _obstacle(module, query, states, same_type, key.shape[2], attention_mask, kwargs)
     # Another function than the compiled operator may have gradients.
-    if obstacle is None and operator is None and query.requires_grad and torch.is_grad_enabled():
-        obstacle = "queries that require grad"
+    has_gradients = operator is not None
+    obstacle = _obstacle(module, query, states, same_type, key.shape[2], attention_mask, kwargs, has_gradients)
     if call is not None and obstacle is None:
         obstacle = _obstacle_of_call(call, query.shape[2], attention_mask, kwargs)
     if obstacle is not None:
@@ -114,8 +113,8 @@ def _attend_latents(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend` for the stored latents of multi-head latent attention (see `latent`)."""
     latents, q_len = states.latents, query.shape[2]
-    if isinstance(mask, torch.Tensor) and mask.shape[-1] == latents.capacity:
-        mask = mask[..., : latents.length]
+    if isinstance(mask, torch.Tensor):
+        mask = _of_columns(mask, latents, q_len)
     same_type = isinstance(value, latent.LatentStates)
     obstacle = _obstacle(module, query, latents, same_type, latents.length, mask, kwargs)
     obstacle = obstacle or latent.obstacle_of(states, query, kwargs)
@@ -170,12 +169,15 @@ def _obstacle(
     kv_len: int,
     mask: object,
     kwargs: dict,
+    has_gradients: bool = False,
 ) -> str | None:
     """The reason why the operator cannot do this call, or None."""
     if not same_type:
         return "values that are not cached as the keys are"
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         return KEEPS_WEIGHTS
+    if query.requires_grad and torch.is_grad_enabled() and not has_gradients:
+        return "queries that require grad"
     if kwargs.get("dropout"):
         return f"dropout={kwargs['dropout']}"
     if mask is not None and not isinstance(mask, torch.Tensor):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import script
 
 from hf_kvquant import KVQuantConfig
 from hf_kvquant.cli.models import load_model
@@ -16,16 +16,8 @@ from hf_kvquant.measure import BLIND, PEERS
 from hf_kvquant.measure.text import BUNDLED
 from hf_kvquant.saving import weights_sum
 
-ROOT = Path(__file__).parent.parent
 # The most KL divergence, in nats, of formats that must be near-lossless. At zero, the cache would not have been read.
 MOST_KL = 0.002
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 compare = script("compare")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from scripts import script
 
 from hf_kvquant.measure.gpu import forecast, machine_code, warp_timing
 from hf_kvquant.measure.gpu.machine_code import Flow, Instruction, parse, paths
@@ -164,15 +163,12 @@ class TestForecast:
 
 @pytest.mark.skipif(forecast.missing() is not None, reason=f"{forecast.missing()}")
 def test_the_script(capsys):
-    file = Path(__file__).parent.parent / "eval" / "cuda_model.py"
-    spec = importlib.util.spec_from_file_location("cuda_model", file)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.main(["--presets", "int4", "--gpus", "H200", "--contexts", "1024,65536", "--batches", "1"]) == 0
+    cuda_model = script("cuda_model")
+    assert cuda_model.main(["--presets", "int4", "--gpus", "H200", "--contexts", "1024,65536", "--batches", "1"]) == 0
     told = capsys.readouterr().out
     assert "UNCALIBRATED" in told and "H200" in told and told.count("int4") == 3
     with pytest.raises(SystemExit):
-        script.main(["--gpus", "H900"])
+        cuda_model.main(["--gpus", "H900"])
     assert "--gpus: ['H900'] are unknown" in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@ read it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import families
 import pytest
+import scripts
 import torch
 import yaml
 
@@ -545,10 +545,7 @@ class TestScript:
 
     @pytest.fixture(scope="class")
     def script(self):
-        spec = importlib.util.spec_from_file_location("run_lm_eval", ROOT / "eval" / "run_lm_eval.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return scripts.script("run_lm_eval")
 
     def test_every_cache_is_a_run(self, script, monkeypatch, tmp_path, capsys):
         calls = []

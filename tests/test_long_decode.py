@@ -3,28 +3,17 @@ and its script."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import broken_models
 import pytest
 import torch
+from scripts import script
 
 from hf_kvquant import KVQuantConfig, score_by_decoding
 from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.caches import Decoded
 from hf_kvquant.saving import weights_sum
-
-ROOT = Path(__file__).parent.parent
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 long_decode = script("long_decode")
 

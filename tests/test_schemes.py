@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import broken_models
 import pytest
 import torch
+from scripts import script
 
 from hf_kvquant import KVQuantConfig, QuantSpec, quantize
 from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.schemes import SCHEMES, Scheme, affine, gaussian, gaussian_levels, signed_peak, symmetric
 from hf_kvquant.measure.tables import put_between
 from hf_kvquant.saving import weights_sum
-
-ROOT = Path(__file__).parent.parent
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 schemes = script("schemes")
 RESULTS = schemes.published()

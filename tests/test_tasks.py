@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from scripts import script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
@@ -28,10 +28,7 @@ MODEL = str(files("hf_kvquant") / "models" / "stdlib-nano")
 
 @pytest.fixture(scope="module")
 def recall():
-    spec = importlib.util.spec_from_file_location("recall", TASKS / "recall.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tasks/recall")
 
 
 @pytest.fixture(scope="module")

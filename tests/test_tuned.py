@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from scripts import script
 
 from hf_kvquant import KVQuantConfig
 from hf_kvquant.measure.tables import put_between
-
-ROOT = Path(__file__).parent.parent
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 tuned = script("tuned")
 RESULTS = tuned.published()

@@ -90,8 +90,7 @@ def test_no_family_failed(file, known):
 def test_results_keep_their_promises(matrix, results):
     acting = {name: f for name, f in results["families"].items() if f["status"] in ACTS}
     assert sum(f["status"] in AS_STORED for f in acting.values()) >= 240
-    assert sum(f["status"] not in AS_STORED for f in acting.values()) <= 14
-    assert {name for name, f in acting.items() if f["status"] == "partly fused"} == PARTLY
+    assert {name for name, f in acting.items() if f["status"] not in AS_STORED} == PARTLY
     for name, found in acting.items():
         assert max(found["exact"].values()) <= checks.EXACT_LIMIT, name
         assert set(found["presets"]) == set(checks.PRESETS), name

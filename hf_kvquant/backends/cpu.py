@@ -179,9 +179,7 @@ def paged_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same as `reference.paged_attention`; no page is copied."""
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
-    call, output, logsumexp = arguments.paged_attention(
-        query, keys, values, s_aux, scaling, softcap, index, threads
-    )  # fmt: skip
+    call, output, logsumexp = arguments.paged_attention(query, keys, values, s_aux, scaling, softcap, index, threads)
     _call(_library().kvquant_decode_attention, call)
     return output, logsumexp
 

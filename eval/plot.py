@@ -1,8 +1,6 @@
 """Draw the pictures of the READMEs from the results of the benchmarks: `python eval/plot.py`.
 
-`overview.png`: the time of a decode step and the bytes of the cache, from results of bench_generate.py. Only results
-of one machine, shape and batch are drawn together. If two files have the same cache and length, the first one counts.
-A cache that was measured at one length only is a point.
+`overview.png`: the time of a decode step and the bytes of the cache, from one result of bench_generate.py.
 
 `bench_decode.png`: the time of decode attention over the length of the cache, from results of bench_decode.py. The
 dotted line is a plain read of a BF16 cache: no attention over one can be faster.
@@ -20,7 +18,6 @@ from matplotlib.figure import Figure
 from hf_kvquant.measure.report.style import COLORS, PRINT, WIDE, dress, label_ends, new_figure
 
 RESULTS = Path(__file__).parent / "results"
-FILES = [RESULTS / f"{name}.json" for name in ("bench_generate", "bench_compiled", "bench_compiled_32k")]
 # Our caches have colours, the others ink; a colour means the same in every picture.
 PRESET_COLORS = dict(zip(("int8", "int8-plain", "fp8", "int4", "int4-small"), COLORS[1:]))
 BASELINES = {
@@ -29,7 +26,6 @@ BASELINES = {
     "sdpa-float32": "SDPA, FP32, heads packed",
 }
 DASHES = dict(zip(BASELINES, ("-", (0, (6, 2)), (0, (3, 2)))))
-SAME = ("batch", "layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
 # The label, colour and line style in the picture, by the name in the results.
 LINES = {
     "dense": ("DynamicCache", PRINT.ink, "-"),
@@ -42,67 +38,49 @@ LINES = {
 }
 
 
-def read(files: list[Path]) -> tuple[dict, list[dict]]:
-    """The common part of all files, and their rows, one for each cache and length.
-
-    Raises:
-        ValueError: the files are from different machines or shapes.
-    """
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    common = [
-        {"cpu": r["machine"]["cpu"], "threads": r["machine"]["threads"], **{k: r["arguments"][k] for k in SAME}}
-        for r in results
-    ]
-    for file, found in zip(files, common):
-        for field, value in found.items():
-            if value != common[0][field]:
-                raise ValueError(f"{file}: {field} is {value!r}; expected {common[0][field]!r}, that of {files[0]}")
-    rows = {}
-    for row in (row for result in results for row in result["steps"]):
-        rows.setdefault((row["name"], row["length"]), row)
-    return common[0], sorted(rows.values(), key=lambda row: row["length"])
+def read(name: str) -> dict:
+    """The content of a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def draw_overview(common: dict, rows: list[dict]) -> Figure:
+def draw_overview(results: dict) -> Figure:
     """Milliseconds of a step, and megabytes of the cache, over cached tokens; all axes logarithmic."""
     figure = new_figure(PRINT, (1.2 * WIDE, 4.6))
     left, right = figure.subplots(1, 2)
-    shown = [row for row in rows if row["name"] in LINES]
+    shown = [row for row in results["steps"] if row["name"] in LINES]
     time, weight = (lambda row: row["ms"]["median"]), (lambda row: row["cache_bytes"] / 1e6)
-    panel(left, shown, time, "ms", [3, 10, 30, 100, 300, 1000], {"right": False})
+    panel(left, shown, time, "ms", [3, 10, 30, 100, 300, 1000])
     # The two dense caches have the same size.
     dense = [row for row in shown if row["name"] != "dense-static"]
-    panel(right, dense, weight, "MB", [3, 10, 30, 100, 300], {"shift": -75})
+    panel(right, dense, weight, "MB", [1, 3, 10, 30, 100, 300])
     left.set_title("One decode step, milliseconds", loc="left")
     right.set_title("The cache, megabytes", loc="left")
+    shape, machine = results["arguments"], results["machine"]
     figure.suptitle(
-        f"{common['layers']} layers, {common['heads']} query heads, {common['kv_heads']} KV heads, "
-        f"head_dim {common['head_dim']}, {common['dtype']}; {common['threads']} threads of an {common['cpu']}",
+        f"{shape['layers']} layers, {shape['heads']} query heads, {shape['kv_heads']} KV heads, "
+        f"head_dim {shape['head_dim']}, {shape['dtype']}; {machine['threads']} threads of an {machine['cpu']}",
         fontsize=10, color=PRINT.muted,
     )  # fmt: skip
     return figure
 
 
-def panel(
-    axes: Axes, rows: list[dict], value: Callable[[dict], float], unit: str, ticks: list[int], alone: dict
-) -> None:
-    """One line per cache, with its name and its last value at its end; `alone` has the places of labels of points."""
+def panel(axes: Axes, rows: list[dict], value: Callable[[dict], float], unit: str, ticks: list[int]) -> None:
+    """One line per cache, with its name and its last value at its end."""
     lengths = sorted({row["length"] for row in rows})
-    ends, points_alone = [], []
+    ends = []
     for name, (label, color, style) in LINES.items():
         points = [(row["length"], value(row)) for row in rows if row["name"] == name]
         if not points:
             continue
         width = 2.4 if label.startswith("kvquant") else 1.4
-        axes.plot(*zip(*points), color=color, ls=style, lw=width, marker="o", ms=4, zorder=2 + (len(points) == 1))
+        axes.plot(*zip(*points), color=color, ls=style, lw=width, marker="o", ms=4)
         length, last = points[-1]
-        (ends if len(points) > 1 else points_alone).append((length, last, f"{label} {last:.3g} {unit}", color))
+        ends.append((length, last, f"{label} {float(f'{last:.3g}'):,g} {unit}", color))
     axes.set(xscale="log", yscale="log", xlabel="cached tokens", xlim=(lengths[0] / 1.2, lengths[-1] * 1.2))
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
     dress(axes, PRINT)
     label_ends(axes, ends)
-    label_ends(axes, points_alone, **alone)
 
 
 def draw_decode(rows: list[dict], title: str) -> Figure:
@@ -134,8 +112,8 @@ def draw_decode(rows: list[dict], title: str) -> Figure:
 
 
 def main() -> None:
-    draw_overview(*read(FILES)).savefig(RESULTS / "overview.png", dpi=130)
-    results = json.loads((RESULTS / "bench_decode.json").read_text(encoding="utf-8"))
+    draw_overview(read("bench_overview")).savefig(RESULTS / "overview.png", dpi=130)
+    results = read("bench_decode")
     setting = results["arguments"]
     heads = f"{setting['heads']} query heads, {setting['kv_heads']} KV heads"
     title = f"One call of decode attention: {heads}, head_dim {setting['head_dim']}, {setting['dtype']}"

@@ -499,27 +499,22 @@ class TestPlots:
         return [text.get_text() for axes in figure.axes for text in axes.texts]
 
     def test_overview(self, bench):
-        overview = bench("plot")
-        common, rows = overview.read(overview.FILES)
-        found = {(row["name"], row["length"]): row for row in rows}
-        labels = self.labels(overview.draw_overview(common, rows))
-        last = max(row["length"] for row in rows)
+        plot = bench("plot")
+        result = plot.read("bench_overview")
+        found = {(row["name"], row["length"]): row for row in result["steps"]}
+        # Every cache is a line: it was measured at every length.
+        assert {name for name, _ in found} >= set(plot.LINES)
+        assert len(found) == len({name for name, _ in found}) * len({length for _, length in found})
+        labels = self.labels(plot.draw_overview(result))
+        last = max(length for _, length in found)
         assert f"kvquant-int4 {found['int4', last]['ms']['median']:.3g} ms" in labels
         assert f"kvquant-int4 {found['int4', last]['cache_bytes'] / 1e6:.3g} MB" in labels
         # One panel has all of them, the other has the dense caches once.
-        assert len(labels) == 2 * len(overview.LINES) - 1
-
-    def test_overview_of_two_machines(self, bench, tmp_path):
-        overview = bench("plot")
-        other = json.loads(overview.FILES[1].read_text(encoding="utf-8"))
-        other["arguments"]["kv_heads"] = 4
-        (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
-        with pytest.raises(ValueError, match="kv_heads is 4; expected 8"):
-            overview.read([overview.FILES[0], tmp_path / "other.json"])
+        assert len(labels) == 2 * len(plot.LINES) - 1
 
     def test_decode(self, bench):
         plot = bench("plot")
-        result = json.loads((EVAL / "results" / "bench_decode.json").read_text(encoding="utf-8"))
+        result = plot.read("bench_decode")
         rows = [row for row in result["decode"] if row["kv_heads"] == result["arguments"]["kv_heads"]]
         labels = self.labels(plot.draw_decode(rows, "title"))
         assert len(labels) == len({row["name"] for row in rows}) + 1

@@ -115,28 +115,20 @@ def label_points(
         taken.append(box)
 
 
-def label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], right: bool = True, shift: float = 0
-) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each line's label `(x, y, text, color)` beside its end, joined to it.
 
     Labels that would cover each other are moved up and down as little as possible. Limits and scales of the axes must
     be final.
-
-    Args:
-        right: whether labels go to the right of the ends, or to their left.
-        shift: the distance of labels above the ends, in points of print.
     """
     figure = axes.figure
     figure.draw_without_rendering()
     high = [axes.transData.transform((x, y))[1] * 72 / figure.dpi for x, y, *_ in ends]
     for (x, y, text, color), end, place in zip(ends, high, _apart(high, _LINE_HEIGHT)):
         axes.annotate(
-            text, (x, y), xytext=(20 if right else -20, place - end + shift), textcoords="offset points", color=color,
-            fontsize=9, ha="left" if right else "right", va="center", annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 4, "relpos": (not right, 0.5),
-            },
+            text, (x, y), xytext=(20, place - end), textcoords="offset points", color=color, fontsize=9, ha="left",
+            va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -104,8 +104,7 @@ def _switched_attention(model: PreTrainedModel, attend: Callable = attend, name:
                     raise RuntimeError(f"the model is in use as {used!r}; {name!r} has to wait")
                 _switched[id(config)] = (count + 1, base)
                 entered.append(config)
-        # Other attention functions (see `scoring`) take expanded states.
-        with switched_attention(), latent.patched(model) if name == NAME else nullcontext():
+        with switched_attention(), latent.patched(model):
             yield
     finally:
         for config in entered:

@@ -108,19 +108,29 @@ def _expansion(module: Any, expand: Callable) -> Callable:
             # A step of a layer that has not learned it: the first one after a prefill outside of this context.
             layer, why = latents.meaning.step.layer(), found or "latents whose expansion is not known yet"
             latents, rotary = (x.numbers(why) for x in (latents, rotary))
+        elif hasattr(latents, "expanded"):
+            # Those of `scoring`.
+            return latents.expanded(module, rotary, expand)
         else:
             layer = layer_of_fresh(latents, rotary)
             latents, rotary = getattr(latents, "plain", latents), getattr(rotary, "plain", rotary)
         key, value = expand(latents, rotary)
         if layer is None or torch.compiler.is_compiling():
             return key, value
-        found = _not_foldable(module, latents) or _not_absorbed(module, latents, rotary, key, value)
+        found = obstacle_of_expansion(module, latents, rotary, key, value)
         if found is not None:
             say_dequantized(found)
             return key, value
         return tagged(key, layer), tagged(value, layer)
 
     return expand_kv
+
+
+def obstacle_of_expansion(
+    module: Any, latents: torch.Tensor, rotary: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> str | None:
+    """The reason why the up-projection of these latents to these keys and values cannot be absorbed, or None."""
+    return _not_foldable(module, latents) or _not_absorbed(module, latents, rotary, key, value)
 
 
 def _up_projection(module: Any) -> torch.Tensor:

@@ -26,7 +26,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from . import latent
 from .attention import attend
 from .cache import QuantizedCache
 from .config import KVQuantConfig
@@ -316,6 +317,27 @@ class ScoredStates:
         """The position of the first of the newest `q_len` queries."""
         return self.shape[2] - q_len
 
+    def expanded(
+        self, module: torch.nn.Module, rotary: ScoredStates, expand: Callable
+    ) -> tuple[_ExpandedStates, _ExpandedStates]:
+        """Keys and values of every head that a module of latent attention makes of these latents (see `latent`).
+
+        Raises:
+            ValueError: the module does something else than the formula there, which decode relies on.
+        """
+        key, value = expand(self.exact, rotary.exact)
+        reason = latent.obstacle_of_expansion(module, self.exact, rotary.exact, key, value)
+        if reason is not None:
+            raise ValueError(f"score: {reason}; {_REFUSED}")
+        stored_key, stored_value = expand(*(states.body(states.dtype) for states in (self, rotary)))
+        cut = [module.qk_nope_head_dim, module.qk_rope_head_dim]
+        parts = zip(key.split(cut, dim=-1), stored_key.split(cut, dim=-1), (self, rotary))
+        return _ExpandedStates(key, tuple(parts)), _ExpandedStates(value, ((value, stored_value, self),))
+
+    def parts(self, dtype: torch.dtype) -> tuple[_Part, ...]:
+        """What these states consist of, along head_dim."""
+        return ((self.exact.to(dtype), self.body(dtype), self),)
+
     def read(self, q_len: int) -> NoReturn:
         raise ValueError(f"score: attention needs de-quantized states (see the warning before this); {_REFUSED}")
 
@@ -339,6 +361,21 @@ class ScoredStates:
             token = ~layer.padding[:, : self.shape[2]]
             is_sink = (token & (token.long().cumsum(1) <= layer.sink_length))[:, None]
         return (near | in_context | is_sink)[:, None]
+
+
+# Exact, de-quantized (both `[batch, num_kv_heads, length, part of head_dim]`), and the states that say which is read.
+_Part = tuple[torch.Tensor, torch.Tensor, ScoredStates]
+
+
+class _ExpandedStates(ScoredStates):
+    """Keys or values of every head, expanded from latents and rotary keys."""
+
+    def __init__(self, exact: torch.Tensor, parts: tuple[_Part, ...]):
+        super().__init__(exact, (), QuantSpec("dense"), parts[0][2].layer)
+        self._parts = parts
+
+    def parts(self, dtype: torch.dtype) -> tuple[_Part, ...]:
+        return tuple((exact.to(dtype), stored.to(dtype), states) for exact, stored, states in self._parts)
 
 
 _REFUSED = "this model cannot be scored in one pass, use score_by_decoding"
@@ -370,8 +407,9 @@ def _attention(
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = keys.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    k_exact, v_exact = keys.exact.to(dtype), values.exact.to(dtype)
-    k_body, v_body = keys.body(dtype), values.body(dtype)
+    k_exact, k_body, k_states = zip(*keys.parts(dtype))
+    ((v_exact, v_body, v_states),) = values.parts(dtype)
+    n, sizes = len(k_exact), [exact.shape[-1] for exact in k_exact]
 
     def per_kv_head(x: torch.Tensor) -> torch.Tensor:
         # Query heads that share a KV head become more query rows of it, so keys and values need no copies.
@@ -380,13 +418,18 @@ def _attention(
     def per_head(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(batch, num_heads, -1, x.shape[-1])
 
+    def part_scores(
+        positions: tuple[int, int], query: torch.Tensor, exact: torch.Tensor, body: torch.Tensor, states: ScoredStates
+    ) -> torch.Tensor:
+        q = per_kv_head(query)
+        return torch.where(states.read_exactly(*positions), per_head(q @ exact.mT), per_head(q @ body.mT))
+
     def rows(start: int, end: int, query: torch.Tensor, *states: torch.Tensor) -> torch.Tensor:
-        k_exact, v_exact, k_body, v_body = states
+        k_exact, k_body, (v_exact, v_body) = states[:n], states[n : 2 * n], states[2 * n :]
         positions = start + kv_len - q_len, end + kv_len - q_len
-        q = per_kv_head(query[:, :, start:end].to(dtype))
+        queries = query[:, :, start:end].to(dtype).split(sizes, dim=-1)
+        scores = reduce(torch.add, map(partial(part_scores, positions), queries, k_exact, k_body, k_states)) * scaling
         hidden, bias = mask_rows(mask, start, end, q_len, kv_len, dtype, query.device)
-        exactly = keys.read_exactly(*positions)
-        scores = torch.where(exactly, per_head(q @ k_exact.mT), per_head(q @ k_body.mT)) * scaling
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = (scores + bias).masked_fill(hidden, -torch.inf)
@@ -394,14 +437,14 @@ def _attention(
             sinks = s_aux[None, :, None, None] if s_aux.ndim == 1 else s_aux[:, :, start:end]
             scores = torch.cat([scores, sinks.to(dtype).expand(*scores.shape[:3], 1)], dim=-1)
         weights = scores.softmax(-1)[..., :kv_len].masked_fill(hidden, 0.0)
-        exactly = values.read_exactly(*positions)
+        exactly = v_states.read_exactly(*positions)
         near, far = weights.masked_fill(~exactly, 0.0), weights.masked_fill(exactly, 0.0)
         return per_head(per_kv_head(near) @ v_exact + per_kv_head(far) @ v_body)
 
     step = min(max(_MAX_SCORES // (batch * num_heads * kv_len), 1), _MAX_ROWS)
     # Not all scores are kept for backward, either.
     computed = partial(checkpoint, rows, use_reentrant=False) if torch.is_grad_enabled() else rows
-    states = (k_exact, v_exact, k_body, v_body)
+    states = (*k_exact, *k_body, v_exact, v_body)
     outputs = [computed(start, min(start + step, q_len), query, *states) for start in range(0, q_len, step)]
     return torch.cat(outputs, dim=2).to(query.dtype)
 

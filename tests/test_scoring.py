@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GptOssConfig, Lfm2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+)
 
 from hf_kvquant import (
     KVQuantConfig,
@@ -39,6 +47,11 @@ FAMILIES = {
     "gpt-oss-sinks": GptOssConfig(
         **SHAPE, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=32, num_local_experts=2,
         num_experts_per_tok=1, layer_types=["full_attention", "full_attention"],
+    ),
+    # Its cache holds latents since transformers 5.24, and expanded states before.
+    "deepseek-latent": DeepseekV3Config(
+        **SHAPE, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=32, intermediate_size=64, first_k_dense_replace=2,
     ),
 }  # fmt: skip
 LINEAR = Lfm2Config(
@@ -177,6 +190,27 @@ def test_context_length_out_of_range_is_refused():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("int4-rotated", "int4-channel")])
+@torch.no_grad()
+def test_latents_and_rotary_keys_are_read_exactly_by_their_own_formats(config):
+    model = tiny("deepseek-latent", torch.float64)
+    ids, mask = text(padded=True)
+    scored = score(model, ids, CONTEXT, CONFIGS[config], mask)
+    decoded = score_by_decoding(model, ids, CONTEXT, CONFIGS[config], mask)
+    torch.testing.assert_close(scored[mask.bool()], decoded[mask.bool()], rtol=0, atol=FLOAT64_TOLERANCE)
+
+
+def test_an_expansion_that_does_something_else_is_refused(monkeypatch):
+    model = tiny("deepseek-latent", torch.float32)
+    owner = type(model.model.layers[0].self_attn)
+    if not hasattr(owner, "expand_kv"):
+        pytest.skip("this transformers caches expanded states")
+    original = owner.expand_kv
+    monkeypatch.setattr(owner, "expand_kv", lambda self, a, b: tuple(x * 2 for x in original(self, a, b)))
+    with pytest.raises(ValueError, match="are not kv_b_proj's product .* use score_by_decoding"):
+        score(model, text(padded=False)[0], CONTEXT, "int8")
+
+
 def test_a_model_that_changes_states_is_refused():
     from transformers import FalconConfig
 

@@ -49,6 +49,8 @@ MODEL = families.config("llama", num_hidden_layers=1, head_dim=HEAD_DIM)
 # A model with one sliding layer, for the configs that end with SLIDING.
 SLIDING, WINDOW = "-sliding", 9
 SLIDING_MODEL = families.config("mistral", num_hidden_layers=1, head_dim=HEAD_DIM, sliding_window=WINDOW)
+# Latent attention, for the configs that end with LATENT: rotary keys, in the place of values, are narrower.
+LATENT, ROPE_DIM = "-latent", 8
 INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", rotate=True)
 BLOCKS8, BLOCKS4 = QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", "channel", block_length=32)
 CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {
@@ -73,6 +75,7 @@ CONFIGS |= {
     f"{name}-static{SLIDING}": dataclasses.replace(CONFIGS[f"{name}{SLIDING}"], static=True)
     for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "dense-keys", "by-definition")
 }
+CONFIGS |= {f"{name}{LATENT}": CONFIGS[name] for name in ("int8", "int4-small", "small-blocks", "token-window-static")}
 # The max_length of static caches; no sequence here needs more.
 ROOM = 960
 # The number of different keys and values of a token: ordinary vectors, vectors with outliers, and zeros.
@@ -90,11 +93,11 @@ steps = 0
 
 
 class Side:
-    """Keys or values by the rules; tensors are `[batch, HEADS, columns, HEAD_DIM]`."""
+    """Keys or values by the rules; tensors are `[batch, HEADS, columns, head_dim]`."""
 
-    def __init__(self, spec: QuantSpec, recent_length: int, batch: int):
-        self.spec, self.recent_length = spec.resolve(HEAD_DIM), recent_length
-        self.tokens = torch.zeros(batch, HEADS, 0, HEAD_DIM)
+    def __init__(self, spec: QuantSpec, recent_length: int, batch: int, head_dim: int):
+        self.spec, self.recent_length = spec.resolve(head_dim), recent_length
+        self.tokens = torch.zeros(batch, HEADS, 0, head_dim)
         # The window's copy of each column: the token, or its de-quantized value if a long crop lost it.
         self.window = self.tokens
         self.window_start = 0
@@ -175,7 +178,8 @@ class CacheMachine(RuleBasedStateMachine):
         config = self.cache.kv_config
         self.batch, self.length, self.furthest = batch, 0, 0
         self.padding = torch.zeros(batch, 0, dtype=torch.bool)
-        self.sides = [Side(spec, config.recent_length, batch) for spec in (config.keys, config.values)]
+        specs = zip((config.keys, config.values), self.head_dims)
+        self.sides = [Side(spec, config.recent_length, batch, head_dim) for spec, head_dim in specs]
 
     @initialize(
         name=st.sampled_from(sorted(CONFIGS)),
@@ -186,6 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
     def create(self, name, batch, max_length, prompt):
         self.folder = tempfile.TemporaryDirectory()
         self.is_static, self.is_sliding = CONFIGS[name].static, name.endswith(SLIDING)
+        self.head_dims = HEAD_DIM, ROPE_DIM if name.endswith(LATENT) else HEAD_DIM
         self.model = SLIDING_MODEL if self.is_sliding else MODEL
         self.cache = QuantizedCache(self.model, CONFIGS[name], max_length=ROOM if self.is_static else max_length)
         assert isinstance(self.cache.layers[0], SlidingQuantizedLayer) == self.is_sliding
@@ -210,7 +215,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def states(self, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.randint(VOCAB, (self.batch, n), generator=torch.Generator().manual_seed(seed))
-        return tuple(VECTORS[tokens][:, :, side].transpose(1, 2).contiguous() for side in (0, 1))
+        vectors = VECTORS[tokens].unbind(2)
+        return tuple(x[..., :dim].transpose(1, 2).contiguous() for x, dim in zip(vectors, self.head_dims))
 
     def is_padding(self, length: int) -> torch.Tensor:
         known = self.padding[:, :length]

@@ -27,6 +27,7 @@ from hf_kvquant import KVQuantConfig
 from hf_kvquant.measure import operator
 from hf_kvquant.measure.benchmark import DTYPES, Benchmark, integers, new_parser, take_threads
 from hf_kvquant.measure.checks import at_most, relative_error
+from hf_kvquant.measure.tables import markdown
 
 HEADS, KV_HEADS = 8, 2
 SPREADS = (0.1, 1.0, 3.0, 10.0)
@@ -148,22 +149,24 @@ def show(result: dict) -> None:
     count = result["rows"][0]["samples"]
     print(f"{len(result['checks'])} checks passed; {count} samples; backend {result['backend']}\n")
     head = ["cache", "queries", *levels, "largest", "limit"]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    lines = []
     for dtype in DTYPES:
         baseline = found[BASELINE, dtype, None]
         cells = [f"{baseline['rms']:#.2g}", *[""] * (len(levels) - 1), f"{baseline['largest']:#.2g}", ""]
-        print(f"| {BASELINE} | {dtype} | " + " | ".join(cells) + " |")
+        lines.append([BASELINE, dtype, *cells])
         for name in result["configs"]:
             ours = [found[name, dtype, level] for level in levels]
             cells = [f"{r['rms']:#.2g}" for r in ours]
             cells += [f"{max(r['largest'] for r in ours):#.2g}", f"{ours[0]['limit']:g}"]
-            print(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
+            lines.append([name, dtype, *cells])
+    print(markdown(head, lines))
     print("\nBF16 queries by the spread of the scores:\n")
-    print("| cache, level | " + " | ".join(map(str, SPREADS)) + " |\n|" + "---|" * (len(SPREADS) + 1))
-    for r in result["rows"]:
-        if r["dtype"] == "bfloat16":
-            cells = " | ".join(f"{error:#.2g}" for error in r["rms_by_spread"].values())
-            print(f"| {', '.join(filter(None, (r['name'], r['level'])))} | {cells} |")
+    lines = [
+        [", ".join(filter(None, (r["name"], r["level"]))), *(f"{x:#.2g}" for x in r["rms_by_spread"].values())]
+        for r in result["rows"]
+        if r["dtype"] == "bfloat16"
+    ]
+    print(markdown(["cache, level", *SPREADS], lines))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from hf_kvquant.measure.checks import all_passed, at_most, is_true, relative_err
 from hf_kvquant.measure.clock import WARM_UP_ROUNDS, PlainRead, summary, time_interleaved
 from hf_kvquant.measure.facts import read_json
 from hf_kvquant.measure.sliding import MODELS, SlidingLayer, weigh_model
-from hf_kvquant.measure.tables import print_table, put_between
+from hf_kvquant.measure.tables import markdown, print_table, put_between
 from hf_kvquant.measure.weighing import tensor_bytes
 
 # The largest relative error of an output: against dense attention over the same de-quantized window in float32, and
@@ -197,11 +197,8 @@ def with_tables(readme: str, result: dict) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    tables = []
-    for head, rows in (step_table(result), bytes_table(result)):
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        tables.append("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
-    return put_between(readme, BEGIN, END, "\n" + "\n".join(tables))
+    tables = (markdown(*table(result)) for table in (step_table, bytes_table))
+    return put_between(readme, BEGIN, END, "\n" + "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from hf_kvquant import KVQuantConfig
 from hf_kvquant.cli import app
 from hf_kvquant.measure import markdown_table
 from hf_kvquant.measure.facts import rounded
-from hf_kvquant.measure.tables import put_between, three_digits
+from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "accuracy"
@@ -149,6 +149,7 @@ def tables(results: list[dict]) -> str:
     lines = [f"{_scored([first])}:", "", markdown_table(first, leave_out=["seconds"])]
     if len(results) > 1:
         names = list(dict.fromkeys(name for result in results for name in result["caches"] if name != "dense"))
+        presets = {n for result in results for n, cache in result["caches"].items() if cache["kind"] == "preset"}
         alike = {}
         for result in results[1:]:
             alike.setdefault(_on(result), []).append(result)
@@ -156,13 +157,11 @@ def tables(results: list[dict]) -> str:
             "",
             f"The mean KL divergence (0.001 nats) there, and of {'; of '.join(map(_scored, alike.values()))}:",
             "",
-            f"| cache | {' | '.join(result['plan']['model'] for result in results)} |",
-            "|---" + "|---:" * len(results) + "|",
+            markdown(
+                ["cache", *(result["plan"]["model"] for result in results)],
+                ([bold(name, presets), *(_divergence(result, name) for result in results)] for name in names),
+            ),
         ]
-        for name in names:
-            kind = next(r["caches"][name]["kind"] for r in results if name in r["caches"])
-            cells = [_divergence(result, name) for result in results]
-            lines.append(f"| {f'**{name}**' if kind == 'preset' else name} | {' | '.join(cells)} |")
     found = {}
     for result in results:
         found.setdefault(" and ".join(exceptions(result)), []).append(result["plan"]["model"])

@@ -28,7 +28,7 @@ from hf_kvquant.measure import Settings, compare
 from hf_kvquant.measure.caches import DENSE, Decoded
 from hf_kvquant.measure.facts import machine, rounded, versions, write_json
 from hf_kvquant.measure.generation import continued
-from hf_kvquant.measure.tables import put_between, three_digits
+from hf_kvquant.measure.tables import markdown, put_between, three_digits
 from hf_kvquant.measure.text import bundled_model, windows
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -102,12 +102,12 @@ def stretches(result: dict) -> list[tuple[int, int, slice]]:
 def table(result: dict) -> str:
     """Markdown: the mean KL divergence (0.001 nats) of each preset by stretch, of greedy and of sampled text."""
     columns = [f"{how} {first:,} to {last:,}" for how in WRITTEN for first, last, _ in stretches(result)]
-    lines = [f"| preset | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    lines = []
     for name in result["configs"]:
         curves = [result["caches"][how][name]["by_position"] for how in WRITTEN]
         means = [statistics.fmean(curve[bins]) for curve in curves for _, _, bins in stretches(result)]
-        lines.append(f"| {name} | {' | '.join(three_digits(1000 * mean) for mean in means)} |")
-    return "\n".join(lines)
+        lines.append([name, *(three_digits(1000 * mean) for mean in means)])
+    return markdown(["preset", *columns], lines)
 
 
 def with_table(readme: str, result: dict) -> str:

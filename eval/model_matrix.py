@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hf_kvquant.measure.facts import versions, write_text
 from hf_kvquant.measure.families import PRESETS, examine
-from hf_kvquant.measure.tables import put_between
+from hf_kvquant.measure.tables import markdown, put_between
 from hf_kvquant.measure.tiny_models import families
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,8 +93,7 @@ def _count(families: dict, status: str, kind: str | None = None) -> int:
 
 
 def _table(columns: list[str], rows: list[list[object]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return markdown(columns, rows, left=range(len(columns))) + "\n"
 
 
 def _summary(document: dict) -> str:

@@ -24,7 +24,7 @@ from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.caches import DENSE
 from hf_kvquant.measure.facts import machine, rounded, versions, write_json
 from hf_kvquant.measure.schemes import SCHEMES, Scheme
-from hf_kvquant.measure.tables import put_between, three_digits
+from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 from hf_kvquant.measure.text import bundled_model, file_windows, windows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "schemes"
@@ -111,16 +111,16 @@ def table(results: list[dict]) -> str:
     names = sorted(results[0]["bits"], key=lambda name: -results[0]["bits"][name])
     widths = sorted({result["head_dim"] for result in results})
     bits = {result["head_dim"]: result["bits"] for result in results}
-    head = [*(f"bits at {width}" for width in widths), *(result["model"] for result in results)]
-    lines = [f"| scheme | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
+    head = ["scheme", *(f"bits at {width}" for width in widths), *(result["model"] for result in results)]
+    lines = []
     presets = KVQuantConfig.preset_names()
     for name in names:
         cells = [f"{bits[width][name]:.3f}" for width in widths]
         cells += [
             " / ".join(three_digits(1000 * result["kl"][w][name]["mean"]) for w in WINDOWS) for result in results
         ]
-        lines.append(f"| {f'**{name}**' if name in presets else name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([bold(name, presets), *cells])
+    return markdown(head, lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from hf_kvquant.measure.facts import read_json, rounded, write_text
-from hf_kvquant.measure.tables import put_between, with_error
+from hf_kvquant.measure.tables import markdown, put_between, with_error
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tuning"
 README = RESULTS / "README.md"
@@ -56,19 +56,10 @@ def published() -> list[dict]:
 def table(results: list[dict]) -> str:
     """Markdown: held-out KL divergence (0.001 nats) of the result and of the best uniform config, and the verdict."""
     head = (
-        "model",
-        "exact tokens",
-        "budget",
-        "best uniform",
-        "bits",
-        "bytes",
-        "KL",
-        "tuned: bits",
-        "bytes",
-        "KL",
-        "lower",
-    )
-    lines = [f"| {' | '.join(head)} | beats it |", "|---|---|---:|---" + "|---:" * (len(head) - 4) + "|---|"]
+        "model", "exact tokens", "budget", "best uniform", "bits", "bytes", "KL", "tuned: bits", "bytes", "KL",
+        "lower", "beats it",
+    )  # fmt: skip
+    lines = []
     for result in results:
         verdict, best, caches = result["verdict"], result["uniform"][0], result["held_out"]["caches"]
         cells = [result["model"], windows(result["base"]), f"{result['bits']:g}", best["name"]]
@@ -77,8 +68,8 @@ def table(results: list[dict]) -> str:
             cells += [f"{bits:.3f}", f"{weight:.3f}", with_error(caches[name]["kl"], 1000)]
         difference = {"mean": -verdict["difference"]["mean"], "se": verdict["difference"]["se"]}
         cells.append(f"{verdict['margin']:.0%} ({with_error(difference, 1000)})")
-        lines.append(f"| {' | '.join(cells)} | {'yes' if verdict['beats'] else 'no'} |")
-    return "\n".join(lines)
+        lines.append([*cells, "yes" if verdict["beats"] else "no"])
+    return markdown(head, lines, left=(0, 1, 3, 11))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -120,13 +120,20 @@ def markdown_table(result: Mapping, leave_out: Sequence[str] = ()) -> str:
     """The table in Markdown, with presets in bold, and without the columns `leave_out`."""
     kept = [i for i, header in enumerate(columns(result)) if header not in leave_out]
     headers = [header for i, header in enumerate(columns(result)) if i in kept]
-    lines = [f"| {' | '.join(headers)} |", "|---" + "|---:" * (len(headers) - 1) + "|"]
-    for name, cells in rows(result).items():
-        cells = [cells[i] for i in kept]
-        if result["caches"][name]["kind"] == "preset":
-            cells = [f"**{cells[0]}**", *cells[1:]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    found = {name: [cells[i] for i in kept] for name, cells in rows(result).items()}
+    presets = [name for name in found if result["caches"][name]["kind"] == "preset"]
+    return markdown(headers, ([bold(first, presets), *cells] for first, *cells in found.values()))
+
+
+def bold(name: str, presets: Container[str]) -> str:
+    """The name of a cache in Markdown: those of presets are bold."""
+    return f"**{name}**" if name in presets else name
+
+
+def markdown(head: Sequence[object], rows: Iterable[Iterable[object]], left: Container[int] = (0,)) -> str:
+    """A table of any cells in Markdown; the columns `left` are aligned to the left, all others to the right."""
+    rule = ["---" if i in left else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
 
 
 def put_between(page: str, begin: str, end: str, content: str) -> str:

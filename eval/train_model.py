@@ -1,11 +1,15 @@
 """Train `stdlib-nano`, the small Llama model that ships in the wheel, on this machine's own Python source.
 
     python eval/train_model.py --minutes 50 --seed 0 --out hf_kvquant/models/stdlib-nano
+    python eval/train_model.py --latent --minutes 50 --out stdlib-nano-latent --results stdlib-nano-latent
 
 The demo, the tests and the accuracy measurements need a model that has truly learned to use its context, on machines
 without a hub. So this trains a byte-level BPE and a 3.9 M parameter `LlamaForCausalLM` (grouped queries, head_dim 64,
 context 2048, 7.8 MB in bfloat16) on the `.py` files of the standard library, which every machine has. About 5 % of the
 files are held out (`held_out_files`), and about 8 % of the sequences are synthetic recall exercises.
+
+With `--latent` the model has the latent attention of DeepSeek V3 instead (latents of 128 elements, rotary keys of 32),
+to measure what quantized latents cost; it is not shipped.
 
 Cost: `--minutes` of training on two CPU cores, then two or three minutes of measurement; 2 GB of memory. The learning
 rate and the context length (512 for the first three quarters, then 2048) follow the elapsed share of the budget, so a
@@ -30,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig, PreTrainedTokenizerFast
 
 from hf_kvquant.measure.facts import machine, versions, whole_file
 from hf_kvquant.measure.report.style import PRINT, new_figure
@@ -53,6 +57,9 @@ class Recipe:
     head_dim: int = 64
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    # Only of latent attention.
+    kv_lora_rank: int = 0
+    qk_rope_head_dim: int = 32
 
     tokens_per_step: int = 4096
     short_context: int = 512
@@ -216,22 +223,33 @@ class Sequences:
 
 
 def build_model(recipe: Recipe, tokenizer):
-    config = LlamaConfig(
+    config_type, attention = LlamaConfig, {"head_dim": recipe.head_dim}
+    if recipe.kv_lora_rank:
+        config_type = DeepseekV3Config
+        attention = {
+            "kv_lora_rank": recipe.kv_lora_rank,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": recipe.qk_rope_head_dim,
+            "qk_nope_head_dim": recipe.head_dim,
+            "v_head_dim": recipe.head_dim,
+            "first_k_dense_replace": recipe.num_hidden_layers,  # no experts
+        }
+    config = config_type(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=recipe.num_attention_heads,
         num_key_value_heads=recipe.num_key_value_heads,
-        head_dim=recipe.head_dim,
         max_position_embeddings=recipe.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **attention,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def build_optimizers(model, recipe: Recipe) -> list:
@@ -441,10 +459,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=root / "hf_kvquant/models/stdlib-nano")
     parser.add_argument("--results", type=Path, default=root / "eval/results/train_model")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "stdlib-nano.pt")
+    parser.add_argument("--latent", action="store_true", help="with latent attention; give --out and --results, too")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     args = parser.parse_args()
+    if args.latent and parser.get_default("out") == args.out:
+        parser.error("--latent: expected --out, the folder of another model than the shipped one")
 
-    recipe = Recipe()
+    recipe = Recipe(num_key_value_heads=4, kv_lora_rank=128) if args.latent else Recipe()
     torch.manual_seed(args.seed)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     held_out_paths = held_out_files(stdlib)
@@ -470,7 +491,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     measured = measure(model, tokenizer, stream, held_out, recipe, args.seed)
     result = {
-        "command": f"python eval/train_model.py --minutes {args.minutes:g} --seed {args.seed}",
+        "command": "python eval/train_model.py "
+                   f"{'--latent ' if args.latent else ''}--minutes {args.minutes:g} --seed {args.seed}",
         "seed": args.seed,
         "machine": machine(),
         "versions": versions(["tokenizers"]),

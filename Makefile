@@ -9,7 +9,7 @@ LOCK := .ci/constraints.txt
 OLDEST_LOCK := .ci/constraints-oldest.txt
 SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest smoke recipes newest lock sanitize soak arm matrix lint format clean
+.PHONY: demo test test-oldest smoke recipes newest lock sanitize soak arm wheels matrix lint format clean
 
 # Threads that sleep while they wait: the demo stays fast beside other programs.
 demo: .venv-demo/installed
@@ -90,6 +90,17 @@ test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p 
 # The CPU kernels as ARM code on an emulated processor. The compiler for it takes 400 MB, so only this installs it.
 arm: .venv/arm
 	PATH=$(CURDIR)/.venv/bin:$$PATH OMP_NUM_THREADS=1 .venv/bin/pytest -q tests/test_arm.py
+
+# Wheels that install without a compiler, in dist/; those for this machine are installed alone, and generate.
+wheels: .venv-wheels/installed
+	rm -rf dist
+	.ci/wheels .venv-wheels/bin/python dist
+	WHEELS=$(CURDIR)/dist OMP_NUM_THREADS=1 .venv/bin/pytest -q tests/test_distribution.py -k built_for
+
+.venv-wheels/installed: .venv/installed
+	$(PYTHON) -m venv .venv-wheels
+	$(call install,$(LOCK),.venv-wheels) auditwheel build cmake ninja wheel ziglang
+	touch $@
 
 # Every model family with every preset; resumes where it was stopped, and writes the tables of the documents.
 matrix: .venv/installed

@@ -56,7 +56,7 @@ def build(folder: Path) -> Path:
         "CMAKE_CXX_FLAGS": "-Werror",
         # Linking a program needs the C++ library, which Zig takes a minute to compile.
         "CMAKE_TRY_COMPILE_TARGET_TYPE": "STATIC_LIBRARY",
-        "CMAKE_MODULE_LINKER_FLAGS": "-nostdlib -lcompiler_rt",
+        "CMAKE_SHARED_LINKER_FLAGS": "-nostdlib -lcompiler_rt",
     }
     _run("cmake", "-S", str(KERNELS), "-B", str(folder), *(f"-D{name}={value}" for name, value in options.items()))
     _run("cmake", "--build", str(folder))

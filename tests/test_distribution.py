@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import hf_kvquant
+from hf_kvquant.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / ".ci" / "constraints.txt"
@@ -104,17 +106,52 @@ def test_metadata(wheel):
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
 
-def test_it_runs_where_nothing_else_of_ours_is(wheel, tmp_path):
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", environment, cwd=tmp_path)
+def runs_alone(wheel: Path, folder: Path) -> None:
+    environment = folder / "environment"
+    run(sys.executable, "-m", "venv", environment, cwd=folder)
     python = environment / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
     # What it needs is borrowed from here; its own files, found in other folders, would come later on the path.
     (site,) = environment.glob("lib/python*/site-packages")
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (site / "borrowed.pth").write_text("\n".join(borrowed), encoding="utf-8")
     program = environment / "bin" / "hf-kvquant"
-    assert "generate" in run(program, "--help", cwd=tmp_path)
-    assert "int4-small" in run(program, "info", cwd=tmp_path)
+    assert "generate" in run(program, "--help", cwd=folder)
+    info = run(program, "info", cwd=folder)
+    assert "int4-small" in info
+    # A compiler may not know this processor's instruction sets.
+    assert re.search(rf"\b{re.escape(cpu.isa())}\b", info), info
     # Three decode steps through four layers.
-    assert run(python, "-c", USE, cwd=tmp_path).split()[-2:] == [hf_kvquant.__version__, "12"]
+    assert run(python, "-c", USE, cwd=folder).split()[-2:] == [hf_kvquant.__version__, "12"]
+
+
+def test_it_runs_where_nothing_else_of_ours_is(wheel, tmp_path):
+    runs_alone(wheel, tmp_path)
+
+
+# The first bytes of the library: ELF with its machine, or Mach-O with its processor.
+MACHINES = {
+    "x86_64": (b"\x7fELF", 18, (62).to_bytes(2, "little")),
+    "aarch64": (b"\x7fELF", 18, (183).to_bytes(2, "little")),
+    "arm64": (0xFEEDFACF.to_bytes(4, "little"), 4, 0x0100000C.to_bytes(4, "little")),
+}
+
+
+@pytest.mark.skipif("WHEELS" not in os.environ, reason="WHEELS is not set; `make wheels` sets it")
+def test_wheels_are_built_for_these_platforms(tmp_path):
+    """Those for this machine run, the others hold a library for their processor."""
+    wheels = sorted(Path(os.environ["WHEELS"]).glob("*.whl"))
+    tags = [wheel.stem.split("-")[2:] for wheel in wheels]
+    assert all(tag[:2] == ["py3", "none"] for tag in tags)
+    platforms = {tag[2]: wheel for tag, wheel in zip(tags, wheels)}
+    assert {name.split("_")[0] for name in platforms} == {"manylinux", "macosx"}
+    assert len(platforms) == 4
+    for name, wheel in platforms.items():
+        machine = next(machine for machine in MACHINES if name.endswith(machine))
+        magic, at, code = MACHINES[machine]
+        with zipfile.ZipFile(wheel) as archive:
+            begin = archive.read("hf_kvquant/_kvquant_cpu.so")[:64]
+        assert begin.startswith(magic) and begin[at:].startswith(code), name
+        if machine == platform.machine() and name.startswith("manylinux"):
+            (folder := tmp_path / name).mkdir()
+            runs_alone(wheel, folder)

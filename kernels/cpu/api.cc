@@ -19,31 +19,45 @@ const char* const kLevelNames[kNumLevels] = {"scalar", "avx2",        "avx2_vnni
                                              "avx512", "avx512_vnni", "avx512_bf16"};
 
 #ifdef KVQUANT_X86
-// Older compilers do not know this feature by name.
-bool has_avx_vnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
-}
+// What the processor and the operating system can do. Not by __builtin_cpu_supports: Zig's answers 0
+// to everything, and older compilers do not know every feature.
+struct Features {
+  bool avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16;
+
+  Features() {
+    unsigned a = 0, b1, c1 = 0, d, b7 = 0, c7 = 0, a71 = 0, unused;
+    __get_cpuid(1, &a, &b1, &c1, &d);
+    __get_cpuid_count(7, 0, &a, &b7, &c7, &d);
+    __get_cpuid_count(7, 1, &a71, &unused, &unused, &d);
+    // The registers that the operating system saves.
+    uint32_t saved = 0;
+    if (c1 >> 27 & 1) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    const auto has = [](unsigned word, std::initializer_list<int> bits) {
+      for (int bit : bits)
+        if (!(word >> bit & 1)) return false;
+      return true;
+    };
+    avx2 =
+        has(saved, {1, 2}) && has(c1, {12 /* fma */, 28 /* avx */, 29 /* f16c */}) && has(b7, {5});
+    avx_vnni = avx2 && has(a71, {4});
+    avx512 = avx2 && has(saved, {5, 6, 7}) &&
+             has(b7, {16 /* f */, 17 /* dq */, 30 /* bw */, 31 /* vl */});
+    avx512_vnni = avx512 && has(c7, {11});
+    avx512_bf16 = avx512_vnni && has(c7, {1 /* vbmi */}) && has(a71, {5});
+  }
+};
 #endif
 
 // The operators of instruction set i. Null if this processor does not have all of its instructions,
 // or if there is no set i.
 const Level* level(int64_t i) {
 #ifdef KVQUANT_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  static const bool avx_vnni = has_avx_vnni();  // cpuid is slow on a virtual machine
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool bf16 =
-      vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-  if (i == 1) return avx2 ? &kvquant::kAvx2Level : nullptr;
-  if (i == 2) return avx2 && avx_vnni ? &kvquant::kAvx2VnniLevel : nullptr;
-  if (i == 3) return avx512 ? &kvquant::kAvx512Level : nullptr;
-  if (i == 4) return vnni ? &kvquant::kAvx512VnniLevel : nullptr;
-  if (i == 5) return bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
+  static const Features has;  // cpuid is slow on a virtual machine
+  if (i == 1) return has.avx2 ? &kvquant::kAvx2Level : nullptr;
+  if (i == 2) return has.avx_vnni ? &kvquant::kAvx2VnniLevel : nullptr;
+  if (i == 3) return has.avx512 ? &kvquant::kAvx512Level : nullptr;
+  if (i == 4) return has.avx512_vnni ? &kvquant::kAvx512VnniLevel : nullptr;
+  if (i == 5) return has.avx512_bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
 #endif
   return i == 0 ? &kvquant::kScalarLevel : nullptr;
 }

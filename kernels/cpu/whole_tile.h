@@ -89,9 +89,12 @@ inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*
 template <int kMost, class F>
 inline void for_row_blocks(int rows, F f) {
   int r = 0;
-  for (; kMost == 8 && r + 8 <= rows; r += 8) f(r, std::integral_constant<int, 8>());
-  for (; kMost >= 4 && r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>());
-  for (; kMost >= 2 && r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>());
+  if constexpr (kMost == 8)
+    for (; r + 8 <= rows; r += 8) f(r, std::integral_constant<int, 8>());
+  if constexpr (kMost >= 4)
+    for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>());
+  if constexpr (kMost >= 2)
+    for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>());
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 

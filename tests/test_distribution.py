@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import hf_kvquant
 from hf_kvquant.backends import cpu
@@ -55,9 +56,14 @@ def built(tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel that was built from it."""
     if not LOCK.exists():
         pytest.skip("not a checkout")
-    folder = tmp_path_factory.mktemp("dist")
+    # Compiling takes a minute: test processes share the result.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dist"
     pins = {"PIP_CONSTRAINT": str(LOCK), "PIP_BUILD_CONSTRAINT": str(LOCK)}
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, **pins)
+    with FileLock(f"{folder}.lock"):
+        if not list(folder.glob("*.whl")):
+            folder.mkdir(exist_ok=True)
+            run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, **pins)
     return folder
 
 

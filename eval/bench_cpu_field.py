@@ -1,0 +1,230 @@
+"""Time the attention of one decode step beside other packages' quantized caches on this processor, in one run.
+
+    python eval/bench_cpu_field.py --lengths 1024,8192,32768,65536 --batches 1,8 --threads 2 --out results.json
+
+Peers are onnxruntime's GroupQueryAttention (int8, int4) and OpenVINO's stateful SDPA (u8, u4), each in an environment
+of its own that this script makes under `--environments`, and torch's SDPA over BF16. Ours are the presets. A peer's
+step appends a token too, which cannot be isolated there; ours and SDPA's do not. Peers read float32 queries.
+
+Every candidate is checked first against float64 attention (peers, over their own de-quantized cache) or as in
+`bench_decode.py` (ours). Samples are taken in interleaved rounds over flushed caches, each after a pause, because the
+threads of some packages spin after their work. A peer that cannot run has a row with the reason and no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hf_kvquant.measure import operator
+from hf_kvquant.measure.benchmark import DTYPES, Benchmark, add_attention, choose, integers, new_parser, summary_line
+from hf_kvquant.measure.checks import all_passed, at_most, relative_error
+from hf_kvquant.measure.clock import WARM_UP_ROUNDS, PlainRead, seconds_of, summary
+from hf_kvquant.measure.tables import print_table
+
+WORKER = Path(__file__).with_name("field_peer.py")
+PAUSE_SECONDS = 0.02
+# Of float32 arithmetic against float64, and of BF16 SDPA.
+PEER_TOLERANCE, SDPA_TOLERANCE = 1e-4, 0.01
+SDPA = "sdpa-bfloat16"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache of a peer: the packages of its environment (none: it cannot run here, for `reason`)."""
+
+    peer: str
+    bits: int
+    packages: tuple[str, ...] = ()
+    reason: str = ""
+
+
+_ONNXRUNTIME = ("onnxruntime==1.32.0", "onnx==1.23.2", "numpy==2.4.6")
+_OPENVINO = ("openvino==2026.4.1", "numpy==2.4.6")
+KINDS = {
+    "onnxruntime-int8": Kind("onnxruntime", 8, _ONNXRUNTIME),
+    "onnxruntime-int4": Kind("onnxruntime", 4, _ONNXRUNTIME),
+    "openvino-u8": Kind("openvino", 8, _OPENVINO),
+    "openvino-u4": Kind("openvino", 4, _OPENVINO),
+    "vllm-fp8": Kind("vllm", 8, reason="no driver for vLLM's CPU attention yet"),
+    "llama.cpp": Kind("llama.cpp", 8, reason="measured as a whole step by bench_llama_cpp.py"),
+}
+
+
+class Worker:
+    """A process of a peer in its environment.
+
+    Raises:
+        RuntimeError: it cannot be made, died, or answered with a reason.
+    """
+
+    def __init__(self, kind: Kind, folder: Path):
+        if kind.reason:
+            raise RuntimeError(kind.reason)
+        place = folder / kind.peer
+        python = place / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+        if not (place / "complete").exists():
+            venv.create(place, with_pip=True, clear=True)
+            done = subprocess.run(
+                [python, "-m", "pip", "install", "-q", *kind.packages], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"pip install {' '.join(kind.packages)}: {done.stderr.strip().splitlines()[-1]}")
+            (place / "complete").touch()
+        self._process = subprocess.Popen(
+            [python, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def ask(self, **request) -> dict:
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            answer = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise RuntimeError(f"its process ended with status {self._process.wait()}") from None
+        if "reason" in answer:
+            raise RuntimeError(answer["reason"])
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add_attention(parser)
+    parser.add_argument("--lengths", type=integers, default="1024,8192,32768,65536", help="cached tokens")
+    parser.add_argument("--batches", type=integers, default="1,8")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--peers", default=",".join(KINDS), help="comma separated; empty: none")
+    parser.add_argument("--environments", type=Path, default=Path("build/field"), help="folder for the peers' venvs")
+    args = parser.parse_args(argv)
+    args.peers = [name for name in args.peers.split(",") if name]
+    if unknown := [name for name in args.peers if name not in KINDS]:
+        parser.error(f"--peers {','.join(unknown)}: expected some of {','.join(KINDS)}")
+    if min(args.lengths) < 2 or min(args.batches) < 1 or args.rounds < 1:
+        parser.error("expected --lengths of at least 2, --batches and --rounds of at least 1")
+    choose(parser, args)
+    return args
+
+
+def bench(args: argparse.Namespace, batch: int, length: int) -> dict[str, list[dict]]:
+    """Checks, and if they all pass the rows of one shape."""
+    dtype = DTYPES[args.dtype]
+    key, value = operator.random_states(batch, args.kv_heads, length, args.head_dim, dtype, seed=length)
+    query = operator.random_query(batch, args.heads, 1, args.head_dim, dtype)
+    bfloat16 = [x.to(torch.bfloat16).contiguous() for x in (query, key, value)]
+    expected = operator.sdpa(query.float(), key.float(), value.float())
+    tasks: dict[str, Callable[[], float]] = {SDPA: partial(seconds_of, partial(operator.sdpa, *bfloat16))}
+    error = relative_error(operator.sdpa(*bfloat16), expected)
+    checks = [at_most(SDPA, "SDPA against float32", error, SDPA_TOLERANCE)]
+    facts: dict[str, dict] = {SDPA: {"kind": "torch", "bits_per_element": 16.0}}
+    elements = 2 * key.numel()
+    for name, config in args.configs.items():
+        states = operator.fill(config, key, value)
+        checks += operator.check_attention(name, query, *states)
+        tasks[name] = partial(seconds_of, partial(operator.attention, query, *states))
+        facts[name] = {"kind": "preset", "bits_per_element": 8 * sum(map(operator.bytes_read, states)) / elements}
+    shape = {"batch": batch, "length": length}
+    shape |= {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim")}
+    workers, refused = [], {}
+    try:
+        for name in args.peers:
+            kind = KINDS[name]
+            try:
+                workers.append(Worker(kind, args.environments))
+                found = workers[-1].ask(
+                    do="prepare", peer=kind.peer, bits=kind.bits, shape=shape, threads=torch.get_num_threads()
+                )
+                # It may be able to prepare and not to step.
+                workers[-1].ask(do="step")
+            except RuntimeError as reason:
+                refused[name] = {"kind": "peer", "reason": str(reason)}
+                continue
+            what = "attention against float64 over its de-quantized cache"
+            checks.append(at_most(name, what, found["error"], PEER_TOLERANCE))
+            tasks[name] = partial(_seconds, workers[-1])
+            facts[name] = {"kind": "peer", "bits_per_element": found["bits"], "version": found["version"]}
+        checks = [{"batch": batch, "length": length, **check} for check in checks]
+        if not all_passed(checks):
+            return {"checks": checks}
+        samples = timed(tasks, args.rounds)
+    finally:
+        for worker in workers:
+            worker.close()
+    rows = [{"name": name, **facts[name], "ms": summary(samples[name])} for name in tasks]
+    for row in rows:
+        row["faster_than_sdpa_bfloat16"] = rows[0]["ms"]["median"] / row["ms"]["median"]
+    rows += [{"name": name, **row} for name, row in refused.items()]
+    return {"checks": checks, "field": [{"batch": batch, "length": length, **row} for row in rows]}
+
+
+def _seconds(worker: Worker) -> float:
+    return worker.ask(do="step")["seconds"]
+
+
+def timed(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that every task says it took, in interleaved rounds, as `time_interleaved` orders them."""
+    roof, order = PlainRead(1 << 20), random.Random(0)
+    samples = {name: [] for name in tasks}
+    for i in range(-WARM_UP_ROUNDS, rounds):
+        for name in order.sample(list(tasks), len(tasks)):
+            roof.flush()
+            time.sleep(PAUSE_SECONDS)
+            elapsed = tasks[name]()
+            if i >= 0:
+                samples[name].append(elapsed)
+    return samples
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    benchmark = Benchmark("cpu_field", argv, args, ("field",))
+    for batch in args.batches:
+        for length in args.lengths:
+            with torch.inference_mode():
+                rows = bench(args, batch, length)
+            if not benchmark.add(rows):
+                return 1
+    del args.environments
+    return benchmark.finish(show, tolerance={"peers": PEER_TOLERANCE, "sdpa": SDPA_TOLERANCE})
+
+
+def show(result: dict) -> None:
+    print(f"{summary_line(result)}; {result['machine']['cpu']}; medians, caches flushed")
+    for batch, length in dict.fromkeys((row["batch"], row["length"]) for row in result["field"]):
+        rows = [row for row in result["field"] if (row["batch"], row["length"]) == (batch, length)]
+        # The fastest first, whoever it is.
+        rows.sort(key=lambda row: row["ms"]["median"] if "ms" in row else float("inf"))
+        print_table(
+            f"attention of a decode step over {length} tokens, batch {batch}",
+            ["cache", "bits", "ms", "min .. max", "x SDPA BF16"],
+            [
+                [
+                    row["name"],
+                    f"{row['bits_per_element']:.2f}",
+                    f"{row['ms']['median']:.3f}",
+                    f"{row['ms']['min']:.3f} .. {row['ms']['max']:.3f}",
+                    f"{row['faster_than_sdpa_bfloat16']:.2f}",
+                ]
+                if "ms" in row
+                else [row["name"], "-", "-", row["reason"], "-"]
+                for row in rows
+            ],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

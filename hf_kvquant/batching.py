@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
@@ -53,35 +53,54 @@ class _Chunk:
     offset: int = 0
 
 
-class Batch:
-    """The requests of one forward call, by the way in which their new tokens attend."""
+class Rows:
+    """Requests of a batch whose new tokens attend in one call. What a step needs of them is made once, for all layers.
+
+    `at` finds their new tokens in the batch: a slice if they lie one after the other, else an index per request.
+    """
 
     def __init__(self, chunks: Sequence[_Chunk], allocator: QuantizedAllocator):
-        self._allocator = allocator
-        self._tables: dict[tuple, PageTable] = {}
-        self.first = [chunk for chunk in chunks if chunk.past == 0]
+        self.chunks, self._allocator = chunks, allocator
+        self._tables: dict[int, tuple[PageTable, PageTable]] = {}
+        offsets = [at for chunk in chunks for at in range(chunk.offset, chunk.offset + chunk.n)]
+        follow = offsets == list(range(offsets[0], offsets[0] + len(offsets)))
+        self.at: Any = slice(offsets[0], offsets[-1] + 1) if follow else torch.tensor(offsets)
+
+    def tables(self, exact_block: int) -> tuple[PageTable, PageTable]:
+        """The pages of the requests, with the lengths before and after their new tokens."""
+        if exact_block not in self._tables:
+            before = self._allocator.table(self.chunks, exact_block)
+            new = torch.tensor([chunk.n for chunk in self.chunks])
+            self._tables[exact_block] = before, before._replace(lengths=before.lengths + new)
+        return self._tables[exact_block]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """What the new tokens of a single request see: its past, and themselves up to each; `[1, 1, n, past + n]`."""
+        (chunk,) = self.chunks
+        column = torch.arange(chunk.past + chunk.n)
+        return (column <= column[chunk.past :, None])[None, None]
+
+
+class Batch:
+    """The requests of one forward call, by the way in which their new tokens attend.
+
+    first, long: requests without, and with, tokens in the cache, each by itself.
+    short: requests with a few new tokens, token by token: those that have a first one, a second one, and so on.
+    """
+
+    def __init__(self, chunks: Sequence[_Chunk], allocator: QuantizedAllocator):
         more = [chunk for chunk in chunks if chunk.past]
-        self.long = [chunk for chunk in more if chunk.n > ops.MAX_Q_LEN]
-        self.short = [chunk for chunk in more if chunk.n <= ops.MAX_Q_LEN]
-
-    def steps(self) -> list[list[_Chunk]]:
-        """The short chunks token by token: those that have a first token, a second one, and so on."""
-        most = max((chunk.n for chunk in self.short), default=0)
-        return [
-            [
-                _Chunk(chunk.request_id, chunk.past + step, 1, chunk.offset + step)
-                for chunk in self.short
-                if chunk.n > step
-            ]
-            for step in range(most)
+        few = [chunk for chunk in more if chunk.n <= ops.MAX_Q_LEN]
+        self.first = [Rows([chunk], allocator) for chunk in chunks if chunk.past == 0]
+        self.long = [Rows([chunk], allocator) for chunk in more if chunk.n > ops.MAX_Q_LEN]
+        self.short = [
+            Rows(
+                [_Chunk(x.request_id, x.past + step, 1, x.offset + step) for x in few if x.n > step],
+                allocator,
+            )
+            for step in range(max((chunk.n for chunk in few), default=0))
         ]  # fmt: skip
-
-    def table(self, chunks: Sequence[_Chunk], exact_block: int) -> PageTable:
-        """The pages of these requests, with the lengths before their new tokens."""
-        key = (exact_block, *((chunk.request_id, chunk.past) for chunk in chunks))
-        if key not in self._tables:
-            self._tables[key] = self._allocator.table(chunks, exact_block)
-        return self._tables[key]
 
 
 class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[name-defined]
@@ -280,11 +299,11 @@ class _Update:
         self.layer = allocator.layers[layer_idx]
         self.is_stored = False
 
-    def table(self, chunks: Sequence[_Chunk]) -> PageTable:
-        return self.batch.table(chunks, self.allocator.exact_block(self.layer_idx))
+    def tables(self, rows: Rows) -> tuple[PageTable, PageTable]:
+        return rows.tables(self.allocator.exact_block(self.layer_idx))
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, chunks: Sequence[_Chunk]) -> None:
-        self.layer.append(key, value, self.table(chunks), self.allocator.faults)
+    def append(self, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
+        self.layer.append(key, value, self.tables(rows)[0], self.allocator.faults)
         if self.allocator.faults[0]:
             say_once("A NaN or infinity reached the quantized KV cache of a batch.")
 
@@ -364,29 +383,24 @@ def attend(
     dense_kwargs = {name: x for name, x in kwargs.items() if name not in _OF_BATCHES}
     output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
 
-    for chunks, has_past in ((update.batch.first, False), (update.batch.long, True)):
-        for chunk in chunks:
-            at = slice(chunk.offset, chunk.offset + chunk.n)
-            q, k, v = (x[:, :, at] for x in (query, keys, values))
-            mask = None
-            new = k, v
+    for each, has_past in ((update.batch.first, False), (update.batch.long, True)):
+        for rows in each:
+            q, k, v = (x[:, :, rows.at] for x in (query, keys, values))
+            new, mask = (k, v), None
             if has_past:
-                past = update.layer.past(update.table([chunk]), 0)
+                past = update.layer.past(update.tables(rows)[0], 0)
                 k, v = (torch.cat(x, dim=2) for x in zip(past, new))
-                positions = torch.arange(chunk.past, chunk.past + chunk.n)
-                mask = (torch.arange(chunk.past + chunk.n) <= positions[:, None])[None, None]
+                mask = rows.mask
             update.routes.count("decode_dequantized" if has_past else "prefill_dense")
-            output[:, at] = dense_attention(module, q, k, v, mask, **dense_kwargs)[0]
-            update.append(*new, [chunk])
-    for chunks in update.batch.steps():
-        rows = torch.tensor([chunk.offset for chunk in chunks])
+            output[:, rows.at] = dense_attention(module, q, k, v, mask, **dense_kwargs)[0]
+            update.append(*new, rows)
+    for rows in update.batch.short:
         # [1, heads, tokens, head_dim] -> [requests, heads, 1, head_dim]
-        q, k, v = (x[0].index_select(1, rows).transpose(0, 1)[:, :, None] for x in (query, keys, values))
-        update.append(k, v, chunks)
-        table = update.table(chunks)
-        states = update.layer.states(table._replace(lengths=table.lengths + 1))
+        q, k, v = (x[0, :, rows.at].transpose(0, 1)[:, :, None] for x in (query, keys, values))
+        update.append(k, v, rows)
+        states = update.layer.states(update.tables(rows)[1])
         update.routes.count("decode_fused")
-        output[0, rows] = ops.paged_attention(q, *states, scaling=float(scaling))[0][:, :, 0]
+        output[0, rows.at] = ops.paged_attention(q, *states, scaling=float(scaling))[0][:, :, 0]
     return output, None
 
 

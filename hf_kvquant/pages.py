@@ -176,7 +176,7 @@ class PagedLayer:
     def past(self, table: PageTable, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """De-quantized keys and values of one row, `[1, num_kv_heads, length, head_dim]`, as the query after its last
         token reads them."""
-        keys, values = (states.row(row).read(0) for states in self.states(table))
+        keys, values = (states.past(row) for states in self.states(table))
         return keys, values
 
 

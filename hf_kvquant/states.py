@@ -357,6 +357,26 @@ class PagedStates(HasStored):
             self.spec, stored, sinks, length, self.recent_length, self.head_dim, self.dtype, self.backend
         )
 
+    def past(self, row: int) -> torch.Tensor:
+        """What the query behind a row's last column reads, `[1, num_kv_heads, length, head_dim]`: `row(row).read(0)`.
+
+        It is made page by page, because de-quantizing takes many operations, and a page stays in the processor's cache.
+        """
+        length, exact = int(self.table.lengths[row]), torch.promote_types(self.dtype, torch.float32)
+        past = torch.empty((1, self.num_kv_heads, length, self.head_dim), dtype=self.dtype, device=self.data.device)
+        for index, first in enumerate(range(0, length, self.page_length)):
+            columns = past[:, :, first : first + self.page_length]
+            columns.copy_(self.page(row, index).body(exact, slice(columns.shape[2])))
+        if self.spec.is_dense or self.table.exact is None:
+            return past
+        area = int(self.table.exact[row])
+        if self.recent is not None:
+            first = int(dense_from(length, self.spec, self.recent_length))
+            past[:, :, first:] = self.recent[area][:, torch.arange(first, length) % self.recent.shape[2]]
+        if self.sink is not None:
+            past[:, :, : self.sink_length] = self.sink[area][:, :length]
+        return past
+
     def page(self, row: int, index: int) -> QuantizedStates:
         """Page `index` of a row as storage of its own, whose column 0 is the page's first."""
         at = int(self.table.pages[row, index])

@@ -114,6 +114,7 @@ def test_the_bytes_are_those_of_contiguous_storage(name, backend, dtype):
             # The next query reads the same numbers, exact ones included.
             assert torch.equal(got.read(0), whole.read(0))
             assert torch.equal(got.read(1), whole.read(1))
+            assert torch.equal(paged.past(row), whole.read(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -22,9 +22,12 @@ PYTEST := pytest -q -rs -n $(JOBS) --dist worksteal
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/$(PYTEST)
 
-# Random operation sequences for longer than the tests have time: make soak MINUTES=600. Prints its seeds.
+# Random operation sequences, and random mixes of requests in continuous batching, for longer than the tests have time:
+# make soak MINUTES=600 MIXES=1000. Prints its seeds.
 MINUTES ?= 30
+MIXES ?= 200
 soak: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python tests/test_batching_mixes.py --mixes $(MIXES) --requests 10000
 	OMP_NUM_THREADS=1 .venv/bin/python tests/test_stateful.py --minutes $(MINUTES)
 
 # The core tests on the oldest supported transformers.

@@ -90,6 +90,8 @@ class Batch:
     """
 
     def __init__(self, chunks: Sequence[_Chunk], allocator: QuantizedAllocator):
+        # The scheduler may give a request no tokens, when others take all that a batch may have.
+        chunks = [chunk for chunk in chunks if chunk.n]
         more = [chunk for chunk in chunks if chunk.past]
         few = [chunk for chunk in more if chunk.n <= ops.MAX_Q_LEN]
         self.first = [Rows([chunk], allocator) for chunk in chunks if chunk.past == 0]

@@ -360,7 +360,7 @@ class PagedStates(HasStored):
     def past(self, row: int) -> torch.Tensor:
         """What the query behind a row's last column reads, `[1, num_kv_heads, length, head_dim]`: `row(row).read(0)`.
 
-        It is made page by page, because de-quantizing takes many operations, and a page stays in the processor's cache.
+        It is made page by page: de-quantizing takes many operations, and a page stays in the processor's cache.
         """
         length, exact = int(self.table.lengths[row]), torch.promote_types(self.dtype, torch.float32)
         past = torch.empty((1, self.num_kv_heads, length, self.head_dim), dtype=self.dtype, device=self.data.device)

@@ -208,6 +208,20 @@ class TestSpeed:
                     name
                 )
 
+    def test_continuous_batching(self):
+        result = json.loads((RESULTS / "bench_serving.json").read_text(encoding="utf-8"))
+        measured = {row["name"]: row for row in result["rows"]}
+        assert f"`{result['command']}`" in " ".join(self.text.split())
+        table = rows(self.text, "## Continuous batching")
+        assert set(table) == {name if name == "dense" else f"kvquant-{name}" for name in measured}
+        for name, cells in table.items():
+            row = measured[name.removeprefix("kvquant-")]
+            faster = row["tokens_per_s"] / measured["dense"]["tokens_per_s"]
+            first, token = row["first_token_s"]["median"], row["token_s"]["median"] * 1e3
+            expected = (row["held_at_once"], row["tokens_per_s"], faster, first, token)
+            for cell, figure in zip(cells, expected, strict=True):
+                assert float(cell) == pytest.approx(figure, abs=0.051 if "." in cell else 0.51), (name, cell)
+
     def test_llama_cpp(self):
         result = json.loads((RESULTS / "bench_llama_cpp.json").read_text(encoding="utf-8"))
         measured = {(row["name"], row["length"]): row for row in result["steps"]}

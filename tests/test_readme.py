@@ -221,6 +221,12 @@ class TestSpeed:
             expected = (row["held_at_once"], row["tokens_per_s"], faster, first, token)
             for cell, figure in zip(cells, expected, strict=True):
                 assert float(cell) == pytest.approx(figure, abs=0.051 if "." in cell else 0.51), (name, cell)
+        result = json.loads((RESULTS / "bench_serving_long.json").read_text(encoding="utf-8"))
+        text = " ".join(self.text.split())
+        assert f"`{result['command']}`" in text
+        dense, *ours = (row["tokens_per_s"] for row in result["rows"])
+        said = re.search(r"smaller, ([\d.]+) times \(int8\) and ([\d.]+) times \(int4\)", text).groups()
+        assert [float(x) for x in said] == pytest.approx([x / dense for x in ours], abs=0.051)
 
     def test_llama_cpp(self):
         result = json.loads((RESULTS / "bench_llama_cpp.json").read_text(encoding="utf-8"))

@@ -7,7 +7,8 @@
 //                                        for 8 columns of each row
 //   accumulate   16 channels x 4 query rows                    eight sums, one vector each
 //                  along the columns     interleave bytes of two columns, widen, multiply with each
-//                                        row's pair of weights: probabilities x scales of values
+//                                        row's pair of weights: probabilities (token grid: times
+//                                        the scales of values)
 //
 // Channels stay in their order, so neither weights nor sums have to be rearranged. The loops of
 // float_tile.h take everything that `takes_words` refuses, float queries and fp8 for instance.
@@ -25,10 +26,10 @@ KeyMethod word_keys() {
   using Keys = WordKeys<Format, kChannel>;
   return {Keys::prepared_bytes, Keys::prepare, Keys::score};
 }
-template <class Format>
+template <class Format, bool kChannel>
 ValueMethod word_values() {
   ValueMethod method = float_values<TokenRows<Format>>();  // sums in the order of channels
-  method.accumulate = WordValues<Format>::accumulate;
+  method.accumulate = WordValues<Format, kChannel>::accumulate;
   return method;
 }
 
@@ -40,10 +41,11 @@ inline KeyMethod word_key_method(const KvquantSide& side, int64_t dtype) {
   return channel ? word_keys<Nibble, true>() : word_keys<Nibble, false>();
 }
 inline ValueMethod word_value_method(const KvquantSide& side, int64_t dtype) {
-  // Only latents, which are keys too, have values on the channel grid.
-  if (!takes_words(side, dtype) || side.grid == kChannelGrid)
-    return float_value_method(side, dtype);
-  return side.format == kInt8 ? word_values<Signed8>() : word_values<Nibble>();
+  if (!takes_words(side, dtype)) return float_value_method(side, dtype);
+  const bool channel = side.grid == kChannelGrid;
+  if (side.format == kInt8)
+    return channel ? word_values<Unsigned8, true>() : word_values<Signed8, false>();
+  return channel ? word_values<Nibble, true>() : word_values<Nibble, false>();
 }
 
 }  // namespace KVQUANT_ISA

@@ -7,15 +7,16 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-template <class Format>
+template <class Format, bool kChannel>
 struct WordValues {
   static constexpr int kPiece = kBytesOf16<Format>;
 
-  // The weights of one query row: probabilities times the scales of a group.
+  // The weights of one query row: probabilities, on the token grid times the scales of a group.
   struct Row {
     alignas(32) int16_t weights[kTile];
     float factor;
-    float offset;  // subtracted from every sum
+    float offset;  // token grid: subtracted from every sum
+    float total;   // channel grid: of the probabilities
   };
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
@@ -23,14 +24,17 @@ struct WordValues {
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(values, first, n, rest);
     Row row[kMaxPaddedRows];
-    const int group_bytes = int(values.row_bytes / values.num_scales);
-    for (int g = 0; g < values.num_scales; ++g) {
+    const int groups = kChannel ? 1 : int(values.num_scales);
+    const int group_bytes = int(values.row_bytes / groups);
+    const int64_t scales_at = kChannel ? first / values.group_length * values.head_dim : 0;
+    for (int g = 0; g < groups; ++g) {
       alignas(32) float scale[kTile];
-      load_scales(values, g, first, n, scale);
+      if (!kChannel) load_scales(values, g, first, n, scale);
       for (int r = 0; r < rows; ++r) make_row(scale, columns[r], p + r * kTile, row + r);
       for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kPiece) {
         for_row_blocks<4>(rows, [&](int r, auto block) {
-          accumulate_piece<block>(values, data + byte, byte, row + r, acc + r * values.head_dim);
+          accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
+                                  acc + r * values.head_dim);
         });
       }
     }
@@ -44,7 +48,8 @@ struct WordValues {
     Largest largest;
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
-      w[i] = Vec::load(p + i * Vec::kWidth) * Vec::load(scale + i * Vec::kWidth);
+      w[i] = Vec::load(p + i * Vec::kWidth);
+      if (!kChannel) w[i] = w[i] * Vec::load(scale + i * Vec::kWidth);
       // A hidden column may have no scale yet.
       if (columns != ~uint64_t(0))
         w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
@@ -54,14 +59,20 @@ struct WordValues {
     WeightMaker maker(row->factor);
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
-    row->offset = Format::kMidpoint == 0.0f ? 0.0f : Format::kMidpoint * maker.sum();
+    if (kChannel) {
+      row->total = row->factor * maker.sum();
+    } else {
+      row->offset = Format::kMidpoint == 0.0f ? 0.0f : Format::kMidpoint * maker.sum();
+    }
   }
 
   // Adds the weighted sums of 16 channels, those of the kPiece bytes from `byte` on in a row, to
-  // `acc`. `columns` points at these bytes of the first column.
+  // `acc`. `columns` points at these bytes of the first column. Channel grid: `scales_at` is where
+  // the scales and zero points of the tile's block begin.
   template <int kRows>
-  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, const uint8_t* columns,
-                                                int byte, const Row* row, float* acc) {
+  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at,
+                                                const uint8_t* columns, int byte, const Row* row,
+                                                float* acc) {
     const int64_t row_bytes = values.row_bytes;
     PairSums sums[kRows][2];
 #pragma GCC unroll 4
@@ -81,14 +92,23 @@ struct WordValues {
       }
     }
     constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, acc += values.head_dim) {
-      const Vec factor(row[r].factor), offset(row[r].offset);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        float* out =
-            acc + (kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half);
-        Vec::fma(sums[r][half].to_floats() - offset, factor, Vec::load(out)).store(out);
+    for (int half = 0; half < 2; ++half) {
+      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half;
+      Vec scale, zero;
+      if (kChannel) {
+        scale = Vec::load((const Half*)(values.scale + scales_at + channel));
+        zero = Vec::load((const Half*)(values.zero_point + scales_at + channel));
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        float* out = acc + r * values.head_dim + channel;
+        const Vec sum = sums[r][half].to_floats(), factor(row[r].factor), before = Vec::load(out);
+        if (kChannel) {
+          Vec::fma(sum * factor, scale, Vec::fma(Vec(row[r].total), zero, before)).store(out);
+        } else {
+          Vec::fma(sum - Vec(row[r].offset), factor, before).store(out);
+        }
       }
     }
   }

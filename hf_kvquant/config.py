@@ -229,8 +229,6 @@ def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
     for side, spec in (("keys", keys), ("values", values)):
         if not isinstance(spec, QuantSpec):
             raise ValueError(f"{prefix}{side}: {told(spec)} is not allowed; expected a QuantSpec")
-    if values.is_channel:
-        raise ValueError(f"{prefix}values.grid: 'channel' is not allowed; expected 'token' (values live on that grid)")
 
 
 def _known_fields(where: str, data: object, cls: type) -> dict:

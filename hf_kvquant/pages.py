@@ -4,10 +4,10 @@ A page holds `page_length` columns of one layer and one request. It is a whole n
 blocks of the channel grid, so that a full page has everything of its columns. Its bytes, each piece at a multiple of
 64 bytes, with heads one after the other inside of a piece:
 
-    | key codes | key scales | key zero points | value codes | value scales |
+    | key codes | key scales | key zero points | value codes | value scales | value zero points |
 
-Exact copies (see `states`) belong to a request, not to a page: the keys of the block that is not complete yet, the
-last `recent_length` tokens, and the first `sink_length`. A request has one more area for them, for each layer:
+Exact copies (see `states`) belong to a request, not to a page: on the channel grid the block that is not complete yet,
+the last `recent_length` tokens, and the first `sink_length`. A request has one more area for them, for each layer:
 
     | ring of keys | ring of values | sinks of keys | sinks of values |
 

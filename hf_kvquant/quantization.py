@@ -5,7 +5,7 @@ and its `dequantize()` the lossy copy. This file is the *definition*: every comp
 for bit. So all steps are float32 with one IEEE rounding each, and they multiply where a library might divide.
 
 Two grids. On the **token grid** a token's vector of one head is quantized on its own, in groups along head_dim with
-one FP16 scale each: bytes never depend on other tokens. On the **channel grid** (keys) `block_length` consecutive
+one FP16 scale each: bytes never depend on other tokens. On the **channel grid** `block_length` consecutive
 tokens of one head share, per channel, an FP16 scale and zero point: keys of trained models differ far more between
 channels than between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant,
 https://arxiv.org/abs/2401.18079).

@@ -235,7 +235,7 @@ def retire(
     Args:
         sink_positions: int32 `[batch, sink_length]`, columns; a sink that is retired moves to the first column.
         length, dropped: int64 scalars on the device: the number of stored columns, and of tokens before them.
-        block_length: of the keys' blocks; 1 without blocks.
+        block_length: that of the longer blocks of the two sides; 1 without blocks.
     """
     capacity = keys.data.shape[2]
     end = length + n
@@ -250,8 +250,8 @@ def retire(
             # A column's slot is its number modulo the ring's length.
             moved = (column + gone) % tensor.shape[2]
         else:
-            rows = gone // block_length if tensor.shape[2] < capacity else gone
-            moved = (column + rows).clamp(max=tensor.shape[2] - 1)
+            # Of scales there is a row for each column, or for each block of the side's own length.
+            moved = (column + gone * tensor.shape[2] // capacity).clamp(max=tensor.shape[2] - 1)
         tensor.copy_(tensor.index_select(2, moved))
     sink_positions.copy_(torch.where(sink_positions < 0, -1, (sink_positions - gone).clamp(min=0)))
     length -= gone

@@ -45,7 +45,8 @@ class SlidingQuantizedLayer(QuantizedLayer):
         self.dropped = 0
         # The first column is hidden from every query: it stands for sinks that are retired.
         self._kept = sliding_window + ROLLBACK
-        self._block = kv_config.for_layer(layer_idx)[0].block_length or 1
+        # Whole blocks of both sides: block lengths are powers of two.
+        self._block = max(spec.block_length or 1 for spec in kv_config.for_layer(layer_idx))
         self._most = -(-(self._kept + max(self._block, ROLLBACK)) // self._block) * self._block
         # Before a piece of so many tokens a column stays: without one, its first tokens would count as sinks.
         self._piece = self._kept - 1

@@ -86,10 +86,6 @@ TABLE = {
     "kv_config None": (lambda: new(None), r"kv_config: None is not allowed"),
     "format": (lambda: QuantSpec("int5"), r"format: 'int5' is not allowed; expected one of"),
     "group_size": (lambda: QuantSpec("int8", group_size=20), r"group_size: 20 is not allowed; expected"),
-    "channel values": (
-        lambda: KVQuantConfig(INT8, QuantSpec("int8", "channel")),
-        r"values.grid: 'channel' is not allowed; expected",
-    ),
     "sink_length": (lambda: KVQuantConfig(INT8, INT8, sink_length=-1), r"sink_length: -1 is not allowed; expected"),
     "backend": (lambda: KVQuantConfig(INT8, INT8, backend="tpu"), r"backend: 'tpu' is not allowed; expected one of"),
     "a layer that is not there": (

@@ -221,10 +221,6 @@ BAD = {
     "backend is a list": (changed(backend=["cpu"]), ["backend: ['cpu'] is not allowed", "auto"]),
     "layer with thousands of digits": (layer("9" * 5000, {}), ["is not a layer index", "integer from 0"]),
     "unknown grid": (changed(keys={"format": "int8", "grid": "tensor"}), ["keys.grid: 'tensor'", "token", "channel"]),
-    "values on the channel grid": (
-        changed(values={"format": "int8", "grid": "channel"}),
-        ["values.grid: 'channel'", "'token'"],
-    ),
     "group size": (changed(keys={"format": "int8", "group_size": 20}), ["keys.group_size: 20", "multiple of 8"]),
     "group size is a word": (
         changed(values={"format": "int8", "group_size": "64"}),
@@ -264,9 +260,9 @@ BAD = {
         layer(7, {"values": {"format": "int2"}}),
         ["layers.7.values.format: 'int2'", "int4"],
     ),
-    "channel values in an override": (
-        layer(2, {"values": {"format": "int4", "grid": "channel"}}),
-        ["layers.2.values.grid: 'channel'", "token"],
+    "rotated channels of values in an override": (
+        layer(2, {"values": {"format": "int4", "grid": "channel", "rotate": True}}),
+        ["layers.2.values.rotate: True", "false"],
     ),
     "the same layer twice": (
         changed(layers={1: {"keys": {"format": "int4"}}, "1": {"keys": {"format": "int8"}}}),

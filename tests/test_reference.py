@@ -32,6 +32,7 @@ PAIRS = {
     "int8-channel": (CHANNEL["int8-channel"], TOKEN["int8"]),
     "fp8-channel": (CHANNEL["fp8-channel"], TOKEN["fp8"]),
     "int4-channel": (CHANNEL["int4-channel"], TOKEN["int4-rotate"]),
+    "channel-values": (TOKEN["int8"], CHANNEL["int4-channel"]),
     "dense-keys": (TOKEN["dense"], TOKEN["int4-rotate"]),
     "dense-values": (CHANNEL["int4-channel"], TOKEN["dense"]),
 }

@@ -32,6 +32,7 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
         recent_length=37,
     ),
     "dense-keys": KVQuantConfig(DENSE, QuantSpec("int8"), sink_length=2, recent_length=8),
+    "value-blocks": KVQuantConfig(QuantSpec("int8"), QuantSpec("int4", "channel", block_length=32), sink_length=2),
     "one-dense-layer": KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), layers={1: LayerOverride(DENSE, DENSE)}),
 }  # fmt: skip
 every_config = pytest.mark.parametrize("kv_config", CONFIGS.values(), ids=CONFIGS.keys())

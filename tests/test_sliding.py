@@ -33,6 +33,9 @@ CONFIGS["windows"] = KVQuantConfig(BLOCKS, QuantSpec("int8"), sink_length=3, rec
 CONFIGS["long-recent"] = KVQuantConfig(
     QuantSpec("int8"), QuantSpec("int8"), sink_length=2, recent_length=70, sliding=2
 )
+CONFIGS["value-blocks"] = KVQuantConfig(
+    BLOCKS, QuantSpec("int4", "channel", block_length=32), sink_length=3, recent_length=7, sliding=WINDOW
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_family = pytest.mark.parametrize("name", families.SLIDING)
 ROUNDING = 1e-4

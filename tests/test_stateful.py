@@ -61,20 +61,22 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     "dense-keys": KVQuantConfig(QuantSpec("dense"), INT4, sink_length=2, recent_length=5),
     "dense-values": KVQuantConfig(BLOCKS8, QuantSpec("dense"), sink_length=1),
     "by-definition": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9, backend="reference"),
+    "value-blocks": KVQuantConfig(BLOCKS8, BLOCKS4, sink_length=2, recent_length=5),
 }
 CONFIGS |= {
     f"{name}-static": dataclasses.replace(CONFIGS[name], static=True)
-    for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition")
+    for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition", "value-blocks")
 }
 CONFIGS |= {
     f"{name}{SLIDING}": dataclasses.replace(CONFIGS[name], sliding=WINDOW)
     for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "token-window", "dense-keys",
-                 "dense-values", "by-definition")
+                 "dense-values", "by-definition", "value-blocks")
 }  # fmt: skip
 CONFIGS |= {
     f"{name}-static{SLIDING}": dataclasses.replace(CONFIGS[f"{name}{SLIDING}"], static=True)
-    for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "dense-keys", "by-definition")
-}
+    for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "dense-keys", "by-definition",
+                 "value-blocks")
+}  # fmt: skip
 CONFIGS |= {f"{name}{LATENT}": CONFIGS[name] for name in ("int8", "int4-small", "small-blocks", "token-window-static")}
 # The max_length of static caches; no sequence here needs more.
 ROOM = 960
@@ -296,7 +298,11 @@ class CacheMachine(RuleBasedStateMachine):
         if starts:
             self.cache.activate_past_recording()
         elif self.is_sliding:
-            self.cache.layers[0].record_past = False
+            layer = self.cache.layers[0]
+            layer.record_past = False
+            if layer.length > BOUND and not self.is_static:
+                # The crop with which the host ends recording does this.
+                layer._retire(layer.length)
 
     @precondition(lambda self: self.length > 60)
     @rule(batch=st.integers(1, 3))

@@ -30,6 +30,7 @@ WINDOWS = KVQuantConfig(
     QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=16, rotate=True), sink_length=5,
     recent_length=9,
 )  # fmt: skip
+VALUE_BLOCKS = dataclasses.replace(WINDOWS, values=QuantSpec("int8", "channel", block_length=32))
 EAGER = ("gemma2", "gpt_oss", "gptj")
 # Families with every kind of layer that a model may have beside ours, and some that read de-quantized states.
 FAMILIES = [
@@ -174,7 +175,7 @@ def test_layers_that_are_not_ours_are_transformers_static_ones(name):
 
 @pytest.mark.parametrize("padded", [0, 5], ids=["plain", "padded"])
 @pytest.mark.parametrize("chunk", [None, 40, 20], ids=["whole", "chunks40", "chunks20"])
-@pytest.mark.parametrize("config", [*PRESETS, WINDOWS], ids=[*PRESETS, "windows"])
+@pytest.mark.parametrize("config", [*PRESETS, WINDOWS, VALUE_BLOCKS], ids=[*PRESETS, "windows", "value-blocks"])
 def test_equals_the_growing_cache_to_the_bit(config, chunk, padded):
     model, config = build(), KVQuantConfig.load(config)
     options = {"cache_implementation": "kvquant", "prefill_chunk_size": chunk, "given": prompt(padded=padded)}

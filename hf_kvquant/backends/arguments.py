@@ -422,8 +422,6 @@ def paged_attention(
         query.dtype, query, k.recent, k.sink, v.recent, v.sink, _dense(keys), _dense(values),
         names="query keys keys values values keys values",
     )  # fmt: skip
-    if values.spec.grid == "channel":
-        raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, num_heads, q_len, head_dim = query.shape

@@ -122,8 +122,9 @@ def describe(config: KVQuantConfig) -> dict:
         exactly.append(f"first {config.sink_length}")
     if config.recent_length:
         exactly.append(f"last {config.recent_length}")
-    if config.keys.is_channel:
-        exactly.append("keys of the unfinished block")
+    in_blocks = [name for name in ("keys", "values") if getattr(config, name).is_channel]
+    if in_blocks:
+        exactly.append(f"{' and '.join(in_blocks)} of the unfinished block")
     return {
         "bits_per_element": config.bits_per_element(HEAD_DIM),
         "keys": _side(config.keys),

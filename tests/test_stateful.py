@@ -483,7 +483,7 @@ def run(seed: int, examples: int, phases: tuple[Phase, ...] = (Phase.generate,))
 def test_ten_thousand_steps():
     global steps
     steps = 0
-    run(seed=20_24, examples=STEPS_IN_CI // 60 + 60)
+    run(seed=20_24, examples=STEPS_IN_CI // 60 + 80)
     assert steps >= STEPS_IN_CI
 
 

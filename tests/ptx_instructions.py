@@ -30,7 +30,7 @@ def waits_for(instruction: Instruction) -> str | None:
     first = instruction.opcode[0]
     if first == "bar":
         return WARP if instruction.opcode[1] == "warp" else BLOCK
-    return WARP if first in ("shfl", "vote", "ldmatrix", "mma") else None
+    return WARP if first in ("shfl", "vote", "ldmatrix", "movmatrix", "mma") else None
 
 
 def only_copies(instruction: Instruction) -> bool:
@@ -260,6 +260,18 @@ def _ldmatrix(opcode, operands):
             threads.write(name, (low | high << np.uint32(16)).reshape(-1))
 
     return load
+
+
+def _movmatrix(opcode, operands):
+    row, column = LANES // 4, 2 * (LANES % 4)
+
+    def transpose(threads):
+        x = threads.read(operands[1], "b32", spread=True).astype(np.uint32).reshape(-1, 32)
+        matrix = np.empty((len(x), 8, 8), np.uint32)
+        matrix[:, row, column], matrix[:, row, column + 1] = _lower(x), x >> np.uint32(16)
+        threads.write(operands[0], (matrix[:, column, row] | matrix[:, column + 1, row] << np.uint32(16)).reshape(-1))
+
+    return transpose if opcode[3:] == ("m8n8", "trans", "b16") else _unknown(opcode)
 
 
 def _mma(opcode, operands):
@@ -598,6 +610,7 @@ _MAKERS: dict[str, Callable] = {
     "shfl": _shfl,
     "vote": _vote,
     "ldmatrix": _ldmatrix,
+    "movmatrix": _movmatrix,
     "mma": _mma,
     "shl": _shift,
     "shr": _shift,

@@ -129,12 +129,14 @@ def fused(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 def test_shuffles_and_votes():
-    r = launch("shuffle_kernel", torch.empty(1), torch.empty(64, 4, dtype=torch.int32), threads=64)
+    r = launch("shuffle_kernel", torch.empty(1), torch.empty(64, 5, dtype=torch.int32), threads=64)
     i = torch.arange(64)
     assert torch.equal(r[:, 0].long(), i // 32 * 32 + 7 * i % 32)
     assert torch.equal(r[:, 1].long(), i ^ 5)
     assert set(r[:, 2].tolist()) == {int(np.int32(np.uint32(sum(1 << lane for lane in range(0, 32, 3)))))}
     assert r[:, 3].tolist() == [0] * 32 + [1] * 32
+    transposed = r[:, 4].contiguous().view(torch.int16).reshape(2, 8, 8)
+    assert torch.equal(transposed, torch.arange(128, dtype=torch.int16).reshape(2, 8, 8).mT)
 
 
 PIPELINE_FAULTS = {

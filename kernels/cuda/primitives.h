@@ -170,6 +170,14 @@ KVQUANT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The transpose of an 8x8 matrix of 16-bit elements: a lane gives row g, columns 2t and 2t + 1, and
+// gets the same of the result.
+KVQUANT_DEVICE uint32_t transpose_8x8(uint32_t x) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
+}
+
 // c += a b, a `[16, 16]`, b `[16, 8]`, c `[16, 8]` in FP32:
 //   a[i]  row g + 8 (i % 2), columns 2t + 8 (i / 2) + {0, 1}
 //   b[i]  rows 2t + 8 i + {0, 1}, column g

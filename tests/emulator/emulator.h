@@ -228,6 +228,16 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
   emulator::mma_m16n8k16(c, a, b, true, site);
 }
 
+inline uint32_t transpose_8x8(uint32_t x, KVQUANT_SITE) {
+  const int row = 2 * (lane_index() % 4), column = lane_index() / 4;
+  uint32_t r = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int from = 4 * (row + i) + column / 2;
+    r |= (emulator::shuffle("transpose_8x8", x, from, site) >> 16 * (column % 2) & 0xffffu) << 16 * i;
+  }
+  return r;
+}
+
 // -- words ----------------------------------------------------------------------------------------
 
 template <int kTable>

@@ -106,14 +106,16 @@ KVQUANT_KERNEL(words_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_A
   for (int j = 0; j < 16; ++j) global_store(output + j, results[j]);
 }
 
-// Per lane: shuffles from lane (7 i) % 32 and from lane i ^ 5, and the votes on i % 3 == 0.
+// Per lane: shuffles from lane (7 i) % 32 and from lane i ^ 5, the votes on i % 3 == 0, and a
+// transposed matrix whose rows are 2 i and 2 i + 1.
 KVQUANT_KERNEL(shuffle_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
   const int i = thread_index(), lane = lane_index();
-  int32_t* output = reinterpret_cast<int32_t*>(p.output) + 4 * i;
+  int32_t* output = reinterpret_cast<int32_t*>(p.output) + 5 * i;
   global_store(output, shuffle(i, 7 * lane % 32));
   global_store(output + 1, int32_t(shuffle_xor(float(i), 5)));
   global_store(output + 2, int32_t(warp_ballot(lane % 3 == 0)));
   global_store(output + 3, int32_t(warp_any(i == 40)));
+  global_store(output + 4, int32_t(transpose_8x8(uint32_t(2 * i | (2 * i + 1) << 16))));
 }
 
 // Sums tiles of 16 bytes per thread through three stages; each thread adds what its neighbour (in

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.backends import cuda, disk_cache, nvrtc
-from hf_kvquant.backends.specialisation import specialisation
+from hf_kvquant.backends.specialisation import for_source, specialisation
 from hf_kvquant.cli import app
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
@@ -355,10 +355,14 @@ class TestSpecialisation:
             "KVQUANT_K_FORMAT": 2, "KVQUANT_K_GRID": 1, "KVQUANT_K_GROUP": 128, "KVQUANT_K_ROTATE": 0,
             "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
             "KVQUANT_SPLIT": 2048, "KVQUANT_UNIT": 256, "KVQUANT_BLOCKS": 256, "KVQUANT_THREADS": 128,
+            "KVQUANT_ROWS": 8,
         }  # fmt: skip
-        assert str(kind) == "float16, head_dim 192/128, keys int4 channel 128, values int8 token 32 rotated"
+        assert str(kind) == "float16, head_dim 192/128, keys int4 channel 128, values int8 token 32 rotated, 8 rows"
+        many = specialisation(1, channel, rotated, 192, 128, 16)
+        assert for_source("decode_attention.cu", kind) == [kind, many] and many["KVQUANT_ROWS"] == 16
+        assert for_source("quantize_append.cu", kind) == [kind]
         dense = specialisation(1, QuantSpec("dense"), QuantSpec("dense"), 64, 64)
-        assert str(dense) == "float16, head_dim 64, keys dense, values dense"
+        assert str(dense) == "float16, head_dim 64, keys dense, values dense, 8 rows"
 
     def test_an_unsupported_head_dim_is_named(self):
         assert some_kind(head_dim=48)

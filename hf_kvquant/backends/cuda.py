@@ -13,10 +13,8 @@ import torch
 
 from ..states import QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import THREADS, most_splits, specialisation
+from .specialisation import THREADS, most_splits, rows_of_block, specialisation
 
-# Rows (queries of the heads that share a KV head) in one tile of the tensor cores.
-TILE_ROWS = 16
 # Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
 COPY_SLICES = 3
 MAX_GRID = 65535
@@ -68,14 +66,15 @@ def decode_attention(
     if values.spec.grid == "channel":
         raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
-    kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
+    batch, num_heads, q_len, v_head_dim = output.shape
+    num_kv_heads = call.num_kv_heads
+    rows = num_heads // num_kv_heads * q_len
+    of_block = rows_of_block(rows)
+    kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, of_block)
     _check_alignment("keys", call, _KEYS, keys)
     _check_alignment("values", call, _VALUES, values)
     copies = _has_copies(keys, values)
-    batch, num_heads, q_len, v_head_dim = output.shape
-    num_kv_heads = call.num_kv_heads
     slices = copies + most_splits(call.kv_len, num_kv_heads)
-    row_tiles = -(-(num_heads // num_kv_heads * q_len) // TILE_ROWS)
     # Every slice has the sum of values, the largest score and the sum of weights.
     partial = query.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
@@ -84,10 +83,10 @@ def decode_attention(
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    grid, rows = (slices, num_kv_heads * row_tiles, batch), (q_len, num_heads, batch)
+    grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch), (q_len, num_heads, batch)
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)
-    launch("merge_splits_kernel", kind, rows, call, partial, **touched)
+    launch("merge_splits_kernel", kind, merged, call, partial, **touched)
     return output, logsumexp
 
 

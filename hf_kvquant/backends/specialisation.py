@@ -14,6 +14,8 @@ from .arguments import FORMATS
 SPLIT, UNIT, BLOCKS = 2048, 256, 256
 # The most threads of a block; attention takes fewer if a GPU lacks the shared memory for them.
 THREADS = 128
+# The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
+ROWS = (8, 16)
 MAX_HEAD_DIM = 256
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
@@ -26,6 +28,11 @@ def most_splits(kv_len: int, num_kv_heads: int) -> int:
 def split_length(kv_len: int, num_kv_heads: int) -> int:
     """The columns of each split of a sequence of `kv_len` columns."""
     return min(max(-(-kv_len // (UNIT * _enough(num_kv_heads))), 1) * UNIT, SPLIT)
+
+
+def rows_of_block(rows: int) -> int:
+    """The query rows of a block where there are `rows` for each KV head."""
+    return ROWS[0] if rows <= ROWS[0] else ROWS[1]
 
 
 def _enough(num_kv_heads: int) -> int:
@@ -48,7 +55,7 @@ class Specialisation(dict):
         k, v = self["KVQUANT_HEAD_DIM"], self["KVQUANT_V_HEAD_DIM"]
         dtype = ("float32", "float16", "bfloat16")[self["KVQUANT_DTYPE"]]
         sides = f"keys {self._side('K')}, values {self._side('V')}"
-        return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}"
+        return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}, {self['KVQUANT_ROWS']} rows"
 
     def _side(self, side: str) -> str:
         name = _FORMAT_NAMES[self[f"KVQUANT_{side}_FORMAT"]]
@@ -60,25 +67,34 @@ class Specialisation(dict):
         )
 
 
+def for_source(source: str, kind: Specialisation) -> list[Specialisation]:
+    """The specialisations of a source file that calls with any number of query rows need: `kind`, then others."""
+    rows = ROWS if source == "decode_attention.cu" else (kind["KVQUANT_ROWS"],)
+    return [kind if kind["KVQUANT_ROWS"] == n else Specialisation({**kind, "KVQUANT_ROWS": n}) for n in rows]
+
+
 _made: dict[tuple, Specialisation] = {}
 
 
 def specialisation(
-    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int
+    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int = ROWS[0]
 ) -> Specialisation:
-    """The macros for these specs; `dtype` is a value of `arguments.DTYPES`. Equal arguments give the same object.
+    """The macros for these specs; `dtype` is a value of `arguments.DTYPES`, and `rows`, which only attention depends
+    on, is one of `ROWS`. Equal arguments give the same object.
 
     Raises:
         ValueError: the kernels do not support this head_dim or dtype; the message names it.
     """
-    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim)
+    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows)
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim)
+        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows)
     return found
 
 
-def _make(dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int) -> Specialisation:
+def _make(
+    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int
+) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
         if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
             expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"
@@ -102,5 +118,6 @@ def _make(dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_h
             "KVQUANT_UNIT": UNIT,
             "KVQUANT_BLOCKS": BLOCKS,
             "KVQUANT_THREADS": THREADS,
+            "KVQUANT_ROWS": rows,
         }
     )

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..backends import disk_cache, nvrtc
 from ..backends.arguments import DTYPES
-from ..backends.specialisation import Specialisation, specialisation
+from ..backends.specialisation import Specialisation, for_source, specialisation
 from ..config import KVQuantConfig
 from ..quantization import QuantSpec
 
@@ -51,10 +51,11 @@ def build(
     if reason := nvrtc.missing():
         raise typer.BadParameter(reason)
     units = [
-        Unit(arch, source, kind)
+        Unit(arch, source, one)
         for arch in _archs(archs)
         for kind in kinds(configs or KVQuantConfig.preset_names(), head_dims or [64, 128], dtypes or ["bfloat16"])
         for source in nvrtc.SOURCES
+        for one in for_source(source, kind)
     ]
     console = Console()
     done: dict[Unit, nvrtc.Compiled] = {}

@@ -54,7 +54,7 @@ struct Place {
   }
 };
 
-// The query rows of a block: 16 of the q_per_kv * q_len rows of its kv head. Row r is query
+// The query rows of a block: kRows of the q_per_kv * q_len rows of its kv head. Row r is query
 // r % q_len of its head r / q_len. Cheap to construct, so it is not kept in registers.
 struct QueryRows {
   int first_head, q_len, first, count;

@@ -5,7 +5,7 @@
 //                num_kv_heads * row tiles,
 //                batch)
 //     block     KVQUANT_THREADS, or fewer where shared memory does not suffice
-//     row tile  16 of the q_per_kv * q_len query rows of a kv head
+//     row tile  kRows, 8 or 16, of the q_per_kv * q_len query rows of a kv head (layout.h)
 //   merge_splits_kernel(a, partial)
 //     grid      (q_len, num_heads, batch)
 //     block     32 * kMergeWarps threads
@@ -44,8 +44,6 @@ struct Plan {
   using Type = Of<kTile, kStages>;
 };
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-
 // The passes of a block of kWarps warps, one for each kind of column.
 template <int kWarps>
 struct Passes {
@@ -53,10 +51,10 @@ struct Passes {
   using Copied = typename Plan<CopiedKeys, CopiedValues, true, true, kWarps>::Type;
   using WithCopiedKeys = typename Plan<CopiedKeys, StoredValues, true, false, kWarps>::Type;
   using WithCopiedValues = typename Plan<StoredKeys, CopiedValues, false, true, kWarps>::Type;
-  static constexpr int kBytes = larger(
-      larger(Stored::kBytes, StoredKeys::kScaled&& StoredValues::kScaled ? Copied::kBytes : 0),
-      larger(StoredKeys::kScaled ? WithCopiedKeys::kBytes : 0,
-             kHasCopiedValues ? WithCopiedValues::kBytes : 0));
+  static constexpr int kBytes = larger_of(
+      larger_of(Stored::kBytes, StoredKeys::kScaled&& StoredValues::kScaled ? Copied::kBytes : 0),
+      larger_of(StoredKeys::kScaled ? WithCopiedKeys::kBytes : 0,
+                kHasCopiedValues ? WithCopiedValues::kBytes : 0));
 };
 
 // Half as many warps, and again, until the block's shared memory is within the limit.

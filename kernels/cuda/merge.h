@@ -11,15 +11,16 @@ namespace kvquant {
 template <class P>
 struct BlockMerge {
   using V = typename P::V;
-  static constexpr int kWarps = P::kWarps;
+  using Lanes = typename P::Lanes;
+  static constexpr int kWarps = P::kWarps, kSums = P::kSums;
 
   static KVQUANT_DEVICE void write(P& pass, const Partials& partials, int index) {
     const Place& p = pass.p;
     const auto states = shared_cast<Floats2>(pass.memory + P::kStatesAt);
-    if (pass.t == 0) {
+    if (Lanes::leads()) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        states[pass.warp * kRows + pass.g + 8 * r] =
+        states[pass.warp * kRows + Lanes::row(r)] =
             Floats2{pass.softmax.max[r], pass.softmax.sum[r]};
       }
     }
@@ -30,11 +31,11 @@ struct BlockMerge {
       max[r] = -infinity();
       sum[r] = 0.0f;
       for (int w = 0; w < kWarps; ++w) {
-        const Floats2 state = states[w * kRows + pass.g + 8 * r];
+        const Floats2 state = states[w * kRows + Lanes::row(r)];
         max[r] = fmaxf(max[r], state.x);
       }
       for (int w = 0; w < kWarps; ++w) {
-        const Floats2 state = states[w * kRows + pass.g + 8 * r];
+        const Floats2 state = states[w * kRows + Lanes::row(r)];
         sum[r] += state.y * (state.x == -infinity() ? 0.0f : exp2_approx(state.x - max[r]));
       }
       factor[r] =
@@ -46,10 +47,10 @@ struct BlockMerge {
     const QueryRows rows(p);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = pass.g + 8 * r;
+      const int row = Lanes::row(r);
       if (!rows.exists(row)) continue;
       const int64_t at = partials.at(rows.output_row(p, row), index);
-      if (pass.t == 0) {
+      if (Lanes::leads()) {
         global_store(reinterpret_cast<Floats2*>(partials.states) + at,
                      Floats2{max[r] * kLn2, sum[r]});
       }
@@ -63,14 +64,14 @@ struct BlockMerge {
   static KVQUANT_DEVICE void finish_sums(P& pass, const float (&factor)[2]) {
     const float unit = (P::ValueScales::kGroups > 0 ? pass.reference : 1.0f) / kWeightUnit;
 #pragma unroll
-    for (int i = 0; i < V::kPairs; ++i) {
-      float up = V::unit(i);
+    for (int i = 0; i < kSums; ++i) {
+      float up = V::unit(i * Lanes::kPairsOfProduct);  // neighbouring pairs have the same
       if constexpr (P::kCentred) up = V::unit_centred(i);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float x = pass.acc[i][e] * up;
         if constexpr (P::kHasOffset && !P::kCentred) x -= V::kOffset * pass.weight_sum[e];
-        pass.acc[i][e] = x * (unit * factor[e / 2]);
+        pass.acc[i][e] = x * (unit * factor[Lanes::row_of(e)]);
       }
     }
   }
@@ -81,17 +82,17 @@ struct BlockMerge {
       // The tiles may be overwritten: every warp has passed the barrier after its last one.
       if (pass.warp >= half && pass.warp < 2 * half) {
 #pragma unroll
-        for (int i = 0; i < V::kPairs; ++i) {
+        for (int i = 0; i < kSums; ++i) {
           const float (&x)[4] = pass.acc[i];
-          memory[((pass.warp - half) * V::kPairs + i) * 32 + pass.lane] =
+          memory[((pass.warp - half) * kSums + i) * 32 + pass.lane] =
               Words4{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
         }
       }
       block_barrier();
       if (pass.warp < half) {
 #pragma unroll
-        for (int i = 0; i < V::kPairs; ++i) {
-          const Words4 other = memory[(pass.warp * V::kPairs + i) * 32 + pass.lane];
+        for (int i = 0; i < kSums; ++i) {
+          const Words4 other = memory[(pass.warp * kSums + i) * 32 + pass.lane];
           pass.acc[i][0] += bits_float(other.x);
           pass.acc[i][1] += bits_float(other.y);
           pass.acc[i][2] += bits_float(other.z);
@@ -102,9 +103,30 @@ struct BlockMerge {
     }
   }
 
+  static KVQUANT_DEVICE void store_row(const P& pass, int r, float* to) {
+    if constexpr (kRows == 8) {
+      store_of_8(pass, r, to);
+    } else {
+      store_of_16(pass, r, to);
+    }
+  }
+  // A lane holds two neighbouring channels in two neighbouring pairs (dense: one channel in each).
+  static KVQUANT_DEVICE void store_of_8(const P& pass, int r, float* to) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int channel = V::channel(2 * i, pass.g);
+      const float x = pass.acc[i][r], y = pass.acc[i][r + 2];
+      if constexpr (V::kIsDense) {
+        global_store(to + channel, x);
+        global_store(to + channel + 8, y);
+      } else if (channel >= 0) {
+        global_store(reinterpret_cast<Floats2*>(to + channel), Floats2{x, y});
+      }
+    }
+  }
   // A lane holds four neighbouring channels in two neighbouring pairs (dense: two channels in
   // each).
-  static KVQUANT_DEVICE void store_row(const P& pass, int r, float* to) {
+  static KVQUANT_DEVICE void store_of_16(const P& pass, int r, float* to) {
 #pragma unroll
     for (int i = 0; i < V::kPairs; i += 2) {
       const int channel = V::channel(i, 2 * pass.t);

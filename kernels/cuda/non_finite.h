@@ -3,6 +3,7 @@
 // one to the rows that see them. Codes are always finite, so for other codecs this does nothing.
 #pragma once
 
+#include "cuda/layout.h"
 #include "cuda/tiles.h"
 
 namespace kvquant {
@@ -10,9 +11,9 @@ namespace kvquant {
 template <class V>
 struct NonFinite {
   KVQUANT_DEVICE void take_out(uint32_t&) const {}
-  template <int kTile, int kSteps>
-  KVQUANT_DEVICE void add(SharedPtr<uint8_t>, const uint32_t (&)[kSteps][4],
-                          float (&)[V::kPairs][4]) const {}
+  template <int kTile, int kSteps, int kWords, int kSums>
+  KVQUANT_DEVICE void add(SharedPtr<uint8_t>, const uint32_t (&)[kSteps][kWords],
+                          float (&)[kSums][4]) const {}
 };
 
 template <int kDim, bool kBFloat16>
@@ -32,35 +33,34 @@ struct NonFinite<Dense16<kDim, kBFloat16>> {
     }
   }
 
-  // a: the weights; -0 marks that a row does not see a column.
-  template <int kTile, int kSteps>
-  KVQUANT_DEVICE void add(SharedPtr<uint8_t> tile, const uint32_t (&a)[kSteps][4],
-                          float (&acc)[V::kPairs][4]) const {
+  // w: the weights; -0 marks that a row does not see a column.
+  template <int kTile, int kSteps, int kWords, int kSums>
+  KVQUANT_DEVICE void add(SharedPtr<uint8_t> tile, const uint32_t (&w)[kSteps][kWords],
+                          float (&acc)[kSums][4]) const {
+    using Lanes = Layout<kRows>;
     if (!warp_any(found)) return;
-    const int lane = lane_index();
     for (int column = 0; column < kTile; ++column) {
       float weight[2];
       bool seen[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        uint32_t word = column % 16 < 8 ? a[0][r] : a[0][r + 2];
+        const int low = Lanes::weight_word(r, 0), high = Lanes::weight_word(r, 1);
+        uint32_t word = column % 16 < 8 ? w[0][low] : w[0][high];
         if constexpr (kSteps > 1) {
-          if (column >= 16) word = column % 16 < 8 ? a[1][r] : a[1][r + 2];
+          if (column >= 16) word = column % 16 < 8 ? w[1][low] : w[1][high];
         }
-        word = shuffle(word, lane / 4 * 4 + column % 8 / 2) >> 16 * (column % 2) & 0xffffu;
+        word = shuffle(word, Lanes::weight_lane(r, column)) >> 16 * (column % 2) & 0xffffu;
         weight[r] = to_value(word);
         seen[r] = word != 0x8000u;
       }
       const auto row = shared_cast<uint32_t>(tile + column * kRowStride<V>);
 #pragma unroll
-      for (int pair = 0; pair < V::kPairs; ++pair) {
-        const uint32_t two = row[4 * pair + lane % 4];
+      for (int i = 0; i < kSums; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const uint32_t bits = two >> 16 * (e % 2) & 0xffffu;
-          if ((bits & kExponent) == kExponent && seen[e / 2]) {
-            acc[pair][e] += weight[e / 2] * to_value(bits);
-          }
+          const int r = Lanes::row_of(e), channel = Lanes::column(i, Lanes::column_of(e));
+          const uint32_t two = row[channel / 2], bits = two >> 16 * (channel % 2) & 0xffffu;
+          if ((bits & kExponent) == kExponent && seen[r]) acc[i][e] += weight[r] * to_value(bits);
         }
       }
     }

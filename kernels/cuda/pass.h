@@ -6,9 +6,9 @@
 //     tile        0        1        2        3                    kStages = 2
 //     copies      0 1      2        3                             cp.async, 16 bytes a lane
 //     scales      0   1      2        3                           a register ahead
-//     scores        0        1        2        3                  MMA: queries x keys
+//     scores        0        1        2        3                  MMA: queries and keys (layout.h)
 //     softmax        0        1        2        3
-//     values          0        1        2        3                MMA: weights x values
+//     values          0        1        2        3                MMA: weights and values
 //
 //   block         adds up the warps' results in a tree of fixed shape, writes one partial result
 //
@@ -48,29 +48,37 @@ struct Bits<true> {
   using Type = uint64_t;
 };
 
+// The chunks whose pairs make whole steps.
+template <class Codec>
+constexpr int kChunksOfStep = Codec::kPairsOfWord == 1 ? 2 : 1;
+KVQUANT_FN constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+
 // kCopied..: rows come from exact copies, and the columns are a list; without them, a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
           int kNumStages, int kNumWarps>
 struct Pass {
   using K = typename Keys::Codec;
   using V = typename Values::Codec;
+  using Lanes = Layout<kRows>;
   using KeyTile = Tile<K, kTileRows>;
   using ValueTile = Tile<V, kTileRows>;
   static constexpr bool kInOrder = !kCopiedKeysHere && !kCopiedValuesHere;
   static constexpr int kTile = kTileRows, kStages = kNumStages, kWarps = kNumWarps;
-  static constexpr int kEights = kTile / 8;
+  static constexpr int kEights = kTile / 8, kProducts = kTile / Lanes::kColumns;
+  static constexpr int kSums = V::kPairs / Lanes::kPairsOfProduct;
   // The offset of values is subtracted once per row, times the sum of weights; with several groups,
   // from every code (kCentred).
   using TileBits = typename Bits<(kMostColumns / kWarps > 32 * kTile)>::Type;
   static constexpr bool kHasOffset = V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
+  using Weights = uint32_t[kTile / 16][Lanes::kQueryWords];
   static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
   static constexpr bool kHasZeroPoint = Keys::kChannelGrid && !kIsE4M3<K>;
 
   // Shared memory of the block, in bytes from its beginning.
   static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
-  static constexpr int kTreeBytes = kWarps / 2 * V::kPairs * 512;
+  static constexpr int kTreeBytes = kWarps / 2 * kSums * 512;
   static constexpr int kTilesBytes =
       kStages * kWarps * kSlot > kTreeBytes ? kStages * kWarps * kSlot : kTreeBytes;
   static constexpr int kHeader = Keys::kChannelGrid ? 4 * kHeadDim : 0;
@@ -90,17 +98,25 @@ struct Pass {
   const uint8_t* const key_scale_rows =
       reinterpret_cast<const uint8_t*>(p.of_head(p.a.keys.scale, p.a.keys.scale_stride));
 
+  // Layouts that hold the queries: multiplied by the scales of a block on the channel grid, and
+  // what its zero points add to the products of a row.
+  uint32_t query[Lanes::kHoldsQueries ? Queries<Keys>::kSteps : 1][Lanes::kQueryWords];
+  float zero_points[2] = {0.0f, 0.0f};
+
   RowsSoftmax softmax;
-  float acc[V::kPairs][4] = {};  // [pair][row g: 2t, 2t + 1; row g + 8: 2t, 2t + 1]
-  float weight_sum[4] = {};      // rows g, g, g + 8, g + 8; the weights are rounded
+  float acc[kSums][4] = {};
+  float weight_sum[4] = {};  // the weights are rounded
   float reference = 0.0f;
 
   KVQUANT_DEVICE Pass(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
                       SharedPtr<uint8_t> memory)
       : p(p), columns(columns), mask(mask), memory(memory), queries(memory + kQueriesAt) {}
 
-  KVQUANT_DEVICE SharedPtr<uint8_t> slot(int tile) const {
-    return memory + (tile % kStages * kWarps + warp) * kSlot;
+  // Where the next tile that is copied lies in memory (Tile::place), if columns are in order.
+  const uint8_t *next_keys = nullptr, *next_values = nullptr;
+
+  KVQUANT_DEVICE SharedPtr<uint8_t> slot(int stage) const {
+    return memory + (warp * kStages + stage) * kSlot;
   }
   KVQUANT_DEVICE SharedPtr<uint16_t> header(int block) const {
     return shared_cast<uint16_t>(memory +
@@ -118,7 +134,13 @@ struct Pass {
         p.a.values, p,
         memory + kScalesAt + kWarps * KeyScales::kBytes + warp * ValueScales::kBytes);
 
-    for (int i = begin; i < begin + kStages - 1; ++i) issue(i, begin, end, key_rows, value_rows);
+    if constexpr (kInOrder) {
+      next_keys = KeyTile::place(key_rows, columns.begin + begin * kTile);
+      next_values = ValueTile::place(value_rows, columns.begin + begin * kTile);
+    }
+    for (int i = 0; i < kStages - 1; ++i) {
+      issue(begin + i, slot(i), begin, end, key_rows, value_rows);
+    }
     if (begin < end) {
       key_scales.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
@@ -129,18 +151,24 @@ struct Pass {
 
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = queries.factors[g + 8 * r];
+    for (int r = 0; r < 2; ++r) factor[r] = queries.factors[Lanes::row(r)];
+    if constexpr (Lanes::kHoldsQueries && !Keys::kChannelGrid) take_queries(0);
+    int before = (kStages - 1) * kSlot, now = 0;  // the slots of tiles i - 1 and i
     for (int i = begin; i < end; ++i) {
-      if constexpr (kStages == 1) issue(i, begin, end, key_rows, value_rows);
+      if constexpr (kStages == 1) issue(i, slot(0), begin, end, key_rows, value_rows);
       cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
       warp_barrier();  // tile i is complete, and tile i - 1 has been read
-      if constexpr (kStages > 1) issue(i + kStages - 1, begin, end, key_rows, value_rows);
+      if constexpr (kStages > 1) {
+        issue(i + kStages - 1, slot(0) + before, begin, end, key_rows, value_rows);
+      }
       if (kInOrder && (plain >> (i - begin) & 1u)) {
-        attend<true>(i, i == begin, i + 1 < end, key_scales, value_scales, factor);
+        attend<true>(i, slot(0) + now, i == begin, i + 1 < end, key_scales, value_scales, factor);
       } else {
-        attend<false>(i, i == begin, i + 1 < end, key_scales, value_scales, factor);
+        attend<false>(i, slot(0) + now, i == begin, i + 1 < end, key_scales, value_scales, factor);
       }
       if constexpr (kStages == 1) warp_barrier();
+      before = now;
+      now = now == (kStages - 1) * kSlot ? 0 : now + kSlot;
     }
     softmax.finish();
   }
@@ -174,15 +202,22 @@ struct Pass {
     return tiles;
   }
 
-  // Starts the copy of a tile of this warp. Every tile commits a group, even an empty one, because
-  // the waits count groups.
+  // Starts the copy of a tile of this warp, in order, to `to`. Every tile commits a group, even an
+  // empty one, because the waits count groups.
   template <class KeyRows, class ValueRows>
-  KVQUANT_DEVICE void issue(int tile, int begin, int end, const KeyRows& key_rows,
-                            const ValueRows& value_rows) const {
+  KVQUANT_DEVICE void issue(int tile, SharedPtr<uint8_t> to, int begin, int end,
+                            const KeyRows& key_rows, const ValueRows& value_rows) {
     if (tile < end) {
-      const SharedPtr<uint8_t> to = slot(tile);
-      KeyTile::copy(to, key_rows, columns, tile * kTile);
-      ValueTile::copy(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
+      const int left = columns.count - tile * kTile;
+      if constexpr (!kInOrder) {
+        KeyTile::copy_list(to, key_rows, columns, tile * kTile);
+        ValueTile::copy_list(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
+      } else {
+        KeyTile::copy(to, next_keys, left);
+        ValueTile::copy(to + KeyTile::kBytes, next_values, left);
+      }
+      next_keys += KeyTile::kTileBytes;
+      next_values += ValueTile::kTileBytes;
       if constexpr (Keys::kChannelGrid) {
         const int column = columns.begin + tile * kTile, block = column / Keys::kGroup;
         if (tile == begin || column % Keys::kGroup == 0) {
@@ -194,10 +229,11 @@ struct Pass {
     cp_async_commit();
   }
 
-  // kPlain: the tile is one of plain_tiles().
+  // kPlain: the tile is one of plain_tiles(). rows: its slot.
   template <bool kPlain>
-  KVQUANT_DEVICE void attend(int tile, bool is_first, bool has_next, KeyScales& key_scales,
-                             ValueScales& value_scales, const float (&factor)[2]) {
+  KVQUANT_DEVICE void attend(int tile, SharedPtr<uint8_t> rows, bool is_first, bool has_next,
+                             KeyScales& key_scales, ValueScales& value_scales,
+                             const float (&factor)[2]) {
     const int first = tile * kTile;
     // One bit per column: set if it is in this tile, and not hidden from all rows.
     const int mine = first + lane % kTile, column = columns.column(mine);
@@ -223,26 +259,28 @@ struct Pass {
       key_scales.fetch(columns, first + kTile);
       value_scales.fetch(columns, first + kTile);
     }
+    const int at = columns.begin + first;
+    const bool new_block = Keys::kChannelGrid && (is_first || at % Keys::kGroup == 0);
     if constexpr (Keys::kChannelGrid) {
-      const int at = columns.begin + first, block = at / Keys::kGroup;
-      if (is_first || at % Keys::kGroup == 0) {
-        order_header<kHasZeroPoint>(shared_cast<Words4>(header(block)));
-      }
+      if (new_block) order_header<kHasZeroPoint>(shared_cast<Words4>(header(at / Keys::kGroup)));
     }
     warp_barrier();  // the scales are written
+    if constexpr (Lanes::kHoldsQueries) {
+      if (new_block) take_queries(at / Keys::kGroup);
+    }
     if (bits == 0) return;
 
-    float x[kEights][4];
-    score(slot(tile), columns.begin + first, key_scales, x);
+    float x[kProducts][4];
+    score(rows, at, key_scales, x);
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[m][e] *= factor[e / 2];
+      for (int e = 0; e < 4; ++e) x[m][e] *= factor[Lanes::row_of(e)];
     }
     if (!kPlain && p.a.softcap != 0.0) {
       const ScoreRule rule(p.a);
 #pragma unroll
-      for (int m = 0; m < kEights; ++m) {
+      for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[m][e] = rule(x[m][e]);
       }
@@ -252,70 +290,68 @@ struct Pass {
 
     float largest[2] = {-infinity(), -infinity()}, rescale[2];
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], x[m][e]);
+      for (int e = 0; e < 4; ++e) {
+        float& of_row = largest[Lanes::row_of(e)];
+        of_row = fmaxf(of_row, x[m][e]);
+      }
     }
     if (softmax.update(largest, rescale)) rescale_all(rescale[0], rescale[1]);
     const float base[2] = {softmax.base(0), softmax.base(1)};
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
+        const int r = Lanes::row_of(e);
         // A hidden column has weight -0, which differs from a weight that underflowed.
         const bool hidden = !plain && x[m][e] == -infinity();
-        x[m][e] = hidden ? -0.0f : exp2_approx(x[m][e] - base[e / 2]);
-        softmax.sum[e / 2] += x[m][e];
+        x[m][e] = hidden ? -0.0f : exp2_approx(x[m][e] - base[r]);
+        softmax.sum[r] += x[m][e];
       }
     }
-    weigh(slot(tile) + KeyTile::kBytes, value_scales, plain, x);
+    weigh(rows + KeyTile::kBytes, value_scales, plain, x);
   }
 
-  // x[m]: scores of rows g and g + 8 with the columns 8m + 2t and 8m + 2t + 1, before the factor of
-  // the query.
+  // x[m]: the scores of product m (layout.h), before the factor of the query.
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
-                            float (&x)[kEights][4]) const {
-    // The number of chunks that make whole steps and whole loads.
-    constexpr int kChunksOfStep = K::kPairsOfWord == 1 ? 2 : 1;
-    constexpr int kAtOnce = kChunksOfStep > KeyTile::kAtOnce ? kChunksOfStep : KeyTile::kAtOnce;
-    constexpr int kLoads = kAtOnce / KeyTile::kAtOnce, kGroups = KeyScales::kGroups;
-    constexpr int kSteps = K::kPairs / 2;
+                            float (&x)[kProducts][4]) const {
+    constexpr int kAtOnce = larger_of(kChunksOfStep<K>, KeyTile::kAtOnce);
+    constexpr int kGroups = KeyScales::kGroups, kSteps = K::kPairs / 2;
     // Queries x zero points, for the steps whose unit is unit(0), and for the others.
     float zero[4] = {}, other_zero[4] = {};
-    float sum[kEights][4];
+    float sum[kProducts][4];
     begin_group(0, sum);
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
       uint32_t pairs[kAtOnce * K::kPairsOfWord][kEights];
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) {
+      for (int l = 0; l < kAtOnce; l += KeyTile::kAtOnce) {
         uint32_t words[4];
-        KeyTile::template load<false>(tile, chunk + l * KeyTile::kAtOnce, words);
+        KeyTile::template load<false>(tile, chunk + l, words);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
+        for (int i = 0; i < 4; ++i) {
           uint32_t split[K::kPairsOfWord];
-          K::split(words[w], split);
-          const int c = l * KeyTile::kAtOnce + w / kEights;
-#pragma unroll
-          for (int i = 0; i < K::kPairsOfWord; ++i) {
-            pairs[c * K::kPairsOfWord + i][w % kEights] = split[i];
-          }
+          K::split(words[i], split);
+          put(split, (l + i / kEights) * K::kPairsOfWord, i % kEights, pairs);
         }
       }
 #pragma unroll
       for (int s = 0; s < kAtOnce * K::kPairsOfWord / 2; ++s) {
         const int step = chunk * K::kPairsOfWord / 2 + s;
         if (step >= kSteps) continue;
-        uint32_t a[4];
-        queries.fragment(step, a);
-        if constexpr (Keys::kChannelGrid) {
-          to_block(step, block, a, K::unit(2 * step) == K::unit(0) ? zero : other_zero);
+        uint32_t q[Lanes::kQueryWords];
+        if constexpr (Lanes::kHoldsQueries) {
+#pragma unroll
+          for (int i = 0; i < Lanes::kQueryWords; ++i) q[i] = query[step][i];
+        } else {
+          queries.fragment(step, q);
+          if constexpr (Keys::kChannelGrid) to_block(step, block, q, zero, other_zero);
         }
 #pragma unroll
-        for (int m = 0; m < kEights; ++m) {
-          const uint32_t b[2] = {pairs[2 * s][m], pairs[2 * s + 1][m]};
-          multiply<K>(sum[m], a, b);
+        for (int m = 0; m < kProducts; ++m) {
+          Lanes::template add_scores<K>(sum[m], q, pairs[2 * s], pairs[2 * s + 1], m);
         }
         if constexpr (Keys::kTokenScaled) {
           const int group = K::channel(2 * step, 0) / Keys::kGroup;
@@ -323,11 +359,11 @@ struct Pass {
               step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
           if (last) {
 #pragma unroll
-            for (int m = 0; m < kEights; ++m) {
-              const Floats2 scale = scales.two_columns(group, 8 * m + 2 * t);
+            for (int m = 0; m < kProducts; ++m) {
+              const Floats2 scale = scales.two_columns(group, m);
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                const float one = sum[m][e] * (e % 2 ? scale.y : scale.x);
+                const float one = sum[m][e] * (Lanes::column_of(e) ? scale.y : scale.x);
                 x[m][e] = group == 0 ? one : x[m][e] + one;
               }
             }
@@ -337,35 +373,54 @@ struct Pass {
       }
     }
     if constexpr (!Keys::kTokenScaled) {
-      constexpr float kUnit = 1.0f / K::unit(0);
-      constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
 #pragma unroll
-      for (int m = 0; m < kEights; ++m) {
+      for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[m][e] =
-              kHasZeroPoint ? sum[m][e] + (zero[e] + kOther * other_zero[e]) * kUnit : sum[m][e];
+          x[m][e] = sum[m][e];
+          if constexpr (kHasZeroPoint && !Lanes::kHoldsQueries) {
+            x[m][e] += of_zero_points(zero[e], other_zero[e]);
+          }
         }
       }
     }
   }
 
-  KVQUANT_DEVICE void begin_group(int group, float (&sum)[kEights][4]) const {
-    float start[2] = {0.0f, 0.0f};
+  KVQUANT_DEVICE void begin_group(int group, float (&sum)[kProducts][4]) const {
+    float start[2] = {zero_points[0], zero_points[1]};
     if constexpr (Queries<Keys>::kHasOffset) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) start[r] = queries.sums[group * kRows + g + 8 * r];
+      for (int r = 0; r < 2; ++r) start[r] = queries.sums[group * kRows + Lanes::row(r)];
     }
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[m][e] = start[e / 2];
+      for (int e = 0; e < 4; ++e) sum[m][e] = start[Lanes::row_of(e)];
     }
   }
 
+  // Loads the queries into registers, for a block if the keys are on the channel grid.
+  KVQUANT_DEVICE void take_queries(int block) {
+    float zero[4] = {}, other_zero[4] = {};
+#pragma unroll
+    for (int step = 0; step < Queries<Keys>::kSteps; ++step) {
+      queries.fragment(step, query[step]);
+      if constexpr (Keys::kChannelGrid) to_block(step, block, query[step], zero, other_zero);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) zero_points[r] = of_zero_points(zero[r], other_zero[r]);
+  }
+  // The products of queries and zero points, in the unit of scores.
+  static KVQUANT_DEVICE float of_zero_points(float zero, float other_zero) {
+    constexpr float kUnit = 1.0f / K::unit(0);
+    constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
+    return (zero + kOther * other_zero) * kUnit;
+  }
+
   // Multiplies the queries of one step by the scales of a block of the channel grid; adds queries x
-  // zero points to `zero`.
-  KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&a)[4], float (&zero)[4]) const {
+  // zero points to `zero`, or to `other_zero` if the step has another unit.
+  KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&q)[Lanes::kQueryWords],
+                               float (&zero)[4], float (&other_zero)[4]) const {
     // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
     // channels read those of another lane; their queries are zeros.
     const int lane_channel =
@@ -374,28 +429,28 @@ struct Pass {
     const Words2 scale = words[lane_channel / 4];
     if constexpr (kHasZeroPoint) {
       const Words2 points = words[(kHeadDim + lane_channel) / 4];
-      const uint32_t b[2] = {points.x, points.y};
-      mma_m16n8k16_f16(zero, a, b);
+      Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
     }
-    a[0] = hmul2(a[0], scale.x);
-    a[1] = hmul2(a[1], scale.x);
-    a[2] = hmul2(a[2], scale.y);
-    a[3] = hmul2(a[3], scale.y);
+#pragma unroll
+    for (int i = 0; i < Lanes::kQueryWords; ++i) {
+      q[i] = hmul2(q[i], i < Lanes::kQueryWords / 2 ? scale.x : scale.y);
+    }
   }
 
   KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,
-                           float (&x)[kEights][4]) const {
+                           float (&x)[kProducts][4]) const {
     const QueryRows block_rows(p);
-    const RowMask rows[2] = {RowMask(mask, block_rows, g), RowMask(mask, block_rows, g + 8)};
+    const RowMask rows[2] = {RowMask(mask, block_rows, Lanes::row(0)),
+                             RowMask(mask, block_rows, Lanes::row(1))};
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int i = 8 * m + 2 * t + e % 2, column = shuffle(lane_column, i);
+        const int i = Lanes::column(m, Lanes::column_of(e)), column = shuffle(lane_column, i);
         Seen s = {(bits >> i & 1u) != 0, 0.0f};
         if (s.seen && by_row) {
-          s = rows[e / 2].at(column, columns.is_slot(first + i), kCopiedKeysHere,
-                             kCopiedValuesHere);
+          s = rows[Lanes::row_of(e)].at(column, columns.is_slot(first + i), kCopiedKeysHere,
+                                        kCopiedValuesHere);
         }
         x[m][e] = s.seen ? x[m][e] + s.bias * kLog2e : -infinity();
       }
@@ -404,77 +459,86 @@ struct Pass {
 
   // acc += weights x values; x has the weights, in the order of score().
   KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
-                            const float (&x)[kEights][4]) {
-    uint32_t a[kEights / 2][4];
+                            const float (&x)[kProducts][4]) {
+    constexpr int kAtOnce = larger_of(kChunksOfStep<V>, ValueTile::kAtOnce);
+    Weights w;
     NonFinite<V> found;
     int group = -1;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks<V>; chunk += ValueTile::kAtOnce) {
-      uint32_t words[4];
-      ValueTile::template load<true>(tile, chunk, words);
-      uint32_t pairs[4][V::kPairsOfWord];
+    for (int chunk = 0; chunk < kChunks<V>; chunk += kAtOnce) {
+      uint32_t pairs[kAtOnce * V::kPairsOfWord][kEights];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        found.take_out(words[w]);
-        if constexpr (kCentred) {
-          V::split_centred(words[w], pairs[w]);
-        } else {
-          V::split(words[w], pairs[w]);
+      for (int l = 0; l < kAtOnce; l += ValueTile::kAtOnce) {
+        uint32_t words[4];
+        ValueTile::template load<true>(tile, chunk + l, words);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          found.take_out(words[i]);
+          uint32_t split[V::kPairsOfWord];
+          if constexpr (kCentred) {
+            V::split_centred(words[i], split);
+          } else {
+            V::split(words[i], split);
+          }
+          put(split, (l + i / kEights) * V::kPairsOfWord, i % kEights, pairs);
         }
       }
 #pragma unroll
-      for (int i = 0; i < ValueTile::kAtOnce * V::kPairsOfWord; ++i) {
+      for (int i = 0; i < kAtOnce * V::kPairsOfWord; i += 2) {
         const int pair = chunk * V::kPairsOfWord + i;
         if (pair >= V::kPairs) continue;
         const int pair_group = Values::kScaled ? V::channel(pair, 0) / Values::kGroup : 0;
         if (pair_group != group) {
           group = pair_group;
-          weights(scales, group, plain, x, a);
+          weights(scales, group, plain, x, w);
         }
 #pragma unroll
-        for (int k = 0; k < kEights / 2; ++k) {
-          const int w = i / V::kPairsOfWord * kEights + 2 * k;
-          const uint32_t b[2] = {pairs[w][i % V::kPairsOfWord], pairs[w + 1][i % V::kPairsOfWord]};
-          multiply<V>(acc[pair], a[k], b);
+        for (int k = 0; k < kTile / 16; ++k) {
+          Lanes::template add_values<V>(&acc[pair / Lanes::kPairsOfProduct], w[k], pairs[i],
+                                        pairs[i + 1], k);
         }
       }
     }
     if constexpr (kHasOffset && !kCentred) {
 #pragma unroll
-      for (int k = 0; k < kEights / 2; ++k) {
-        const uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
-        mma_m16n8k16_f16(weight_sum, a[k], ones);
-      }
+      for (int k = 0; k < kTile / 16; ++k) Lanes::add_ones(weight_sum, w[k]);
     }
-    found.template add<kTile>(tile, a, acc);
+    found.template add<kTile>(tile, w, acc);
   }
 
-  // The A operands of one group of values: weights times scales.
+  // The operands of one group of values: weights times scales.
   KVQUANT_DEVICE void weights(const ValueScales& scales, int group, bool plain,
-                              const float (&x)[kEights][4], uint32_t (&a)[kEights / 2][4]) const {
+                              const float (&x)[kProducts][4], Weights& w) const {
+    float scaled[kProducts][4];
 #pragma unroll
-    for (int m = 0; m < kEights; ++m) {
+    for (int m = 0; m < kProducts; ++m) {
       Floats2 scale = {kWeightUnit, kWeightUnit};
-      if constexpr (Values::kScaled) scale = scales.two_columns(group, 8 * m + 2 * t);
-      float w[4];
+      if constexpr (Values::kScaled) scale = scales.two_columns(group, m);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        w[e] = x[m][e] * (e % 2 ? scale.y : scale.x);
-        if (!plain && float_bits(x[m][e]) == 0x80000000u) w[e] = -0.0f;
+        scaled[m][e] = x[m][e] * (Lanes::column_of(e) ? scale.y : scale.x);
+        if (!plain && float_bits(x[m][e]) == 0x80000000u) scaled[m][e] = -0.0f;
       }
-      a[m / 2][m % 2 * 2] = pack<V>(w[0], w[1]);
-      a[m / 2][m % 2 * 2 + 1] = pack<V>(w[2], w[3]);
     }
+    Lanes::template pack_weights<V>(scaled, w);
+  }
+
+  // Puts the pairs of a word from index `pair` on, for the eighth m of the columns.
+  template <int kPairs, int kAll>
+  static KVQUANT_DEVICE void put(const uint32_t (&split)[kPairs], int pair, int m,
+                                 uint32_t (&pairs)[kAll][kEights]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) pairs[pair + i][m] = split[i];
   }
 
   KVQUANT_DEVICE void rescale_all(float row0, float row1) {
 #pragma unroll
-    for (int pair = 0; pair < V::kPairs; ++pair) {
+    for (int i = 0; i < kSums; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[pair][e] *= e / 2 ? row1 : row0;
+      for (int e = 0; e < 4; ++e) acc[i][e] *= Lanes::row_of(e) ? row1 : row0;
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) weight_sum[e] *= e / 2 ? row1 : row0;
+    for (int e = 0; e < 4; ++e) weight_sum[e] *= Lanes::row_of(e) ? row1 : row0;
   }
   KVQUANT_DEVICE void raise_reference(float largest) {
     const float next = bits_float((float_bits(largest) & 0x7f800000u) + 0x00800000u);

@@ -1,9 +1,10 @@
-// The queries of a block as A operands in shared memory: FP16, and rotated if the keys are.
+// The queries of a block as operands in shared memory: FP16, and rotated if the keys are.
 //
-//   fragments   [step][lane][4 words]: lane 4g + t multiplies them by pairs 2 step and 2 step + 1
-//               of the keys: rows g and g + 8 at the channels of the first pair, then of the second
-//   factors     [16]: turns products of fragments and pairs into scores in units of log2
-//   sums        [groups][16]: minus the amount that the keys' offset adds to a row's products
+//   fragments   [step][lane][4 words, or 2]: lane 4g + t multiplies them by pairs 2 step and
+//               2 step + 1 of the keys: rows g and g + 8, or row g alone, at the channels of the
+//               first pair, then of the second
+//   factors     [kRows]: turns products of fragments and pairs into scores in units of log2
+//   sums        [groups][kRows]: minus the amount that the keys' offset adds to a row's products
 //
 // The fragments are FP16 for BF16 models too. Each row is first multiplied by a power of two that
 // brings its largest element to 2 .. 4. Then BF16 elements down to 2^-14 of the largest are exact,
@@ -20,22 +21,27 @@ namespace kvquant {
 template <class Keys>
 struct Queries {
   using K = typename Keys::Codec;
-  static constexpr int kSteps = K::kPairs / 2, kDim = K::kChannels;
+  static constexpr int kSteps = K::kPairs / 2, kDim = K::kChannels, kWords = kRows / 4;
   static constexpr int kGroups = Keys::kTokenScaled ? kDim / Keys::kGroup : 1;
   static constexpr bool kHasOffset = Keys::kTokenScaled && K::kOffset != 0.0f;
-  static constexpr int kBytes = 512 * kSteps + 4 * kRows * (1 + kGroups);
+  static constexpr int kFragments = 128 * kWords * kSteps;
+  static constexpr int kBytes = kFragments + 4 * kRows * (1 + kGroups);
 
   SharedPtr<uint32_t> fragments;
   SharedPtr<float> factors, sums;
 
   KVQUANT_DEVICE explicit Queries(SharedPtr<uint8_t> memory)
       : fragments(shared_cast<uint32_t>(memory)),
-        factors(shared_cast<float>(memory + 512 * kSteps)),
+        factors(shared_cast<float>(memory + kFragments)),
         sums(factors + kRows) {}
 
   KVQUANT_DEVICE void fragment(int step, uint32_t (&a)[4]) const {
     const Words4 words = shared_cast<Words4>(fragments)[32 * step + lane_index()];
     a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
+  }
+  KVQUANT_DEVICE void fragment(int step, uint32_t (&b)[2]) const {
+    const Words2 words = shared_cast<Words2>(fragments)[32 * step + lane_index()];
+    b[0] = words.x, b[1] = words.y;
   }
 
   // All threads of the block call this; the queries are complete after a block_barrier().
@@ -107,7 +113,8 @@ struct Queries {
         const int pair = K::pair_of(c + i), n = K::n_of(c + i);
         const float relative = K::unit(pair) / K::unit(0);
         const uint32_t half = pack<K>(x.x[r][i] * (up * relative), 0.0f);
-        const int word = (32 * (pair / 2) + 4 * (row % 8) + n / 2) * 4 + row / 8 + 2 * (pair % 2);
+        const int lane = 4 * (row % 8) + n / 2;
+        const int word = (32 * (pair / 2) + lane) * kWords + row / 8 + kWords / 2 * (pair % 2);
         halves[2 * word + n % 2] = uint16_t(half);
         sum[r] += half_low(half) / relative;
       }

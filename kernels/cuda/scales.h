@@ -1,13 +1,14 @@
 // How scales get to the warp that uses them.
 //
 //   token grid     loaded into registers one tile ahead, because rows begin at multiples of 2 bytes
-//                  and cp.async needs 4; then stored in shared memory as floats [group][column], so
-//                  that a lane reads the scales of its two columns at once; 0 for columns that are
+//                  and cp.async needs 4; then stored in shared memory as floats [group][column],
+//                  where a lane reads the scales of its two columns at once (layout.h); 0 for columns that are
 //                  not in `bits`
 //   channel grid   rows of scales and of zero points are copied by cp.async, in FP16
 #pragma once
 
 #include "cuda/columns.h"
+#include "cuda/layout.h"
 #include "cuda/softmax.h"
 #include "cuda/warp_row.h"
 
@@ -19,6 +20,7 @@ struct alignas(8) Floats2 {
 
 template <class S, int kTile>
 struct TokenScales {
+  using Lanes = Layout<kRows>;
   static constexpr int kGroups = S::kTokenScaled ? S::Codec::kChannels / S::kGroup : 0;
   static constexpr int kNumbers = kTile * kGroups, kEach = (kNumbers + 31) / 32;
   static constexpr int kBytes = 4 * kNumbers;
@@ -72,15 +74,17 @@ struct TokenScales {
     const uint32_t quotient = 2 * 0x3f800000u + 0x03800000u - float_bits(reference);
     store_times(bits, reference > 0.0f ? bits_float(quotient) : 0.0f);
   }
-  KVQUANT_DEVICE Floats2 two_columns(int group, int column) const {
-    return shared_cast<Floats2>(to)[(group * kTile + column) / 2];
+  // Of the two columns of this lane in product m.
+  KVQUANT_DEVICE Floats2 two_columns(int group, int m) const {
+    return shared_cast<Floats2>(to)[(group * kTile + Lanes::scale_place(Lanes::column(m, 0))) / 2];
   }
 
  private:
   KVQUANT_DEVICE void store_times(uint32_t bits, float factor) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (row(i) < kTile) to[group(i) * kTile + row(i)] = value(i, bits) * factor;
+      const int place = group(i) * kTile + Lanes::scale_place(row(i));
+      if (row(i) < kTile) to[place] = value(i, bits) * factor;
     }
   }
 };

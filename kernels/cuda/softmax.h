@@ -1,4 +1,4 @@
-// The softmax of the two query rows (g and g + 8) that a lane takes part in, while tiles arrive.
+// The softmax of the two query rows that a lane takes part in (layout.h), while tiles arrive.
 //
 // It is the state of kvquant/softmax_state.h, in units of log2. A row's maximum is raised only when
 // a score exceeds it by more than kHeadroom, so most tiles need neither an exchange between lanes
@@ -6,6 +6,7 @@
 // kWeightUnit.
 #pragma once
 
+#include "cuda/layout.h"
 #include "cuda/warp_row.h"
 #include "kvquant/constants.h"
 #include "kvquant/softmax_state.h"
@@ -15,6 +16,7 @@ namespace kvquant {
 constexpr float kHeadroom = 8.0f, kWeightUnit = 128.0f;
 
 struct RowsSoftmax {
+  using Lanes = Layout<kRows>;
   float max[2] = {-infinity(), -infinity()};
   float sum[2] = {0.0f, 0.0f};  // over this lane's columns
 
@@ -26,8 +28,11 @@ struct RowsSoftmax {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = fmaxf(largest[r], shuffle_xor(largest[r], 1));
-      top = fmaxf(top, shuffle_xor(top, 2));
+      float top = largest[r];
+#pragma unroll
+      for (int lanes = Lanes::kFirstLane; lanes < Lanes::kEndLane; lanes *= 2) {
+        top = fmaxf(top, shuffle_xor(top, lanes));
+      }
       factor[r] = 1.0f;
       if (top > max[r] + kHeadroom) {
         factor[r] = exp2_approx(max[r] - top);
@@ -39,12 +44,14 @@ struct RowsSoftmax {
   }
   KVQUANT_DEVICE float base(int r) const { return max[r] == -infinity() ? 0.0f : max[r]; }
 
-  // Adds up the sums of a row's four lanes.
+  // Adds up the sums of a row's lanes.
   KVQUANT_DEVICE void finish() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] += shuffle_xor(sum[r], 1);
-      sum[r] += shuffle_xor(sum[r], 2);
+#pragma unroll
+      for (int lanes = Lanes::kFirstLane; lanes < Lanes::kEndLane; lanes *= 2) {
+        sum[r] += shuffle_xor(sum[r], lanes);
+      }
     }
   }
 };

@@ -7,6 +7,7 @@
 //   KVQUANT_K_ROTATE                   keys are rotated, so queries have to be
 //   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
 //   KVQUANT_SPLIT, .._UNIT, .._BLOCKS  columns of a block (Splits in partials.h)
+//   KVQUANT_ROWS                       query rows of a block (layout.h)
 #pragma once
 
 #include "cuda/codecs.h"
@@ -15,11 +16,12 @@ namespace kvquant {
 
 constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
 constexpr int kMostColumns = KVQUANT_SPLIT, kUnit = KVQUANT_UNIT, kEnoughBlocks = KVQUANT_BLOCKS;
-constexpr int kRows = 16;  // query rows of a block, the M of an MMA
+constexpr int kRows = KVQUANT_ROWS;
 constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
 
 static_assert(KVQUANT_DTYPE == kFloat16 || KVQUANT_DTYPE == kBFloat16,
               "KVQUANT_DTYPE: FP16 or BF16; there is no MMA for float32");
+static_assert(kRows == 8 || kRows == 16, "KVQUANT_ROWS: 8 or 16");
 static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kValueDim % 16 == 0 && kValueDim <= 256,
               "head_dim: a multiple of 16 up to 256");
 

@@ -30,37 +30,41 @@ struct Tile {
   static constexpr int kStride = kRowStride<Codec>, kBytes = kTile * kStride;
   static_assert(kPieces <= 32, "a row is copied by one warp at once");
 
-  // Copies the rows of entries first .. first + kTile of `columns`; entries beyond the end are
-  // zeros.
-  template <class Rows, class TheColumns>
-  static KVQUANT_DEVICE void copy(SharedPtr<uint8_t> to, const Rows& rows,
-                                  const TheColumns& columns, int first) {
-    const int lane = lane_index(), piece = lane % kPieces * kPiece, row0 = lane / kPieces;
+  // A lane copies the same piece of each row that is kRowsAtOnce after its first.
+  static KVQUANT_DEVICE int piece() { return lane_index() % kPieces * kPiece; }
+  static KVQUANT_DEVICE int first_row() { return lane_index() / kPieces; }
+
+  // Where this lane's first piece of a tile is whose first column is `column`; the next tile's is
+  // kTileBytes further.
+  static constexpr int kTileBytes = kTile * Codec::kRowBytes;
+  template <class Rows>
+  static KVQUANT_DEVICE const uint8_t* place(const Rows& rows, int column) {
+    return rows.row(column + first_row(), -1) + piece();
+  }
+  // Copies a tile from its place; rows from `left` on are zeros.
+  static KVQUANT_DEVICE void copy(SharedPtr<uint8_t> to, const uint8_t* from, int left) {
+    const int row0 = first_row();
     if (row0 >= kRowsAtOnce) return;
-    const SharedPtr<uint8_t> place = to + (row0 * kStride + piece);
-    if constexpr (TheColumns::kInOrder) {
-      const uint8_t* from = rows.row(columns.begin + first + row0, -1) + piece;
-      const int left = first + kTile <= columns.count ? kTile : columns.count - first;
-      if (left == kTile) {
+    const SharedPtr<uint8_t> mine = to + (row0 * kStride + piece());
 #pragma unroll
-        for (int i = 0; i < kTile; i += kRowsAtOnce) {
-          if (is_row(row0 + i)) copy_piece(place + i * kStride, from + i * kRowBytes, piece, true);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kTile; i += kRowsAtOnce) {
-          const bool valid = row0 + i < left;
-          if (is_row(row0 + i)) copy_piece(place + i * kStride, from + i * kRowBytes, piece, valid);
-        }
-      }
-    } else {
-      for (int i = 0; i < kTile; i += kRowsAtOnce) {
-        const int column = columns.column(first + row0 + i), slot = columns.slot(first + row0 + i);
-        const uint8_t* from = column < 0 ? nullptr : rows.row(column, slot);
-        const bool valid = from != nullptr;
-        if (is_row(row0 + i))
-          copy_piece(place + i * kStride, valid ? from + piece : from, piece, valid);
-      }
+    for (int i = 0; i < kTile; i += kRowsAtOnce) {
+      if (!is_row(row0 + i)) continue;
+      copy_piece(mine + i * kStride, from + i * kRowBytes, piece(), row0 + i < left);
+    }
+  }
+  // Copies the rows of entries first .. first + kTile of a list; entries beyond the end are zeros.
+  template <class Rows, class TheColumns>
+  static KVQUANT_DEVICE void copy_list(SharedPtr<uint8_t> to, const Rows& rows,
+                                       const TheColumns& columns, int first) {
+    const int row0 = first_row();
+    if (row0 >= kRowsAtOnce) return;
+    const SharedPtr<uint8_t> mine = to + (row0 * kStride + piece());
+    for (int i = 0; i < kTile; i += kRowsAtOnce) {
+      const int column = columns.column(first + row0 + i), slot = columns.slot(first + row0 + i);
+      const uint8_t* from = column < 0 ? nullptr : rows.row(column, slot);
+      const bool valid = from != nullptr;
+      if (is_row(row0 + i))
+        copy_piece(mine + i * kStride, valid ? from + piece() : from, piece(), valid);
     }
   }
 
@@ -70,9 +74,11 @@ struct Tile {
   template <bool kTransposed>
   static KVQUANT_DEVICE void load(SharedPtr<uint8_t> tile, int chunk, uint32_t (&words)[4]) {
     const int lane = lane_index();
-    int mine = chunk + lane / kTile;
-    if (kChunks<Codec> % kAtOnce && mine >= kChunks<Codec>) mine = kChunks<Codec> - 1;
-    const SharedPtr<uint8_t> row = tile + (lane % kTile * kStride + 16 * mine);
+    int place = lane % kTile * kStride + lane / kTile * 16;
+    if (kChunks<Codec> % kAtOnce && chunk + lane / kTile >= kChunks<Codec>) {
+      place = lane % kTile * kStride + 16 * (kChunks<Codec> - 1 - chunk);
+    }
+    const SharedPtr<uint8_t> row = tile + place + 16 * chunk;
     if constexpr (kTransposed) {
       ldmatrix_x4_trans(words, row);
     } else {

@@ -233,7 +233,8 @@ inline uint32_t transpose_8x8(uint32_t x, KVQUANT_SITE) {
   uint32_t r = 0;
   for (int i = 0; i < 2; ++i) {
     const int from = 4 * (row + i) + column / 2;
-    r |= (emulator::shuffle("transpose_8x8", x, from, site) >> 16 * (column % 2) & 0xffffu) << 16 * i;
+    r |= (emulator::shuffle("transpose_8x8", x, from, site) >> 16 * (column % 2) & 0xffffu)
+         << 16 * i;
   }
   return r;
 }

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import nvrtc
 from ...backends.arguments import DTYPES as CODES
-from ...backends.specialisation import Specialisation, specialisation
+from ...backends.specialisation import Specialisation, for_source, specialisation
 from ...config import KVQuantConfig
 from ...states import QuantizedStates
 from .. import operator
@@ -113,7 +113,7 @@ def precompile(machine, work) -> None:
             nvrtc.compiled(*job, arch)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, [(s, k) for k in kinds for s in nvrtc.SOURCES]))
+        list(pool.map(compile_one, [(s, k) for kind in kinds for s in nvrtc.SOURCES for k in for_source(s, kind)]))
 
 
 def _check(machine, name: str, config, head_dim: int, dtype: str, case: Case) -> tuple[list[dict], float]:

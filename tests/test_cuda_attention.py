@@ -79,6 +79,19 @@ def test_formats(case):
     check(*of(case, kv_len=150, q_per_kv=3, q_len=3, num_kv_heads=1, recent_length=20, sink_length=3))
 
 
+@pytest.mark.parametrize("case", [CASES[4], CASES[9]], ids=["token", "channel"])
+def test_fp8_with_the_conversions_of_sm_89(case):
+    device = emulator.Device(arch=890)
+    check(*of(case, kv_len=330, num_kv_heads=1), device=device)
+    # Codes of NaN where nobody looks.
+    query, keys, values = of(case, kv_len=150, num_kv_heads=1)
+    hidden = torch.zeros(150, dtype=torch.bool)
+    hidden[[0, 5, 60, 149]] = True
+    mask = ~hidden[None, None, None]
+    output, _ = attend(query, poisoned(keys, hidden), poisoned(values, hidden), mask, scaling=0.1, device=device)
+    assert torch.equal(output, attend(query, keys, values, mask, scaling=0.1, device=device)[0])
+
+
 @pytest.mark.parametrize("kv_len", [1, 63, 64, 130, 1000])
 @few_cases
 def test_lengths(case, kv_len):

@@ -248,15 +248,15 @@ class TestBuild:
 
     def test_presets_are_compiled_once(self):
         text = run_build("int8", "fp8", "--arch", "sm_90", "--arch", "sm_80", "--head-dim", "96")
-        # Two presets, two architectures, two source files.
-        assert "8 compiled, 0 found" in text
-        assert len(kept()) == 8
+        # Two presets, two architectures, two source files; attention for blocks of 8 rows and of 16.
+        assert "12 compiled, 0 found" in text
+        assert len(kept()) == 12
         for row in ("sm_80", "sm_90"):
-            for kernel in ("decode_attention", "merge_splits", "quantize_append"):
-                assert len(re.findall(rf"{row} .* {kernel} ", text)) == 2
+            for kernel, n in (("decode_attention", 4), ("merge_splits", 4), ("quantize_append", 2)):
+                assert len(re.findall(rf"{row} .* {kernel} ", text)) == n
         assert "bfloat16, head_dim 96, keys int8 channel 64, values int8 token 96" in text
         again = run_build("int8", "fp8", "--arch", "sm_90", "--head-dim", "96")
-        assert "0 compiled, 4 found" in again
+        assert "0 compiled, 6 found" in again
         assert "cached" in again
         specs = [s.resolve(96) for s in KVQuantConfig.preset("int8").for_layer(0)]
         assert compiled(specialisation(2, *specs, 96, 96)).cached
@@ -265,14 +265,14 @@ class TestBuild:
         arguments = ("int8", "int4-small", "--arch", "sm_120", "--head-dim", "128")
         text = run_build(*arguments, columns=80)
         # The last line holds the path of a folder and is not wrapped, so that it can be copied.
-        tables, _, _ = text.partition("4 compiled")
+        tables, _, _ = text.partition("6 compiled")
         assert max(map(len, tables.splitlines())) <= 80
         # Nothing is cut short or left out: a wider terminal shows the same words.
         again = run_build(*arguments, columns=80).partition("0 compiled")[0]
         wide = run_build(*arguments, columns=200).partition("0 compiled")[0]
         assert re.sub("[\\s─]+", " ", again) == re.sub("[\\s─]+", " ", wide)
         assert "…" not in tables
-        assert len(re.findall("sm_120 .*decode_attention", tables)) == 2
+        assert len(re.findall("sm_120 .*decode_attention", tables)) == 4
 
     def test_layers_that_differ_are_compiled_too(self, tmp_path):
         config = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "layers": {3: {"keys": {"format": "fp8"}}}}

@@ -116,7 +116,7 @@ PLANTED = {
     "rows beyond the end": (PRIMITIVES, '"r"(valid ? 16 : 0)', '"r"(16)', "outside of the tensors"),
     "an operand that nobody writes": (PRIMITIVES, '"prmt.b32 %0, %1, %2, %3;"', '""', "which nobody wrote"),
     "another matrix": (PRIMITIVES, "m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16", None),
-    "a misaligned row": ("tiles.h", "copy_piece(place + i", "copy_piece(place + 8 + i", "not aligned"),
+    "a misaligned row": ("tiles.h", "copy_piece(mine + i", "copy_piece(mine + 8 + i", "not aligned"),
     "a field more": ("params.h", "double scaling, softcap;", "double scaling, softcap, spare;", "were given"),
     "fields in another order": ("params.h", "double scaling, softcap;", "double softcap, scaling;", None),
 }

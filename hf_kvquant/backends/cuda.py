@@ -79,7 +79,7 @@ def decode_attention(
     partial = query.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
-        device = gpu.of(query, mask, s_aux)
+        device = gpu.of(query, mask, s_aux, keys.stored.data, values.stored.data)
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
@@ -116,7 +116,7 @@ def quantize_append(
     blocks = max(_append_blocks(n, keys), _append_blocks(n, values))
     touched = {}
     if device is None:
-        device = gpu.of(key, value, padding, faults)
+        device = gpu.of(key, value, padding, faults, keys.stored.data, values.stored.data)
     else:
         written = (faults, *_tensors(keys), *_tensors(values))
         touched = {"reads": (*call.alive, keys.device_length), "writes": written}

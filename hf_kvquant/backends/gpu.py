@@ -47,7 +47,7 @@ def of(states: torch.Tensor, *others: torch.Tensor | None) -> Gpu:
     for tensor in others:
         if tensor is not None and tensor.get_device() != index:
             raise ValueError(
-                f"a mask, s_aux or padding is on {tensor.device}; expected cuda:{index}, as the states are"
+                f"a mask, s_aux, padding or cache is on {tensor.device}; expected cuda:{index}, as the new states are"
             )
     found = _gpus.get(index)
     if found is None:

@@ -26,6 +26,7 @@
 //   Nibbles        32                    low nibbles of even, odd bytes;  5
 //                                        high nibbles of even, odd bytes
 //   E4M3Bytes      16                    even, odd bytes, shifted by 1    6
+//                                        converted, from sm_89 on         3
 //   Dense16        8                     the word                         0
 #pragma once
 
@@ -77,15 +78,26 @@ struct SignedBytes : ByteRows<kDim> {
 template <int kDim>
 struct E4M3Bytes : ByteRows<kDim> {
   static constexpr float kOffset = 0.0f;
-  static KVQUANT_FN constexpr float unit(int) { return 0x1p8f; }
+  static KVQUANT_FN constexpr float unit(int) { return KVQUANT_ARCH >= 890 ? 1.0f : 0x1p8f; }
   static KVQUANT_DEVICE uint32_t upper_bytes(uint32_t word) {
     constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
     return lop3<kAndOr>(word, 0x80008000u, word >> 1 & 0x3f803f80u);
   }
+  // Finite whatever is stored, also for the codes of NaN.
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[2]) {
     pairs[0] = upper_bytes(word << 8);
     pairs[1] = upper_bytes(word);
+#if KVQUANT_ARCH >= 890
+    for (uint32_t& pair : pairs) pair = hmul2(pair, 0x5c005c00u);  // 2^8
+#endif
   }
+#if KVQUANT_ARCH >= 890
+  static KVQUANT_DEVICE void convert(uint32_t word, uint32_t (&pairs)[2]) {
+    const uint32_t bytes = prmt(word, 0, 0x3120);
+    pairs[0] = e4m3x2_low(bytes);
+    pairs[1] = e4m3x2_high(bytes);
+  }
+#endif
 };
 
 // If the last chunk has only 16 channels, half of the lanes hold elements that belong to no channel
@@ -146,6 +158,15 @@ template <class Codec>
 constexpr bool kIsE4M3 = false;
 template <int kDim>
 constexpr bool kIsE4M3<E4M3Bytes<kDim>> = true;
+
+// kAllSeen: no column of the word is hidden from a row, so NaN may stay NaN.
+template <class Codec, bool kAllSeen>
+KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[Codec::kPairsOfWord]) {
+#if KVQUANT_ARCH >= 890
+  if constexpr (kAllSeen && kIsE4M3<Codec>) return Codec::convert(word, pairs);
+#endif
+  Codec::split(word, pairs);
+}
 
 template <class Codec>
 struct IsBFloat16 {

@@ -271,7 +271,7 @@ struct Pass {
     if (bits == 0) return;
 
     float x[kProducts][4];
-    score(rows, at, key_scales, x);
+    score<kPlain>(rows, at, key_scales, x);
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
@@ -310,10 +310,11 @@ struct Pass {
         softmax.sum[r] += x[m][e];
       }
     }
-    weigh(rows + KeyTile::kBytes, value_scales, plain, x);
+    weigh<kPlain>(rows + KeyTile::kBytes, value_scales, plain, x);
   }
 
   // x[m]: the scores of product m (layout.h), before the factor of the query.
+  template <bool kPlain>
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kProducts][4]) const {
     constexpr int kAtOnce = larger_of(kChunksOfStep<K>, KeyTile::kAtOnce);
@@ -332,9 +333,9 @@ struct Pass {
         KeyTile::template load<false>(tile, chunk + l, words);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          uint32_t split[K::kPairsOfWord];
-          K::split(words[i], split);
-          put(split, (l + i / kEights) * K::kPairsOfWord, i % kEights, pairs);
+          uint32_t parts[K::kPairsOfWord];
+          split<K, kPlain>(words[i], parts);
+          put(parts, (l + i / kEights) * K::kPairsOfWord, i % kEights, pairs);
         }
       }
 #pragma unroll
@@ -458,6 +459,7 @@ struct Pass {
   }
 
   // acc += weights x values; x has the weights, in the order of score().
+  template <bool kPlain>
   KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
                             const float (&x)[kProducts][4]) {
     constexpr int kAtOnce = larger_of(kChunksOfStep<V>, ValueTile::kAtOnce);
@@ -474,13 +476,13 @@ struct Pass {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           found.take_out(words[i]);
-          uint32_t split[V::kPairsOfWord];
+          uint32_t parts[V::kPairsOfWord];
           if constexpr (kCentred) {
-            V::split_centred(words[i], split);
+            V::split_centred(words[i], parts);
           } else {
-            V::split(words[i], split);
+            split<V, kPlain>(words[i], parts);
           }
-          put(split, (l + i / kEights) * V::kPairsOfWord, i % kEights, pairs);
+          put(parts, (l + i / kEights) * V::kPairsOfWord, i % kEights, pairs);
         }
       }
 #pragma unroll
@@ -525,10 +527,10 @@ struct Pass {
 
   // Puts the pairs of a word from index `pair` on, for the eighth m of the columns.
   template <int kPairs, int kAll>
-  static KVQUANT_DEVICE void put(const uint32_t (&split)[kPairs], int pair, int m,
+  static KVQUANT_DEVICE void put(const uint32_t (&parts)[kPairs], int pair, int m,
                                  uint32_t (&pairs)[kAll][kEights]) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) pairs[pair + i][m] = split[i];
+    for (int i = 0; i < kPairs; ++i) pairs[pair + i][m] = parts[i];
   }
 
   KVQUANT_DEVICE void rescale_all(float row0, float row1) {

@@ -266,6 +266,17 @@ KVQUANT_DEVICE uint32_t pack_e4m3x2(float low, float high) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
 }
+// The FP16 values of the two e4m3 bytes in the low half, or in the high half.
+KVQUANT_DEVICE uint32_t e4m3x2_low(uint32_t x) {
+  uint32_t r;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(x));
+  return r;
+}
+KVQUANT_DEVICE uint32_t e4m3x2_high(uint32_t x) {
+  uint32_t r;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(r) : "r"(x));
+  return r;
+}
 #endif
 
 // -- float: one IEEE rounding each, never contracted; approximations say so -----------------------

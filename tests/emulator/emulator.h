@@ -285,6 +285,17 @@ inline float bfloat16_high(uint32_t x) { return emulator::bfloat16_to_float(uint
 inline uint32_t pack_e4m3x2(float low, float high) {
   return emulator::to_e4m3(low) | uint32_t(emulator::to_e4m3(high)) << 8;
 }
+inline uint32_t e4m3x2_low(uint32_t x) {
+  uint32_t r = 0;
+  for (int i = 0; i < 2; ++i) {
+    // FP16 with one bit less of exponent and a bias that is 8 smaller.
+    const uint32_t byte = x >> 8 * i & 0xffu, half = (byte & 0x80u) << 8 | (byte & 0x7fu) << 7;
+    const bool is_nan = (byte & 0x7fu) == 0x7fu;
+    r |= (is_nan ? 0x7fffu : hfma2(half, 0x5c005c00u, 0x80008000u) & 0xffffu) << 16 * i;
+  }
+  return r;
+}
+inline uint32_t e4m3x2_high(uint32_t x) { return e4m3x2_low(x >> 16); }
 #endif
 
 // -- float ----------------------------------------------------------------------------------------

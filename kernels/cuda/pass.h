@@ -153,22 +153,22 @@ struct Pass {
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = queries.factors[Lanes::row(r)];
     if constexpr (Lanes::kHoldsQueries && !Keys::kChannelGrid) take_queries(0);
-    int before = (kStages - 1) * kSlot, now = 0;  // the slots of tiles i - 1 and i
     for (int i = begin; i < end; ++i) {
       if constexpr (kStages == 1) issue(i, slot(0), begin, end, key_rows, value_rows);
       cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
       warp_barrier();  // tile i is complete, and tile i - 1 has been read
       if constexpr (kStages > 1) {
-        issue(i + kStages - 1, slot(0) + before, begin, end, key_rows, value_rows);
+        issue(i + kStages - 1, slot((i + kStages - 1 - begin) % kStages), begin, end, key_rows,
+              value_rows);
       }
       if (kInOrder && (plain >> (i - begin) & 1u)) {
-        attend<true>(i, slot(0) + now, i == begin, i + 1 < end, key_scales, value_scales, factor);
+        attend<true>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
+                     value_scales, factor);
       } else {
-        attend<false>(i, slot(0) + now, i == begin, i + 1 < end, key_scales, value_scales, factor);
+        attend<false>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
+                      value_scales, factor);
       }
       if constexpr (kStages == 1) warp_barrier();
-      before = now;
-      now = now == (kStages - 1) * kSlot ? 0 : now + kSlot;
     }
     softmax.finish();
   }

@@ -278,13 +278,13 @@ class TestBuild:
         config = {"keys": {"format": "int8"}, "values": {"format": "int8"}, "layers": {3: {"keys": {"format": "fp8"}}}}
         KVQuantConfig.from_dict(config).to_yaml(tmp_path / "mine.yaml")
         text = run_build(str(tmp_path / "mine.yaml"), "--arch", "sm_90", "--head-dim", "64", "--dtype", "float16")
-        assert "4 compiled" in text
+        assert "6 compiled" in text
         assert "float16, head_dim 64, keys fp8 token 64, values int8 token 64" in text
 
     def test_a_kernel_that_does_not_compile_is_shown_and_the_others_are_kept(self, kernels):
         (kernels / "cuda" / "quantize_append.cu").write_text("#if KVQUANT_K_FORMAT == 1\nbroken\n#endif\n" + APPEND)
         text = run_build("int8-plain", "fp8", "--arch", "sm_90", "--head-dim", "64", code=1)
-        assert "3 compiled" in text
+        assert "5 compiled" in text
         assert "failed: quantize_append.cu for sm_90 (bfloat16, head_dim 64, keys fp8 token 64" in text
         assert "broken" in text
 

@@ -228,6 +228,31 @@ class TestSpeed:
         said = re.search(r"smaller, ([\d.]+) times \(int8\) and ([\d.]+) times \(int4\)", text).groups()
         assert [float(x) for x in said] == pytest.approx([x / dense for x in ours], abs=0.051)
 
+    def test_the_field(self):
+        results = [json.loads((RESULTS / f"bench_cpu_field{of}.json").read_text("utf-8")) for of in ("", "_batch8")]
+        text = " ".join(self.text.split())
+        assert f"`{results[0]['command']}`" in text
+        found = {(r["name"], r["batch"], r["length"]): r for result in results for r in result["field"] if "ms" in r}
+        columns = [(1, 1024), (1, 8192), (1, 32768), (1, 65536), (8, 1024), (8, 8192)]
+        table = rows(self.text, "## Beside onnxruntime and OpenVINO")
+        names = {"torch SDPA, BF16": "sdpa-bfloat16"}
+        names |= {name: name.lower().replace("kvquant-", "").replace(" ", "-") for name in table if name not in names}
+        assert set(names.values()) == {name for name, *_ in found}
+        for name, (bits, *cells) in table.items():
+            measured = [found[(names[name], *column)] for column in columns]
+            assert float(bits) == pytest.approx(measured[1]["bits_per_element"], abs=0.0051)
+            for cell, row in zip(cells, measured, strict=True):
+                assert float(cell) == pytest.approx(milliseconds(row), abs=0.51 * 10 ** -len(cell.partition(".")[2]))
+        peers = [name for name in names.values() if name.startswith(("onnxruntime", "openvino"))]
+        for ours in ("int8", "int4"):
+            times = [
+                min(milliseconds(found[(peer, *column)]) for peer in peers) / milliseconds(found[(ours, *column)])
+                for column in columns
+                if column[1] >= 8192
+            ]
+            low, high = re.search(rf"([\d.]+) to ([\d.]+) times as long as `{ours}`", text).groups()
+            assert [float(low), float(high)] == pytest.approx([min(times), max(times)], abs=0.051)
+
     def test_llama_cpp(self):
         result = json.loads((RESULTS / "bench_llama_cpp.json").read_text(encoding="utf-8"))
         measured = {(row["name"], row["length"]): row for row in result["steps"]}

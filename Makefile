@@ -42,13 +42,15 @@ smoke: $(SMOKE:%=smoke-%)
 smoke-%: .venv/installed .venv/transformers-%/installed
 	OMP_NUM_THREADS=1 SMOKE_TRANSFORMERS=$* PYTHONPATH=.venv/transformers-$* .venv/bin/pytest -q tests/test_smoke.py
 
-# Every recipe of eval/recipes, also with packages that are not in the lock: of these the newest releases.
+# Every recipe of eval/recipes, and the server with its clients, also with packages that are not in the lock: of these the newest
+# releases.
 recipes: .venv-recipes/installed
-	OMP_NUM_THREADS=1 .venv-recipes/bin/pytest -q -rs tests/test_recipes.py
+	OMP_NUM_THREADS=1 .venv-recipes/bin/pytest -q -rs tests/test_recipes.py tests/test_serve.py
 
 .venv-recipes/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv-recipes
-	$(call install,$(LOCK),.venv-recipes) . pytest peft accelerate lm-eval datasets trl smolagents
+	$(call install,$(LOCK),.venv-recipes) . pytest peft accelerate lm-eval datasets trl smolagents \
+		fastapi uvicorn openai opentelemetry-api
 	touch $@
 
 # The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only

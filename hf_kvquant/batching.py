@@ -448,6 +448,12 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     for name, found in obstacles.items():
         if found:
             raise ValueError(f"{name}: {found} is {_NOT_SERVED}; expected {_SERVED.get(name, 'none')}")
+    # The manager makes its own later, when the first request comes.
+    QuantizedAllocator(
+        kv_config, index=0, config=text_config, num_key_value_heads=_HOST.find_num_key_value_heads(text_config),
+        cache_dtype=model.dtype, page_size=options.page_size, layer_indices=layers["full_attention"],
+        allow_block_sharing=options.allow_block_sharing,
+    )  # fmt: skip
 
 
 _SERVED = {"device": "'cpu'", "attn_implementation": "'sdpa'", "layer_types": "['full_attention']"}

@@ -11,8 +11,9 @@ transformers 5.24 renamed the argument, the output field and the `model_kwargs` 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -114,6 +115,7 @@ CONTINUOUS_BATCHING_NEEDS = (
     Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._run_generation_loop"),
     Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._create_batch_processor"),
     Need(f"{_CONTINUOUS}.utils:find_head_dim", ("config",)),
+    Need(f"{_CONTINUOUS}.utils:find_num_key_value_heads", ("config",)),
     Need("generation.configuration_utils:ContinuousBatchingConfig", ("page_size", "cpu_offload_space")),
 )
 """What quantized pages need; without these names everything but quantized pages works."""
@@ -151,9 +153,46 @@ def continuous_batching() -> SimpleNamespace:
         PagedAttentionMemoryHandler=cache.PagedAttentionMemoryHandler,
         FullAttentionCacheAllocator=cache.FullAttentionCacheAllocator,
         find_head_dim=cache.find_head_dim,
+        find_num_key_value_heads=cache.find_num_key_value_heads,
         group_layers=cache.group_layers_by_attn_type,
         replaced=replaced,
     )
+
+
+SERVER_NEEDS = (
+    Need("cli.serve:Serve", ("force_model", "continuous_batching", "attn_implementation", "device", "dtype", "port")),
+    Need("cli.serving.model_manager:ModelManager.load_model_and_processor"),
+)
+
+
+def run_server(prepare: Callable[[PreTrainedModel], None], **options: Any) -> None:
+    """Run transformers' server until it is stopped; `options` are those of its command.
+
+    Args:
+        prepare: is called with the model whenever the server takes one, also when it has it already.
+
+    Raises:
+        ImportError: this version of transformers has no such server, or a package that it needs is missing.
+    """
+    continuous_batching()
+    missing = [name for name in ("fastapi", "uvicorn", "openai", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the server needs {', '.join(missing)}: pip install 'transformers[serving]'")
+    for need in SERVER_NEEDS:
+        need.check()
+    manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
+    load = manager.load_model_and_processor
+
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model, processor = load(self, *args, **kwargs)
+        prepare(model)
+        return model, processor
+
+    manager.load_model_and_processor = prepared
+    try:
+        importlib.import_module("transformers.cli.serve").Serve(**options)
+    finally:
+        manager.load_model_and_processor = load
 
 
 for need in NEEDS:
@@ -217,6 +256,7 @@ __all__ = [
     "cross_attention_layers",
     "generation_state",
     "records_attention_weights",
+    "run_server",
     "set_attn_implementation",
     "static_cache_shape",
     "supports_cache",

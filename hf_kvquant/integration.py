@@ -524,10 +524,12 @@ def _build(
     return QuantizedCache(model.config, config, max_length=max_length)
 
 
-def _kv_config(model: PreTrainedModel, generation_config: GenerationConfig, name: str) -> KVQuantConfig:
+def _kv_config(
+    model: PreTrainedModel, generation_config: GenerationConfig, name: str, needs_use_cache: bool = True
+) -> KVQuantConfig:
     """The config that a generation config asks for under one of our names."""
     config = generation_config.cache_config
-    if generation_config.use_cache is False:
+    if needs_use_cache and generation_config.use_cache is False:
         raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
     if not host.supports_cache(model):
         raise ValueError(
@@ -671,7 +673,8 @@ def _paged(model: PreTrainedModel, name: str, generation_config: Any, options: A
         raise ValueError(f"cache_implementation: {name!r} cannot act in continuous batching: {error}") from None
     from . import batching
 
-    kv_config = _kv_config(model, generation_config, name)
+    # Pages are made whatever `use_cache` says: transformers' server sets it to False.
+    kv_config = _kv_config(model, generation_config, name, needs_use_cache=False)
     if options is None:
         options = getattr(generation_config, "continuous_batching_config", None) or known.options()
     batching.refuse_unserved(model, kv_config, options)

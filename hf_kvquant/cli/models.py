@@ -45,22 +45,36 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
         raise typer.BadParameter("'cuda' is not here: torch sees no GPU", param_hint="--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == BUNDLED and not Path(name).exists():
-        name = str(bundled_model())
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    folder = Path(name).expanduser()
-    if looks_like_path and not (folder / "config.json").is_file():
-        problem = "has no config.json" if folder.is_dir() else "does not exist"
-        raise typer.BadParameter(f"the model folder {name!r} {problem}", param_hint="MODEL")
-    source = str(folder) if looks_like_path else name
+    source = source_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        what = "cannot be loaded" if looks_like_path else "is no folder here, and cannot be loaded from the hub"
+        what = "cannot be loaded" if _is_path(name) else "is no folder here, and cannot be loaded from the hub"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise typer.BadParameter(f"{name!r} {what}: {reason}", param_hint="MODEL") from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # its wrapper hides `self`
+
+
+def source_of(name: str) -> str:
+    """The folder or hub id of a model as named on the command line.
+
+    Raises:
+        typer.BadParameter: the name looks like a path, and there is no model.
+    """
+    if name == BUNDLED and not Path(name).exists():
+        return str(bundled_model())
+    if not _is_path(name):
+        return name
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise typer.BadParameter(f"the model folder {name!r} {problem}", param_hint="MODEL")
+    return str(folder)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def load_config(preset: str, file: Path | None) -> KVQuantConfig | None:

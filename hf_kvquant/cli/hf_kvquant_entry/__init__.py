@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": "Find the config that loses least on a model within a number of bits, and write it as YAML.",
     "lm-eval": "Run lm-eval with a quantized cache: --model hf-kvquant --model_args pretrained=...,kv_config=int4 ...",
     "report": "Write a page of comparisons: tables, accuracy against bytes, loss along the text, error by layer.",
+    "serve": "Serve a model to OpenAI clients from quantized pages, on the CPU.",
 }
 OPTIONS: dict[str, Any] = dict(
     help="A quantized KV cache for HuggingFace transformers, attended to as stored.",

@@ -1,0 +1,70 @@
+"""`hf-kvquant serve MODEL`: transformers' own server, with quantized pages in its continuous batching.
+
+Its endpoint is OpenAI's: `/v1/chat/completions`, `/v1/completions`, `/v1/models`. What the server needs beside
+transformers is imported when it starts: `pip install "transformers[serving]"`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import ContinuousBatchingConfig
+
+from .. import host
+from ..config import KVQuantConfig
+from ..integration import NAME
+from ..measure.text import BUNDLED
+from .models import Dtype, load_config, source_of
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
+    ],
+    preset: Annotated[
+        str | None, typer.Option(help=f"{', '.join(KVQuantConfig.preset_names())}. [default: int4]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")] = None,
+    num_blocks: Annotated[int, typer.Option(min=1, help="Memory of the cache, in blocks of dense pages.")] = 128,
+    page_size: Annotated[int, typer.Option(min=64, help="Tokens of a page; a multiple of 64.")] = 256,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one forward call, at most.")] = 512,
+    listen: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.auto,
+) -> None:
+    """Serve a model to OpenAI clients from quantized pages, on the CPU."""
+    if preset is not None and config is not None:
+        raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
+    kv_config = load_config(preset or "int4", config)
+    if kv_config is None:
+        raise typer.BadParameter("dense pages are served by `transformers serve`", param_hint="--preset")
+    options = ContinuousBatchingConfig(
+        num_blocks=num_blocks, page_size=page_size, max_batch_tokens=max_batch_tokens, auto_switch_to_flash=False
+    )
+
+    def prepare(loaded: Any) -> None:
+        """Ask for the cache in every request, and check now that it can be served."""
+        if loaded.generation_config.cache_implementation == NAME:
+            return
+        loaded.generation_config.cache_implementation = NAME
+        loaded.generation_config.cache_config = kv_config
+        init = loaded.init_continuous_batching
+        init(loaded.generation_config, options)
+        # The server passes no options, and a client may send a generation config of its own.
+        loaded.init_continuous_batching = lambda generation_config, **_: init(generation_config, options)
+        where = f"http://{listen}:{port}/v1"
+        print(f"Serving {model} at {where} with the {preset or config or 'int4'} cache", file=sys.stderr, flush=True)
+
+    try:
+        host.run_server(
+            prepare, force_model=source_of(model), continuous_batching=True, attn_implementation="sdpa", device="cpu",
+            dtype=dtype.value, host=listen, port=port,
+        )  # fmt: skip
+    except ImportError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL") from error

@@ -162,10 +162,10 @@ constexpr bool kIsE4M3<E4M3Bytes<kDim>> = true;
 // kAllSeen: no column of the word is hidden from a row, so NaN may stay NaN.
 template <class Codec, bool kAllSeen>
 KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[Codec::kPairsOfWord]) {
-#if KVQUANT_ARCH >= 890
-  if constexpr (kAllSeen && kIsE4M3<Codec>) return Codec::convert(word, pairs);
-#endif
-  Codec::split(word, pairs);
+  if constexpr (KVQUANT_ARCH >= 890 && kAllSeen && kIsE4M3<Codec>)
+    Codec::convert(word, pairs);
+  else
+    Codec::split(word, pairs);
 }
 
 template <class Codec>

@@ -22,23 +22,18 @@ from ..measure.generation import continued
 from ..measure.guard import Limits, explained
 from ..measure.guard import check as measure
 from ..measure.tables import new_table, three_digits, with_error
-from ..measure.text import BUNDLED
 from ..quantization import QuantSpec
 from .evaluate import model_name, read_documents
-from .models import Device, Dtype, load_config, load_model
+from .models import DEFAULT_PRESET, ConfigOption, Device, Dtype, ModelArgument, PresetOption, load_config, load_model
 
 _LONGEST_WINDOW = 1024
 _CONTEXT_SHARE = 1 / 4
 
 
 def check(
-    model: Annotated[
-        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
-    ],
-    preset: Annotated[
-        str | None, typer.Option(help=f"{', '.join(KVQuantConfig.preset_names())}. [default: int4]")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")] = None,
+    model: ModelArgument,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
     text: Annotated[
         Path | None, typer.Option(help="A text file.", show_default="source of Python's standard library")
     ] = None,
@@ -68,10 +63,8 @@ def check(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
     """Check whether a cache is safe for a model; if not, say which layers break, and what to write instead."""
-    if preset is not None and config is not None:
-        raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
-    name = str(config) if config is not None else preset or "int4"
-    kv_config = load_config(preset or "int4", config)
+    name = str(config) if config is not None else preset or DEFAULT_PRESET
+    kv_config = load_config(preset, config)
     if kv_config is None:
         raise typer.BadParameter("the dense cache needs no check", param_hint="--preset")
     try:

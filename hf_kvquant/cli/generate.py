@@ -17,18 +17,15 @@ from transformers import TextStreamer
 from ..config import KVQuantConfig
 from ..host import context_length
 from ..measure.generation import Run, run
-from ..measure.text import BUNDLED
 from ..scoring import DENSE
-from .models import Device, Dtype, backend_of, load_config, load_model
+from .models import DEFAULT_PRESET, ConfigOption, Device, Dtype, ModelArgument, backend_of, load_config, load_model
 
 # The first calls load libraries and fill torch's caches, which the figures should not include.
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
-    ],
+    model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     preset: Annotated[
@@ -37,7 +34,7 @@ def generate(
             help=f"{', '.join(KVQuantConfig.preset_names())}, or {DENSE} for the dense cache. [default: int4]"
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")] = None,
+    config: ConfigOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[
         float | None, typer.Option(help="Sample at this temperature.", show_default="greedy")
@@ -48,15 +45,13 @@ def generate(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
     """Continue a prompt, and print the speed and the bytes of the cache."""
-    if preset is not None and config is not None:
-        raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
+    kv_config = load_config(preset, config)
     if greedy and temperature is not None:
         raise typer.BadParameter("give either --greedy or a temperature, not both", param_hint="--temperature")
     if temperature is not None and temperature <= 0:
         raise typer.BadParameter(
             f"{temperature} is not allowed; expected a number above 0", param_hint="--temperature"
         )
-    kv_config = load_config(preset or "int4", config)
     text = _prompt(prompt, prompt_file)
     lm, tokenizer = load_model(model, dtype.value, device.value)
     backend = backend_of(kv_config, lm)
@@ -81,7 +76,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     done = run(lm, input_ids, kv_config, max_new_tokens, on_tokens=streamer.put, **options)
     streamer.end()
-    cache = DENSE if kv_config is None else (str(config) if config is not None else preset or "int4")
+    cache = DENSE if kv_config is None else (str(config) if config is not None else preset or DEFAULT_PRESET)
     notes.print()
     notes.print(_figures(done, cache, backend, lm.dtype))
 

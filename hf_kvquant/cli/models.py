@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -14,6 +15,8 @@ from .. import ops
 from ..config import KVQuantConfig
 from ..measure.text import BUNDLED, bundled_model
 from ..scoring import DENSE
+
+DEFAULT_PRESET = "int4"
 
 
 class Dtype(str, Enum):
@@ -27,6 +30,15 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
+]
+PresetOption = Annotated[
+    str | None, typer.Option(help=f"{', '.join(KVQuantConfig.preset_names())}. [default: {DEFAULT_PRESET}]")
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")]
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -77,12 +89,16 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def load_config(preset: str, file: Path | None) -> KVQuantConfig | None:
-    """The cache's config: a YAML file if given, else a preset; None for the dense cache.
+def load_config(preset: str | None, file: Path | None) -> KVQuantConfig | None:
+    """The cache's config: that of a YAML file or of a preset, `DEFAULT_PRESET` if neither is given; None for the dense
+    cache.
 
     Raises:
-        typer.BadParameter: there is no such preset, or the file is not a config.
+        typer.BadParameter: both are given, there is no such preset, or the file is not a config.
     """
+    if preset is not None and file is not None:
+        raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
+    preset = preset or DEFAULT_PRESET
     if file is None and preset == DENSE:
         return None
     try:

@@ -7,27 +7,20 @@ transformers is imported when it starts: `pip install "transformers[serving]"`.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers import ContinuousBatchingConfig
 
 from .. import host
-from ..config import KVQuantConfig
 from ..integration import NAME
-from ..measure.text import BUNDLED
-from .models import Dtype, load_config, source_of
+from .models import DEFAULT_PRESET, ConfigOption, Dtype, ModelArgument, PresetOption, load_config, source_of
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
-    ],
-    preset: Annotated[
-        str | None, typer.Option(help=f"{', '.join(KVQuantConfig.preset_names())}. [default: int4]")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")] = None,
+    model: ModelArgument,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
     num_blocks: Annotated[int, typer.Option(min=1, help="Memory of the cache, in blocks of dense pages.")] = 128,
     page_size: Annotated[int, typer.Option(min=64, help="Tokens of a page; a multiple of 64.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one forward call, at most.")] = 512,
@@ -36,9 +29,7 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.auto,
 ) -> None:
     """Serve a model to OpenAI clients from quantized pages, on the CPU."""
-    if preset is not None and config is not None:
-        raise typer.BadParameter("give either a preset or a config file, not both", param_hint="--preset / --config")
-    kv_config = load_config(preset or "int4", config)
+    kv_config = load_config(preset, config)
     if kv_config is None:
         raise typer.BadParameter("dense pages are served by `transformers serve`", param_hint="--preset")
     options = ContinuousBatchingConfig(
@@ -56,7 +47,11 @@ def serve(
         # The server passes no options, and a client may send a generation config of its own.
         loaded.init_continuous_batching = lambda generation_config, **_: init(generation_config, options)
         where = f"http://{listen}:{port}/v1"
-        print(f"Serving {model} at {where} with the {preset or config or 'int4'} cache", file=sys.stderr, flush=True)
+        print(
+            f"Serving {model} at {where} with the {preset or config or DEFAULT_PRESET} cache",
+            file=sys.stderr,
+            flush=True,
+        )
 
     try:
         host.run_server(

@@ -21,19 +21,16 @@ from ..measure.report.plots import tuned
 from ..measure.report.style import PRINT, WIDE
 from ..measure.store import RESULT
 from ..measure.tables import new_table, notes, rich_table, three_digits
-from ..measure.text import BUNDLED
 from ..measure.tuning import Tuner
 from .evaluate import model_name, read_documents
-from .models import Device, Dtype, load_config, load_model
+from .models import Device, Dtype, ModelArgument, load_config, load_model
 
 CONFIG, PLOT = "config.yaml", "pareto.png"
 _LONGEST_WINDOW = 512
 
 
 def tune(
-    model: Annotated[
-        str, typer.Argument(help=f"A model folder, a hub id, or {BUNDLED}, which is bundled.", show_default=False)
-    ],
+    model: ModelArgument,
     bits: Annotated[
         float, typer.Option(help="The most stored bits per element, exact tokens left out.", show_default=False)
     ],

@@ -512,7 +512,10 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
 def _build(
     model: PreTrainedModel, generation_config: GenerationConfig, max_length: int, request: _Request
 ) -> QuantizedCache:
-    config = _kv_config(model, generation_config, generation_config.cache_implementation)
+    name = generation_config.cache_implementation
+    if generation_config.use_cache is False:
+        raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
+    config = _kv_config(model, generation_config, name)
     if config.static:
         if generation_config.is_assistant and request.outer is not None:
             # An assistant's cache lives as long as its target's, with the same sequence and candidates after it.
@@ -524,13 +527,9 @@ def _build(
     return QuantizedCache(model.config, config, max_length=max_length)
 
 
-def _kv_config(
-    model: PreTrainedModel, generation_config: GenerationConfig, name: str, needs_use_cache: bool = True
-) -> KVQuantConfig:
+def _kv_config(model: PreTrainedModel, generation_config: GenerationConfig, name: str) -> KVQuantConfig:
     """The config that a generation config asks for under one of our names."""
     config = generation_config.cache_config
-    if needs_use_cache and generation_config.use_cache is False:
-        raise ValueError(f"cache_implementation: {name!r} needs use_cache=True")
     if not host.supports_cache(model):
         raise ValueError(
             f"cache_implementation: {name!r} cannot act: {type(model).__name__} does not support Cache objects"
@@ -673,8 +672,8 @@ def _paged(model: PreTrainedModel, name: str, generation_config: Any, options: A
         raise ValueError(f"cache_implementation: {name!r} cannot act in continuous batching: {error}") from None
     from . import batching
 
-    # Pages are made whatever `use_cache` says: transformers' server sets it to False.
-    kv_config = _kv_config(model, generation_config, name, needs_use_cache=False)
+    # Whatever `use_cache` says: transformers' server sets it to False.
+    kv_config = _kv_config(model, generation_config, name)
     if options is None:
         options = getattr(generation_config, "continuous_batching_config", None) or known.options()
     batching.refuse_unserved(model, kv_config, options)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
+import math
 import subprocess
 import sys
 import time
@@ -30,7 +30,7 @@ import torch
 from hf_kvquant.measure import operator
 from hf_kvquant.measure.benchmark import DTYPES, Benchmark, add_attention, choose, integers, new_parser, summary_line
 from hf_kvquant.measure.checks import all_passed, at_most, relative_error
-from hf_kvquant.measure.clock import WARM_UP_ROUNDS, PlainRead, seconds_of, summary
+from hf_kvquant.measure.clock import PlainRead, seconds_of, summary, time_interleaved
 from hf_kvquant.measure.tables import print_table
 
 WORKER = Path(__file__).with_name("field_peer.py")
@@ -159,7 +159,13 @@ def bench(args: argparse.Namespace, batch: int, length: int) -> dict[str, list[d
         checks = [{"batch": batch, "length": length, **check} for check in checks]
         if not all_passed(checks):
             return {"checks": checks}
-        samples = timed(tasks, args.rounds)
+        roof = PlainRead(1 << 20)
+
+        def before() -> None:
+            roof.flush()
+            time.sleep(PAUSE_SECONDS)
+
+        samples = time_interleaved(tasks, args.rounds, math.inf, before, clock=lambda task: task())
     finally:
         for worker in workers:
             worker.close()
@@ -172,20 +178,6 @@ def bench(args: argparse.Namespace, batch: int, length: int) -> dict[str, list[d
 
 def _seconds(worker: Worker) -> float:
     return worker.ask(do="step")["seconds"]
-
-
-def timed(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that every task says it took, in interleaved rounds, as `time_interleaved` orders them."""
-    roof, order = PlainRead(1 << 20), random.Random(0)
-    samples = {name: [] for name in tasks}
-    for i in range(-WARM_UP_ROUNDS, rounds):
-        for name in order.sample(list(tasks), len(tasks)):
-            roof.flush()
-            time.sleep(PAUSE_SECONDS)
-            elapsed = tasks[name]()
-            if i >= 0:
-                samples[name].append(elapsed)
-    return samples
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,7 @@
 """One peer of `bench_cpu_field.py`, in a process and an environment of its own: numpy and the peer, no torch.
 
 It reads requests from its input, one JSON object a line, and answers each with one. `prepare` fills a cache with
-random K and V, takes a step, and compares it with float64 attention over the de-quantized
-cache; `step` times another.
+random K and V, takes a step, and compares it with float64 attention over the de-quantized cache; `step` times another.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,12 +29,24 @@ _READS = {
 }
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """The seconds that one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def time_interleaved(
-    tasks: dict[str, Callable[[], object]], rounds: int, seconds: float, before: Callable[[], object] = lambda: None
+    tasks: dict[str, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    before: Callable[[], object] = lambda: None,
+    clock: Callable[[Callable[[], Any]], float] = seconds_of,
 ) -> dict[str, list[float]]:
     """Seconds of every call of every task, in up to `rounds` rounds; `before` runs, untimed, before each call.
 
-    Stops after `seconds`, though not before `MIN_ROUNDS` rounds are complete. The orders are the same in every run.
+    `clock` calls a task and returns the seconds that it took. Stops after `seconds`, though not before `MIN_ROUNDS`
+    rounds are complete. The orders are the same in every run.
     """
     samples = {name: [] for name in tasks}
     order = random.Random(0)
@@ -45,17 +58,10 @@ def time_interleaved(
             break
         for name in order.sample(list(tasks), len(tasks)):
             before()
-            elapsed = seconds_of(tasks[name])
+            elapsed = clock(tasks[name])
             if i >= 0:
                 samples[name].append(elapsed)
     return samples
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """The seconds that one call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def summary(samples: list[float], unit: float = 1e-3) -> dict[str, float]:

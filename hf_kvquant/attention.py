@@ -16,7 +16,7 @@ from .calls import Call
 from .host import CACHE_NAMES
 from .recorded import RecordedStates
 from .route import KEEPS_WEIGHTS, learn_route, say_dequantized
-from .states import QuantizedStates, autocast, hides_columns, is_autocast, mask_length
+from .states import QuantizedStates, autocast, complete_mask, hides_columns, is_autocast, mask_length, widened
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
@@ -85,7 +85,8 @@ def attend(
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    attention_mask = _widened(attention_mask, states, query.shape[2])
+    if call is None:
+        attention_mask = widened(attention_mask, states, query.shape[2])
     if kwargs.get("position_bias") is not None:
         attention_mask = _join(kwargs["position_bias"], attention_mask, states, query.shape[2])
     options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
@@ -128,7 +129,7 @@ def _attend_latents(
     latents.routes.count("decode_fused")
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    mask = _widened(mask, latents, q_len)
+    mask = widened(mask, latents, q_len)
     output = latent.attend(module, query, states, mask, kwargs.get("s_aux"), scaling=scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -158,6 +159,8 @@ def _obstacle_of_call(call: Call, q_len: int, mask: torch.Tensor | None, kwargs:
     has_no_mask_for_both = q_len > 1 if mask is None else mask.ndim != 4
     if call.more is not None and has_no_mask_for_both:
         return "cached states with others behind them, without a mask for both"
+    if kwargs.get("position_bias") is not None and call.columns != call.step.keys.length:
+        return "the attention argument 'position_bias' over a sliding window"
     return None
 
 
@@ -209,29 +212,6 @@ def _of_columns(mask: torch.Tensor, key: Any, q_len: int) -> torch.Tensor:
     return mask[..., end - mask_length(kv_len, key.sliding_window, q_len) : end]
 
 
-def _widened(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor | None:
-    """The mask for all columns that a sliding layer has stored: the model's knows nothing of those before the window,
-    and may leave the window to attention."""
-    window, kv_len = key.sliding_window, key.shape[2]
-    if not hides_columns(window, kv_len):
-        return mask
-    known = mask_length(kv_len, window, q_len)
-    if mask is not None and mask.shape[-1] == known:
-        hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.ndim == 4 else 0
-        mask = torch.nn.functional.pad(mask, (kv_len - known, 0), value=hidden)
-    return _complete(mask, key, q_len) if mask is None or mask.ndim == 2 else mask
-
-
-def _complete(mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
-    """What a padding mask or none leaves to attention, as a bool mask `[batch or 1, 1, q_len, kv_len]`."""
-    columns = torch.arange(key.shape[2], device=key.device)
-    positions = columns[:q_len, None] + key.position(q_len)
-    seen = columns <= positions
-    if key.sliding_window is not None:
-        seen &= columns > positions - key.sliding_window
-    return seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
-
-
 def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:
     """A bias (T5, or Inkling's, for the columns in the window) and a mask for all stored columns as one additive mask
     `[batch or 1, num_heads, q_len, kv_len]`."""
@@ -240,7 +220,7 @@ def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: Quantized
     if hidden_columns and position_bias.shape[-1] == key.shape[2] - hidden_columns:
         position_bias = torch.nn.functional.pad(position_bias, (hidden_columns, 0))
     if mask is None or mask.ndim == 2:
-        mask = _complete(mask, key, q_len)
+        mask = complete_mask(mask, key, q_len)
     if mask.dtype == torch.bool:
         return torch.where(mask, position_bias, lowest)
     hidden = mask <= torch.finfo(mask.dtype).min

@@ -17,7 +17,7 @@ import torch
 from . import axes, ops
 from .axes import REPEAT, Dims
 from .recorded import Scores, States, Step
-from .states import QuantizedStates
+from .states import QuantizedStates, widened
 
 # How the operator takes queries and masks, by the names of axes.
 QUERY = (("batch",), ("head", REPEAT), ("query",), ("channel",))
@@ -66,7 +66,7 @@ class Call:
             return None
         step, (columns, channel) = keys.step, keys.dims[-2:]
         more = keys.more
-        width = step.keys.shape[2] + (0 if more is None else more.shape[2])
+        width = step.columns + (0 if more is None else more.shape[2])
         if columns != (("column", width),) or channel != (("channel", step.keys.head_dim),):
             return None
         heads = lead(sizes[:-2], keys.dims[:-2], grouped)
@@ -117,11 +117,15 @@ class Call:
     @property
     def columns(self) -> int:
         """How many columns of the mask are cached ones."""
-        return self.step.keys.shape[2]
+        return self.step.columns
 
     def mask(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask or a bias of the model as the operator takes it."""
         return axes.arrange(mask, self.mask_dims, MASK)
+
+    def _stored(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask of the model's columns for all stored ones; a sliding layer has some before them."""
+        return widened(mask, self.step.keys, self.step.q_len)
 
     def per_head(self, x: torch.Tensor) -> torch.Tensor:
         """Numbers `[num_heads]` in the operator's order of heads."""
@@ -145,9 +149,10 @@ class Call:
         if self.more is not None:
             output = self._merged(query, mask, s_aux, **options)
         elif self.parts > 1:
-            output = self._in_parts(query, mask, s_aux, **options)
+            output = self._in_parts(query, self._stored(mask), s_aux, **options)
         else:
-            output = ops.decode_attention(query, self.step.keys, self.step.values, mask, s_aux, **options)[0]
+            keys, values = self.step.keys, self.step.values
+            output = ops.decode_attention(query, keys, values, self._stored(mask), s_aux, **options)[0]
         return axes.restore(output, QUERY, self.output_dims)
 
     def _in_parts(
@@ -179,7 +184,7 @@ class Call:
     ) -> torch.Tensor:
         """Attention to the cached columns and to the model's own: a softmax over both is the mean of two, weighted by
         the sums of their exponentials."""
-        cached = None if mask is None else mask[..., : self.columns]
+        cached = self._stored(None if mask is None else mask[..., : self.columns])
         keys, values = self.step.keys, self.step.values
         output, logsumexp = ops.decode_attention(query, keys, values, cached, s_aux, scaling=scaling, softcap=softcap)
         dtype = torch.promote_types(query.dtype, torch.float32)

@@ -245,7 +245,8 @@ def _(input, weight, bias=None):
         return None
     step, is_keys = input.meaning.step, input.meaning.is_keys
     states = step.keys if is_keys else step.values
-    batch, heads, columns, channels = states.shape
+    batch, heads, stored, channels = states.shape
+    columns = step.columns
     as_rows = axes.reshape(axes.named(batch=batch, column=columns, head=heads, channel=channels), (batch, columns, -1))
     if input.meaning.dims != as_rows or len(weight) > heads or is_autocast(input) or input.dtype != states.dtype:
         return None
@@ -255,10 +256,10 @@ def _(input, weight, bias=None):
         "slice; attention reads them as they are stored."
     )
     first, found = states.position(step.q_len), []
-    for start in range(0, columns, _SLICE):
+    for start in range(0, stored, _SLICE):
         piece = states.dequantize(first, slice(start, start + _SLICE))
         found.append(F.linear(piece.transpose(1, 2).flatten(2), weight, bias))
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1)[:, stored - columns :]
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def _query_keys(query: Any, keys: Any, scaling: float, function: Callable, *args
         return None
     meaning, cast = keys.meaning, is_autocast(query)
     step, (channel, columns) = meaning.step, meaning.dims[-2:]
-    is_transposed = columns == (("column", step.keys.shape[2]),) and channel == (("channel", step.keys.head_dim),)
+    is_transposed = columns == (("column", step.columns),) and channel == (("channel", step.keys.head_dim),)
     if not meaning.is_keys or meaning.more is not None or not is_transposed:
         return None
     heads = lead(query.shape[:-2], meaning.dims[:-2])
@@ -447,7 +448,7 @@ def _mask(scores: Scores) -> torch.Tensor | None:
     mask = _finite(mask)
     if for_good:
         mask = torch.where(reduce(torch.logical_or, for_good), torch.finfo(mask.dtype).min, mask)
-    return mask.expand(*mask.shape[:-1], scores.step.keys.shape[2])
+    return mask.expand(*mask.shape[:-1], scores.step.columns)
 
 
 def _finite(mask: torch.Tensor) -> torch.Tensor:
@@ -458,7 +459,7 @@ def _finite(mask: torch.Tensor) -> torch.Tensor:
 
 def _all_columns(step: Step, device: torch.device) -> torch.Tensor | None:
     """The mask of code that hides nothing; the operator without one is causal."""
-    return None if step.q_len == 1 else torch.ones(1, 1, 1, step.keys.shape[2], dtype=torch.bool, device=device)
+    return None if step.q_len == 1 else torch.ones(1, 1, 1, step.columns, dtype=torch.bool, device=device)
 
 
 @_rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)

@@ -25,7 +25,7 @@ import torch
 from . import axes
 from .axes import Dims
 from .route import say_dequantized
-from .states import QuantizedStates
+from .states import QuantizedStates, mask_length
 
 
 class Step:
@@ -56,10 +56,15 @@ class Step:
         keys, values = pair
         return keys, values
 
+    @property
+    def columns(self) -> int:
+        """How many columns the model gets: of a sliding layer those that a mask has, see `mask_length`."""
+        return mask_length(self.keys.length, self.keys.sliding_window, self.q_len)
+
     def dims(self, is_keys: bool) -> Dims:
         """How the cache lays out keys or values."""
-        names = ("batch", "head", "column", "channel")
-        return axes.named(**dict(zip(names, (self.keys if is_keys else self.values).shape)))
+        batch, heads, _, head_dim = (self.keys if is_keys else self.values).shape
+        return axes.named(batch=batch, head=heads, column=self.columns, channel=head_dim)
 
     def take(self) -> tuple[QuantizedStates, QuantizedStates]:
         """The states themselves, for an attention function that got them as they are. If nothing else has used them,
@@ -84,7 +89,7 @@ class Step:
     def _dequantized(self, is_keys: bool) -> torch.Tensor:
         """A copy, which lives as long as a tensor that was made of it: the next layer needs the memory."""
         states = self.keys if is_keys else self.values
-        return states.dequantize(states.position(self.q_len))
+        return states.dequantize(states.position(self.q_len))[:, :, states.length - self.columns :]
 
     def abandon(self) -> None:
         """Note no more; what is still held has no numbers."""

@@ -74,10 +74,6 @@ class SlidingQuantizedLayer(QuantizedLayer):
         length = mask_length(end, self.sliding_window, query_length)
         return length, end - length
 
-    def _records(self) -> bool:
-        """A model's own attention code has masks without the columns that are stored before the window."""
-        return False
-
     def _first_capacity(self, n: int) -> int:
         capacity = super()._first_capacity(n)
         return capacity if self._keeps_past() else min(capacity, self._most)

@@ -300,6 +300,29 @@ class QuantizedStates(HasStored):
         return read.clone() if self.spec.is_dense and self.mask_width is not None else read
 
 
+def widened(mask: torch.Tensor | None, states: QuantizedStates, q_len: int) -> torch.Tensor | None:
+    """The mask for all columns that a sliding layer has stored: the model's knows nothing of those before the window,
+    and may leave the window to attention."""
+    window, kv_len = states.sliding_window, states.shape[2]
+    if not hides_columns(window, kv_len):
+        return mask
+    known = mask_length(kv_len, window, q_len)
+    if mask is not None and mask.shape[-1] == known:
+        hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.ndim == 4 else 0
+        mask = torch.nn.functional.pad(mask, (kv_len - known, 0), value=hidden)
+    return complete_mask(mask, states, q_len) if mask is None or mask.ndim == 2 else mask
+
+
+def complete_mask(mask: torch.Tensor | None, states: QuantizedStates, q_len: int) -> torch.Tensor:
+    """What a padding mask or none leaves to attention, as a bool mask `[batch or 1, 1, q_len, kv_len]`."""
+    columns = torch.arange(states.shape[2], device=states.device)
+    positions = columns[:q_len, None] + states.position(q_len)
+    seen = columns <= positions
+    if states.sliding_window is not None:
+        seen &= columns > positions - states.sliding_window
+    return seen[None, None] if mask is None else seen & (mask != 0)[:, None, None]
+
+
 class PageTable(NamedTuple):
     """Where the columns of each row of a batch are stored.
 

@@ -51,6 +51,10 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         if self.device_dropped is not None:
             self.device_dropped.fill_(dropped)
 
+    def _records(self) -> bool:
+        """A model's own attention code has a mask for every token, and the first stored column is a tensor."""
+        return False
+
     def _keeps_past(self) -> bool:
         # Storage of a fixed size keeps what a crop of `ROLLBACK` tokens needs, and no more.
         return False

@@ -24,8 +24,8 @@ SAMPLE = (
 )  # fmt: skip
 AS_STORED = ("fused", "absorbed")
 ACTS = (*AS_STORED, "partly fused", "de-quantized")
-# A second stream of its own; and columns of its own behind those of quantized sliding layers, which are not recorded.
-PARTLY = {"ProphetNetForCausalLM", "ProphetNetForConditionalGeneration", "T5Gemma2ForConditionalGeneration"}
+# A second stream of its own.
+PARTLY = {"ProphetNetForCausalLM", "ProphetNetForConditionalGeneration"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ eval/results/accuracy/README.md from it.
     python eval/compare.py --variants --model MODEL --text FILE --to eval/results/presets
 
 All other options are those of `hf-kvquant eval`, which does the work (see its --help). With --variants its caches are
-the presets and the int4 presets with one field changed, which shows what each choice costs. The JSON goes to
+the presets and some with a field or a grid changed, which shows what each choice costs. The JSON goes to
 eval/results/accuracy/<model>.json, or into the folder --to; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
@@ -33,10 +33,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from hf_kvquant import KVQuantConfig
+from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.cli import app
 from hf_kvquant.measure import markdown_table
 from hf_kvquant.measure.facts import rounded
+from hf_kvquant.measure.layer_errors import SIDES
 from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
     parser.add_argument("--to", type=Path, help="folder for the JSON; default: eval/results/accuracy")
-    parser.add_argument("--variants", action="store_true", help="compare the presets with one field changed")
+    parser.add_argument("--variants", action="store_true", help="compare the presets with a field or a grid changed")
     parser.add_argument(
         "--readme", action="store_true", help="only write the tables of eval/results/accuracy/README.md"
     )
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def variants() -> dict[str, KVQuantConfig]:
-    """Every preset, and the int4 presets with one field changed."""
-    int4, small = KVQuantConfig.preset("int4"), KVQuantConfig.preset("int4-small")
+    """Every preset, and some with one field changed, or with other grids."""
+    int4, small, int8 = (KVQuantConfig.preset(name) for name in ("int4", "int4-small", "int8"))
     found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
 
     def both(**fields) -> KVQuantConfig:
@@ -90,6 +91,12 @@ def variants() -> dict[str, KVQuantConfig]:
     for size in (16, 32, 64, None):
         found[f"int4-value-group-{size or 'head'}"] = replace(int4, values=replace(int4.values, group_size=size))
         found[f"int4-small-group-{size or 'head'}"] = both(group_size=size)
+    for length in (64, 128):
+        channel = {"grid": "channel", "block_length": length}
+        found[f"int4-value-block-{length}"] = replace(int4, values=QuantSpec("int4", **channel))
+        found[f"int4-both-block-{length}"] = replace(int4, **dict.fromkeys(SIDES, QuantSpec("int4", **channel)))
+        found[f"int8-both-block-{length}"] = replace(int8, **dict.fromkeys(SIDES, QuantSpec("int8", **channel)))
+    found["int4-rotated-keys"] = replace(int4, keys=small.keys)
     found["int4-plain-values"] = replace(int4, values=replace(int4.values, rotate=False))
     found["int4-small-plain"] = both(rotate=False)
     found |= {f"int4-sink-{n}": replace(int4, sink_length=n) for n in (0, 1, 4, 8)}

@@ -437,7 +437,6 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
         "layer_types": set(layers) != {"full_attention"} and sorted(layers),
         "device": model.device.type != "cpu" and model.device.type,
         "attn_implementation": attn_implementation(text_config) != "sdpa" and attn_implementation(text_config),
-        "tensor parallelism": getattr(model, "_device_mesh", None),
         "use_async_batching": options.use_async_batching,
         "cpu_offload_space": options.cpu_offload_space,
         "use_cuda_graph": any(graphs),

@@ -76,6 +76,7 @@ NEEDS = (
     Need("generation.utils:GenerationMixin._supports_default_dynamic_cache"),
     Need("generation.utils:GenerationMixin._get_static_cache_init_shape"),
     Need("modeling_utils:PreTrainedModel._can_set_attn_implementation"),
+    Need("modeling_utils:PreTrainedModel._device_mesh"),
     Need("configuration_utils:PreTrainedConfig._attn_implementation"),
     Need("configuration_utils:PreTrainedConfig.get_text_config", ("decoder",)),
     # Attention functions and masks by name.
@@ -258,6 +259,7 @@ __all__ = [
     "records_attention_weights",
     "run_server",
     "set_attn_implementation",
+    "shard",
     "static_cache_shape",
     "supports_cache",
     "takes",
@@ -313,6 +315,12 @@ def generation_state(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module,
         for name in GENERATION_STATE
         if name in vars(module)
     }
+
+
+def shard(model: PreTrainedModel) -> str | None:
+    """Which part of a model this process holds: its place among the processes, or None if it holds the whole model."""
+    mesh = model._device_mesh
+    return None if mesh is None or mesh.size() == 1 else f"{list(mesh.get_coordinate())} of {list(mesh.shape)}"
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:

@@ -54,8 +54,9 @@ _IRRELEVANT = frozenset({
 _SAMPLES = 64
 _LOCK = "lock"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tensors_file.DTYPES.values()}
-# Files of the first versions have no entry for the active adapters.
 _MODEL = {"config": dict, "weights": frozenset({None, str})}
+# Files of the first versions have no entry for the active adapters; only a part of a model has one that says which.
+_OPTIONAL = {"adapters": frozenset({None, dict}), "shard": str}
 _DESCRIPTION = {"kv_config": dict, "model": dict, "length": expected.COUNT}
 _HEADER = {
     "format_version": FORMAT_VERSION, "library_version": str, "transformers_version": str,
@@ -242,8 +243,8 @@ class File:
             ValueError: another model did, or the file does not say.
         """
         saved, given = self.description["model"], identity(model)
-        adapters = {"adapters": frozenset({None, dict})} if "adapters" in saved else {}
-        expected.check(saved, lambda: _MODEL | adapters, f"{self.path}: the model")
+        optional = {name: pattern for name, pattern in _OPTIONAL.items() if name in saved}
+        expected.check(saved, lambda: _MODEL | optional, f"{self.path}: the model")
         names = saved["config"].keys() | given["config"].keys()
         if self._header["transformers_version"] != host.VERSION:
             # Another version may have other fields.
@@ -256,6 +257,12 @@ class File:
                     f"{told(now)} in the config"
                 )
         self._check_adapters(saved.get("adapters"), given["adapters"])
+        was, now = (of.get("shard", "all of it") for of in (saved, given))
+        if was != now and None not in (saved["weights"], given["weights"]):
+            raise ValueError(
+                f"{self.path}: was computed by another part of the model: {told(was)}, and this process has "
+                f"{told(now)}; expected a file of its own for each process"
+            )
         if given["weights"] is None or saved["weights"] == given["weights"]:
             return
         if saved["weights"] is None:
@@ -282,7 +289,8 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     the model itself is given (or a `PeftModel` around it), a hash over its weights and the active adapters.
 
     The hash covers shape, dtype and 64 evenly spaced elements of every parameter: it takes milliseconds for any model,
-    and differs for a fine-tuned twin. It does not notice a change of a few single elements.
+    and differs for a fine-tuned twin. It does not notice a change of a few single elements. If several processes hold
+    parts of the model (tensor parallelism), it covers the part of this one, and `shard` says which that is.
 
     Raises:
         ValueError: the argument is neither a model nor a config, or its weights are not in memory (offloaded to disk)
@@ -294,10 +302,12 @@ def identity(model: torch.nn.Module | PreTrainedConfig) -> dict:
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"config: a {type(model).__name__} is not allowed; expected a model or its config")
     fields = json.loads(json.dumps(config.get_text_config(decoder=True).to_dict(), default=str))
+    shard = host.shard(base) if is_model else None
     return {
         "config": {name: value for name, value in fields.items() if name not in _IRRELEVANT},
         "weights": weights_sum(model) if is_model else None,  # type: ignore[arg-type]  # so is the wrapper
         "adapters": active_adapters(model, base) if is_model else None,
+        **({} if shard is None else {"shard": shard}),
     }
 
 
@@ -385,8 +395,9 @@ def _add_weights(digest: Any, weights: torch.Tensor) -> None:
         # Read the inner tensors, because the wrapper may refuse to be read itself.
         names, _ = weights.__tensor_flatten__()
         digest.update(f"{type(weights).__name__} {tuple(weights.shape)} {weights.dtype}".encode())
-        for name in names:
-            _add_weights(digest, getattr(weights, name))
+        for inner in (getattr(weights, name) for name in names):
+            if isinstance(inner, torch.Tensor):
+                _add_weights(digest, inner)
         return
     elements = weights.detach().reshape(-1)
     # An odd step, so that the samples are not all in one column of a matrix.

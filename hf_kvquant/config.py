@@ -54,7 +54,7 @@ class KVQuantConfig:
     """How keys and values are stored, and which tokens queries read exactly.
 
     Args:
-        keys, values: `QuantSpec`s, chosen independently; values live on the token grid.
+        keys, values: `QuantSpec`s, chosen independently.
         sink_length: the number of unpadded tokens at the start of a row that every query reads exactly (StreamingLLM,
             https://arxiv.org/abs/2309.17453).
         recent_length: the number of latest tokens that a query reads exactly, its own included.

@@ -51,6 +51,9 @@ CASES = [
     ("int4-channel", "fp8-rotated", 80, 256, "fp16"),
     ("int8-channel", "dense", 192, 192, "bf16"),
     ("fp8-channel32", "int8", 64, 128, "fp32"),
+    ("int8-channel", "int4-channel256", 128, 128, "bf16"),
+    ("int4-rotated", "fp8-channel32", 64, 192, "fp16"),
+    ("int4-channel256", "int8-channel16", 80, 80, "fp32"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{c[4]}")
 
@@ -70,6 +73,7 @@ def macros(call: arguments.Append) -> dict[str, int]:
         "KVQUANT_K_GROUP": k.group_length,
         "KVQUANT_K_ROTATE": k.rotate,
         "KVQUANT_V_FORMAT": v.format,
+        "KVQUANT_V_GRID": v.grid,
         "KVQUANT_V_GROUP": v.group_length,
         "KVQUANT_V_ROTATE": v.rotate,
     }
@@ -136,7 +140,7 @@ def test_bytes_equal_the_definition(store, case):
 CHUNKS = (1, 63, 1, 1, 62, 127, 2, 200, 16, 16, 32, 1, 78)
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 9, 11, 14)], ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}")
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 9, 11, 14, 16)], ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}")
 def test_chunks_equal_the_reference(store, case):
     padding = left_padding(590, 0, 40)
     got, expected, faults = both(

@@ -38,10 +38,18 @@ CASES = [
     ("int8-channel", "int8", 256, 256, HALF),
     ("fp8-rotated", "int4", 256, 256, BFLOAT),
     ("dense", "dense", 128, 128, HALF),
+    ("int8-channel", "int4-channel", 128, 128, BFLOAT),
+    ("int8-channel16", "int4-channel", 80, 80, HALF),
+    ("int4-channel256", "fp8-channel32", 64, 112, BFLOAT),
+    ("int4-rotated", "int8-channel16", 192, 192, HALF),
+    ("dense", "int8-channel", 64, 256, BFLOAT),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{str(c[4])[6:]}")
 FEW = [CASES[1], CASES[2]]  # the token grid; the channel grid and rotated values
 few_cases = pytest.mark.parametrize("case", FEW, ids=["token", "channel"])
+# Values on the channel grid: blocks as long as those of keys, longer and shorter ones; beside keys on the token grid.
+VALUES = [CASES[17], CASES[18], ("int8-channel", "fp8-channel32", 64, 64, HALF), CASES[20]]
+channel_values = pytest.mark.parametrize("case", VALUES, ids=["as long", "longer", "shorter", "token keys"])
 
 
 def of(case, **sizes):
@@ -114,6 +122,25 @@ def test_windows_across_blocks(case, window, kv_len):
     recent_length, sink_length = window
     sizes = dict(kv_len=kv_len, q_len=16, q_per_kv=1, num_kv_heads=1)
     check(*of(case, **sizes, recent_length=recent_length, sink_length=sink_length))
+
+
+@pytest.mark.parametrize("kv_len", [64, 71, 306])
+@channel_values
+def test_windows_across_blocks_of_values(case, kv_len):
+    """Sixteen queries, of which the first reads up to two blocks more from copies than the last. At 306 the copies of
+    the first begin with its recent tokens, within a block, and those of the last with a block of 64."""
+    sizes = dict(kv_len=kv_len, q_len=16, q_per_kv=1, num_kv_heads=1)
+    check(*of(case, **sizes))
+    check(*of(case, **sizes, recent_length=40, sink_length=4))
+
+
+@channel_values
+def test_few_rows_over_blocks_of_values(case):
+    """Eight rows at most, whose blocks are summed up on their own; warps begin and end within blocks."""
+    check(*of(case, kv_len=1000, num_kv_heads=1, batch=2))
+    padding = left_padding(300, 170, 3)
+    check(*of(case, batch=2, kv_len=300, q_len=2, sink_length=4, padding=padding), ~padding)
+    check(*of(case, kv_len=300, q_per_kv=4, recent_length=16), None, torch.linspace(-3, 6, 8), softcap=2.5)
 
 
 @pytest.mark.parametrize("split", [128, 512])
@@ -198,7 +225,9 @@ def poisoned(states, hidden):
 
 
 @pytest.mark.parametrize("by_row", [False, True], ids=["all-rows", "some-rows"])
-@pytest.mark.parametrize("case", [CASES[4], FEW[0], FEW[1], CASES[6]], ids=["fp8", "token", "channel", "dense"])
+@pytest.mark.parametrize(
+    "case", [CASES[4], *FEW, CASES[6], VALUES[2]], ids=["fp8", "token", "channel", "dense", "channel values"]
+)
 def test_hidden_columns_may_hold_anything(case, by_row):
     query, keys, values = of(case, kv_len=150, q_len=2, num_kv_heads=1, recent_length=30)
     hidden = torch.zeros(150, dtype=torch.bool)
@@ -224,7 +253,7 @@ def test_an_infinite_value_reaches_those_who_see_it():
     check(query, keys, values)
 
 
-@few_cases
+@pytest.mark.parametrize("case", [*FEW, VALUES[0]], ids=["token", "channel", "channel values"])
 def test_what_is_not_written_is_not_read(case):
     """Storage beyond the length is NaN in all of these tests; here the length is on the device, below its limit."""
     query, keys, values = of(case, kv_len=130, q_len=2, recent_length=16, sink_length=4)
@@ -252,7 +281,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(case):
     assert torch.equal(alone[0], output[1]) and torch.equal(alone_lse[0], lse[1])
 
 
-@pytest.mark.parametrize("case", [FEW[0], FEW[1], CASES[4]], ids=["token", "channel", "fp8"])
+@pytest.mark.parametrize("case", [*FEW, CASES[4], VALUES[0]], ids=["token", "channel", "fp8", "channel values"])
 def test_many_light_columns_beside_a_heavy_one(case):
     """Weights of 1e-6, of values 1000 times larger than the heavy column's, must not vanish in FP16."""
     k, v, head_dim, v_head_dim, dtype = case
@@ -267,7 +296,7 @@ def test_many_light_columns_beside_a_heavy_one(case):
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 3000.0])
-@few_cases
+@pytest.mark.parametrize("case", [*FEW, VALUES[0]], ids=["token", "channel", "channel values"])
 def test_large_and_small_numbers(case, size):
     k, v, head_dim, v_head_dim, dtype = case
     generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ workspace and refusals are those of `backends/cuda.py`, called as `ops` calls it
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import emulator
 import pytest
@@ -14,7 +15,7 @@ import torch
 from stored import replaced
 from transformers import LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, ops, reference
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, reference
 from hf_kvquant.backends import arguments, cuda
 
 LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008}
@@ -54,10 +55,12 @@ def emulated(monkeypatch, device) -> Recorder:
     return device
 
 
-def filled(preset: str, dtype: torch.dtype, *, kv_len: int, head_dim: int = 64, batch: int = 2, steps: int = 3):
+def filled(
+    config: str | KVQuantConfig, dtype: torch.dtype, *, kv_len: int, head_dim: int = 64, batch: int = 2, steps: int = 3
+):
     """States of a cache that got a prompt and then tokens one by one."""
     model = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
-    cache = QuantizedCache(model, preset, max_length=kv_len + 40)
+    cache = QuantizedCache(model, config, max_length=kv_len + 40)
     key, value = torch.randn(2, batch, 2, kv_len, head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
     key[..., 5] += 9
     prompt = kv_len - steps
@@ -80,9 +83,11 @@ def check(query, keys, values, *args, device, **options):
     torch.testing.assert_close(logsumexp, expected_logsumexp, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
+@pytest.mark.parametrize("preset", [*KVQuantConfig.preset_names(), "channel-values"])
 def test_a_cache_on_the_backend(preset, emulated):
     """Prompt, steps and attention through the operators: bytes equal the reference's, attention is close to it."""
+    if preset == "channel-values":
+        preset = KVQuantConfig(QuantSpec("int8"), QuantSpec("int4", "channel"), sink_length=4)
     keys, values = filled(preset, torch.bfloat16, kv_len=140)
     launched = emulated.launches.copy()
     assert [launch[0] for launch in launched] == ["quantize_append_kernel"] * 4
@@ -188,16 +193,48 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"dtype: torch\.float32 is not supported by the CUDA kernels"):
             cuda.decode_attention(torch.randn(1, 2, 1, 64), keys, values, scaling=1.0, device=device)
 
-    def test_values_with_copies_that_channel_keys_lack(self, device):
-        keys, values = filled("int4", torch.bfloat16, kv_len=70, batch=1)
-        bare = replaced(keys, recent=None)
-        with pytest.raises(ValueError, match="keys recent: None is not allowed; expected copies"):
-            cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), bare, values, scaling=1.0, device=device)
+    @pytest.mark.parametrize("lacking", ["recent", "sink"])
+    @pytest.mark.parametrize("side", ["keys", "values"])
+    def test_copies_that_the_other_side_has(self, device, side, lacking):
+        config = KVQuantConfig.preset("int4")
+        states = dict(zip(("keys", "values"), filled(config, torch.bfloat16, kv_len=70, batch=1)))
+        query, settings = torch.randn(1, 2, 1, 64).bfloat16(), dict(scaling=1.0, device=device)
+        bare = states | {side: replaced(states[side], **{lacking: None})}
+        if (side, lacking) == ("values", "recent"):  # the open block of keys reaches farther than values' copies
+            cuda.decode_attention(query, **bare, **settings)
+            config = dataclasses.replace(config, values=QuantSpec("int8", "channel"))
+            states = dict(zip(("keys", "values"), filled(config, torch.bfloat16, kv_len=70, batch=1)))
+            bare = states | {side: replaced(states[side], recent=None)}
+        with pytest.raises(ValueError, match=f"{side} {lacking}: None is not allowed; expected copies of tokens"):
+            cuda.decode_attention(query, **bare, **settings)
 
     def test_states_elsewhere_than_on_a_gpu(self):
         keys, values = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
         with pytest.raises(ValueError, match="states on cpu are not allowed"):
             cuda.decode_attention(torch.randn(1, 2, 1, 64).bfloat16(), keys, values, scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "side", "said"),
+    [
+        ("decode_attention", "keys", r"query: \(1, 2, 1, 64\) on cpu does not fit states of 70 keys"),
+        ("decode_attention", "values", "a mask, s_aux, padding or cache is on cpu; expected cuda:0"),
+        ("quantize_append", "keys", "key: device cpu does not fit"),
+        ("quantize_append", "values", "value: device cpu does not fit"),
+    ],
+)
+def test_a_cache_on_another_gpu_is_refused(monkeypatch, operator, side, said):
+    """Its addresses would end the process. Here every tensor but those of a side says that it is on the first GPU."""
+    states = dict(zip(("keys", "values"), filled("fp8", torch.bfloat16, kv_len=70, batch=1)))
+    elsewhere = {tensor.data_ptr() for tensor in states[side].stored if tensor is not None}
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor.data_ptr() in elsewhere))
+    x = torch.randn(1, 2, 1, 64).bfloat16()
+    calls = {
+        "decode_attention": partial(cuda.decode_attention, x, scaling=1.0),
+        "quantize_append": partial(cuda.quantize_append, x, x, faults=torch.zeros(2, dtype=torch.int64), start=70),
+    }
+    with pytest.raises(ValueError, match=said):
+        calls[operator](**states)
 
 
 def test_places_of_a_side_are_those_of_the_struct():

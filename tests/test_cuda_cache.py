@@ -353,7 +353,7 @@ class TestSpecialisation:
         assert kind == {
             "KVQUANT_DTYPE": 1, "KVQUANT_HEAD_DIM": 192, "KVQUANT_V_HEAD_DIM": 128,
             "KVQUANT_K_FORMAT": 2, "KVQUANT_K_GRID": 1, "KVQUANT_K_GROUP": 128, "KVQUANT_K_ROTATE": 0,
-            "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
+            "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GRID": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
             "KVQUANT_SPLIT": 2048, "KVQUANT_UNIT": 256, "KVQUANT_BLOCKS": 256, "KVQUANT_THREADS": 128,
             "KVQUANT_ROWS": 8,
         }  # fmt: skip

@@ -24,7 +24,7 @@ from ptx_memory import Fault
 from test_cpu_backend import left_padding
 from test_cuda_append import extreme, same_bytes
 
-from hf_kvquant import KVQuantConfig, reference
+from hf_kvquant import KVQuantConfig, QuantSpec, reference
 from hf_kvquant.backends import cuda, nvrtc
 
 PRESETS = KVQuantConfig.preset_names()
@@ -33,9 +33,9 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 pytestmark = pytest.mark.skipif(ptxas.missing() is not None, reason=f"{ptxas.missing()}")
 
 
-def problem(store, preset, *, head_dim=64, dtype=BFLOAT, kv_len=150, batch=1, q_per_kv=4, q_len=1, padding=None):
-    """A query, and states of a preset as its cache stores them, for two KV heads."""
-    config = KVQuantConfig.preset(preset)
+def problem(store, config, *, head_dim=64, dtype=BFLOAT, kv_len=150, batch=1, q_per_kv=4, q_len=1, padding=None):
+    """A query, and states of a config, or a preset's name, as its cache stores them, for two KV heads."""
+    config = KVQuantConfig.preset(config) if isinstance(config, str) else config
     key, value = (torch.randn(2, batch, 2, kv_len, head_dim) + torch.randn(head_dim)).to(dtype)
     window = dict(recent_length=config.recent_length, sink_length=config.sink_length, padding=padding)
     append = reference.quantize_append
@@ -54,6 +54,13 @@ class TestAttention:
         sizes = dict(head_dim=head_dim, dtype=dtype)
         check(problem(store, preset, kv_len=600, **sizes))
         check(problem(store, preset, kv_len=71, q_len=3, q_per_kv=3, **sizes))
+
+    @pytest.mark.parametrize(("k_block", "v_block"), [(64, 64), (128, 16), (16, 64)])
+    def test_values_on_the_channel_grid(self, store, k_block, v_block):
+        int8, int4 = (QuantSpec(f, "channel", block_length=n) for f, n in (("int8", k_block), ("int4", v_block)))
+        check(problem(store, KVQuantConfig(int8, int4), kv_len=300))
+        sizes = dict(kv_len=150, q_len=5, dtype=HALF)
+        check(problem(store, KVQuantConfig(int8, int4, sink_length=4, recent_length=32), **sizes))
 
     @pytest.mark.parametrize(
         ("preset", "head_dim"), [("int4", 80), ("int8", 96), ("int4", 112), ("fp8", 192), ("int8", 256)]
@@ -87,9 +94,10 @@ class TestAttention:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "fp8-channel"])
 def test_appended_bytes(store, preset, arch):
-    config, padding = KVQuantConfig.preset(preset), left_padding(150, 0, 30)
+    both, padding = QuantSpec("fp8", "channel"), left_padding(150, 0, 30)
+    config = KVQuantConfig.preset(preset) if preset in PRESETS else KVQuantConfig(keys=both, values=both)
     key, value = extreme(BFLOAT, 2, 2, 150, 64), extreme(BFLOAT, 2, 2, 150, 64)
     window = dict(
         recent_length=max(config.recent_length, 8), sink_length=5, padding=padding, chunks=(1, 62, 1, 70, 16)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..quantization import QuantSpec
 from ..states import QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
 from .specialisation import THREADS, most_splits, rows_of_block, specialisation
@@ -63,8 +64,6 @@ def decode_attention(
         ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
         nvrtc.CompileError: a kernel does not compile.
     """
-    if values.spec.grid == "channel":
-        raise ValueError("values grid: 'channel' is not supported in attention; expected 'token'")
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
     batch, num_heads, q_len, v_head_dim = output.shape
     num_kv_heads = call.num_kv_heads
@@ -139,14 +138,21 @@ def _has_copies(keys: QuantizedStates, values: QuantizedStates) -> int:
     """The number of slices for columns with exact copies.
 
     Raises:
-        ValueError: values have copies of columns whose keys have none, and are on the channel grid.
+        ValueError: one side lacks the copies of columns that the other side has, and has to have them (partials.h).
     """
-    k_recent, k_sink, v_recent, v_sink = (s is not None for s in (keys.recent, keys.sink, values.recent, values.sink))
-    if keys.spec.grid == "channel" and keys.spec.format != "dense":
-        for name, k, v in (("recent", k_recent, v_recent), ("sink", k_sink, v_sink)):
-            if v and not k:
-                raise ValueError(f"keys {name}: None is not allowed; expected copies of tokens as the values have")
-    return COPY_SLICES if k_recent or k_sink or v_recent or v_sink else 0
+    for name, side, others, other in (("keys", keys, "values", values), ("values", values, "keys", keys)):
+        lacks_recent = side.recent is None and other.recent is not None and not _reaches_farther(other.spec, side.spec)
+        lacks_sink = side.sink is None and other.sink is not None and not side.spec.is_dense
+        if lacks_recent or lacks_sink:
+            what = "recent" if lacks_recent else "sink"
+            raise ValueError(f"{name} {what}: None is not allowed; expected copies of tokens as the {others} have")
+    copies = (keys.recent, keys.sink, values.recent, values.sink)
+    return COPY_SLICES if any(tensor is not None for tensor in copies) else 0
+
+
+def _reaches_farther(a: QuantSpec, b: QuantSpec) -> bool:
+    """Whether there may be copies of columns of side `a` alone (`kReachesFarther` in partials.h)."""
+    return not a.is_dense and (b.is_dense or (a.block_length or 1) > (b.block_length or 1))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

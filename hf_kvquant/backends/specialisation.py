@@ -101,18 +101,18 @@ def _make(
             raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; {expected}")
     if dtype == 0:
         raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
-    k_channel = k_spec.grid == "channel"
     return Specialisation(
         {
             "KVQUANT_DTYPE": dtype,
             "KVQUANT_HEAD_DIM": k_head_dim,
             "KVQUANT_V_HEAD_DIM": v_head_dim,
             "KVQUANT_K_FORMAT": FORMATS[k_spec.format],
-            "KVQUANT_K_GRID": int(k_channel),
-            "KVQUANT_K_GROUP": (k_spec.block_length if k_channel else k_spec.group_size) or k_head_dim,
+            "KVQUANT_K_GRID": int(k_spec.is_channel),
+            "KVQUANT_K_GROUP": k_spec.block_length or k_spec.group_size or k_head_dim,
             "KVQUANT_K_ROTATE": int(k_spec.rotate),
             "KVQUANT_V_FORMAT": FORMATS[v_spec.format],
-            "KVQUANT_V_GROUP": v_spec.group_size or v_head_dim,
+            "KVQUANT_V_GRID": int(v_spec.is_channel),
+            "KVQUANT_V_GROUP": v_spec.block_length or v_spec.group_size or v_head_dim,
             "KVQUANT_V_ROTATE": int(v_spec.rotate),
             "KVQUANT_SPLIT": SPLIT,
             "KVQUANT_UNIT": UNIT,

@@ -6,8 +6,9 @@
 //   keys    values
 //   stored  stored   nearly all; a block takes one split, consecutive columns (partials.h)
 //   copied  copied   the newest columns, and sinks
-//   copied  stored   channel grid: the block of the newest column, older than `recent_length`
-//   stored  copied   dense keys beside quantized values
+//   copied  stored   channel grid: the block of the newest column, older than `recent_length`,
+//                    where the values have no blocks, or shorter ones; or dense values
+//   stored  copied   the same the other way around
 //
 // hf_kvquant/states.py has the rule. Every (query row, column) belongs to one block, and the
 // results of all blocks are merged alike. The last three kinds take a list: sink slots, then a

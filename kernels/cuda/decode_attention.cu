@@ -37,7 +37,8 @@ struct Plan {
   using Of = Pass<Keys, Values, kCopiedKeysHere, kCopiedValuesHere, kTile, kStages, kWarps>;
   static constexpr bool kList = kCopiedKeysHere || kCopiedValuesHere;
   // A tile must lie in one block of the channel grid.
-  static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32);
+  static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32) &&
+                                     !(Values::kChannelGrid && Values::kGroup < 32);
   static constexpr int kTile = kMayBeWide && 2 * kWarps * Of<32, 1>::kSlot <= kTilesLimit ? 32 : 16;
   static constexpr int kFit = kTilesLimit / (kWarps * Of<kTile, 1>::kSlot);
   static constexpr int kStages = kList ? 1 : kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
@@ -53,7 +54,7 @@ struct Passes {
   using WithCopiedValues = typename Plan<StoredKeys, CopiedValues, false, true, kWarps>::Type;
   static constexpr int kBytes = larger_of(
       larger_of(Stored::kBytes, StoredKeys::kScaled&& StoredValues::kScaled ? Copied::kBytes : 0),
-      larger_of(StoredKeys::kScaled ? WithCopiedKeys::kBytes : 0,
+      larger_of(kHasCopiedKeys ? WithCopiedKeys::kBytes : 0,
                 kHasCopiedValues ? WithCopiedValues::kBytes : 0));
 };
 
@@ -76,8 +77,10 @@ static_assert(kUnit % StoredPass::kTile == 0 && kMostColumns % kUnit == 0,
               "KVQUANT_UNIT: a multiple of 32 that divides KVQUANT_SPLIT");
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
-// for a thread, two get 255. The sums of values take kValueDim / 2 of them.
-constexpr int kBlocks = kValueDim <= 128 ? 3 : 2;
+// for a thread, two get 255. The sums of values take kValueDim * kRows / 32 of them, and those of a
+// tile on the channel grid a few more.
+constexpr int kMostValueDim = StoredValues::kChannelGrid && kRows == 16 ? 64 : 128;
+constexpr int kBlocks = kValueDim <= kMostValueDim ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,
@@ -137,6 +140,11 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
   if (copied_values && v_first > begin) begin = v_first;
   if (!copied_keys && k_last < end) end = k_last;
   if (!copied_values && v_last < end) end = v_last;
+  // A tile must lie in one block of the channel grid; the columns that this adds are hidden. A list
+  // with stored states on this grid has no sinks.
+  const bool in_blocks =
+      (!copied_keys && StoredKeys::kChannelGrid) || (!copied_values && StoredValues::kChannelGrid);
+  if (in_blocks && begin < end) begin -= begin % CopiedPass::kTile;
   const Columns<true> columns(sinks, !no_sinks, begin, end);
   if (columns.count == 0) return write_nothing(p, partials, index);
   if constexpr (StoredKeys::kScaled && StoredValues::kScaled) {
@@ -145,7 +153,7 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
                                 index);
     }
   }
-  if constexpr (StoredKeys::kScaled) {
+  if constexpr (kHasCopiedKeys) {
     if (index == kCopiedKeys) {
       return attend<CopiedKeysPass>(p, columns, mask, memory, partials, key_copies, values, index);
     }

@@ -16,6 +16,10 @@
 
 namespace kvquant {
 
+struct alignas(8) Floats2 {
+  float x, y;
+};
+
 template <int kQueryRows>
 struct Layout;
 
@@ -68,6 +72,17 @@ struct Layout<16> {
     const uint32_t b[2] = {points.x, points.y};
     mma_m16n8k16_f16(sum, query, b);
   }
+  // The numbers of channels that belong to this lane's elements of product i: x to those with
+  // column_of(e) == 0, y to the others. `numbers`: FP16, one for each channel of the values.
+  template <class V>
+  static KVQUANT_DEVICE Floats2 of_channels(SharedPtr<Words2> numbers, int i) {
+    // Four neighbouring channels lie in two neighbouring pairs. In a chunk with half the channels,
+    // lanes without channels read those of another lane.
+    const int t = lane_index() % 4, pair = i / 2 * 2;
+    const Words2 two = numbers[V::channel(pair, V::channel(pair, 7) < 0 ? t % 2 * 2 : 2 * t) / 4];
+    return i % 2 ? Floats2{half_high(two.x), half_high(two.y)}
+                 : Floats2{half_low(two.x), half_low(two.y)};
+  }
   // w[k]: the operand of sixteen columns, from the weights of products 2k and 2k + 1.
   template <class V, int kProducts>
   static KVQUANT_DEVICE void pack_weights(const float (&x)[kProducts][4],
@@ -119,6 +134,13 @@ struct Layout<8> {
                                         const Words2& points) {
     const uint32_t a[4] = {points.x, points.x, points.y, points.y};
     mma_m16n8k16_f16(sum, a, query);
+  }
+  template <class V>
+  static KVQUANT_DEVICE Floats2 of_channels(SharedPtr<Words2> numbers, int i) {
+    // Two neighbouring channels lie in two neighbouring pairs.
+    const int g = lane_index() / 4, n = V::channel(2 * i, 7) < 0 ? g % 4 : g;
+    const uint32_t two = shared_cast<uint32_t>(numbers)[V::channel(2 * i, n) / 2];
+    return {half_low(two), half_high(two)};
   }
   template <class V, int kProducts>
   static KVQUANT_DEVICE void pack_weights(const float (&x)[kProducts][4],

@@ -16,10 +16,14 @@ namespace kvquant {
 
 enum Kind { kCopiedBoth = 0, kCopiedKeys = 1, kCopiedValues = 2, kStoredBoth = 3 };
 
-// Whether there are columns of which only the values are read from copies. There are none with keys
-// on the channel grid: blocks are read whole, so the copies of keys reach at least as far back as
-// those of the values.
-constexpr bool kHasCopiedValues = StoredValues::kScaled && !StoredKeys::kChannelGrid;
+// Whether copies of A reach farther back than those of B: B has none, or A has longer blocks on the
+// channel grid, the newest of which is read from copies as a whole.
+template <class A, class B>
+constexpr bool kReachesFarther =
+    A::kScaled && (!B::kScaled || (A::kChannelGrid && (!B::kChannelGrid || A::kGroup > B::kGroup)));
+// Whether there are columns of which only the keys, or only the values, are read from copies.
+constexpr bool kHasCopiedKeys = kReachesFarther<StoredKeys, StoredValues>;
+constexpr bool kHasCopiedValues = kReachesFarther<StoredValues, StoredKeys>;
 
 // The stored columns of a sequence are split among blocks: all blocks but the last have as many
 // columns, a multiple of kUnit, and as few as give all heads of the sequence kEnoughBlocks blocks or

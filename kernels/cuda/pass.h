@@ -14,7 +14,10 @@
 //
 // Codes are never multiplied by their scales. On the token grid, scores are multiplied by the key's
 // scale, and weights by the value's. On the channel grid, queries are multiplied by the scales of a
-// block; its zero points are treated as one more key, whose score is added to all of the block.
+// block of keys; its zero points are treated as one more key, whose score is added to all of the
+// block. Weighted codes of values are summed over the columns of a block, or of a tile where
+// registers do not suffice for more, and these sums are multiplied by the scales; zero points are
+// multiplied by the sum of the block's weights.
 //
 // Weights times scales must fit FP16. Scales of values are therefore divided by `reference`, a
 // power of two above the largest so far; the sums are kept in the same unit.
@@ -69,21 +72,22 @@ struct Pass {
   // The offset of values is subtracted once per row, times the sum of weights; with several groups,
   // from every code (kCentred).
   using TileBits = typename Bits<(kMostColumns / kWarps > 32 * kTile)>::Type;
-  static constexpr bool kHasOffset = V::kOffset != 0.0f;
+  static constexpr bool kHasOffset = Values::kTokenScaled && V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
   using Weights = uint32_t[kTile / 16][Lanes::kQueryWords];
   static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
-  static constexpr bool kHasZeroPoint = Keys::kChannelGrid && !kIsE4M3<K>;
+  // Values on the channel grid: `of_block` has the sums of a block until it ends.
+  static constexpr bool kSumsBlocks = Values::kChannelGrid && kRows == 8;
 
   // Shared memory of the block, in bytes from its beginning.
   static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kTreeBytes = kWarps / 2 * kSums * 512;
   static constexpr int kTilesBytes =
       kStages * kWarps * kSlot > kTreeBytes ? kStages * kWarps * kSlot : kTreeBytes;
-  static constexpr int kHeader = Keys::kChannelGrid ? 4 * kHeadDim : 0;
-  static constexpr int kHeadersAt = kTilesBytes;
-  static constexpr int kQueriesAt = kHeadersAt + kStages * kWarps * kHeader;
+  static constexpr int kKeyHeadersAt = kTilesBytes;
+  static constexpr int kValueHeadersAt = kKeyHeadersAt + kStages * kWarps * kHeaderBytes<Keys>;
+  static constexpr int kQueriesAt = kValueHeadersAt + kStages * kWarps * kHeaderBytes<Values>;
   static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
   static constexpr int kStatesAt = kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
   static constexpr int kBytes = kStatesAt + kWarps * kRows * 8;
@@ -105,7 +109,8 @@ struct Pass {
 
   RowsSoftmax softmax;
   float acc[kSums][4] = {};
-  float weight_sum[4] = {};  // the weights are rounded
+  float of_block[kSumsBlocks ? kSums : 1][4] = {};
+  float weight_sum[4] = {};  // the weights are rounded; with zero points, of the block
   float reference = 0.0f;
 
   KVQUANT_DEVICE Pass(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
@@ -118,9 +123,17 @@ struct Pass {
   KVQUANT_DEVICE SharedPtr<uint8_t> slot(int stage) const {
     return memory + (warp * kStages + stage) * kSlot;
   }
-  KVQUANT_DEVICE SharedPtr<uint16_t> header(int block) const {
-    return shared_cast<uint16_t>(memory +
-                                 (kHeadersAt + (block % kStages * kWarps + warp) * kHeader));
+  // The headers of blocks of the channel grid. There is one for each stage, because each of the
+  // tiles in memory may lie in another block.
+  template <class S>
+  KVQUANT_DEVICE SharedPtr<uint8_t> header(int at, int block) const {
+    return memory + (at + (block % kStages * kWarps + warp) * kHeaderBytes<S>);
+  }
+  KVQUANT_DEVICE SharedPtr<uint8_t> key_header(int block) const {
+    return header<Keys>(kKeyHeadersAt, block);
+  }
+  KVQUANT_DEVICE SharedPtr<uint8_t> value_header(int block) const {
+    return header<Values>(kValueHeadersAt, block);
   }
 
   template <class KeyRows, class ValueRows>
@@ -167,6 +180,10 @@ struct Pass {
       } else {
         attend<false>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
                       value_scales, factor);
+      }
+      if constexpr (Values::kChannelGrid) {
+        const int past = columns.begin + (i + 1) * kTile;
+        if (past % Values::kGroup == 0 || i + 1 == end) close_block((past - 1) / Values::kGroup);
       }
       if constexpr (kStages == 1) warp_barrier();
     }
@@ -218,11 +235,20 @@ struct Pass {
       }
       next_keys += KeyTile::kTileBytes;
       next_values += ValueTile::kTileBytes;
+      const int column = columns.begin + tile * kTile;
       if constexpr (Keys::kChannelGrid) {
-        const int column = columns.begin + tile * kTile, block = column / Keys::kGroup;
+        const int block = column / Keys::kGroup;
         if (tile == begin || column % Keys::kGroup == 0) {
-          copy_header(p.a.keys, key_scale_rows, block, shared_cast<uint8_t>(header(block)),
-                      kHasZeroPoint);
+          copy_header<Keys>(p.a.keys, key_scale_rows, block, key_header(block));
+        }
+      }
+      if constexpr (Values::kChannelGrid) {
+        const int block = column / Values::kGroup;
+        if (tile == begin || column % Values::kGroup == 0) {
+          // Not kept, as that of the keys is: registers are scarcer with values on this grid.
+          const auto* scale_rows = p.of_head(p.a.values.scale, p.a.values.scale_stride);
+          copy_header<Values>(p.a.values, reinterpret_cast<const uint8_t*>(scale_rows), block,
+                              value_header(block));
         }
       }
     }
@@ -262,7 +288,7 @@ struct Pass {
     const int at = columns.begin + first;
     const bool new_block = Keys::kChannelGrid && (is_first || at % Keys::kGroup == 0);
     if constexpr (Keys::kChannelGrid) {
-      if (new_block) order_header<kHasZeroPoint>(shared_cast<Words4>(header(at / Keys::kGroup)));
+      if (new_block) order_header<Keys>(shared_cast<Words4>(key_header(at / Keys::kGroup)));
     }
     warp_barrier();  // the scales are written
     if constexpr (Lanes::kHoldsQueries) {
@@ -310,7 +336,7 @@ struct Pass {
         softmax.sum[r] += x[m][e];
       }
     }
-    weigh<kPlain>(rows + KeyTile::kBytes, value_scales, plain, x);
+    weigh<kPlain>(rows + KeyTile::kBytes, at, value_scales, plain, x);
   }
 
   // x[m]: the scores of product m (layout.h), before the factor of the query.
@@ -379,7 +405,7 @@ struct Pass {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           x[m][e] = sum[m][e];
-          if constexpr (kHasZeroPoint && !Lanes::kHoldsQueries) {
+          if constexpr (Keys::kHasZeroPoint && !Lanes::kHoldsQueries) {
             x[m][e] += of_zero_points(zero[e], other_zero[e]);
           }
         }
@@ -426,9 +452,9 @@ struct Pass {
     // channels read those of another lane; their queries are zeros.
     const int lane_channel =
         K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
-    const auto words = shared_cast<Words2>(header(block));
+    const auto words = shared_cast<Words2>(key_header(block));
     const Words2 scale = words[lane_channel / 4];
-    if constexpr (kHasZeroPoint) {
+    if constexpr (Keys::kHasZeroPoint) {
       const Words2 points = words[(kHeadDim + lane_channel) / 4];
       Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
     }
@@ -458,10 +484,10 @@ struct Pass {
     }
   }
 
-  // acc += weights x values; x has the weights, in the order of score().
+  // acc += weights x values; x has the weights, in the order of score(). column: the tile's first.
   template <bool kPlain>
-  KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, const ValueScales& scales, bool plain,
-                            const float (&x)[kProducts][4]) {
+  KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, int column, const ValueScales& scales,
+                            bool plain, const float (&x)[kProducts][4]) {
     constexpr int kAtOnce = larger_of(kChunksOfStep<V>, ValueTile::kAtOnce);
     Weights w;
     NonFinite<V> found;
@@ -489,23 +515,66 @@ struct Pass {
       for (int i = 0; i < kAtOnce * V::kPairsOfWord; i += 2) {
         const int pair = chunk * V::kPairsOfWord + i;
         if (pair >= V::kPairs) continue;
-        const int pair_group = Values::kScaled ? V::channel(pair, 0) / Values::kGroup : 0;
+        const int pair_group = Values::kTokenScaled ? V::channel(pair, 0) / Values::kGroup : 0;
         if (pair_group != group) {
           group = pair_group;
           weights(scales, group, plain, x, w);
         }
+        constexpr bool kSumsTiles = Values::kChannelGrid && !kSumsBlocks;
+        constexpr int kHere = 2 / Lanes::kPairsOfProduct;
+        const int product = pair / Lanes::kPairsOfProduct;
+        float of_tile[kHere][4] = {};
+        float (*sums)[4] = kSumsTiles ? of_tile : kSumsBlocks ? &of_block[product] : &acc[product];
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) {
-          Lanes::template add_values<V>(&acc[pair / Lanes::kPairsOfProduct], w[k], pairs[i],
-                                        pairs[i + 1], k);
+          Lanes::template add_values<V>(sums, w[k], pairs[i], pairs[i + 1], k);
+        }
+        if constexpr (kSumsTiles) {
+          const auto scale_row = shared_cast<Words2>(value_header(column / Values::kGroup));
+#pragma unroll
+          for (int j = 0; j < kHere; ++j) add_scaled(product + j, of_tile[j], scale_row);
         }
       }
     }
-    if constexpr (kHasOffset && !kCentred) {
+    if constexpr ((kHasOffset && !kCentred) || Values::kHasZeroPoint) {
 #pragma unroll
       for (int k = 0; k < kTile / 16; ++k) Lanes::add_ones(weight_sum, w[k]);
     }
     found.template add<kTile>(tile, w, acc);
+  }
+
+  // Channel grid: adds sums of weighted codes, times the scales of their channels.
+  KVQUANT_DEVICE void add_scaled(int product, const float (&sums)[4], SharedPtr<Words2> scale_row) {
+    const Floats2 scale = Lanes::template of_channels<V>(scale_row, product);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      acc[product][e] += sums[e] * (Lanes::column_of(e) ? scale.y : scale.x);
+    }
+  }
+  // Channel grid: adds what is known only when the last tile of a block, or of this warp, is done.
+  KVQUANT_DEVICE void close_block(int block) {
+    const auto scale_row = shared_cast<Words2>(value_header(block));
+    if constexpr (kSumsBlocks) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        add_scaled(i, of_block[i], scale_row);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) of_block[i][e] = 0.0f;
+      }
+    }
+    if constexpr (Values::kHasZeroPoint) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        const float down = 1.0f / V::unit(i * Lanes::kPairsOfProduct);
+        const Floats2 zero = Lanes::template of_channels<V>(scale_row + kValueDim / 4, i);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          acc[i][e] += weight_sum[e] * down * (Lanes::column_of(e) ? zero.y : zero.x);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weight_sum[e] = 0.0f;
+    }
   }
 
   // The operands of one group of values: weights times scales.
@@ -515,7 +584,7 @@ struct Pass {
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
       Floats2 scale = {kWeightUnit, kWeightUnit};
-      if constexpr (Values::kScaled) scale = scales.two_columns(group, m);
+      if constexpr (Values::kTokenScaled) scale = scales.two_columns(group, m);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         scaled[m][e] = x[m][e] * (Lanes::column_of(e) ? scale.y : scale.x);
@@ -537,7 +606,10 @@ struct Pass {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc[i][e] *= Lanes::row_of(e) ? row1 : row0;
+      for (int e = 0; e < 4; ++e) {
+        acc[i][e] *= Lanes::row_of(e) ? row1 : row0;
+        if constexpr (kSumsBlocks) of_block[i][e] *= Lanes::row_of(e) ? row1 : row0;
+      }
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) weight_sum[e] *= Lanes::row_of(e) ? row1 : row0;

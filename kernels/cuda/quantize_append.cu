@@ -1,10 +1,10 @@
 // Writes new tokens into the storage of keys and values: rotates, quantizes and packs them,
-// completes blocks of keys, fills the ring and the sinks. A decode step takes one launch, as a
+// completes blocks of the channel grid, fills the ring and the sinks. A decode step takes one launch, as a
 // prompt does.
 //
 //   grid    (x, 2 * num_kv_heads, batch) for any x, because a block takes every x-th span; y: the
 //           heads of the keys, then those of the values
-//   span    token grid and dense: kRows tokens; channel grid: one block of keys, complete or not
+//   span    token grid and dense: kRows tokens; channel grid: one block, complete or not
 //   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
 //
 // The bytes are those of hf_kvquant/quantization.py, so products and sums must not be contracted
@@ -12,7 +12,7 @@
 //   KVQUANT_DTYPE                        KvquantDtype of the tokens
 //   KVQUANT_HEAD_DIM, KVQUANT_V_HEAD_DIM
 //   KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP (KvquantSide::group_length), KVQUANT_K_ROTATE
-//   KVQUANT_V_FORMAT, KVQUANT_V_GROUP, KVQUANT_V_ROTATE
+//   KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP, KVQUANT_V_ROTATE
 #include "cuda/quantize.h"
 
 namespace kvquant {
@@ -338,7 +338,7 @@ KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT K
   using namespace kvquant;
   using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
                           KVQUANT_K_ROTATE != 0>;
-  using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, kTokenGrid, KVQUANT_V_GROUP,
+  using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
                             KVQUANT_V_ROTATE != 0>;
   const int64_t start = a.length ? global_load(a.length) : a.start;
   if (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity) {

@@ -4,7 +4,8 @@
 //                  and cp.async needs 4; then stored in shared memory as floats [group][column],
 //                  where a lane reads the scales of its two columns at once (layout.h); 0 for columns that are
 //                  not in `bits`
-//   channel grid   rows of scales and of zero points are copied by cp.async, in FP16
+//   channel grid   rows of scales and of zero points, the header of a block, are copied by cp.async,
+//                  in FP16
 #pragma once
 
 #include "cuda/columns.h"
@@ -13,10 +14,6 @@
 #include "cuda/warp_row.h"
 
 namespace kvquant {
-
-struct alignas(8) Floats2 {
-  float x, y;
-};
 
 template <class S, int kTile>
 struct TokenScales {
@@ -89,25 +86,31 @@ struct TokenScales {
   }
 };
 
+// The bytes of the header of a block.
+template <class S>
+constexpr int kHeaderBytes = S::kChannelGrid ? 4 * S::Codec::kChannels : 0;
+
 // Copies the scales, then the zero points, of one block; `scales` points at the head's first block.
+template <class S>
 KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, int block,
-                                SharedPtr<uint8_t> to, bool has_zero_point) {
-  const uint8_t* scale = scales + int64_t(block) * (2 * kHeadDim);
+                                SharedPtr<uint8_t> to) {
+  constexpr int kDim = S::Codec::kChannels;
+  const uint8_t* scale = scales + int64_t(block) * (2 * kDim);
   const int64_t apart =
       reinterpret_cast<int64_t>(side.zero_point) - reinterpret_cast<int64_t>(side.scale);
 #pragma unroll
-  for (int first = 0; first < kHeadDim / 8; first += 32) {
+  for (int first = 0; first < kDim / 8; first += 32) {
     const int i = first + lane_index();
-    if (i >= kHeadDim / 8) continue;
+    if (i >= kDim / 8) continue;
     cp_async_16(to + 16 * i, scale + 16 * i);
-    if (has_zero_point) cp_async_16(to + (2 * kHeadDim + 16 * i), scale + apart + 16 * i);
+    if (S::kHasZeroPoint) cp_async_16(to + (2 * kDim + 16 * i), scale + apart + 16 * i);
   }
 }
 
 // Puts every four neighbouring channels in the order of the operands: even ones, then odd ones.
-template <bool kHasZeroPoint>
+template <class S>
 KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
-  constexpr int kWords = kHeadDim / 8 * (kHasZeroPoint ? 2 : 1);
+  constexpr int kWords = S::Codec::kChannels / 8 * (S::kHasZeroPoint ? 2 : 1);
 #pragma unroll
   for (int first = 0; first < kWords; first += 32) {
     const int i = first + lane_index();

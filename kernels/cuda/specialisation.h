@@ -5,7 +5,7 @@
 //   KVQUANT_K_FORMAT, .._K_GRID        KvquantFormat and KvquantGrid of the keys
 //   KVQUANT_K_GROUP                    channels (token grid) or tokens (channel grid) of a scale
 //   KVQUANT_K_ROTATE                   keys are rotated, so queries have to be
-//   KVQUANT_V_FORMAT, .._GROUP, .._ROTATE   the same of the values, which are on the token grid
+//   KVQUANT_V_FORMAT, .._GRID, .._GROUP, .._ROTATE   the same of the values
 //   KVQUANT_SPLIT, .._UNIT, .._BLOCKS  columns of a block (Splits in partials.h)
 //   KVQUANT_ROWS                       query rows of a block (layout.h)
 #pragma once
@@ -54,6 +54,7 @@ struct RowForm {
   using Codec = C;
   static constexpr bool kChannelGrid = kOnChannelGrid, kRotated = kIsRotated;
   static constexpr bool kScaled = kGroupLength != 0, kTokenScaled = kScaled && !kChannelGrid;
+  static constexpr bool kHasZeroPoint = kChannelGrid && !kIsE4M3<C>;
   static constexpr int kGroup = kGroupLength;
 };
 
@@ -61,7 +62,8 @@ using StoredKeys = RowForm<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::
                            KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
                            KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
 using StoredValues =
-    RowForm<CodecOf<KVQUANT_V_FORMAT, kTokenGrid, kValueDim>::Type, false,
+    RowForm<CodecOf<KVQUANT_V_FORMAT, KVQUANT_V_GRID, kValueDim>::Type,
+            KVQUANT_V_GRID == kChannelGrid && KVQUANT_V_FORMAT != kDense,
             KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
 using CopiedKeys = RowForm<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
 using CopiedValues = RowForm<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;

@@ -16,6 +16,7 @@ from ...backends import nvrtc
 from ...backends.arguments import DTYPES as CODES
 from ...backends.specialisation import Specialisation, for_source, specialisation
 from ...config import KVQuantConfig
+from ...quantization import FORMATS, QuantSpec
 from ...states import QuantizedStates
 from .. import operator
 from ..caches import grids
@@ -63,7 +64,9 @@ CASES = [
 
 def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
     """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
-    for name, config in grids().items():
+    channels = {name: QuantSpec(name, "channel") for name in FORMATS}
+    values = {f"{name}-channel-values": KVQuantConfig(keys=spec, values=spec) for name, spec in channels.items()}
+    for name, config in (grids() | values).items():
         for dtype in DTYPES:
             yield name, config, plan.head_dim, dtype, CASES
     for head_dim in plan.other_head_dims:

@@ -148,6 +148,15 @@ def test_split_sizes(split):
     check(*of(FEW[1], kv_len=1100, recent_length=8, sink_length=4, num_kv_heads=1), split=split)
 
 
+@pytest.mark.parametrize("case", [FEW[0], VALUES[0]], ids=["token", "channel values"])
+def test_long_splits(case):
+    """A warp has 768 columns, more than a word has bits for; the second word has hidden columns, the first has none."""
+    states = of(case, kv_len=3000, num_kv_heads=1)
+    check(*states, split=4096, blocks=1)
+    mask = torch.arange(3000) % 768 < torch.tensor([700, 768, 750, 768]).repeat_interleave(768)[:3000]
+    check(*states, mask[None, None, None], split=4096, blocks=1)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 def test_the_length_decides_the_splits(blocks):
     """Each of two heads has 1, 1, 2 or 4 blocks, of 1024, 1024, 512 or 256 columns."""

@@ -354,7 +354,7 @@ class TestSpecialisation:
             "KVQUANT_DTYPE": 1, "KVQUANT_HEAD_DIM": 192, "KVQUANT_V_HEAD_DIM": 128,
             "KVQUANT_K_FORMAT": 2, "KVQUANT_K_GRID": 1, "KVQUANT_K_GROUP": 128, "KVQUANT_K_ROTATE": 0,
             "KVQUANT_V_FORMAT": 0, "KVQUANT_V_GRID": 0, "KVQUANT_V_GROUP": 32, "KVQUANT_V_ROTATE": 1,
-            "KVQUANT_SPLIT": 2048, "KVQUANT_UNIT": 256, "KVQUANT_BLOCKS": 256, "KVQUANT_THREADS": 128,
+            "KVQUANT_SPLIT": 16384, "KVQUANT_UNIT": 256, "KVQUANT_BLOCKS": 256, "KVQUANT_THREADS": 128,
             "KVQUANT_ROWS": 8,
         }  # fmt: skip
         assert str(kind) == "float16, head_dim 192/128, keys int4 channel 128, values int8 token 32 rotated, 8 rows"

@@ -11,7 +11,8 @@ from .arguments import FORMATS
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
 # would have fewer than BLOCKS blocks. Neither the GPU nor the batch decides, so results do not depend on them.
-SPLIT, UNIT, BLOCKS = 2048, 256, 256
+# With 8 KV heads SPLIT leaves it at BLOCKS blocks for up to 524,288 tokens.
+SPLIT, UNIT, BLOCKS = 16384, 256, 256
 # The most threads of a block; attention takes fewer if a GPU lacks the shared memory for them.
 THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.

@@ -41,16 +41,6 @@
 
 namespace kvquant {
 
-// As many bits as a warp may have tiles.
-template <bool kMany>
-struct Bits {
-  using Type = uint32_t;
-};
-template <>
-struct Bits<true> {
-  using Type = uint64_t;
-};
-
 // The chunks whose pairs make whole steps.
 template <class Codec>
 constexpr int kChunksOfStep = Codec::kPairsOfWord == 1 ? 2 : 1;
@@ -71,7 +61,6 @@ struct Pass {
   static constexpr int kSums = V::kPairs / Lanes::kPairsOfProduct;
   // The offset of values is subtracted once per row, times the sum of weights; with several groups,
   // from every code (kCentred).
-  using TileBits = typename Bits<(kMostColumns / kWarps > 32 * kTile)>::Type;
   static constexpr bool kHasOffset = Values::kTokenScaled && V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
@@ -79,6 +68,10 @@ struct Pass {
   static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
   // Values on the channel grid: `of_block` has the sums of a block until it ends.
   static constexpr bool kSumsBlocks = Values::kChannelGrid && kRows == 8;
+  // Which tiles of a warp are plain is kept in words of kWordTiles bits, kWords of them.
+  static constexpr int kMostTiles = kMostColumns / kWarps / kTile;
+  static constexpr int kWordTiles = kMostTiles < 512 / kTile ? kMostTiles : 512 / kTile;
+  static constexpr int kWords = kInOrder ? kMostTiles / kWordTiles : 0;
 
   // Shared memory of the block, in bytes from its beginning.
   static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
@@ -90,7 +83,9 @@ struct Pass {
   static constexpr int kQueriesAt = kValueHeadersAt + kStages * kWarps * kHeaderBytes<Values>;
   static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
   static constexpr int kStatesAt = kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
-  static constexpr int kBytes = kStatesAt + kWarps * kRows * 8;
+  static constexpr int kPlainAt = kStatesAt + kWarps * kRows * 8;
+  static constexpr int kBytes = kPlainAt + kWarps * kWords * 4;
+  static_assert(kMostTiles % kWordTiles == 0, "KVQUANT_SPLIT: whole words of tiles for each warp");
 
   const Place& p;
   const Columns<!kInOrder>& columns;
@@ -158,7 +153,11 @@ struct Pass {
       key_scales.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
     }
-    const TileBits plain = plain_tiles(begin);
+    const auto plain_words = shared_cast<uint32_t>(memory + kPlainAt) + warp * kWords;
+    for (int first = begin; kInOrder && first < end; first += kWordTiles) {
+      const uint32_t tiles = plain_tiles(first);
+      if (lane == 0) plain_words[(first - begin) / kWordTiles] = tiles;
+    }
     queries.template prepare<kWarps>(p);
     block_barrier();
 
@@ -166,53 +165,57 @@ struct Pass {
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = queries.factors[Lanes::row(r)];
     if constexpr (Lanes::kHoldsQueries && !Keys::kChannelGrid) take_queries(0);
-    for (int i = begin; i < end; ++i) {
-      if constexpr (kStages == 1) issue(i, slot(0), begin, end, key_rows, value_rows);
-      cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
-      warp_barrier();  // tile i is complete, and tile i - 1 has been read
-      if constexpr (kStages > 1) {
-        issue(i + kStages - 1, slot((i + kStages - 1 - begin) % kStages), begin, end, key_rows,
-              value_rows);
+    for (int first = begin; first < end; first += kWordTiles) {
+      uint32_t plain = kInOrder ? plain_words[(first - begin) / kWordTiles] : 0u;
+      const int last = first + kWordTiles < end ? first + kWordTiles : end;
+      for (int i = first; i < last; ++i) {
+        if constexpr (kStages == 1) issue(i, slot(0), begin, end, key_rows, value_rows);
+        cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
+        warp_barrier();  // tile i is complete, and tile i - 1 has been read
+        if constexpr (kStages > 1) {
+          issue(i + kStages - 1, slot((i + kStages - 1 - begin) % kStages), begin, end, key_rows,
+                value_rows);
+        }
+        if (kInOrder && (plain & 1u)) {
+          attend<true>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
+                       value_scales, factor);
+        } else {
+          attend<false>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
+                        value_scales, factor);
+        }
+        if constexpr (Values::kChannelGrid) {
+          const int past = columns.begin + (i + 1) * kTile;
+          if (past % Values::kGroup == 0 || i + 1 == end) {
+            close_block((past - 1) / Values::kGroup);
+          }
+        }
+        if constexpr (kStages == 1) warp_barrier();
+        plain >>= 1;
       }
-      if (kInOrder && (plain >> (i - begin) & 1u)) {
-        attend<true>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
-                     value_scales, factor);
-      } else {
-        attend<false>(i, slot((i - begin) % kStages), i == begin, i + 1 < end, key_scales,
-                      value_scales, factor);
-      }
-      if constexpr (Values::kChannelGrid) {
-        const int past = columns.begin + (i + 1) * kTile;
-        if (past % Values::kGroup == 0 || i + 1 == end) close_block((past - 1) / Values::kGroup);
-      }
-      if constexpr (kStages == 1) warp_barrier();
     }
     softmax.finish();
   }
 
-  // Bit i: tile `begin` + i of this warp is plain.
-  KVQUANT_DEVICE TileBits plain_tiles(int begin) const {
-    if constexpr (!kInOrder) return 0;
-    constexpr int kWords = (kMostColumns / kWarps + 31) / 32;
-    static_assert(kWords * 32 / kTile <= 8 * int(sizeof(TileBits)), "a bit for each tile");
+  // Bit i: tile `begin` + i is plain, for kWordTiles tiles.
+  KVQUANT_DEVICE uint32_t plain_tiles(int begin) const {
+    constexpr int kLoads = kWordTiles * kTile / 32;
+    static_assert(kLoads * 32 == kWordTiles * kTile, "whole words of columns");
     if (p.a.softcap != 0.0 || !mask.is_shared) return 0;
     const int from = columns.begin + begin * kTile + lane, past = columns.begin + columns.count,
               end = past < mask.plain_end ? past : mask.plain_end;
     if (p.a.mask_kind == kNoMask && columns.sinks.last < columns.begin + begin * kTile) {
       const int whole = (end - columns.begin) / kTile - begin;
-      return whole >= 8 * int(sizeof(TileBits)) ? ~TileBits(0)
-             : whole > 0                        ? (TileBits(1) << whole) - 1
-                                                : 0;
+      return whole >= 32 ? ~0u : whole > 0 ? (1u << whole) - 1 : 0u;
     }
-    const uint32_t seen = mask.plain<kWords>(from, end);
-    TileBits tiles = 0;
+    const uint32_t seen = mask.plain<kLoads>(from, end);
+    uint32_t tiles = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const uint32_t word = warp_ballot((seen >> i & 1u) != 0 && !columns.sinks.has(from + 32 * i));
       if constexpr (kTile == 32) {
-        tiles |= TileBits(word == ~0u) << i;
+        tiles |= uint32_t(word == ~0u) << i;
       } else {
-        tiles |= (TileBits((word & 0xffffu) == 0xffffu) | TileBits(word >> 16 == 0xffffu) << 1)
+        tiles |= (uint32_t((word & 0xffffu) == 0xffffu) | uint32_t(word >> 16 == 0xffffu) << 1)
                  << 2 * i;
       }
     }

@@ -1,9 +1,13 @@
-// Dot products of 16-bit integers, sixteen at a time, for AVX2 and AVX-VNNI.
+// Dot products for AVX2 and AVX-VNNI. Weights stand for queries or probabilities:
 //
-// Codes are widened to 16 bits. They are multiplied by weights, which are queries or probabilities
-// as 16-bit integers with a common float factor. AVX2 multiplies and adds pairs (vpmaddwd), and
-// adds that to a sum in a second instruction; AVX-VNNI does both in one (vpdpwssd), with the same
-// result.
+//                        codes become              weights
+//   WordOperand<Format>  16 integers of 16 bits    integers of 16 bits with a common float factor
+//   E4M3Operand          8 floats                  floats
+//
+// AVX2 multiplies and adds pairs of 16-bit integers (vpmaddwd), and adds that to a sum in a second
+// instruction; AVX-VNNI does both in one (vpdpwssd), with the same result. For fp8 floats are as
+// fast: in units of its smallest code an element has 18 bits and a sign, so integers would take
+// two products each.
 //
 // No sum overflows: 256 codes of 0 .. 255 times 32767 are less than 2^31, and longer rows, of up to
 // 512 codes, have weights of half the size; a tile of values has 64 codes of -127 .. 127. Weights of
@@ -12,13 +16,13 @@
 
 #include <immintrin.h>
 
-#include "vec.h"
+#include "cpu/whole_tile.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 struct Words {
-  static constexpr int kCount = 16;
+  static constexpr int kWidth = 16;
   __m256i v;
 
   Words() = default;
@@ -50,7 +54,7 @@ template <int kWords, class Format>
 inline void load_channels(Format format, const uint8_t* p, Words* out) {
 #pragma GCC unroll 2
   for (int i = 0; i < kWords; ++i)
-    out[i] = widen(format, _mm_loadu_si128((const __m128i*)(p + i * Words::kCount)));
+    out[i] = widen(format, _mm_loadu_si128((const __m128i*)(p + i * Words::kWidth)));
 }
 template <int kWords>
 inline void load_channels(Nibble format, const uint8_t* p, Words* out) {
@@ -106,25 +110,26 @@ struct PairSums {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
                                                _mm256_permute2x128_si256(four[0], four[1], 0x31)));
   }
-  // Turns n vectors whose 128-bit lanes hold 4 / n floats of each of n query rows, column by
-  // column, into one vector for each row, with 4 columns in a lane.
-  template <int n>
-  static void transpose(Vec* x) {
-    if (n == 2) {
-      const __m256 a = x[0].v, b = x[1].v;
-      x[0] = _mm256_shuffle_ps(a, b, 0x88);
-      x[1] = _mm256_shuffle_ps(a, b, 0xdd);
-    }
-    if (n == 4) {
-      const __m256 a = _mm256_unpacklo_ps(x[0].v, x[1].v), b = _mm256_unpackhi_ps(x[0].v, x[1].v);
-      const __m256 c = _mm256_unpacklo_ps(x[2].v, x[3].v), d = _mm256_unpackhi_ps(x[2].v, x[3].v);
-      x[0] = _mm256_shuffle_ps(a, c, 0x44);
-      x[1] = _mm256_shuffle_ps(a, c, 0xee);
-      x[2] = _mm256_shuffle_ps(b, d, 0x44);
-      x[3] = _mm256_shuffle_ps(b, d, 0xee);
-    }
-  }
 };
+
+// Turns n vectors whose 128-bit lanes hold 4 / n floats of each of n query rows, column by column,
+// into one vector for each row, with 4 columns in a lane.
+template <int n>
+inline void transpose(Vec* x) {
+  if (n == 2) {
+    const __m256 a = x[0].v, b = x[1].v;
+    x[0] = _mm256_shuffle_ps(a, b, 0x88);
+    x[1] = _mm256_shuffle_ps(a, b, 0xdd);
+  }
+  if (n == 4) {
+    const __m256 a = _mm256_unpacklo_ps(x[0].v, x[1].v), b = _mm256_unpackhi_ps(x[0].v, x[1].v);
+    const __m256 c = _mm256_unpacklo_ps(x[2].v, x[3].v), d = _mm256_unpackhi_ps(x[2].v, x[3].v);
+    x[0] = _mm256_shuffle_ps(a, c, 0x44);
+    x[1] = _mm256_shuffle_ps(a, c, 0xee);
+    x[2] = _mm256_shuffle_ps(b, d, 0x44);
+    x[3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+}
 
 // Rounds floats to weights, in their order, and adds the weights up.
 struct WeightMaker {
@@ -141,6 +146,85 @@ struct WeightMaker {
                         _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8));
   }
   float sum() const { return Vec::sum(_mm256_cvtepi32_ps(sums)); }
+};
+
+// What keys.h and values.h ask of an operand is drawn here.
+template <class F>
+struct WordOperand {
+  using Format = F;
+  using Vector = Words;    // of codes or weights
+  using Weight = int16_t;  // as stored
+  using Sums = PairSums;   // eight
+  using Maker = WeightMaker;
+  static constexpr int kColumns = 2;  // whose values are multiplied at once
+
+  // The float that all weights are multiples of, for sums over n codes.
+  static float factor(const Largest& x, int n) { return x.factor(WeightMaker::largest(n)); }
+  // Loads n vectors of channels, whose bytes begin at p.
+  template <int n>
+  static void load(const uint8_t* p, Words* out) {
+    load_channels<n>(F{}, p, out);
+  }
+  // Loads 16 channels of kColumns columns, eight of them in each of out[0] and out[1].
+  static void load_columns(const uint8_t* p, int64_t row_bytes, Words* out) {
+    load_pairs(F{}, p, p + row_bytes, out);
+  }
+  // The weights of kColumns columns, for load_columns.
+  static Words broadcast(const int16_t* p) { return Words::pair(p); }
+};
+
+// Eight sums of floats, with the members of PairSums.
+struct FloatSums {
+  Vec v;
+
+  void clear() { v = Vec(0.0f); }
+  // As assembly, because GCC loads a weight again for each column instead of keeping it (6 %).
+  void add(Vec codes, Vec weights) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(v.v) : "x"(codes.v), "x"(weights.v));
+  }
+  Vec to_floats() const { return v; }
+  static Vec totals(const FloatSums* x) {
+    Vec v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = x[i].v;
+    return Vec::sum_each(v);
+  }
+};
+
+// Keeps floats as weights, with the members of WeightMaker. Nothing is added up, because these
+// formats have neither midpoints nor zero points.
+struct FloatMaker {
+  explicit FloatMaker(float) {}
+  void make(Vec a, Vec b, float* weights) {
+    a.store(weights);
+    b.store(weights + Vec::kWidth);
+  }
+  float sum() const { return 0.0f; }
+};
+
+struct E4M3Operand {
+  using Format = E4M3;
+  using Vector = Vec;
+  using Weight = float;
+  using Sums = FloatSums;
+  using Maker = FloatMaker;
+  static constexpr int kColumns = 1;
+
+  static float factor(const Largest&, int) { return 256.0f; }
+  // Floats of 2^-8 times the elements: with exponent and mantissa where FP16 has them, the bits are
+  // those of an FP16 number, subnormal where the element is. The sign is extended to 16 bits, and
+  // shifted to bits 14 and 15; 14 is cleared.
+  template <int n>
+  static void load(const uint8_t* p, Vec* out) {
+    static_assert(n == 2, "16 channels at once");
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i halves =
+        _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  }
+  static void load_columns(const uint8_t* p, int64_t, Vec* out) { load<2>(p, out); }
+  static Vec broadcast(const float* p) { return Vec(*p); }
 };
 
 }  // namespace KVQUANT_ISA

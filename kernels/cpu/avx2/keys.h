@@ -1,7 +1,6 @@
-// Scores of a tile of columns in 16-bit dot products; methods.h draws the loops.
+// Scores of a tile of columns in dot products (dot.h); methods.h draws the loops.
 #pragma once
 
-#include "cpu/whole_tile.h"
 #include "dot.h"
 
 namespace kvquant {
@@ -9,13 +8,17 @@ inline namespace KVQUANT_ISA {
 
 // Before scaling, an element is its code on the channel grid, and code - midpoint on the token
 // grid.
-template <class Format, bool kChannel>
-struct WordKeys {
+template <class Operand, bool kChannel>
+struct DotKeys {
+  using Format = typename Operand::Format;
+  using Vector = typename Operand::Vector;
+  using Sums = typename Operand::Sums;
+  static constexpr int kWidth = Vector::kWidth;  // channels of a vector
   static constexpr float kOffset = kChannel ? 0.0f : Format::kMidpoint;
 
   // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(32) Row {
-    int16_t weights[kMaxDotDim];
+    typename Operand::Weight weights[kMaxDotDim];
     float factor;
     float offset[kMaxGroups];  // subtracted from the dot product of each group
     float zero;                // query x zero points, added to every score of a block
@@ -30,7 +33,7 @@ struct WordKeys {
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
       Largest largest;
       for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
-      row->factor = largest.factor(WeightMaker::largest(keys.head_dim));
+      row->factor = Operand::factor(largest, keys.head_dim);
       for (int g = 0; g < keys.num_scales; ++g) {
         row->offset[g] = kOffset * set_weights(q, g * length, length, row);
       }
@@ -64,7 +67,7 @@ struct WordKeys {
 
  private:
   static float set_weights(const float* x, int begin, int n, Row* row) {
-    WeightMaker maker(row->factor);
+    typename Operand::Maker maker(row->factor);
     for (int c = begin; c < begin + n; c += 16)
       maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
     return maker.sum();
@@ -80,7 +83,7 @@ struct WordKeys {
     scale_queries<kRows>(keys, at, q, scaled, largest, zero);
     for (int r = 0; r < kRows; ++r) {
       row[r].zero = Vec::sum(zero[r]);
-      row[r].factor = largest[r].factor(WeightMaker::largest(n));
+      row[r].factor = Operand::factor(largest[r], n);
     }
     for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
   }
@@ -97,17 +100,19 @@ struct WordKeys {
     Vec totals[kRows];
 #pragma GCC unroll 1
     for (int pass = 0; pass < kRows; ++pass, columns += kOfLane * row_bytes) {
-      PairSums sums[8];
+      Sums sums[8];
 #pragma GCC unroll 8
-      for (PairSums& s : sums) s.clear();
+      for (Sums& s : sums) s.clear();
       int c = 0, byte = 0;
-      for (; c + 32 <= channels; c += 32, byte += 2 * kBytesOf16<Format>)
+      for (; c + 2 * kWidth <= channels; c += 2 * kWidth, byte += kWidth / 8 * kBytesOf16<Format>)
         score_piece<kRows, 2>(columns + byte, row_bytes, row, g * channels + c, sums);
-      if (c < channels)
-        score_piece<kRows, 1>(columns + byte, row_bytes, row, g * channels + c, sums);
-      totals[pass] = PairSums::totals(sums);
+      if constexpr (kWidth == 16) {
+        if (c < channels)
+          score_piece<kRows, 1>(columns + byte, row_bytes, row, g * channels + c, sums);
+      }
+      totals[pass] = Sums::totals(sums);
     }
-    PairSums::transpose<kRows>(totals);
+    transpose<kRows>(totals);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r, scores += kTile) {
       const Vec factor(row[r].factor);
@@ -116,25 +121,26 @@ struct WordKeys {
       (g == 0 ? s : s + Vec::load(scores)).store(scores);
     }
   }
-  template <int kRows, int kWords>
+  // n vectors of channels, from c on in the row.
+  template <int kRows, int n>
   static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row, int c,
-                                 PairSums* sums) {
+                                 Sums* sums) {
     constexpr int kOfLane = 4 / kRows;
     const auto column = [&](int j) {
       return columns + (j % kOfLane + j / kOfLane * 4) * row_bytes;
     };
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * kOfLane; j += 2) {
-      Words a[kWords], b[kWords];
+      Vector a[n], b[n];
       prefetch_tile(column(j), row_bytes);
       prefetch_tile(column(j + 1), row_bytes);
-      load_channels<kWords>(Format{}, column(j), a);
-      load_channels<kWords>(Format{}, column(j + 1), b);
+      Operand::template load<n>(column(j), a);
+      Operand::template load<n>(column(j + 1), b);
 #pragma GCC unroll 2
-      for (int i = 0; i < kWords; ++i) {
+      for (int i = 0; i < n; ++i) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          const Words weights = Words::load(row[r].weights + c + 16 * i);
+          const Vector weights = Vector::load(row[r].weights + c + kWidth * i);
           sums[j * kRows + r].add(a[i], weights);
           sums[(j + 1) * kRows + r].add(b[i], weights);
         }

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C: 16-bit dot products of int8 and int4 codes.
+// AVX2, FMA and F16C: dot products of stored codes, of 16-bit integers (int8, int4) or floats (fp8).
 #include "cpu/level.h"
 
 #include "cpu/decode_attention.h"
@@ -7,6 +7,6 @@
 
 namespace kvquant {
 
-const Level kAvx2Level = {attend<word_key_method, word_value_method>, quantize_append};
+const Level kAvx2Level = {attend<dot_key_method, dot_value_method>, quantize_append};
 
 }  // namespace kvquant

@@ -6,6 +6,6 @@
 
 namespace kvquant {
 
-const Level kAvx2VnniLevel = {attend<word_key_method, word_value_method>, quantize_append};
+const Level kAvx2VnniLevel = {attend<dot_key_method, dot_value_method>, quantize_append};
 
 }  // namespace kvquant

@@ -1,19 +1,21 @@
-// Weighted sums over a tile of columns in 16-bit dot products; methods.h draws the loops.
+// Weighted sums over a tile of columns in dot products (dot.h); methods.h draws the loops.
 #pragma once
 
-#include "cpu/whole_tile.h"
 #include "dot.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-template <class Format, bool kChannel>
-struct WordValues {
-  static constexpr int kPiece = kBytesOf16<Format>;
+template <class Operand, bool kChannel>
+struct DotValues {
+  using Format = typename Operand::Format;
+  using Vector = typename Operand::Vector;
+  static constexpr int kPiece = kBytesOf16<Format>, kColumns = Operand::kColumns;
+  static constexpr bool kZeroPoints = kChannel && Format::kLevels != 0.0f;
 
   // The weights of one query row: probabilities, on the token grid times the scales of a group.
   struct Row {
-    alignas(32) int16_t weights[kTile];
+    alignas(32) typename Operand::Weight weights[kTile];
     float factor;
     float offset;  // token grid: subtracted from every sum
     float total;   // channel grid: of the probabilities
@@ -55,8 +57,8 @@ struct WordValues {
         w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
       largest.take(w[i]);
     }
-    row->factor = largest.factor(WeightMaker::largest(kTile));
-    WeightMaker maker(row->factor);
+    row->factor = Operand::factor(largest, kTile);
+    typename Operand::Maker maker(row->factor);
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
     if (kChannel) {
@@ -74,19 +76,19 @@ struct WordValues {
                                                 const uint8_t* columns, int byte, const Row* row,
                                                 float* acc) {
     const int64_t row_bytes = values.row_bytes;
-    PairSums sums[kRows][2];
+    typename Operand::Sums sums[kRows][2];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       sums[r][0].clear();
       sums[r][1].clear();
     }
-    for (int i = 0; i < kTile; i += 2, columns += 2 * row_bytes) {
-      Words codes[2];
-      prefetch_tile(columns + byte / kPiece % 2 * row_bytes, row_bytes);
-      load_pairs(Format{}, columns, columns + row_bytes, codes);
+    for (int i = 0; i < kTile; i += kColumns, columns += kColumns * row_bytes) {
+      Vector codes[2];
+      prefetch_tile(columns + byte / kPiece % kColumns * row_bytes, row_bytes);
+      Operand::load_columns(columns, row_bytes, codes);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const Words weights = Words::pair(row[r].weights + i);
+        const Vector weights = Operand::broadcast(row[r].weights + i);
         sums[r][0].add(codes[0], weights);
         sums[r][1].add(codes[1], weights);
       }
@@ -98,14 +100,16 @@ struct WordValues {
       Vec scale, zero;
       if (kChannel) {
         scale = Vec::load((const Half*)(values.scale + scales_at + channel));
-        zero = Vec::load((const Half*)(values.zero_point + scales_at + channel));
       }
+      if (kZeroPoints) zero = Vec::load((const Half*)(values.zero_point + scales_at + channel));
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         float* out = acc + r * values.head_dim + channel;
         const Vec sum = sums[r][half].to_floats(), factor(row[r].factor), before = Vec::load(out);
-        if (kChannel) {
+        if (kZeroPoints) {
           Vec::fma(sum * factor, scale, Vec::fma(Vec(row[r].total), zero, before)).store(out);
+        } else if (kChannel) {
+          Vec::fma(sum * factor, scale, before).store(out);
         } else {
           Vec::fma(sum - Vec(row[r].offset), factor, before).store(out);
         }

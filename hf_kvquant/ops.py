@@ -1,8 +1,9 @@
 """The operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
 
 This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA
-graphs see every storage that is read or written. Python calls the operators through the functions at the bottom. (A
-third one, `kvquant::retire`, makes room in the static storage of a sliding layer.)
+graphs see every storage that is read or written. Python calls the operators through the functions at the bottom, which
+call the backend without torch's dispatcher where nobody watches it: it takes as long as a short kernel. (A third
+operator, `kvquant::retire`, makes room in the static storage of a sliding layer.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import profiler
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backends import AUTO, NAMES
 from .quantization import QuantSpec
 from .states import PagedStates, QuantizedStates, Stored
+
+_States = QuantizedStates | PagedStates
 
 # The longest update that is read as stored: decode, speculative verify, short chunks. The cache's definition has this
 # limit.
@@ -131,12 +136,6 @@ def _not_taken(compiled: str, dtype: torch.dtype, small: int) -> tuple[str | Non
     return None, ""
 
 
-def _small(keys: QuantizedStates | PagedStates, values: QuantizedStates | PagedStates) -> int:
-    """The first head_dim or group_size that only the reference takes; 0: none."""
-    sizes = keys.head_dim, values.head_dim, keys.spec.group_size or 0, values.spec.group_size or 0
-    return next((size for size in sizes if size % COMPILED_MULTIPLE), 0)
-
-
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -145,7 +144,7 @@ def _decode_attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, to
     k_stored, v_stored, others = _sides(args)
     sink_positions, length, mask, s_aux, k_spec, v_spec, kv_len, recent_length, scaling, softcap, backend = others
     keys, values = (
-        QuantizedStates.of_operator(
+        QuantizedStates.of(
             spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=kv_len,
             recent_length=recent_length, head_dim=head_dim, dtype=query.dtype, device_length=length,
         )
@@ -154,22 +153,21 @@ def _decode_attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, to
             (v_spec, v_stored, _head_dim(v_spec, v_stored.data)),
         )
     )  # fmt: skip
-    attend = _implementation(backend, query.device.type, query.dtype, _small(keys, values)).decode_attention
-    return attend(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
+    chosen = _backend(query, keys, values, backend)
+    return chosen.decode_attention(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
 def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
     k_stored, v_stored, (sink_positions, faults, padding, length, k_spec, v_spec, start, backend) = _sides(args)
     keys, values = (
-        QuantizedStates.of_operator(
+        QuantizedStates.of(
             spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=start,
             recent_length=0, head_dim=x.shape[-1], dtype=x.dtype, device_length=length,
         )
         for spec, stored, x in ((k_spec, k_stored, key), (v_spec, v_stored, value))
     )  # fmt: skip
-    _implementation(backend, key.device.type, key.dtype, _small(keys, values)).quantize_append(
-        key, value, keys, values, faults, padding, start=start
-    )
+    chosen = _backend(key, keys, values, backend)
+    chosen.quantize_append(key, value, keys, values, faults, padding, start=start)
 
 
 def _retire(*args: Any) -> None:
@@ -182,10 +180,30 @@ def _sides(args: tuple) -> tuple[Stored, Stored, tuple]:
     return Stored._make(args[:5]), Stored._make(args[5:10]), args[10:]
 
 
+def _backend(x: torch.Tensor, keys: _States, values: _States, name: str) -> ModuleType:
+    """The backend that runs an operator for queries or new tokens `x`."""
+    sizes = keys.head_dim, values.head_dim, keys.spec.group_size, values.spec.group_size
+    return _implementation(name, x.device, x.dtype, sizes)
+
+
 @lru_cache(maxsize=None)
-def _implementation(backend: str, device_type: str, dtype: torch.dtype, small: int) -> ModuleType:
-    name = choose_backend(backend, device_type, dtype, small)
+def _implementation(
+    backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int | None, ...]
+) -> ModuleType:
+    # The first head_dim or group_size that only the reference takes.
+    small = next((size for size in sizes if size and size % COMPILED_MULTIPLE), 0)
+    name = choose_backend(backend, device.type, dtype, small)
     return reference if name == "reference" else import_module(f".backends.{name}", __package__)
+
+
+def _is_watched(x: torch.Tensor) -> bool:
+    """Whether a compiler, a tensor subclass, a dispatch mode or the profiler shall see the operators called with x."""
+    return (
+        type(x) is not torch.Tensor
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or profiler._is_profiler_enabled
+    )
 
 
 def _head_dim(spec: str, data: torch.Tensor) -> int:
@@ -227,6 +245,9 @@ def decode_attention(
         ValueError: a shape, dtype or length does not fit the others; it is named.
     """
     _check(query, keys, values, mask, s_aux)
+    if not _is_watched(query):
+        backend = _backend(query, keys, values, keys.backend)
+        return backend.decode_attention(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
     return torch.ops.kvquant.decode_attention.default(
         query, *keys.stored, *values.stored, keys.sink_positions, keys.device_length, mask, s_aux,
         keys.spec.code, values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
@@ -244,6 +265,10 @@ def quantize_append(
     start: int,
 ) -> None:
     """Same as `reference.quantize_append`, on the backend that the states name."""
+    if not _is_watched(key):
+        backend = _backend(key, keys, values, keys.backend)
+        backend.quantize_append(key, value, keys, values, faults, padding, start=start)
+        return
     torch.ops.kvquant.quantize_append.default(
         key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
         keys.spec.code, values.spec.code, start, keys.backend,
@@ -265,7 +290,7 @@ def paged_attention(
     Raises:
         ValueError: a shape, dtype or length does not fit the others; it is named.
     """
-    backend = _implementation(keys.backend, query.device.type, query.dtype, _small(keys, values))
+    backend = _backend(query, keys, values, keys.backend)
     return backend.paged_attention(query, keys, values, s_aux, scaling=scaling, softcap=softcap)
 
 
@@ -273,7 +298,7 @@ def paged_append(
     key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
 ) -> None:
     """Same as `reference.paged_append`, on the backend that the states name."""
-    backend = _implementation(keys.backend, key.device.type, key.dtype, _small(keys, values))
+    backend = _backend(key, keys, values, keys.backend)
     backend.paged_append(key, value, keys, values, faults)
 
 

@@ -142,13 +142,12 @@ class QuantizedStates(HasStored):
     dropped: int | torch.Tensor = 0
 
     @classmethod
-    def of_operator(cls, **fields: Any) -> QuantizedStates:
-        """States from the arguments of an operator, without `backend` and `routes`.
-
-        This is not the constructor, because that of a frozen dataclass takes longer than a short kernel.
-        """
+    def of(cls, **fields: Any) -> QuantizedStates:
+        """The states of these fields. The constructor of a frozen dataclass takes longer than a short kernel."""
+        if torch.compiler.is_compiling():
+            return cls(**fields)
         states = object.__new__(cls)
-        states.__dict__.update(fields)
+        object.__setattr__(states, "__dict__", fields)
         return states
 
     @property
@@ -220,7 +219,7 @@ class QuantizedStates(HasStored):
         if self.device_length is None:
             return self
         length = min(self.asked_length(), self.length)
-        return QuantizedStates.of_operator(**vars(self) | {"length": length, "device_length": None})
+        return QuantizedStates.of(**vars(self) | {"length": length, "device_length": None})
 
     def dense_from(self, position: int | torch.Tensor) -> int | torch.Tensor:
         """The first column that the query at `position` reads from the ring (columns before it: body or sink)."""

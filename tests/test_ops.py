@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_kvquant import QuantSpec, ops, reference
 from hf_kvquant.backends import AUTO, NAMES
@@ -135,21 +137,36 @@ class TestFake:
         assert result is None
 
 
+class Watch(TorchDispatchMode):
+    """Notes the operators of this package that torch's dispatcher calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kvquant":
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watch", [nullcontext, Watch], ids=["direct", "watched"])
 class TestCalls:
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
     @by_pair
-    def test_attention_passes_everything_on(self, pair, mask, setting):
+    def test_attention_passes_everything_on(self, pair, mask, watch, setting):
         """Each argument changes the result, so losing or swapping one would show."""
         query, keys, values = setting(pair)
         masks = {"none": None, "padding": torch.rand(2, 40) < 0.5, "additive": torch.randn(2, 4, 2, 40)}
         arguments = (query, keys, values, masks[mask], torch.randn(4))
-        actual = ops.decode_attention(*arguments, scaling=0.3, softcap=4.0)
+        with watch():
+            actual = ops.decode_attention(*arguments, scaling=0.3, softcap=4.0)
         expected = reference.decode_attention(*arguments, scaling=0.3, softcap=4.0)
         for a, e in zip(actual, expected):
             assert torch.equal(a, e)
 
     @by_pair
-    def test_append_passes_everything_on(self, pair, outlier, store):
+    def test_append_passes_everything_on(self, pair, watch, outlier, store):
         key, value = outlier(2, 2, 70, 32), outlier(2, 2, 70, 32)
         key[0, 0, 3, 3] = torch.nan
         padding = torch.zeros(2, 70, dtype=torch.bool)
@@ -158,21 +175,68 @@ class TestCalls:
         for append in (ops.quantize_append, reference.quantize_append):
             faults = torch.zeros(2, dtype=torch.int64)
             options = {"padding": padding, "chunks": [30, 3, 1, 36], "faults": faults, "recent_length": 9}
-            states = store(key, value, *pair, append=append, **options)
+            with watch():
+                states = store(key, value, *pair, append=append, **options)
             tensors = [t for s in states for t in (s.data, s.scale, s.zero_point, s.recent) if t is not None]
             results.append([t.view(torch.uint8) for t in tensors])
             assert faults.tolist() == [1, 0]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    def test_auto_equals_the_reference(self, setting):
+    def test_auto_equals_the_reference(self, watch, setting):
         """This holds for whichever backend `auto` picks here."""
         query, keys, values = setting(backend="auto")
         tolerance = TOLERANCE[torch.float32]
         for q in (query, query[:, :, :1]):
-            actual = ops.decode_attention(q, keys, values, scaling=0.2)
+            with watch():
+                actual = ops.decode_attention(q, keys, values, scaling=0.2)
             expected = reference.decode_attention(q, keys, values, scaling=0.2)
             for a, e in zip(actual, expected):
                 torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+class TestWhoSeesTheOperators:
+    """A call goes through torch's dispatcher if anything could see it there, else straight to the backend."""
+
+    def call(self, setting, outlier) -> None:
+        query, keys, values = setting()
+        ops.quantize_append(
+            *(outlier(2, 2, 1, 32) for _ in range(2)), keys, values, torch.zeros(2, dtype=torch.int64), start=40
+        )
+        ops.decode_attention(query, keys, values, scaling=0.2)
+
+    def test_a_dispatch_mode(self, setting, outlier):
+        with Watch() as watch:
+            self.call(setting, outlier)
+        assert watch.seen == ["kvquant::quantize_append", "kvquant::decode_attention"]
+
+    def test_the_profiler(self, setting, outlier):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.call(setting, outlier)
+        seen = {event.key for event in profile.key_averages()}
+        assert {"kvquant::quantize_append", "kvquant::decode_attention"} <= seen
+
+    def test_a_subclass_of_tensors(self, setting):
+        seen = []
+
+        class Named(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return super().__torch_function__(func, types, args, kwargs or {})
+
+        query, keys, values = setting()
+        plain, _ = ops.decode_attention(query, keys, values, scaling=0.2)
+        output, _ = ops.decode_attention(query.as_subclass(Named), keys, values, scaling=0.2)
+        assert "kvquant.decode_attention.default" in seen
+        assert type(output) is Named
+        assert torch.equal(output.as_subclass(torch.Tensor), plain)
+
+    def test_nobody(self, setting, outlier, monkeypatch):
+        def unexpected(*_):
+            raise AssertionError("went through the dispatcher")
+
+        monkeypatch.setattr(ops, "_sides", unexpected)
+        self.call(setting, outlier)
 
 
 BACKENDS = [

@@ -62,7 +62,15 @@ def is_captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Stored(NamedTuple):
+class _Tensors(NamedTuple):
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
+
+
+class Stored(_Tensors):
     """The tensors that store keys or values of one layer, in the order in which the operators take them.
 
     data: the body: codes uint8 `[batch, num_kv_heads, capacity, row_bytes]`, or (spec dense) elements in the model's
@@ -74,11 +82,8 @@ class Stored(NamedTuple):
     sink: `[batch, num_kv_heads, sink_length, head_dim]` exact copies of the columns in `sink_positions`.
     """
 
-    data: torch.Tensor
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | None = None
-    recent: torch.Tensor | None = None
-    sink: torch.Tensor | None = None
+    # What a compiled backend has checked about the tensors, whose shapes and strides never change; see `arguments`.
+    layout: Any = None
 
     def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
         """The result of `function` for every tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import platform
@@ -24,6 +25,7 @@ from stored import (
     no_faults,
     problem,
     random_states,
+    replaced,
     same_bytes,
 )
 
@@ -223,6 +225,42 @@ def test_softcap_and_learned_sinks(kv_len):
         check(*arguments, softcap=7.5)
         check(*arguments, None, s_aux)
         check(*arguments, None, s_aux, softcap=20.0)
+
+
+class TestTensorsAreCheckedOnce:
+    """The first call remembers at a `Stored` that its tensors fit; a call with anything else is checked again."""
+
+    @pytest.fixture
+    def used(self):
+        query, keys, values = problem("int8-channel", "int8", recent_length=4, sink_length=2)
+        cpu.decode_attention(query, keys, values, scaling=0.1)
+        return query, keys, values
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda q, k, v: (q, replaced(k, scale=k.scale[:, :, :1]), v), "keys: the stored tensors do not fit"),
+            (lambda q, k, v: (q, replaced(k, recent=k.recent.half()), v), "keys: dtype torch.float16 does not fit"),
+            (lambda q, k, v: (q, k, replaced(v, data=v.data[:, :, :9])), "values: the stored tensors do not fit"),
+            (lambda q, k, v: (q, k, replace(v, spec=VALUE_SPECS["int4"])), "values: the stored tensors do not fit"),
+            (lambda q, k, v: (q, *(replace(s, length=s.capacity + 1) for s in (k, v))), "do not fit"),
+            (lambda q, k, v: (q.half(), k, v), "dtype torch.float32 does not fit; expected torch.float16"),
+            (lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), "do not fit"),
+            (lambda q, k, v: (q, *(replace(s, sink_positions=s.sink_positions[:, :1]) for s in (k, v))), "do not fit"),
+        ],
+        ids=["scale", "ring", "data", "spec", "length", "dtype", "batch", "sinks"],
+    )
+    def test_something_else(self, change, message, used):
+        with pytest.raises(ValueError, match=message):
+            cpu.decode_attention(*change(*used), scaling=0.1)
+        cpu.decode_attention(*used, scaling=0.1)
+
+    def test_copies_remember_nothing(self, used):
+        stored = used[1].stored
+        assert stored.layout is not None
+        moved = stored.transformed(torch.clone)
+        for other in (copy.deepcopy(stored), moved, stored._replace(sink=None), type(stored)._make(stored)):
+            assert other.layout is None
 
 
 @pytest.mark.parametrize("level", LEVELS)

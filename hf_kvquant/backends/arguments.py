@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from struct import Struct
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -81,8 +81,15 @@ class Append(ctypes.Structure):
     alive: Sequence[Any]
 
 
+# A side's addresses change from call to call, and its other fields, from `data_batch` on, do not.
+_ADDRESSES = Side.data_batch.offset // 8
+_SIDE_CONSTANTS = Struct(f"={len(Side._fields_) - _ADDRESSES}q")
+
+
 def _packing(struct: Any) -> str:
     """The struct's fields as a format of `struct.Struct`, with the fields of nested structs in their places."""
+    if struct is Side:
+        return f"{_ADDRESSES}q{_SIDE_CONSTANTS.size}s"
     codes = {ctypes.c_void_p: "q", ctypes.c_int64: "q", ctypes.c_double: "d"}
     return "".join(codes.get(type_) or _packing(type_) for _, type_ in struct._fields_)
 
@@ -128,7 +135,7 @@ def _row_sizes(spec: QuantSpec, head_dim: int) -> tuple[int, int, int, bool]:
 def _misfit(
     name: str, states: QuantizedStates | PagedStates, heads: tuple[int, int], columns: int, num_sinks: int
 ) -> str:
-    """The message for a side that does not fit: what it has and should have. `_side` makes these checks faster."""
+    """The message for a side that does not fit: what it has and should have."""
     row, num_scales, block, has_zero_point = _row_sizes(states.spec, states.head_dim)
     rows, ring = -(-columns // block), f"1 or more, {states.head_dim}"
     scales = f"{heads}, {rows} or more, {num_scales} of torch.float16" if num_scales else "None"
@@ -156,57 +163,110 @@ def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dty
     raise ValueError(f"{name}: {found} does not fit; expected {shape} of {dtype} on {like.device}")
 
 
-def _side(
-    name: str,
-    states: QuantizedStates | PagedStates,
-    itemsize: int,
-    batch: int,
-    num_kv_heads: int,
-    columns: int | None,
-    num_sinks: int,
-) -> tuple[int, ...]:
-    """The fields of a `Side`. A kernel sees only addresses, so this checks that the tensors have the memory it uses.
+class _Layout(NamedTuple):
+    """What has been checked about the tensors of a `Stored`: they fit each other, this spec, head_dim and dtype.
 
-    Args:
-        columns: the number of columns to read or write, or None for all columns of `data`.
+    columns: the number that all of the body has; data has `capacity`.
+    num_sinks: None: there is no tensor for them.
+    constants: the fields of a `Side` from `data_batch` on, packed.
     """
+
+    spec: QuantSpec
+    head_dim: int
+    dtype: torch.dtype
+    batch: int
+    num_kv_heads: int
+    columns: int
+    capacity: int
+    num_sinks: int | None
+    device: int
+    constants: bytes
+
+
+def _layout(name: str, states: QuantizedStates | PagedStates, dtype: torch.dtype) -> _Layout | None:
+    """The layout of a side beside queries or new tokens of `dtype`; None: its tensors do not fit each other."""
+    spec, head_dim = states.spec, states.head_dim
     data, scale, zero_point, recent, sink = states.stored
-    head_dim, device = states.head_dim, data.get_device()
-    row, num_scales, block, has_zero_point = _row_sizes(states.spec, head_dim)
-    _, _, capacity, _ = shape = data.shape
-    columns = capacity if columns is None else columns
-    fits = shape == (batch, num_kv_heads, capacity, row) and capacity >= columns
+    for tensor in (recent, sink, data if spec.is_dense else None):
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name}: dtype {tensor.dtype} does not fit; expected {dtype}")
+    row, num_scales, block, has_zero_point = _row_sizes(spec, head_dim)
+    batch, num_kv_heads, capacity, _ = data.shape
+    columns, device, ring_length, num_sinks = capacity, data.get_device(), 0, None
+    fits = data.shape[3] == row
     if num_scales:
         fits = fits and data.dtype is torch.uint8 and scale is not None and (zero_point is not None) is has_zero_point
         if fits:
             _, _, rows, _ = shape = scale.shape
-            fits = shape == (batch, num_kv_heads, rows, num_scales) and rows * block >= columns
+            columns = min(columns, rows * block)
+            fits = shape == (batch, num_kv_heads, rows, num_scales)
             fits = fits and scale.dtype is torch.float16 and scale.get_device() == device
             if has_zero_point:
                 # The struct has one stride for both.
                 fits = fits and zero_point.shape == shape and zero_point.stride() == scale.stride()
                 fits = fits and zero_point.dtype is torch.float16 and zero_point.get_device() == device
-    ring_length = 0
     if recent is not None:
         _, _, ring_length, _ = shape = recent.shape
         fits = fits and shape == (batch, num_kv_heads, ring_length, head_dim)
         fits = fits and ring_length > 0 and recent.get_device() == device
-    if sink is not None and num_sinks:
+    if sink is not None:
+        num_sinks = sink.shape[2]
         fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and sink.get_device() == device
     if not fits:
-        raise ValueError(_misfit(name, states, (batch, num_kv_heads), columns, num_sinks))
-    return (
-        data.data_ptr(), _address(scale), _address(zero_point), _address(recent), _address(sink),
+        return None
+    constants = (
         *_head_strides(data, name, data.element_size(), row), *_head_strides(scale, name, 2, num_scales),
-        *_head_strides(recent, name, itemsize, head_dim), *_head_strides(sink, name, itemsize, head_dim),
-        capacity, ring_length, *_side_constants(name, states.spec, head_dim),
+        *_head_strides(recent, name, dtype.itemsize, head_dim), *_head_strides(sink, name, dtype.itemsize, head_dim),
+        capacity, ring_length, *_side_constants(name, spec, head_dim),
+    )  # fmt: skip
+    packed = _SIDE_CONSTANTS.pack(*constants)
+    return _Layout(spec, head_dim, dtype, batch, num_kv_heads, columns, capacity, num_sinks, device, packed)
+
+
+def _side(
+    name: str,
+    states: QuantizedStates | PagedStates,
+    dtype: torch.dtype,
+    device: int,
+    batch: int,
+    num_kv_heads: int,
+    columns: int | None,
+    num_sinks: int,
+) -> tuple[int | bytes, ...]:
+    """The fields of a `Side`. A kernel sees only addresses, so this checks that the tensors have the memory it uses.
+
+    The tensors themselves are checked once: a step finds their layout at the `Stored` that the step before it used.
+
+    Args:
+        columns: the number of columns to read or write, or None for all columns of `data`.
+    """
+    stored = states.stored
+    layout = stored.layout
+    if layout is None or layout[:3] != (states.spec, states.head_dim, dtype):
+        layout = stored.layout = _layout(name, states, dtype)
+    if (
+        layout is None
+        or layout.device != device
+        or layout.batch != batch
+        or layout.num_kv_heads != num_kv_heads
+        or layout.columns < (layout.capacity if columns is None else columns)
+        or (num_sinks and layout.num_sinks not in (None, num_sinks))
+    ):
+        columns = stored.data.shape[2] if columns is None else columns
+        raise ValueError(_misfit(name, states, (batch, num_kv_heads), columns, num_sinks))
+    data, scale, zero_point, recent, sink = stored
+    return (
+        data.data_ptr(), 0 if scale is None else scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr(),
+        0 if recent is None else recent.data_ptr(), 0 if sink is None else sink.data_ptr(), layout.constants,
     )  # fmt: skip
 
 
 def _sink_positions(keys: QuantizedStates, values: QuantizedStates, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
+    if keys.stored.sink is None and values.stored.sink is None:
+        return 0, 0, 0
     positions = keys.sink_positions
-    if positions is None or (keys.stored.sink is None and values.stored.sink is None):
+    if positions is None:
         return 0, 0, 0
     num_sinks = positions.shape[-1]
     _check_small("sink_positions", positions, keys.data, torch.int32, batch, num_sinks)
@@ -215,18 +275,11 @@ def _sink_positions(keys: QuantizedStates, values: QuantizedStates, batch: int) 
     return positions.data_ptr(), positions.stride(0) * 4, num_sinks
 
 
-def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor | None, names: str) -> int:
-    for i, tensor in enumerate(tensors):
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"{names.split()[i]}: dtype {tensor.dtype} does not fit; expected {dtype}")
-    if dtype not in DTYPES:
+def _dtype_code(dtype: torch.dtype) -> int:
+    code = DTYPES.get(dtype)
+    if code is None:
         raise ValueError(f"dtype: {dtype} is not supported; expected one of {[str(d) for d in DTYPES]}")
-    return DTYPES[dtype]
-
-
-def _dense(states: QuantizedStates | PagedStates) -> torch.Tensor | None:
-    """The body if it has the model's dtype, else None."""
-    return states.data if states.spec.format == "dense" else None
+    return code
 
 
 def attention(
@@ -245,22 +298,20 @@ def attention(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    dtype, k, v = query.dtype, keys.stored, values.stored
-    code = _check_dtypes(
-        dtype, query, k.recent, k.sink, v.recent, v.sink, _dense(keys), _dense(values),
-        names="query keys keys values values keys values",
-    )  # fmt: skip
+    dtype, device = query.dtype, query.get_device()
+    code = _dtype_code(dtype)
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, num_heads, q_len, head_dim = query.shape
     positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
-    kv_len, num_kv_heads = keys.length, k.data.size(1)
+    kv_len, num_kv_heads, length = keys.length, keys.stored.data.size(1), keys.device_length
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim
-    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or query.get_device() != k.data.get_device():
+    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or device != keys.stored.data.get_device():
         raise ValueError(_misfit_of_query(query, keys, values))
-    _check_small("length", keys.device_length, query, torch.int64)
+    if length is not None:
+        _check_small("length", length, query, torch.int64)
     batch_stride, head_stride, row_stride, _ = query.stride()
-    itemsize = query.element_size()
+    itemsize = dtype.itemsize
     output = query.new_empty((batch, num_heads, q_len, values.head_dim))
     logsumexp = query.new_empty((batch, num_heads, q_len), dtype=torch.float32)
 
@@ -287,15 +338,14 @@ def attention(
     if s_aux is not None:
         _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
-    sides = (
-        _side(name, states, itemsize, batch, num_kv_heads, kv_len, num_sinks)
-        for name, states in (("keys", keys), ("values", values))
-    )
     packed = _ATTENTION.pack(
-        query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(mask), _address(s_aux), positions,
-        _address(keys.device_length), 0, batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
+        query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0 if mask is None else mask.data_ptr(),
+        0 if s_aux is None else s_aux.data_ptr(), positions, 0 if length is None else length.data_ptr(), 0,
+        batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
-        kv_len, keys.recent_length, isa, threads, scaling, softcap, *chain(*sides),
+        kv_len, keys.recent_length, isa, threads, scaling, softcap,
+        *_side("keys", keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
+        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, mask, s_aux
@@ -324,48 +374,52 @@ def append(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    k, v = keys.stored, values.stored
-    code = _check_dtypes(
-        key.dtype, key, value, k.recent, v.recent, k.sink, v.sink, _dense(keys), _dense(values),
-        names="key value keys values keys values keys values",
-    )  # fmt: skip
-    batch, num_kv_heads = key.shape[:2]
+    dtype, device = key.dtype, key.get_device()
+    code, itemsize = _dtype_code(dtype), dtype.itemsize
+    batch, num_kv_heads, _, _ = key.shape
     positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
-    knows_end = keys.device_length is None
-    if value.shape[:2] != (batch, num_kv_heads) or (knows_end and start < 0):
+    length = keys.device_length
+    if value.shape[:2] != (batch, num_kv_heads) or (length is None and start < 0):
         raise ValueError(
             f"value: shape {tuple(value.shape)} at column {start} does not fit; expected batch and heads "
             f"{(batch, num_kv_heads)} as of key, at column 0 or later"
         )
     _check_small("faults", faults, key, torch.int64, 2)
-    _check_small("length", keys.device_length, key, torch.int64)
-    if padding is not None:
-        _check_small("padding", padding, key, torch.bool, batch, padding.size(-1))
-    if padding is not None and padding.stride(1) != 1:
-        padding = padding.contiguous()
     if faults.stride(0) != 1:
         raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected contiguous elements")
-    sides: list[int] = []
+    if length is not None:
+        _check_small("length", length, key, torch.int64)
+    padding_fields = 0, 0, 0
+    if padding is not None:
+        _check_small("padding", padding, key, torch.bool, batch, padding.size(-1))
+        if padding.stride(1) != 1:
+            padding = padding.contiguous()
+        padding_fields = padding.data_ptr(), padding.stride(0), padding.size(1)
+    sides: list[int | bytes] = []
     alive = [padding]
     for name, x, states in (("key", key, keys), ("value", value, values)):
-        itemsize, end, data = x.element_size(), start + x.shape[2], states.stored.data
-        if x.shape[3] != states.head_dim or (knows_end and end > data.shape[2]):
+        _, _, n, head_dim = x.shape
+        end, data = start + n, states.stored.data
+        if x.dtype is not dtype:
+            raise ValueError(f"{name}: dtype {x.dtype} does not fit; expected {dtype}")
+        if head_dim != states.head_dim or (length is None and end > data.size(2)):
             room = (batch, num_kv_heads, data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
-        if not x.get_device() == key.get_device() == data.get_device():
+        if not x.get_device() == device == data.get_device():
             raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {data.device}")
-        if states.spec.grid == "channel" and states.recent is None and start % states.spec.block_length:
+        if states.stored.recent is None and states.spec.is_channel and start % states.spec.block_length:
             raise ValueError(f"{name}s recent: None is not allowed when a block is continued at column {start}")
         if x.stride(3) != 1:
             x = x.contiguous()
         alive.append(x)
-        strides = [s * itemsize for s in x.stride()[:3]]
-        side = _side(f"{name}s", states, itemsize, batch, num_kv_heads, end if knows_end else None, num_sinks)
-        sides += [x.data_ptr(), *strides, x.shape[2], *side]
+        columns = end if length is None else None
+        batch_stride, head_stride, row_stride, _ = x.stride()
+        sides += x.data_ptr(), batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize, n
+        sides += _side(f"{name}s", states, dtype, device, batch, num_kv_heads, columns, num_sinks)
+    padding_address, padding_stride, padding_length = padding_fields
     packed = _APPEND.pack(
-        faults.data_ptr(), _address(padding), positions, _address(keys.device_length), 0,
-        0 if padding is None else padding.stride(0), 0 if padding is None else padding.shape[1],
-        positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
+        faults.data_ptr(), padding_address, positions, 0 if length is None else length.data_ptr(), 0, padding_stride,
+        padding_length, positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive
@@ -400,10 +454,13 @@ def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> Page
     return struct
 
 
-def _paged_sides(keys: PagedStates, values: PagedStates, itemsize: int) -> Iterator[tuple[int, ...]]:
+def _paged_sides(keys: PagedStates, values: PagedStates, x: torch.Tensor) -> Iterator[tuple[int | bytes, ...]]:
+    """The fields of both sides, beside queries or new tokens x."""
     num_pages, num_kv_heads = keys.data.shape[:2]
     for name, states in (("keys", keys), ("values", values)):
-        yield _side(name, states, itemsize, num_pages, num_kv_heads, keys.page_length, states.sink_length)
+        yield _side(
+            name, states, x.dtype, x.get_device(), num_pages, num_kv_heads, keys.page_length, states.sink_length
+        )
 
 
 def paged_attention(
@@ -417,11 +474,7 @@ def paged_attention(
     threads: int = 0,
 ) -> tuple[Attention, torch.Tensor, torch.Tensor]:
     """As `attention`, of one query per row over pages."""
-    k, v = keys.stored, values.stored
-    code = _check_dtypes(
-        query.dtype, query, k.recent, k.sink, v.recent, v.sink, _dense(keys), _dense(values),
-        names="query keys keys values values keys values",
-    )  # fmt: skip
+    code = _dtype_code(query.dtype)
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, num_heads, q_len, head_dim = query.shape
@@ -445,7 +498,7 @@ def paged_attention(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0, _address(s_aux), _address(positions), 0,
         ctypes.addressof(pages), batch_stride, head_stride, row_stride, 0, 0, 0, 0, 0, num_sinks, _NO_MASK, 0, code,
         batch, num_heads, num_kv_heads, 1, 0, keys.recent_length, isa, threads, scaling, softcap,
-        *chain(*_paged_sides(keys, values, itemsize)),
+        *chain(*_paged_sides(keys, values, query)),
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, s_aux, positions, pages
@@ -462,17 +515,15 @@ def paged_append(
     threads: int = 0,
 ) -> Append:
     """As `append`, of n tokens per row into pages."""
-    k, v = keys.stored, values.stored
-    code = _check_dtypes(
-        key.dtype, key, value, k.recent, v.recent, k.sink, v.sink, _dense(keys), _dense(values),
-        names="key value keys values keys values keys values",
-    )  # fmt: skip
+    code = _dtype_code(key.dtype)
+    if value.dtype != key.dtype:
+        raise ValueError(f"value: dtype {value.dtype} does not fit; expected {key.dtype}")
     batch, num_kv_heads, n, _ = key.shape
     _check_small("faults", faults, key, torch.int64, 2)
     pages = _pages(keys, values, batch, n)
     alive: list[Any] = [pages]
-    sides: list[int] = []
-    fields = _paged_sides(keys, values, key.element_size())
+    sides: list[int | bytes] = []
+    fields = _paged_sides(keys, values, key)
     for name, x, states in (("key", key, keys), ("value", value, values)):
         expected = (batch, states.num_kv_heads, n, states.head_dim)
         if tuple(x.shape) != expected or x.device != states.data.device:

@@ -115,9 +115,9 @@ def _call(function: Callable[[Any], int], struct: ctypes.Structure) -> None:
         raise MemoryError(_STATUS[status]) if status == 2 else RuntimeError(_STATUS[status])
 
 
-def _check_length(length: torch.Tensor | None, least: int) -> None:
+def _check_length(length: torch.Tensor, least: int) -> None:
     """Check a length that is read from memory against its lower bound; the kernels check only the upper one."""
-    if length is not None and int(length) < least:
+    if int(length) < least:
         raise ValueError(f"length: {int(length)} is not allowed; expected {least} or more")
 
 
@@ -140,7 +140,8 @@ def decode_attention(
     call, output, logsumexp = arguments.attention(
         query, keys, values, mask, s_aux, scaling, softcap, _index(isa or _from_environment), torch.get_num_threads()
     )
-    _check_length(keys.device_length, query.shape[2])
+    if keys.device_length is not None:
+        _check_length(keys.device_length, query.shape[2])
     _call(_library().kvquant_decode_attention, call)
     return output, logsumexp
 
@@ -163,7 +164,8 @@ def quantize_append(
     """
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
     call = arguments.append(key, value, keys, values, faults, padding, start, index, threads)
-    _check_length(keys.device_length, 0)
+    if keys.device_length is not None:
+        _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)
 
 

@@ -8,6 +8,7 @@ one returns the de-quantized past and the new states.
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -121,21 +122,21 @@ class QuantizedLayer(DynamicLayer):
         n, is_first = key_states.shape[2], not self.is_filled
         is_long = n > ops.MAX_Q_LEN and not is_first
         past = [states.read(0) for states in self._views()] if is_long else []
-        self._append(key_states, value_states)
+        views = self._append(key_states, value_states)
         if is_first:
             self.routes.count("prefill_dense")
             return self._offered(self._first(key_states), self._first(value_states), first=True)
         if not is_long and self.takes_states:
-            return self._views()
+            return views
         if not is_long and self._records():
-            keys, values, step = recorded(*self._views(), n, self)
+            keys, values, step = recorded(*views, n, self)
             self.shared_routes.steps.append(step)
             return keys, values
         self.routes.count("decode_dequantized")
         if is_long:
             return self._offered(*map(self._joined, past, (key_states, value_states)))
         self._say_dequantized()
-        return self._offered(*(states.read(n) for states in self._views()))
+        return self._offered(*(states.read(n) for states in views))
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, checked and in the dtype of attention. The first ones allocate the storage."""
@@ -166,9 +167,10 @@ class QuantizedLayer(DynamicLayer):
         """Whether the model that runs returns attention weights, which it has to compute itself."""
         return self.shared_routes.keeps_weights or records_attention_weights()
 
-    def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
-        """Keys and values as attention reads them."""
-        return self._states(self._keys), self._states(self._values)
+    def _views(self, n: int = 0) -> tuple[QuantizedStates, QuantizedStates]:
+        """Keys and values as attention reads them, once `n` more tokens are stored."""
+        length = self.length + n
+        return self._states(self._keys, length), self._states(self._values, length)
 
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         """The tensor that attention gets for the first states."""
@@ -208,17 +210,18 @@ class QuantizedLayer(DynamicLayer):
                 f"layer {self.layer_idx} was interrupted while it stored tokens; cache.crop(0) goes back to the "
                 f"{self.length} before them, cache.reset() empties the cache"
             )
+        dtype, device = self.dtype, self.device
         for name, states, side in (
             ("key_states", key_states, self._keys),
             ("value_states", value_states, self._values),
         ):
             batch, heads, _, head_dim = states.shape
-            if (batch, heads, head_dim) != side.shape or states.dtype != self.dtype:
+            if (batch, heads, head_dim) != side.shape or states.dtype != dtype:
                 raise ValueError(
                     f"{name}: {tuple(states.shape)} of {states.dtype} does not fit layer {self.layer_idx}; expected "
                     f"batch, num_kv_heads and head_dim {side.shape} of {self.dtype}"
                 )
-            if states.device != self.device:
+            if states.device != device:
                 raise ValueError(
                     f"{name}: device {states.device} does not fit layer {self.layer_idx}; expected {self.device}"
                 )
@@ -227,21 +230,23 @@ class QuantizedLayer(DynamicLayer):
                 f"value_states: {value_states.shape[2]} tokens do not fit the keys; expected {key_states.shape[2]}"
             )
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[QuantizedStates, QuantizedStates]:
+        """Store the tokens; returns keys and values as attention reads them afterwards."""
         n = key_states.shape[2]
         self._make_room(n)
-        keys, values = self._views()
+        keys, values = self._views(n)
         self.storing = True
         # Before the ring is written, so that after an interruption it does not claim columns that it lost.
         self._make_way(n)
-        start = keys.length if keys.device_length is None else 0
+        start = self.length if keys.device_length is None else 0
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
         padding = self._padding_of_columns()
-        ops.quantize_append(
-            key_states.detach(), value_states.detach(), keys, values, self.faults, padding, start=start
-        )
+        ops.quantize_append(key_states, value_states, keys, values, self.faults, padding, start=start)
         self._advance(n)
         self.storing = False
         self._say_nonfinite()
+        return keys, values
 
     def _padding_of_columns(self) -> torch.Tensor | None:
         """Which columns of the storage are padding."""
@@ -254,14 +259,16 @@ class QuantizedLayer(DynamicLayer):
     def _make_way(self, n: int) -> None:
         """Note that `n` more tokens are about to be stored, for which the rings lose their oldest ones."""
         for side in (self._keys, self._values):
-            side.make_way(self.length + n)
+            if side.stored.recent is not None:
+                side.make_way(self.length + n)
 
     def _advance(self, n: int) -> None:
         """Note that `n` tokens have been stored."""
         self.length += n
 
     def _say_nonfinite(self) -> None:
-        if self.device.type == "cpu" and self.faults[0]:
+        # Read at its address, because indexing a tensor takes longer than writing a token.
+        if self.device.type == "cpu" and ctypes.c_int64.from_address(self.faults.data_ptr()).value:
             say_once("A NaN or infinity reached the quantized KV cache; see cache.routes['nonfinite'].")
 
     def recover(self) -> None:
@@ -297,10 +304,12 @@ class QuantizedLayer(DynamicLayer):
         self, side: Side, length: int | None = None, device_length: torch.Tensor | None = None, **place: Any
     ) -> QuantizedStates:
         """States of all columns so far, or of those below `length`, the first `device_length` of which are in use."""
-        return QuantizedStates(
-            side.spec, side.stored, self.sink_positions, self.length if length is None else length,
-            self.kv_config.recent_length, side.head_dim, self.dtype, self.kv_config.backend, self.routes,
-            device_length, self.sliding_window, **place,
+        config = self.kv_config
+        return QuantizedStates.of(
+            spec=side.spec, stored=side.stored, sink_positions=self.sink_positions,
+            length=self.length if length is None else length, recent_length=config.recent_length,
+            head_dim=side.head_dim, dtype=self.dtype, backend=config.backend, routes=self.routes,
+            device_length=device_length, sliding_window=self.sliding_window, **place,
         )  # fmt: skip
 
     def _say_dequantized(self) -> None:
@@ -327,7 +336,7 @@ class QuantizedLayer(DynamicLayer):
             self.max_length = max(max_length, self.max_length or 0)
             return
         for side in (self._keys, self._values):
-            if max_length > side.capacity:
+            if max_length > side.stored.data.size(2):
                 side.grow(max_length if exact else self._grown(side.capacity, max_length), self.length)
 
     def _grown(self, capacity: int, needed: int) -> int:

@@ -22,7 +22,7 @@ from .config import KVQuantConfig
 from .expected import BOOL, COUNT, Bounds
 from .layers import QuantizedLayer
 from .route import Routes
-from .states import mask_length
+from .states import QuantizedStates, mask_length
 from .storage import ROLLBACK
 
 
@@ -88,7 +88,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
     def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return super()._joined(past[:, :, max(past.shape[2] - self.sliding_window + 1, 0) :], new)
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[QuantizedStates, QuantizedStates]:
         self._before = self.tokens
         for keys, values in zip(self._pieces(key_states), self._pieces(value_states)):
             # A piece that is stored without the next is no whole update.
@@ -96,7 +96,8 @@ class SlidingQuantizedLayer(QuantizedLayer):
             end = self.length + keys.shape[2]
             if end > self._most and not self._keeps_past():
                 self._retire(end)
-            super()._append(keys, values)
+            views = super()._append(keys, values)
+        return views
 
     def _pieces(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """New states, in pieces for which there is room if older columns are retired."""

@@ -142,8 +142,8 @@ class StaticQuantizedLayer(QuantizedLayer):
         """Whether attention gets all columns of the storage: in a compiled step, or if its mask has them all."""
         return is_traced() or self.is_beside_dense or (self.is_filled and not self.takes_states)
 
-    def _views(self) -> tuple[QuantizedStates, QuantizedStates]:
-        return self._whole_states() if self._is_whole() else super()._views()
+    def _views(self, n: int = 0) -> tuple[QuantizedStates, QuantizedStates]:
+        return self._whole_states() if self._is_whole() else super()._views(n)
 
     def _make_room(self, n: int) -> None:
         """Do nothing: `_admitted` has checked the room."""

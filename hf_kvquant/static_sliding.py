@@ -83,17 +83,17 @@ class StaticSlidingQuantizedLayer(SlidingQuantizedLayer, StaticQuantizedLayer):
         dropped = self.dropped if device_length is None else self.device_dropped
         return super()._states(side, length, device_length, mask_width=self.max_length, dropped=dropped, **place)
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[QuantizedStates, QuantizedStates]:
         if not static.is_traced():
-            super()._append(key_states, value_states)
-        elif self._keys.capacity == self.max_length:
+            return super()._append(key_states, value_states)
+        if self._keys.capacity == self.max_length:
             # Storage for all tokens never needs space.
-            StaticQuantizedLayer._append(self, key_states, value_states)
-        else:
-            for keys, values in zip(*(x.split(self._piece, dim=2) for x in (key_states, value_states))):
-                self._make_space(keys.shape[2])
-                StaticQuantizedLayer._append(self, keys, values)
-            self.faults[1] += (self._device_tokens() > self.max_length) * key_states.shape[2]
+            return StaticQuantizedLayer._append(self, key_states, value_states)
+        for keys, values in zip(*(x.split(self._piece, dim=2) for x in (key_states, value_states))):
+            self._make_space(keys.shape[2])
+            views = StaticQuantizedLayer._append(self, keys, values)
+        self.faults[1] += (self._device_tokens() > self.max_length) * key_states.shape[2]
+        return views
 
     def _make_space(self, n: int) -> None:
         """Retire columns in the storage if `n` tokens have no room, as far as the device knows it."""

@@ -54,12 +54,13 @@ class Side(HasStored):
 
     @property
     def capacity(self) -> int:
-        return self.data.shape[2]
+        return self.stored.data.shape[2]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """batch, num_kv_heads, head_dim"""
-        return (*self.data.shape[:2], self.head_dim)
+        batch, num_kv_heads, _, _ = self.stored.data.shape
+        return batch, num_kv_heads, self.head_dim
 
     def grow(self, capacity: int, length: int) -> None:
         """Move the first `length` columns into larger storage."""

@@ -13,7 +13,7 @@ import torch
 
 from . import axes, latent, ops
 from .calls import Call
-from .host import CACHE_NAMES
+from .host import CACHE_NAMES, asks_for_weights
 from .recorded import RecordedStates
 from .route import KEEPS_WEIGHTS, learn_route, say_dequantized
 from .states import QuantizedStates, autocast, complete_mask, hides_columns, is_autocast, mask_length, widened
@@ -68,7 +68,7 @@ def attend(
     same_type = call is not None or type(value) is type(key)
     # Another function than the compiled operator may have gradients.
     has_gradients = operator is not None
-    obstacle = _obstacle(module, query, states, same_type, key.shape[2], attention_mask, kwargs, has_gradients)
+    obstacle = _obstacle(module, query, states, same_type, key, attention_mask, kwargs, has_gradients)
     if call is not None and obstacle is None:
         obstacle = _obstacle_of_call(call, query.shape[2], attention_mask, kwargs)
     if obstacle is not None:
@@ -85,13 +85,14 @@ def attend(
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if call is None:
+    if call is None and states.sliding_window is not None:
         attention_mask = widened(attention_mask, states, query.shape[2])
     if kwargs.get("position_bias") is not None:
         attention_mask = _join(kwargs["position_bias"], attention_mask, states, query.shape[2])
     options = {"scaling": float(scaling), "softcap": float(kwargs.get("softcap") or 0.0)}
     s_aux = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
-    if is_autocast(query):
+    in_autocast = is_autocast(query)
+    if in_autocast:
         query = query.to(states.dtype)
     if call is None:
         key.routes.count("decode_fused")
@@ -100,7 +101,9 @@ def attend(
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = call.mask(attention_mask)
         output = call(query, attention_mask, None if s_aux is None else call.per_head(s_aux), **options)
-    return autocast(output).transpose(1, 2).contiguous(), None
+    if in_autocast:
+        output = autocast(output)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _attend_latents(
@@ -117,7 +120,7 @@ def _attend_latents(
     if isinstance(mask, torch.Tensor):
         mask = _of_columns(mask, latents, q_len)
     same_type = isinstance(value, latent.LatentStates)
-    obstacle = _obstacle(module, query, latents, same_type, latents.length, mask, kwargs)
+    obstacle = _obstacle(module, query, latents, same_type, latents, mask, kwargs)
     obstacle = obstacle or latent.obstacle_of(states, query, kwargs)
     if obstacle is not None:
         if not torch.compiler.is_compiling():
@@ -169,7 +172,7 @@ def _obstacle(
     query: torch.Tensor,
     states: QuantizedStates,
     same_type: bool,
-    kv_len: int,
+    key: Any,
     mask: object,
     kwargs: dict,
     has_gradients: bool = False,
@@ -177,7 +180,7 @@ def _obstacle(
     """The reason why the operator cannot do this call, or None."""
     if not same_type:
         return "values that are not cached as the keys are"
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+    if kwargs.get("output_attentions") or asks_for_weights(module):
         return KEEPS_WEIGHTS
     if query.requires_grad and torch.is_grad_enabled() and not has_gradients:
         return "queries that require grad"
@@ -186,16 +189,18 @@ def _obstacle(
     if mask is not None and not isinstance(mask, torch.Tensor):
         return f"a mask of type {type(mask).__name__}"
     is_causal = mask is None or mask.ndim == 2
-    hides = states.sliding_window is None and hides_columns(kwargs.get("sliding_window"), kv_len)
-    if hides and is_causal:
-        return f"sliding_window={kwargs['sliding_window']}"
+    window = kwargs.get("sliding_window")
+    if window is not None and states.sliding_window is None and hides_columns(window, key.shape[2]) and is_causal:
+        return f"sliding_window={window}"
     if kwargs.get("is_causal") is False and query.shape[2] > 1 and is_causal:
         return "is_causal=False"
     sinks = kwargs.get("sinks")
     if sinks is not None and (sinks.ndim != 4 or tuple(sinks.shape[1:]) != (*query.shape[1:3], 1)):
         return f"sinks of shape {tuple(sinks.shape)}"
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
-    return f"the attention argument {unknown[0]!r}" if unknown else None
+    for name in sorted(kwargs.keys() - _HARMLESS):
+        if kwargs[name] is not None:
+            return f"the attention argument {name!r}"
+    return None
 
 
 def _of_columns(mask: torch.Tensor, key: Any, q_len: int) -> torch.Tensor:

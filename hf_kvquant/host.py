@@ -393,3 +393,14 @@ def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:
 def records_attention_weights() -> bool:
     """Whether the running call of the model collects attention weights; most models do not pass that argument on."""
     return "attentions" in (_active_collector.get() or ())
+
+
+def asks_for_weights(module: torch.nn.Module) -> bool:
+    """Whether the module's config asks every call for attention weights."""
+    config = getattr(module, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        # The attribute `output_attentions` of a config runs through five Python functions, in every layer of a step.
+        own = object.__getattribute__(config, "__dict__").get("_output_attentions", config)
+        if own is not config:
+            return bool(own)
+    return bool(getattr(config, "output_attentions", False))

@@ -15,7 +15,7 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -157,7 +157,7 @@ def _call_begins(model: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         args, kwargs = request.call_begins(args, kwargs)
     keeps_weights = kwargs.get("output_attentions")
     if keeps_weights is None:
-        keeps_weights = getattr(getattr(model, "config", None), "output_attentions", False)
+        keeps_weights = host.asks_for_weights(model)
     for cache in _caches_given((args, kwargs)):
         cache.begin(FORWARD, bool(keeps_weights))
         _put_back_state(model, cache)
@@ -205,14 +205,18 @@ def _note_other_adapters(model: torch.nn.Module, cache: QuantizedCache) -> None:
 _adapters: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
-def _caches_given(arguments: object, depth: int = 3) -> list[QuantizedCache]:
+def _caches_given(arguments: Iterable[Any], depth: int = 3) -> list[QuantizedCache]:
     """The quantized caches among the arguments of a call, including those inside dictionaries and sequences."""
-    if isinstance(arguments, dict):
-        arguments = arguments.values()
-    elif not isinstance(arguments, (tuple, list)):
-        cache = _quantized_cache(arguments)
-        return [] if cache is None else [cache]
-    return [cache for value in arguments for cache in _caches_given(value, depth - 1)] if depth else []
+    found = []
+    for value in arguments:
+        if isinstance(value, (dict, tuple, list)):
+            if depth > 1:
+                found += _caches_given(value.values() if isinstance(value, dict) else value, depth - 1)
+        elif isinstance(value, Cache):
+            cache = _quantized_cache(value)
+            if cache is not None:
+                found.append(cache)
+    return found
 
 
 _switch_lock = threading.RLock()

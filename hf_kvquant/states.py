@@ -54,7 +54,8 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 
 def is_autocast(x: torch.Tensor) -> bool:
     """Whether autocast is on for the tensor's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def is_captured() -> bool:

@@ -47,7 +47,7 @@ from hf_kvquant.measure.benchmark import (
 )
 from hf_kvquant.measure.caches import DENSE, Candidate, Preset, dense_caches, peers
 from hf_kvquant.measure.checks import all_passed, at_most, is_true, relative_error
-from hf_kvquant.measure.clock import seconds_of, summary
+from hf_kvquant.measure.clock import summary
 from hf_kvquant.measure.process_memory import measure_memory, reason
 from hf_kvquant.measure.tables import print_table
 from hf_kvquant.measure.weighing import tensor_bytes
@@ -168,15 +168,12 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
 
 def time_steps(args: argparse.Namespace, models: dict, caches: dict) -> dict[str, list[float]]:
     """Seconds of `args.new` steps of every cache, one step of each in turn."""
-    shape = shape_of(args)
-    samples = {name: [] for name in caches}
-    for token in step.tokens(shape, CHECK_STEPS + args.new)[CHECK_STEPS:]:
-        for name, (candidate, cache, _) in caches.items():
-            model = models[candidate.dtype or shape.dtype]
-            forward = model.compiled_forward if candidate.steps == "compiled" else model
-            with step.switched(model, cache):
-                samples[name].append(seconds_of(lambda f=forward, c=cache, t=token: step.step(f, c, t)))
-    return samples
+    runs = {}
+    for name, (candidate, cache, _) in caches.items():
+        model = models[candidate.dtype or DTYPES[args.dtype]]
+        forward = model.compiled_forward if candidate.steps == "compiled" else model
+        runs[name] = (model, forward, cache)
+    return step.time_steps(runs, step.tokens(shape_of(args), CHECK_STEPS + args.new)[CHECK_STEPS:])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -27,6 +27,8 @@ DECODE = ["--lengths", "67,130", *SHAPE, "--prompt", "70", "--rounds", "3"]
 GENERATE = ["--lengths", "70", *SHAPE, "--layers", "2", "--hidden", "32", "--new", "2", "--no-memory"]
 SLIDING = [*SHAPE, "--window", "70", "--length", "200", "--rounds", "3", "--weigh", "600"]
 SLIDING += ["--models", "GPT-OSS 20B"]
+LAPTOP = ["--lengths", "70,140", *SHAPE, "--layers", "2", "--hidden", "64", "--intermediate", "96"]
+LAPTOP += ["--vocabulary", "128", "--new", "2"]
 COMMON = {
     "benchmark",
     "command",
@@ -265,6 +267,56 @@ def test_the_readme_has_the_tables_of_sliding_layers(bench):
     assert sliding.with_tables(readme, facts.read_json(sliding.RESULT)) == readme, "bench_sliding.py --readme"
 
 
+def test_laptop_result(tmp_path):
+    result, text = run("bench_laptop.py", LAPTOP, tmp_path / "laptop.json")
+    check_common(result, text)
+    # Of each layer: queries and outputs, keys and values, three matrices of the MLP.
+    linear = 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 96)
+    kept = 128 * 64 + (2 * 2 + 1) * 64
+    assert result["parameters"] == linear + kept
+    made, skipped = {row["weights"]: row for row in result["weights"]}, {row["weights"] for row in result["skipped"]}
+    assert {*made} | skipped == {"unquantized", "torchao-int8", "torchao-int4"}
+    assert made["unquantized"]["bytes"] == 2 * (linear + kept)
+    for name, bits in (("torchao-int8", 8), ("torchao-int4", 4)):
+        if name in made:
+            assert bits / 8 * linear < made[name]["bytes"] - 2 * kept < (bits + 2) / 8 * linear
+    names = {"dense", "dense-static", "int8", "int4"}
+    rows = {(row["weights"], row["length"], row["name"]): row for row in result["steps"]}
+    assert set(rows) == {(weights, length, name) for weights in made for length in (70, 140) for name in names}
+    for (weights, _, _), row in rows.items():
+        assert set(row["ms"]) == SUMMARY
+        assert row["ms"]["n"] == 2
+        assert row["tokens_per_s"] * row["ms"]["median"] == pytest.approx(1000)
+        assert row["cache_ms"] == pytest.approx(row["ms"]["median"] - made[weights]["ms"]["median"])
+    # Two layers, keys and values, two heads, and the steps of the check.
+    assert rows["unquantized", 70, "dense"]["cache_bytes"] == 2 * 2 * 2 * (70 + 2) * 32 * 2
+    done = {check["check"] for check in result["checks"] if check["name"] == "int4"}
+    assert {"every step took the fused route", "memory_report counts every tensor", "logits are finite"} <= done
+    assert f"unquantized, {made['unquantized']['bytes'] / 1e9:.2f} GB" in text
+
+
+def test_laptop_tables(bench, tmp_path):
+    laptop = bench("bench_laptop")
+    out = tmp_path / "laptop.json"
+    assert laptop.main([*LAPTOP, "--weights", "unquantized", "--threads", "1", "--out", str(out)]) == 0
+    page = laptop.with_tables(f"# Page\n{laptop.BEGIN}\nold\n{laptop.END}\nend\n", facts.read_json(out))
+    assert page.startswith("# Page\n") and page.endswith("end\n") and "old" not in page
+    assert "| weights | cached tokens | 1 token | dense | dense-static | **int8** | **int4** |" in page
+    assert sum(line.startswith("| unquantized, 0.00 GB | ") for line in page.splitlines()) == 2
+    assert sum(line.startswith(("| 70 | ", "| 140 | ")) for line in page.splitlines()) == 2
+
+
+@pytest.mark.parametrize("missing", ["torchao.quantization", "torchao.prototype.quantization.int4"])
+def test_laptop_names_the_reason_of_weights_that_cannot_be_made(missing, bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    laptop = bench("bench_laptop")
+    args = laptop.parse(LAPTOP)
+    plain = step.build_model(laptop.whole_shape(args), 160)
+    (row,) = laptop.bench_weights(args, plain, "torchao-int4")["skipped"]
+    assert row["weights"] == "torchao-int4"
+    assert missing in row["reason"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process memory is read from /proc")
 def test_process_memory_grows_by_the_cache(bench):
     generate = bench("bench_generate")
@@ -352,6 +404,11 @@ def test_generate_refuses_wrong_operator(refuses, monkeypatch):
 def test_sliding_refuses_wrong_operator(refuses, monkeypatch):
     monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, **WRONG["output"]))
     refuses("bench_sliding", [*SLIDING, "--presets", "int8"], "fused against attention over the de-quantized window")
+
+
+def test_laptop_refuses_wrong_operator(refuses, monkeypatch):
+    monkeypatch.setattr(ops, "decode_attention", changed(ops.decode_attention, output=lambda x: x.flip(-1)))
+    refuses("bench_laptop", [*LAPTOP, "--weights", "unquantized"], "logits near DynamicCache")
 
 
 def test_generate_refuses_a_cache_that_is_not_read_fused(refuses, monkeypatch):

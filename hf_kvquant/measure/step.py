@@ -8,7 +8,7 @@ lossy and the weights are random, so logits are compared loosely: as a share of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ..cache import QuantizedCache
 from ..host import CACHE
 from ..integration import attention
 from .caches import Candidate
+from .clock import seconds_of
 
 # The largest relative error of the logits against the dense cache's, by bits of a code, as a share of the error that a
 # cache with wrong keys has in the same run. It is loose, because random weights amplify errors: measured shares are at
@@ -39,6 +40,7 @@ class Shape:
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     device: torch.device | str = "cpu"
+    tied: bool = False  # input and output embedding are one
 
     @property
     def elements_per_token(self) -> int:
@@ -55,6 +57,7 @@ def model_config(shape: Shape, max_length: int) -> LlamaConfig:
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=max_length,
         # Every projection keeps the size of its input, so that attention matters in the logits.
         initializer_range=shape.hidden**-0.5,
@@ -116,6 +119,19 @@ def step(forward: Callable, cache: Cache, token: torch.Tensor) -> tuple[torch.Te
 def switched(model: LlamaForCausalLM, cache: Cache):
     """The context in which the model's attention can read the cache; transformers' caches need none."""
     return attention(model) if isinstance(cache, QuantizedCache) else contextlib.nullcontext()
+
+
+def time_steps(
+    runs: Mapping[str, tuple[LlamaForCausalLM, Callable, Cache]], fed: Iterable[torch.Tensor]
+) -> dict[str, list[float]]:
+    """Seconds of the steps of every run (a model, the forward that runs it, and its cache): for each token that is
+    fed, one step of each in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for token in fed:
+        for name, (model, forward, cache) in runs.items():
+            with switched(model, cache):
+                samples[name].append(seconds_of(lambda f=forward, c=cache, t=token: step(f, c, t)))
+    return samples
 
 
 def tokens(shape: Shape, n: int) -> torch.Tensor:

@@ -116,7 +116,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a number of tokens or None")
         self._config = config
-        self.kv_config = KVQuantConfig.load(kv_config)
+        self.kv_config = KVQuantConfig.load(kv_config).for_model(config)
         if self.kv_config.static and not max_length:
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a static cache's number of tokens")
         kind = {config.model_type, config.get_text_config(decoder=True).model_type} & _NEVER_STATIC

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -60,6 +60,8 @@ class KVQuantConfig:
         recent_length: the number of latest tokens that a query reads exactly, its own included.
         backend: "auto", or the name of the backend that must run.
         static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
+        rotary_keys: in latent attention, whose modules cache latents as keys and rotary keys as values: the side whose
+            spec the rotary keys have, "values" or "keys".
         sliding: the narrowest window, in tokens, whose sliding layers are quantized too; "dense": none of them.
         layers: a `LayerOverride` for each layer index that has one; it quantizes a sliding layer of any window.
 
@@ -73,6 +75,7 @@ class KVQuantConfig:
     recent_length: int = 0
     backend: str = AUTO
     static: bool = False
+    rotary_keys: str = "values"
     sliding: int | str = 512
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
@@ -85,6 +88,8 @@ class KVQuantConfig:
             raise ValueError(f"backend: {told(self.backend)} is not allowed; expected one of {list(BACKENDS)}")
         if not isinstance(self.static, bool):
             raise ValueError(f"static: {told(self.static)} is not allowed; expected true or false")
+        if self.rotary_keys not in ("keys", "values"):
+            raise ValueError(f"rotary_keys: {told(self.rotary_keys)} is not allowed; expected 'keys' or 'values'")
         is_window = isinstance(self.sliding, int) and not isinstance(self.sliding, bool) and self.sliding >= 2
         if self.sliding != "dense" and not is_window:
             expected = "an integer from 2 on (the narrowest window) or 'dense'"
@@ -107,6 +112,14 @@ class KVQuantConfig:
         """The specs of keys and of values in one layer."""
         override = dict(self.layers).get(layer_idx, LayerOverride())
         return override.keys or self.keys, override.values or self.values
+
+    def for_model(self, model_config: Any) -> KVQuantConfig:
+        """The config of a cache for this model: if it has latent attention, `values` are the spec of rotary keys."""
+        is_latent = isinstance(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None), int)
+        if not is_latent or self.rotary_keys == "values":
+            return self
+        layers = tuple((i, replace(layer, values=layer.values or layer.keys)) for i, layer in self.layers)
+        return replace(self, values=self.keys, rotary_keys="values", layers=layers)
 
     def quantizes(self, layer_idx: int, sliding_window: int | None) -> bool:
         """Whether a layer with such a window, or none, is quantized."""
@@ -216,6 +229,7 @@ class KVQuantConfig:
             "recent_length": self.recent_length,
             "backend": self.backend,
             "static": self.static,
+            "rotary_keys": self.rotary_keys,
             "sliding": self.sliding,
             "layers": {index: override(o) for index, o in self.layers},
         }

@@ -526,6 +526,6 @@ class _ScoringCache(DynamicCache):
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 window = layer.sliding_window
-                arguments = (config.for_layer(i), config, contexts, padding, quantizers)
+                arguments = (layer.kv_config.for_layer(i), config, contexts, padding, quantizers)
                 layers[i] = _ScoringLayer(*arguments, window)
         Cache.__init__(self, layers=layers)

@@ -26,6 +26,7 @@ CONFIGS = {
         recent_length=32,
         backend="reference",
         static=True,
+        rotary_keys="keys",
         sliding=128,
         layers={3: LayerOverride(keys=INT8), 0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))},
     ),
@@ -117,6 +118,7 @@ class TestRoundTrips:
             "recent_length": 32,
             "backend": "reference",
             "static": True,
+            "rotary_keys": "keys",
             "sliding": 128,
             "layers": {
                 0: {"keys": {"format": "dense"}, "values": {"format": "dense"}},

@@ -263,3 +263,30 @@ def test_an_expansion_that_does_something_else_is_not_absorbed(monkeypatch):
     with pytest.warns(UserWarning, match="are not kv_b_proj's product"):
         _, cache = decode(model, "int8-plain", True)
     assert cache.routes["decode_fused"] == 0
+
+
+def test_rotary_keys_are_stored_as_the_config_says():
+    """Like latents, by a spec of their own, or by an override of their layer."""
+    model = build()
+    by_keys = KVQuantConfig.preset("int4")
+    assert by_keys.rotary_keys == "keys"
+    own = {"values": {"format": "int8"}}
+    cases = {
+        "keys": (by_keys, "int4:channel:64"),
+        "values": (KVQuantConfig.from_dict(by_keys.to_dict() | {"rotary_keys": "values"}), "int4:token:32:rotate"),
+        "an override": (KVQuantConfig.from_dict(by_keys.to_dict() | {"layers": {0: own}}), "int8:token:32"),
+    }
+    for name, (config, code) in cases.items():
+        cache = hf_kvquant.QuantizedCache(model.config, config)
+        with hf_kvquant.attention(model), torch.no_grad():
+            model(torch.arange(3, 80)[None], **{CACHE: cache})
+        latents, rotary = cache.layers[0]._views()
+        assert (latents.spec.code, rotary.spec.code) == ("int4:channel:64", code), name
+        assert cache.kv_config.for_model(model.config) == cache.kv_config
+
+
+def test_rotary_keys_of_a_model_without_latents():
+    config = families.build("llama").config
+    assert KVQuantConfig.preset("int8").for_model(config) == KVQuantConfig.preset("int8")
+    with pytest.raises(ValueError, match="rotary_keys: 'both' is not allowed; expected 'keys' or 'values'"):
+        KVQuantConfig.from_dict(KVQuantConfig.preset("int8").to_dict() | {"rotary_keys": "both"})

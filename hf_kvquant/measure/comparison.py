@@ -139,7 +139,7 @@ def compare(
         "tasks": [],
     }
     if by_layer:
-        configs = {candidate.name: candidate.config for candidate in candidates if isinstance(candidate, Preset)}
+        configs = {c.name: c.config.for_model(model.config) for c in candidates if isinstance(c, Preset)}
         for name, errors in layer_errors(model, documents.to(model.device), configs).items():
             result["caches"][name]["layer_errors"] = errors
     store.finish(result)

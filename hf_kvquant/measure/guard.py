@@ -73,6 +73,7 @@ def check(
         ValueError: the documents are too short for `context`, the model has nothing to quantize, or its own logits are
             not finite.
     """
+    config = config.for_model(model.config)
     shapes = sides(model, config)
 
     def measured(configs: Mapping[str, KVQuantConfig]) -> dict[str, dict]:

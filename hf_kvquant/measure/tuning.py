@@ -90,6 +90,7 @@ class Tuner:
     ):
         if base.layers:
             raise ValueError(f"base: overrides of the layers {[i for i, _ in base.layers]}; expected a uniform config")
+        base = base.for_model(model.config)
         self.model, self.base, self.budget, self.context, self.rounds = model, base, bits, context, rounds
         self.documents, self.held_out = documents.to(model.device), held_out.to(model.device)
         self.folder, self.facts, self.progress = folder, dict(facts or {}), progress
@@ -232,7 +233,7 @@ class Tuner:
             return {side: keys if side[1] == "keys" else values for side in self.shapes}
 
         for name in KVQuantConfig.preset_names():
-            preset = KVQuantConfig.preset(name)
+            preset = KVQuantConfig.preset(name).for_model(self.model.config)
             found[name] = assigned(preset.keys, preset.values)
         if assigned(self.base.keys, self.base.values) not in found.values():
             found["base"] = assigned(self.base.keys, self.base.values)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "backends.specialisation": {"backends.arguments", "quantization"},
     "backends.nvrtc": {"backends", "backends.disk_cache", "backends.specialisation"},
     "backends.gpu": {"backends", "backends.nvrtc", "backends.specialisation"},
-    "backends.cuda": {"backends", "states"}
+    "backends.cuda": {"backends", "quantization", "states"}
     | {f"backends.{m}" for m in ("arguments", "disk_cache", "gpu", "nvrtc", "specialisation")},
     "states": {"quantization", "route"},
     "config": {"quantization", "backends", "message"},

@@ -7,10 +7,12 @@ eval/results/accuracy/README.md from it.
     python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, for no table
     python eval/compare.py --readme              # only write the tables again
     python eval/compare.py --variants --model MODEL --text FILE --to eval/results/presets
+    python eval/compare.py --sides --model MODEL --text FILE --to eval/results/sides
 
 All other options are those of `hf-kvquant eval`, which does the work (see its --help). With --variants its caches are
-the presets and some with a field or a grid changed, which shows what each choice costs. The JSON goes to
-eval/results/accuracy/<model>.json, or into the folder --to; it holds, for every cache:
+the presets and some with a field or a grid changed, which shows what each choice costs; with --sides, keys (in latent
+attention: latents) or values (rotary keys) alone are quantized, in every format on both grids, with no exact tokens.
+The JSON goes to eval/results/accuracy/<model>.json, or into the folder --to; it holds, for every cache:
 
     perplexity, perplexity_change   exp of the mean loss per token; its change against the dense cache as a share
     kl                              KL divergence (nats) from the dense cache's next-token distribution: mean, p99
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="finished", type=Path, nargs="*", help="folders of finished runs")
     parser.add_argument("--to", type=Path, help="folder for the JSON; default: eval/results/accuracy")
     parser.add_argument("--variants", action="store_true", help="compare the presets with a field or a grid changed")
+    parser.add_argument("--sides", action="store_true", help="compare what keys alone and values alone cost")
     parser.add_argument(
         "--readme", action="store_true", help="only write the tables of eval/results/accuracy/README.md"
     )
@@ -66,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             publish(folder, args.to)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            if args.variants:
-                rest += ["--presets", ",".join(write_variants(Path(temporary)))]
+            if args.variants or args.sides:
+                configs = (variants() if args.variants else {}) | (sides() if args.sides else {})
+                rest += ["--presets", ",".join(written(configs, Path(temporary)))]
             folder = Path(rest[rest.index("--out") + 1]) if "--out" in rest[:-1] else Path(temporary) / "run"
             try:
                 app(["eval", *rest, *([] if "--out" in rest else ["--out", str(folder)])])
@@ -103,11 +107,21 @@ def variants() -> dict[str, KVQuantConfig]:
     return found | {f"int4-recent-{n}": replace(int4, recent_length=n) for n in (0, 16, 32, 64, 128)}
 
 
-def write_variants(folder: Path) -> list[str]:
-    """`variants` as files in `folder`; their paths."""
-    for name, config in variants().items():
+def sides() -> dict[str, KVQuantConfig]:
+    """One side quantized, the other dense, without exact tokens; only specs that fit every head_dim."""
+    specs = {"fp8-token": QuantSpec("fp8"), "int4-token-rotate-16": QuantSpec("int4", group_size=16, rotate=True)}
+    for name in ("int8", "int4"):
+        specs |= {f"{name}-token": QuantSpec(name), f"{name}-token-rotate": QuantSpec(name, rotate=True)}
+        specs |= {f"{name}-channel-{n}": QuantSpec(name, "channel", block_length=n) for n in (32, 64, 128)}
+    dense = dict.fromkeys(SIDES, QuantSpec("dense"))
+    return {f"{side}-{name}": KVQuantConfig(**dense | {side: spec}) for side in SIDES for name, spec in specs.items()}
+
+
+def written(configs: dict[str, KVQuantConfig], folder: Path) -> list[str]:
+    """The paths of the configs, as files in `folder`."""
+    for name, config in configs.items():
         config.to_yaml(folder / f"{name}.yaml")
-    return [str(folder / f"{name}.yaml") for name in variants()]
+    return [str(folder / f"{name}.yaml") for name in configs]
 
 
 def publish(folder: Path, to: Path | None = None) -> Path:

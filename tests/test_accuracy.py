@@ -107,17 +107,20 @@ class TestScripts:
         with pytest.raises(ValueError, match="README.md: expected the lines"):
             compare.with_tables("no markers", list(RESULTS.values()))
 
-    def test_variants_are_compared(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("option", ["variants", "sides"])
+    def test_variants_are_compared(self, tmp_path, monkeypatch, option):
         """All of them are valid configs, and the comparison gets them by their names."""
         called = []
         monkeypatch.setattr(compare, "app", lambda arguments: called.append(arguments))
         monkeypatch.setattr(compare, "publish", lambda *_: None)
         monkeypatch.setattr(compare, "README", tmp_path / "README.md")
         compare.README.write_text(README, encoding="utf-8")
-        compare.main(["--variants", "--documents", "2"])
+        compare.main([f"--{option}", "--documents", "2"])
         names = called[0][called[0].index("--presets") + 1].split(",")
-        assert [Path(name).stem for name in names] == list(compare.variants())
-        assert {KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} < set(compare.variants().values())
+        configs = getattr(compare, option)()
+        assert [Path(name).stem for name in names] == list(configs)
+        presets = {KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
+        assert (presets < set(configs.values())) == (option == "variants")
 
     @pytest.mark.parametrize(("options", "share"), [([], "100.0%"), (["--one-pass"], "none read the cache")])
     def test_perplexity_as_decode_reads_it_and_in_one_pass(self, tmp_path, capsys, monkeypatch, options, share):

@@ -21,6 +21,7 @@ from struct import iter_unpack, unpack_from
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 _RETURN = 0xD65F03C0  # the instruction `ret`
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # getauxval(3)
 _STACK_BYTES = 1 << 20
 _THREAD_LOCAL = "where a thread's variable is"
 
@@ -72,13 +73,18 @@ def _run(*command: str) -> None:
 class ArmLibrary:
     """The library's functions as attributes; they take integers or results of `ctypes.byref` and return an integer.
 
+    `dot_products`: whether the processor has the instructions `sdot` and `udot`, and tells so.
+
     Raises:
         RuntimeError: on a call, if the code touches memory outside of this process, or calls a missing function.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, dot_products: bool = True):
         import unicorn
         from unicorn import arm64_const
+
+        self._hardware = _HWCAP_ASIMDDP if dot_products else 0
+        self._model = arm64_const.UC_CPU_ARM64_MAX if dot_products else arm64_const.UC_CPU_ARM64_A57
 
         self._unicorn, self._registers = unicorn, arm64_const
         self._libc = ctypes.CDLL(None)
@@ -151,6 +157,7 @@ class ArmLibrary:
         # A new processor for each call, because the host may move its memory between two calls.
         uc, registers = self._unicorn, self._registers
         processor = uc.Uc(uc.UC_ARCH_ARM64, uc.UC_MODE_ARM)
+        processor.ctl_set_cpu_model(self._model)
         processor.reg_write(registers.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # floating point is switched on
         processor.reg_write(registers.UC_ARM64_REG_TPIDR_EL0, self._thread_locals)
         processor.reg_write(registers.UC_ARM64_REG_SP, self._stack + _STACK_BYTES)
@@ -193,6 +200,8 @@ class ArmLibrary:
             self._libc.free(ctypes.c_void_p(first))
         elif name == "__cxa_thread_atexit":
             result = 0
+        elif name == "getauxval":
+            result = self._hardware if first == _AT_HWCAP else 0
         else:
             raise RuntimeError(f"the code calls {name!r}, which does not exist here")
         processor.reg_write(x0, result)

@@ -1,4 +1,4 @@
-"""The CPU library, compiled for 64-bit ARM and run on an emulated processor, equals the reference (portable code).
+"""The CPU library, compiled for 64-bit ARM and run on an emulated processor, equals the reference.
 
 The tests call `backends/cpu.py` with the library of `arm_library.py`, on one thread. `make arm` installs the tools.
 """
@@ -6,12 +6,13 @@ The tests call `backends/cpu.py` with the library of `arm_library.py`, on one th
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import arm_library
 import pytest
 import torch
 from levels import check
-from stored import extreme, left_padding, make_states, no_faults, random_states, same_bytes
+from stored import KEY_SPECS, extreme, left_padding, make_states, no_faults, random_states, same_bytes
 
 from hf_kvquant import KVQuantConfig, reference
 from hf_kvquant.backends import arguments, cpu
@@ -25,13 +26,24 @@ every_head_dim = pytest.mark.parametrize("head_dim", [64, 80, 128])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
+LEVELS = ["scalar", "neon", "neon_dot"]
 # Against the portable code of this machine, whose expf differs by one unit in the last place.
 SAME_LEVEL = 2e-6
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> arm_library.ArmLibrary:
-    return arm_library.ArmLibrary(arm_library.build(tmp_path_factory.mktemp("arm")))
+def path(tmp_path_factory) -> Path:
+    return arm_library.build(tmp_path_factory.mktemp("arm"))
+
+
+@pytest.fixture(scope="module")
+def library(path) -> arm_library.ArmLibrary:
+    return arm_library.ArmLibrary(path)
+
+
+def levels_of(library: arm_library.ArmLibrary) -> list[str]:
+    """The instruction sets that run there. All builds have the same names in the same order."""
+    return [name for name, i in cpu._instruction_sets()[0].items() if library.kvquant_level_runs(i)]
 
 
 @pytest.fixture
@@ -39,8 +51,12 @@ def on_arm(library, monkeypatch):
     """The CPU backend calls the library for ARM, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    indices, runs = cpu._instruction_sets()[0], tuple(levels_of(library))
     monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(cpu, "_instruction_sets", lambda: (indices, runs))
+    cpu._index.cache_clear()
     yield
+    cpu._index.cache_clear()
     torch.set_num_threads(threads)
 
 
@@ -57,8 +73,14 @@ def problem(preset, *, batch=1, num_kv_heads=2, q_per_kv=2, q_len=1, kv_len=131,
     return query.transpose(1, 2), *sides
 
 
-def test_only_the_portable_level_runs(library):
-    assert [library.kvquant_level_runs(i) for i in range(-1, 6)] == [0, 1, 0, 0, 0, 0, 0]
+def test_instruction_sets(path, library):
+    assert levels_of(library) == LEVELS
+    assert levels_of(arm_library.ArmLibrary(path, dot_products=False)) == ["scalar", "neon"]
+    assert library.kvquant_level_runs(-1) == library.kvquant_level_runs(8) == 0
+
+
+def test_the_newest_instruction_set_is_the_default(on_arm):
+    assert cpu.isa() == "neon_dot"
 
 
 def test_structs_have_one_size(library):
@@ -69,7 +91,8 @@ def test_structs_have_one_size(library):
 @every_dtype
 @every_head_dim
 @every_preset
-def test_bytes_equal_the_definition(preset, head_dim, dtype, on_arm):
+@pytest.mark.parametrize("level", LEVELS)
+def test_bytes_equal_the_definition(level, preset, head_dim, dtype, on_arm):
     config = KVQuantConfig.preset(preset)
     padding = left_padding(150, 0, 30)
     x = extreme(dtype, head_dim)
@@ -80,7 +103,7 @@ def test_bytes_equal_the_definition(preset, head_dim, dtype, on_arm):
     for n in (63, 1, 1, 62, 3, 20):
         new = x[:, :, start : start + n]
         reference.quantize_append(new, new.flip(-1), *expected, expected_count, padding, start=start)
-        cpu.quantize_append(new, new.flip(-1), *states, count, padding, start=start, isa="scalar")
+        cpu.quantize_append(new, new.flip(-1), *states, count, padding, start=start, isa=level)
         start += n
     assert start == x.shape[2]
     for written, wanted in zip(states, expected):
@@ -93,19 +116,30 @@ def test_bytes_equal_the_definition(preset, head_dim, dtype, on_arm):
 @every_preset
 def test_attention(preset, head_dim, dtype, on_arm):
     for q_len, kv_len in ((1, 131), (3, 65), (3, 3), (1, 1)):
-        check(*problem(preset, head_dim=head_dim, dtype=dtype, q_len=q_len, kv_len=kv_len), levels=["scalar"])
+        check(*problem(preset, head_dim=head_dim, dtype=dtype, q_len=q_len, kv_len=kv_len), levels=LEVELS)
+
+
+@pytest.mark.parametrize("spec", ["int8", "int8-channel", "int4-rotated", "int4-channel"])
+def test_the_largest_sums(spec, on_arm):
+    """As in test_cpu_backend.py, where sums of the largest codes and weights must not overflow."""
+    sign = torch.ones(1, 1, 64, 1)
+    sign[:, :, ::3] = -1
+    x = (sign * torch.ones(512)).to(torch.bfloat16)
+    states = make_states(x, KEY_SPECS[spec])
+    for query in (x[:, :, :1], x[:, :, 1:2]):
+        check(query.contiguous(), states, states, levels=LEVELS)
 
 
 @every_preset
 def test_masks_softcap_and_learned_sinks(preset, on_arm):
     padding = left_padding(150, 0, 70)
     arguments = problem(preset, batch=2, q_len=3, kv_len=150, padding=padding)
-    check(*arguments, (~padding).long(), levels=["scalar"])
+    check(*arguments, (~padding).long(), levels=LEVELS)
     mask = torch.randn(2, 4, 3, 150, generator=torch.Generator().manual_seed(1))
     mask[..., ::7] = torch.finfo(torch.float32).min
     s_aux = torch.linspace(-3, 9, 4)
-    check(*arguments, mask, s_aux, softcap=20.0, levels=["scalar"])
-    check(*arguments, mask > 0, levels=["scalar"])
+    check(*arguments, mask, s_aux, softcap=20.0, levels=LEVELS)
+    check(*arguments, mask > 0, levels=LEVELS)
 
 
 @every_preset

@@ -111,6 +111,20 @@ def test_the_largest_sums(k, head_dim, dtype):
         check(query.contiguous(), states[0], states[0])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_fp8_code_is_exact(level):
+    """One token: its score is an element of the key, and the output is the value. Codes include subnormal numbers."""
+    elements = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    elements = elements[elements.isfinite()]
+    x = elements[:, None, None, None].repeat(1, 1, 1, 32)
+    x[..., 0] = 448  # so the scale is 1
+    states = make_states(x, KEY_SPECS["fp8"])
+    query = torch.zeros_like(x)
+    query[..., 5] = 1
+    output, lse = cpu.decode_attention(query, states, states, scaling=1.0, isa=level)
+    assert torch.equal(lse[:, 0, 0], elements) and torch.equal(output, x)
+
+
 def test_keys_and_values_of_different_head_dim():
     check(*problem("int8-channel", "int4-rotated", head_dim=192, v_head_dim=128, kv_len=200))
 

@@ -3,6 +3,9 @@
 #ifdef KVQUANT_X86
 #include <cpuid.h>
 #endif
+#if defined(KVQUANT_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "cpu/level.h"
 #include "cpu/thread_pool.h"
@@ -14,9 +17,9 @@ namespace {
 using kvquant::Level;
 
 // From the oldest instruction set to the newest.
-constexpr int kNumLevels = 6;
-const char* const kLevelNames[kNumLevels] = {"scalar", "avx2",        "avx2_vnni",
-                                             "avx512", "avx512_vnni", "avx512_bf16"};
+constexpr int kNumLevels = 8;
+const char* const kLevelNames[kNumLevels] = {"scalar",      "avx2",        "avx2_vnni", "avx512",
+                                             "avx512_vnni", "avx512_bf16", "neon",      "neon_dot"};
 
 #ifdef KVQUANT_X86
 // What the processor and the operating system can do. Not by __builtin_cpu_supports: Zig's answers 0
@@ -48,6 +51,19 @@ struct Features {
 };
 #endif
 
+#ifdef KVQUANT_ARM
+// Whether the processor has `sdot`, as every Apple Silicon has.
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The operators of instruction set i. Null if this processor does not have all of its instructions,
 // or if there is no set i.
 const Level* level(int64_t i) {
@@ -58,6 +74,10 @@ const Level* level(int64_t i) {
   if (i == 3) return has.avx512 ? &kvquant::kAvx512Level : nullptr;
   if (i == 4) return has.avx512_vnni ? &kvquant::kAvx512VnniLevel : nullptr;
   if (i == 5) return has.avx512_bf16 ? &kvquant::kAvx512Bf16Level : nullptr;
+#endif
+#ifdef KVQUANT_ARM
+  if (i == 6) return &kvquant::kNeonLevel;
+  if (i == 7) return has_dot_products() ? &kvquant::kNeonDotLevel : nullptr;
 #endif
   return i == 0 ? &kvquant::kScalarLevel : nullptr;
 }

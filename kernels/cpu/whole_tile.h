@@ -22,11 +22,17 @@ inline bool takes_tiles(const KvquantSide& side) {
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
   return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
 }
-// Whether the 16-bit dot products (avx2/dot.h) can read them. Their weights are not exact enough
-// for float queries.
+// Whether the dot products of weights of 16 bits (dot.h of AVX2 and NEON) can read them. These
+// weights are not exact enough for float queries.
 inline bool takes_words(const KvquantSide& side, int64_t dtype) {
   return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
 }
+
+// How many bytes 16 channels take.
+template <class Format>
+constexpr int kBytesOf16 = 16;
+template <>
+constexpr int kBytesOf16<Nibble> = 8;
 
 // The rows of 64 columns: where they are stored or, if fewer are left, copied to `rest` and padded
 // with zeros.
@@ -60,6 +66,17 @@ struct Largest {
     if (largest >= 0x7f800000u) return __builtin_nanf("");
     return float_of(largest) < 1e-30f ? 0.0f : float_of(largest) * (1.0f / weight);
   }
+};
+
+// Keeps floats as weights, with the members of the makers of integers (dot.h). Nothing is added up,
+// because fp8 has neither midpoints nor zero points.
+struct FloatMaker {
+  explicit FloatMaker(float) {}
+  void make(Vec a, Vec b, float* weights) {
+    a.store(weights);
+    b.store(weights + Vec::kWidth);
+  }
+  float sum() const { return 0.0f; }
 };
 
 // Channel grid: multiplies kRows queries by the scales of one block of keys, which begin at `at`.

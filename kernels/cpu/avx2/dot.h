@@ -1,7 +1,7 @@
 // Dot products for AVX2 and AVX-VNNI. Weights stand for queries or probabilities:
 //
 //                        codes become              weights
-//   WordOperand<Format>  16 integers of 16 bits    integers of 16 bits with a common float factor
+//   IntOperand<Format>  16 integers of 16 bits    integers of 16 bits with a common float factor
 //   E4M3Operand          8 floats                  floats
 //
 // AVX2 multiplies and adds pairs of 16-bit integers (vpmaddwd), and adds that to a sum in a second
@@ -42,12 +42,6 @@ struct Words {
 inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
-
-// How many bytes 16 channels take.
-template <class Format>
-constexpr int kBytesOf16 = 16;
-template <>
-constexpr int kBytesOf16<Nibble> = 8;
 
 // Loads 16 or 32 channels (kWords 1 or 2), whose bytes begin at p.
 template <int kWords, class Format>
@@ -150,13 +144,15 @@ struct WeightMaker {
 
 // What keys.h and values.h ask of an operand is drawn here.
 template <class F>
-struct WordOperand {
+struct IntOperand {
   using Format = F;
   using Vector = Words;    // of codes or weights
   using Weight = int16_t;  // as stored
   using Sums = PairSums;   // eight
   using Maker = WeightMaker;
+  static constexpr int kBytes = kBytesOf16<F>, kKeyRows = 4;
   static constexpr int kColumns = 2;  // whose values are multiplied at once
+  static constexpr float kBias = 0.0f;
 
   // The float that all weights are multiples of, for sums over n codes.
   static float factor(const Largest& x, int n) { return x.factor(WeightMaker::largest(n)); }
@@ -191,24 +187,14 @@ struct FloatSums {
   }
 };
 
-// Keeps floats as weights, with the members of WeightMaker. Nothing is added up, because these
-// formats have neither midpoints nor zero points.
-struct FloatMaker {
-  explicit FloatMaker(float) {}
-  void make(Vec a, Vec b, float* weights) {
-    a.store(weights);
-    b.store(weights + Vec::kWidth);
-  }
-  float sum() const { return 0.0f; }
-};
-
 struct E4M3Operand {
   using Format = E4M3;
   using Vector = Vec;
   using Weight = float;
   using Sums = FloatSums;
   using Maker = FloatMaker;
-  static constexpr int kColumns = 1;
+  static constexpr int kBytes = 16, kKeyRows = 4, kColumns = 1;
+  static constexpr float kBias = 0.0f;
 
   static float factor(const Largest&, int) { return 256.0f; }
   // Floats of 2^-8 times the elements: with exponent and mantissa where FP16 has them, the bits are

@@ -1,4 +1,4 @@
-// Scores of a tile of columns in dot products (dot.h); methods.h draws the loops.
+// The loop over channels of a tile's keys; methods.h draws it.
 #pragma once
 
 #include "dot.h"
@@ -6,148 +6,56 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Before scaling, an element is its code on the channel grid, and code - midpoint on the token
-// grid.
-template <class Operand, bool kChannel>
-struct DotKeys {
-  using Format = typename Operand::Format;
+// n vectors of channels, from c on in a query row, of the columns of one pass of dot_columns.
+template <class Operand, int kRows, int n, class Row>
+inline void dot_piece(const uint8_t* columns, int64_t row_bytes, const Row* row, int c,
+                      typename Operand::Sums* sums) {
   using Vector = typename Operand::Vector;
-  using Sums = typename Operand::Sums;
-  static constexpr int kWidth = Vector::kWidth;  // channels of a vector
-  static constexpr float kOffset = kChannel ? 0.0f : Format::kMidpoint;
-
-  // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
-  struct alignas(32) Row {
-    typename Operand::Weight weights[kMaxDotDim];
-    float factor;
-    float offset[kMaxGroups];  // subtracted from the dot product of each group
-    float zero;                // query x zero points, added to every score of a block
-  };
-
-  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
-
-  static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
-    if (kChannel) return;
-    Row* row = static_cast<Row*>(prepared);
-    const int length = int(keys.group_length);
-    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
-      Largest largest;
-      for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
-      row->factor = Operand::factor(largest, keys.head_dim);
-      for (int g = 0; g < keys.num_scales; ++g) {
-        row->offset[g] = kOffset * set_weights(q, g * length, length, row);
-      }
-    }
-  }
-
-  static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
-                    void* prepared, int rows, float* scores) {
-    Row* row = static_cast<Row*>(prepared);
-    if (kChannel) {
-      const int64_t at = first / keys.group_length * keys.head_dim;
-      for_row_blocks<4>(rows, [&](int r, auto block) {
-        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
-      });
-    }
-    uint8_t rest[kTile * kMaxDotDim];
-    const uint8_t* data = whole_tile(keys, first, n, rest);
-
-    const int groups = kChannel ? 1 : int(keys.num_scales), channels = keys.head_dim / groups;
-    alignas(32) float scale[kTile];
-    for (int g = 0; g < groups; ++g, data += channels / 16 * kBytesOf16<Format>) {
-      if (!kChannel) load_scales(keys, g, first, n, scale);
-      for (int i = 0; i < kTile; i += Vec::kWidth) {
-        for_row_blocks<4>(rows, [&](int r, auto block) {
-          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, channels, row + r, g,
-                               scale + i, scores + r * kTile + i);
-        });
-      }
-    }
-  }
-
- private:
-  static float set_weights(const float* x, int begin, int n, Row* row) {
-    typename Operand::Maker maker(row->factor);
-    for (int c = begin; c < begin + n; c += 16)
-      maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
-    return maker.sum();
-  }
-
-  // Makes the weights of kRows query rows for the block whose scales begin at `at`.
-  template <int kRows>
-  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
-    const int n = keys.head_dim;
-    alignas(32) float scaled[kRows][kMaxDotDim];
-    Vec zero[kRows];
-    Largest largest[kRows];
-    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
-    for (int r = 0; r < kRows; ++r) {
-      row[r].zero = Vec::sum(zero[r]);
-      row[r].factor = Operand::factor(largest[r], n);
-    }
-    for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
-  }
-
-  // Scores of 8 columns and kRows query rows over the channels of group g. `columns` points at the
-  // group in the first column; `scale`: the columns' scales, on the token grid.
-  template <int kRows>
-  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
-                                             int channels, const Row* row, int g,
-                                             const float* scale, float* scores) {
-    // A pass computes kOfLane columns, from kOfLane * pass on, for the lower lane of its totals,
-    // and the columns 4 further on for the upper lane.
-    constexpr int kOfLane = 4 / kRows;
-    Vec totals[kRows];
-#pragma GCC unroll 1
-    for (int pass = 0; pass < kRows; ++pass, columns += kOfLane * row_bytes) {
-      Sums sums[8];
-#pragma GCC unroll 8
-      for (Sums& s : sums) s.clear();
-      int c = 0, byte = 0;
-      for (; c + 2 * kWidth <= channels; c += 2 * kWidth, byte += kWidth / 8 * kBytesOf16<Format>)
-        score_piece<kRows, 2>(columns + byte, row_bytes, row, g * channels + c, sums);
-      if constexpr (kWidth == 16) {
-        if (c < channels)
-          score_piece<kRows, 1>(columns + byte, row_bytes, row, g * channels + c, sums);
-      }
-      totals[pass] = Sums::totals(sums);
-    }
-    transpose<kRows>(totals);
+  constexpr int kOfLane = 4 / kRows;
+  const auto column = [&](int j) { return columns + (j % kOfLane + j / kOfLane * 4) * row_bytes; };
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, scores += kTile) {
-      const Vec factor(row[r].factor);
-      const Vec s = kChannel ? Vec::fma(totals[r], factor, Vec(row[r].zero))
-                             : (totals[r] - Vec(row[r].offset[g])) * factor * Vec::load(scale);
-      (g == 0 ? s : s + Vec::load(scores)).store(scores);
-    }
-  }
-  // n vectors of channels, from c on in the row.
-  template <int kRows, int n>
-  static inline void score_piece(const uint8_t* columns, int64_t row_bytes, const Row* row, int c,
-                                 Sums* sums) {
-    constexpr int kOfLane = 4 / kRows;
-    const auto column = [&](int j) {
-      return columns + (j % kOfLane + j / kOfLane * 4) * row_bytes;
-    };
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * kOfLane; j += 2) {
-      Vector a[n], b[n];
-      prefetch_tile(column(j), row_bytes);
-      prefetch_tile(column(j + 1), row_bytes);
-      Operand::template load<n>(column(j), a);
-      Operand::template load<n>(column(j + 1), b);
+  for (int j = 0; j < 2 * kOfLane; j += 2) {
+    Vector a[n], b[n];
+    prefetch_tile(column(j), row_bytes);
+    prefetch_tile(column(j + 1), row_bytes);
+    Operand::template load<n>(column(j), a);
+    Operand::template load<n>(column(j + 1), b);
 #pragma GCC unroll 2
-      for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < n; ++i) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const Vector weights = Vector::load(row[r].weights + c + kWidth * i);
-          sums[j * kRows + r].add(a[i], weights);
-          sums[(j + 1) * kRows + r].add(b[i], weights);
-        }
+      for (int r = 0; r < kRows; ++r) {
+        const Vector weights = Vector::load(row[r].weights + c + Vector::kWidth * i);
+        sums[j * kRows + r].add(a[i], weights);
+        sums[(j + 1) * kRows + r].add(b[i], weights);
       }
     }
   }
-};
+}
+
+// totals[r]: the dot products of 8 columns, whose channels begin at `columns`, with the weights of
+// query row r from `begin` on.
+template <int kRows, class Operand, class Row>
+inline void dot_columns(Operand, const uint8_t* columns, int64_t row_bytes, int channels,
+                        const Row* row, int begin, Vec* totals) {
+  // A pass computes kOfLane columns, from kOfLane * pass on, for the lower lane of its totals, and
+  // the columns 4 further on for the upper lane.
+  constexpr int kOfLane = 4 / kRows, kWidth = Operand::Vector::kWidth;
+#pragma GCC unroll 1
+  for (int pass = 0; pass < kRows; ++pass, columns += kOfLane * row_bytes) {
+    typename Operand::Sums sums[8];
+#pragma GCC unroll 8
+    for (auto& s : sums) s.clear();
+    int c = 0, byte = 0;
+    for (; c + 2 * kWidth <= channels; c += 2 * kWidth, byte += kWidth / 8 * Operand::kBytes)
+      dot_piece<Operand, kRows, 2>(columns + byte, row_bytes, row, begin + c, sums);
+    if constexpr (kWidth == 16) {
+      if (c < channels)
+        dot_piece<Operand, kRows, 1>(columns + byte, row_bytes, row, begin + c, sums);
+    }
+    totals[pass] = Operand::Sums::totals(sums);
+  }
+  transpose<kRows>(totals);
+}
 
 }  // namespace KVQUANT_ISA
 }  // namespace kvquant

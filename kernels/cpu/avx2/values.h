@@ -1,4 +1,4 @@
-// Weighted sums over a tile of columns in dot products (dot.h); methods.h draws the loops.
+// The loop over the columns of a tile's values; methods.h draws it.
 #pragma once
 
 #include "dot.h"
@@ -6,117 +6,37 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-template <class Operand, bool kChannel>
-struct DotValues {
-  using Format = typename Operand::Format;
+// sums[r][i]: the sum over a tile's columns of the weights of row r times eight channels. They are
+// the channels of 16 bytes in order, or the low nibbles and then the high nibbles of 8 bytes.
+// `columns` points at these bytes of the first column, which are those from `byte` on in a row.
+template <int kRows, class Operand, class Row>
+inline void sum_columns(Operand, const uint8_t* columns, int64_t row_bytes, int byte,
+                        const Row* row, Vec (*out)[2]) {
   using Vector = typename Operand::Vector;
-  static constexpr int kPiece = kBytesOf16<Format>, kColumns = Operand::kColumns;
-  static constexpr bool kZeroPoints = kChannel && Format::kLevels != 0.0f;
-
-  // The weights of one query row: probabilities, on the token grid times the scales of a group.
-  struct Row {
-    alignas(32) typename Operand::Weight weights[kTile];
-    float factor;
-    float offset;  // token grid: subtracted from every sum
-    float total;   // channel grid: of the probabilities
-  };
-
-  static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
-                         const float* p, int rows, float* acc) {
-    uint8_t rest[kTile * kMaxDotDim];
-    const uint8_t* data = whole_tile(values, first, n, rest);
-    Row row[kMaxPaddedRows];
-    const int groups = kChannel ? 1 : int(values.num_scales);
-    const int group_bytes = int(values.row_bytes / groups);
-    const int64_t scales_at = kChannel ? first / values.group_length * values.head_dim : 0;
-    for (int g = 0; g < groups; ++g) {
-      alignas(32) float scale[kTile];
-      if (!kChannel) load_scales(values, g, first, n, scale);
-      for (int r = 0; r < rows; ++r) make_row(scale, columns[r], p + r * kTile, row + r);
-      for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kPiece) {
-        for_row_blocks<4>(rows, [&](int r, auto block) {
-          accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
-                                  acc + r * values.head_dim);
-        });
-      }
-    }
-  }
-
- private:
-  KVQUANT_NOINLINE static void make_row(const float* scale, uint64_t columns, const float* p,
-                                        Row* row) {
-    constexpr int kVecs = kTile / Vec::kWidth;
-    Vec w[kVecs];
-    Largest largest;
-#pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) {
-      w[i] = Vec::load(p + i * Vec::kWidth);
-      if (!kChannel) w[i] = w[i] * Vec::load(scale + i * Vec::kWidth);
-      // A hidden column may have no scale yet.
-      if (columns != ~uint64_t(0))
-        w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
-      largest.take(w[i]);
-    }
-    row->factor = Operand::factor(largest, kTile);
-    typename Operand::Maker maker(row->factor);
+  constexpr int kColumns = Operand::kColumns;
+  typename Operand::Sums sums[kRows][2];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
-    if (kChannel) {
-      row->total = row->factor * maker.sum();
-    } else {
-      row->offset = Format::kMidpoint == 0.0f ? 0.0f : Format::kMidpoint * maker.sum();
-    }
+  for (int r = 0; r < kRows; ++r) {
+    sums[r][0].clear();
+    sums[r][1].clear();
   }
-
-  // Adds the weighted sums of 16 channels, those of the kPiece bytes from `byte` on in a row, to
-  // `acc`. `columns` points at these bytes of the first column. Channel grid: `scales_at` is where
-  // the scales and zero points of the tile's block begin.
-  template <int kRows>
-  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at,
-                                                const uint8_t* columns, int byte, const Row* row,
-                                                float* acc) {
-    const int64_t row_bytes = values.row_bytes;
-    typename Operand::Sums sums[kRows][2];
+  for (int i = 0; i < kTile; i += kColumns, columns += kColumns * row_bytes) {
+    Vector codes[2];
+    prefetch_tile(columns + byte / Operand::kBytes % kColumns * row_bytes, row_bytes);
+    Operand::load_columns(columns, row_bytes, codes);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      sums[r][0].clear();
-      sums[r][1].clear();
-    }
-    for (int i = 0; i < kTile; i += kColumns, columns += kColumns * row_bytes) {
-      Vector codes[2];
-      prefetch_tile(columns + byte / kPiece % kColumns * row_bytes, row_bytes);
-      Operand::load_columns(columns, row_bytes, codes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const Vector weights = Operand::broadcast(row[r].weights + i);
-        sums[r][0].add(codes[0], weights);
-        sums[r][1].add(codes[1], weights);
-      }
-    }
-    constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half;
-      Vec scale, zero;
-      if (kChannel) {
-        scale = Vec::load((const Half*)(values.scale + scales_at + channel));
-      }
-      if (kZeroPoints) zero = Vec::load((const Half*)(values.zero_point + scales_at + channel));
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        float* out = acc + r * values.head_dim + channel;
-        const Vec sum = sums[r][half].to_floats(), factor(row[r].factor), before = Vec::load(out);
-        if (kZeroPoints) {
-          Vec::fma(sum * factor, scale, Vec::fma(Vec(row[r].total), zero, before)).store(out);
-        } else if (kChannel) {
-          Vec::fma(sum * factor, scale, before).store(out);
-        } else {
-          Vec::fma(sum - Vec(row[r].offset), factor, before).store(out);
-        }
-      }
+      const Vector weights = Operand::broadcast(row[r].weights + i);
+      sums[r][0].add(codes[0], weights);
+      sums[r][1].add(codes[1], weights);
     }
   }
-};
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    out[r][0] = sums[r][0].to_floats();
+    out[r][1] = sums[r][1].to_floats();
+  }
+}
 
 }  // namespace KVQUANT_ISA
 }  // namespace kvquant

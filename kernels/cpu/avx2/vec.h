@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kvquant/constants.h"
+#include "cpu/exp.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -98,21 +98,7 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // exp(x) = 2^n e^r for x < 88 with a relative error of 1e-7, by the polynomial of Cephes' expf; 0
-  // for x < -87; NaN stays NaN.
-  static Vec exp(Vec x) {
-    const Vec a = max(Vec(-87.0f), x), n = round(a * Vec(kLog2e));
-    Vec r = fma(n, Vec(-0.693359375f), a);
-    r = fma(n, Vec(2.12194440e-4f), r);
-    Vec y = Vec(1.9875691500e-4f);
-    y = fma(y, r, Vec(1.3981999507e-3f));
-    y = fma(y, r, Vec(8.3334519073e-3f));
-    y = fma(y, r, Vec(4.1665795894e-2f));
-    y = fma(y, r, Vec(1.6666665459e-1f));
-    y = fma(y, r, Vec(5.0000001201e-1f));
-    y = fma(y, r * r, r) + Vec(1.0f);
-    return where(less(x, Vec(-87.0f)), Vec(0.0f), scale(y, n));
-  }
+  static Vec exp(Vec x) { return exp_of(x); }
   // a * 2^n for integral n >= -126.
   static Vec scale(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

@@ -1,0 +1,109 @@
+// Scores of a tile of columns in dot products of stored codes, for AVX2 and NEON. The loops over
+// channels, `dot_columns`, are in keys.h of each instruction set.
+#pragma once
+
+#include "cpu/whole_tile.h"
+#include "keys.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+// Before scaling, an element is its code on the channel grid, and code - midpoint on the token
+// grid. Operands may multiply code - kBias.
+template <class Operand, bool kChannel>
+struct DotKeys {
+  using Format = typename Operand::Format;
+  static constexpr float kOffset = (kChannel ? 0.0f : Format::kMidpoint) - Operand::kBias;
+
+  // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
+  struct alignas(32) Row {
+    typename Operand::Weight weights[kMaxDotDim];
+    float factor;
+    float offset[kMaxGroups];  // subtracted from the dot product of each group
+    float zero;                // query x zero points, added to every score of a block
+  };
+
+  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+
+  static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
+    if (kChannel) return;
+    Row* row = static_cast<Row*>(prepared);
+    const int length = int(keys.group_length);
+    for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
+      Largest largest;
+      for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
+      row->factor = Operand::factor(largest, keys.head_dim);
+      for (int g = 0; g < keys.num_scales; ++g) set_weights(q, g, length, row);
+    }
+  }
+
+  static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
+                    void* prepared, int rows, float* scores) {
+    Row* row = static_cast<Row*>(prepared);
+    if (kChannel) {
+      const int64_t at = first / keys.group_length * keys.head_dim;
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
+      });
+    }
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(keys, first, n, rest);
+
+    const int groups = kChannel ? 1 : int(keys.num_scales), channels = keys.head_dim / groups;
+    alignas(32) float scale[kTile];
+    for (int g = 0; g < groups; ++g, data += channels / 16 * kBytesOf16<Format>) {
+      if (!kChannel) load_scales(keys, g, first, n, scale);
+      for (int i = 0; i < kTile; i += Vec::kWidth) {
+        for_row_blocks<Operand::kKeyRows>(rows, [&](int r, auto block) {
+          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, channels, row + r, g,
+                               scale + i, scores + r * kTile + i);
+        });
+      }
+    }
+  }
+
+ private:
+  // Makes the weights of group g, of n channels.
+  static void set_weights(const float* x, int g, int n, Row* row) {
+    typename Operand::Maker maker(row->factor);
+    for (int c = g * n; c < (g + 1) * n; c += 16)
+      maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
+    row->offset[g] = kOffset == 0.0f ? 0.0f : kOffset * maker.sum();
+  }
+
+  // Makes the weights of kRows query rows for the block whose scales begin at `at`.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
+    const int n = keys.head_dim;
+    alignas(32) float scaled[kRows][kMaxDotDim];
+    Vec zero[kRows];
+    Largest largest[kRows];
+    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
+    for (int r = 0; r < kRows; ++r) {
+      row[r].zero = Vec::sum(zero[r]);
+      row[r].factor = Operand::factor(largest[r], n);
+    }
+    for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
+  }
+
+  // Scores of 8 columns and kRows query rows over the channels of group g. `columns` points at the
+  // group in the first column; `scale`: the columns' scales, on the token grid.
+  template <int kRows>
+  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
+                                             int channels, const Row* row, int g,
+                                             const float* scale, float* scores) {
+    Vec totals[kRows];
+    dot_columns<kRows>(Operand{}, columns, row_bytes, channels, row, g * channels, totals);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r, scores += kTile) {
+      const Vec factor(row[r].factor);
+      const Vec sum = kOffset == 0.0f ? totals[r] : totals[r] - Vec(row[r].offset[g]);
+      const Vec s =
+          kChannel ? Vec::fma(sum, factor, Vec(row[r].zero)) : sum * factor * Vec::load(scale);
+      (g == 0 ? s : s + Vec::load(scores)).store(scores);
+    }
+  }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

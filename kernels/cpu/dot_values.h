@@ -1,0 +1,107 @@
+// Weighted sums over a tile of columns in dot products of stored codes, for AVX2 and NEON. The loops
+// over columns, `sum_columns`, are in values.h of each instruction set.
+#pragma once
+
+#include "cpu/whole_tile.h"
+#include "values.h"
+
+namespace kvquant {
+inline namespace KVQUANT_ISA {
+
+template <class Operand, bool kChannel>
+struct DotValues {
+  using Format = typename Operand::Format;
+  static constexpr bool kZeroPoints = kChannel && Format::kLevels != 0.0f;
+  // As in dot_keys.h.
+  static constexpr float kOffset = (kChannel ? 0.0f : Format::kMidpoint) - Operand::kBias;
+
+  // The weights of one query row: probabilities, on the token grid times the scales of a group.
+  struct Row {
+    alignas(32) typename Operand::Weight weights[kTile];
+    float factor;
+    float offset;  // subtracted from every sum
+    float total;   // channel grid: of the probabilities
+  };
+
+  static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
+                         const float* p, int rows, float* acc) {
+    uint8_t rest[kTile * kMaxDotDim];
+    const uint8_t* data = whole_tile(values, first, n, rest);
+    Row row[kMaxPaddedRows];
+    const int groups = kChannel ? 1 : int(values.num_scales);
+    const int group_bytes = int(values.row_bytes / groups);
+    const int64_t scales_at = kChannel ? first / values.group_length * values.head_dim : 0;
+    for (int g = 0; g < groups; ++g) {
+      alignas(32) float scale[kTile];
+      if (!kChannel) load_scales(values, g, first, n, scale);
+      for (int r = 0; r < rows; ++r) make_row(scale, columns[r], p + r * kTile, row + r);
+      for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kBytesOf16<Format>) {
+        for_row_blocks<4>(rows, [&](int r, auto block) {
+          accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
+                                  acc + r * values.head_dim);
+        });
+      }
+    }
+  }
+
+ private:
+  KVQUANT_NOINLINE static void make_row(const float* scale, uint64_t columns, const float* p,
+                                        Row* row) {
+    constexpr int kVecs = kTile / Vec::kWidth;
+    Vec w[kVecs];
+    Largest largest;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) {
+      w[i] = Vec::load(p + i * Vec::kWidth);
+      if (!kChannel) w[i] = w[i] * Vec::load(scale + i * Vec::kWidth);
+      // A hidden column may have no scale yet.
+      if (columns != ~uint64_t(0))
+        w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
+      largest.take(w[i]);
+    }
+    row->factor = Operand::factor(largest, kTile);
+    typename Operand::Maker maker(row->factor);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
+    const float sum = maker.sum();
+    row->offset = kOffset == 0.0f ? 0.0f : kOffset * sum;
+    row->total = kZeroPoints ? row->factor * sum : 0.0f;
+  }
+
+  // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to
+  // `acc`. `columns` points at these bytes of the first column. Channel grid: `scales_at` is where
+  // the scales and zero points of the tile's block begin.
+  template <int kRows>
+  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at,
+                                                const uint8_t* columns, int byte, const Row* row,
+                                                float* acc) {
+    Vec sums[kRows][2];
+    sum_columns<kRows>(Operand{}, columns, values.row_bytes, byte, row, sums);
+    constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half;
+      Vec scale, zero;
+      if (kChannel) {
+        scale = Vec::load((const Half*)(values.scale + scales_at + channel));
+      }
+      if (kZeroPoints) zero = Vec::load((const Half*)(values.zero_point + scales_at + channel));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        float* out = acc + r * values.head_dim + channel;
+        const Vec factor(row[r].factor), before = Vec::load(out);
+        const Vec sum = kOffset == 0.0f ? sums[r][half] : sums[r][half] - Vec(row[r].offset);
+        if (kZeroPoints) {
+          Vec::fma(sum * factor, scale, Vec::fma(Vec(row[r].total), zero, before)).store(out);
+        } else if (kChannel) {
+          Vec::fma(sum * factor, scale, before).store(out);
+        } else {
+          Vec::fma(sum, factor, before).store(out);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace KVQUANT_ISA
+}  // namespace kvquant

@@ -1,0 +1,11 @@
+// 64-bit ARM: float arithmetic.
+#include "cpu/level.h"
+
+#include "cpu/decode_attention.h"
+#include "cpu/quantize_append.h"
+
+namespace kvquant {
+
+const Level kNeonLevel = {attend<float_key_method, float_value_method>, quantize_append};
+
+}  // namespace kvquant

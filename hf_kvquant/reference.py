@@ -114,7 +114,13 @@ def quantize_append(
 
     A block of the channel grid is quantized when its last column arrives; its earlier columns come from the ring. The
     first tokens of a row that are not padding become its sinks; a slot that holds a column from `start` on is free.
+
+    Raises:
+        ValueError: key or value has another head_dim than its states.
     """
+    for name, x, states in (("key", key, keys), ("value", value, values)):
+        if x.shape[3] != states.head_dim:
+            raise ValueError(f"{name}: head_dim {x.shape[3]} does not fit the storage; expected {states.head_dim}")
     if keys.device_length is not None:
         start = keys.asked_length()
     if any(start + x.shape[2] > states.data.shape[2] for x, states in ((key, keys), (value, values))):

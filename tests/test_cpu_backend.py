@@ -257,10 +257,16 @@ class TestTensorsAreCheckedOnce:
             (lambda q, k, v: (q, replaced(k, recent=k.recent.half()), v), "keys: dtype torch.float16 does not fit"),
             (lambda q, k, v: (q, k, replaced(v, data=v.data[:, :, :9])), "values: the stored tensors do not fit"),
             (lambda q, k, v: (q, k, replace(v, spec=VALUE_SPECS["int4"])), "values: the stored tensors do not fit"),
-            (lambda q, k, v: (q, *(replace(s, length=s.capacity + 1) for s in (k, v))), "do not fit"),
+            (
+                lambda q, k, v: (q, *(replace(s, length=k.capacity + 1) for s in (k, v))),
+                "keys: the stored tensors do not fit",
+            ),
             (lambda q, k, v: (q.half(), k, v), "dtype torch.float32 does not fit; expected torch.float16"),
-            (lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), "do not fit"),
-            (lambda q, k, v: (q, *(replace(s, sink_positions=s.sink_positions[:, :1]) for s in (k, v))), "do not fit"),
+            (lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), r"sink_positions: .* does not fit"),
+            (
+                lambda q, k, v: (q, *(replace(s, sink_positions=s.sink_positions[:, :1]) for s in (k, v))),
+                "keys: the stored tensors do not fit",
+            ),
         ],
         ids=["scale", "ring", "data", "spec", "length", "dtype", "batch", "sinks"],
     )

@@ -56,8 +56,22 @@ def bench(monkeypatch):
     return load
 
 
-def run(script: str, arguments: list[str], out: Path) -> tuple[dict, str]:
-    command = [sys.executable, str(EVAL / script), *arguments, "--threads", "1", "--out", str(out)]
+@pytest.fixture
+def run(bench, capsys):
+    """Runs a benchmark that must succeed; gives its result and what it says. Not as a process, most of whose time
+    would be imports; `run_script` does that."""
+    threads = torch.get_num_threads()
+
+    def run(name: str, arguments: list[str], out: Path) -> tuple[dict, str]:
+        assert bench(name).main([*arguments, "--threads", "1", "--out", str(out)]) == 0
+        return json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def run_script(name: str, arguments: list[str], out: Path) -> tuple[dict, str]:
+    command = [sys.executable, str(EVAL / f"{name}.py"), *arguments, "--threads", "1", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
@@ -83,8 +97,8 @@ def _int_keys(data: dict) -> dict:
     return {int(key) if key.isdecimal() else key: value for key, value in data.items()}
 
 
-def test_decode_result(tmp_path):
-    result, text = run("bench_decode.py", DECODE, tmp_path / "decode.json")
+def test_decode_result(run, tmp_path):
+    result, text = run("bench_decode", DECODE, tmp_path / "decode.json")
     check_common(result, text)
     assert set(result["configs"]) >= set(KVQuantConfig.preset_names())
     rows = {(row["length"], row["name"]): row for row in result["decode"]}
@@ -107,9 +121,9 @@ def test_decode_result(tmp_path):
     assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
 
 
-def test_decode_with_as_many_kv_heads_as_heads(tmp_path):
+def test_decode_with_as_many_kv_heads_as_heads(run, tmp_path):
     arguments = [*DECODE, "--presets", "int8-plain", "--lengths", "67", "--mha-lengths", "40", "--prompt", "0"]
-    result, text = run("bench_decode.py", arguments, tmp_path / "decode.json")
+    result, text = run("bench_decode", arguments, tmp_path / "decode.json")
     rows = {(row["kv_heads"], row["length"]): row for row in result["decode"] if row["name"] == "int8-plain"}
     assert set(rows) == {(2, 67), (4, 40)}
     assert rows[4, 40]["bytes_read"] == 2 * 4 * 40 * (32 + 2)
@@ -120,8 +134,8 @@ def test_decode_with_as_many_kv_heads_as_heads(tmp_path):
 LATENT = ["--lengths", "67,130", "--heads", "4", "--hidden", "64", "--latent", "32", "--rounds", "3"]
 
 
-def test_latent_result(tmp_path):
-    result, text = run("bench_latent.py", LATENT, tmp_path / "latent.json")
+def test_latent_result(run, tmp_path):
+    result, text = run("bench_latent", LATENT, tmp_path / "latent.json")
     check_common(result, text)
     names = {"dense", "dense, absorbed", *KVQuantConfig.preset_names()}
     rows = {(row["length"], row["name"]): row for row in result["step"]}
@@ -147,9 +161,9 @@ def test_latent_refuses_a_wrong_step(refuses, monkeypatch):
     refuses("bench_latent", [*LATENT, "--presets", "int8"], "step against de-quantized states")
 
 
-def test_error_result(tmp_path):
+def test_error_result(run, tmp_path):
     out = tmp_path / "error.json"
-    result, text = run("bench_error.py", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)
+    result, text = run("bench_error", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)
     check_common(result, text)
     rows = {(row["name"], row["dtype"], row["level"]): row for row in result["rows"]}
     levels, dtypes = result["arguments"]["levels"], ("float32", "float16", "bfloat16")
@@ -169,7 +183,7 @@ def test_error_result(tmp_path):
 
 
 def test_generate_result(tmp_path):
-    result, text = run("bench_generate.py", GENERATE, tmp_path / "generate.json")
+    result, text = run_script("bench_generate", GENERATE, tmp_path / "generate.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}
     rivals = {"dense-static", "quanto-int4", "hqq-int4", "hqq-int8", "transformers-fp8"}
@@ -238,8 +252,8 @@ def test_generate_compiled(bench, tmp_path):
     assert ("int4-static-compiled", "every step took the fused route") in checks
 
 
-def test_sliding_result(tmp_path):
-    result, text = run("bench_sliding.py", SLIDING, tmp_path / "sliding.json")
+def test_sliding_result(run, tmp_path):
+    result, text = run("bench_sliding", SLIDING, tmp_path / "sliding.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}
     assert set(rows) == {"dense", "dense-static", "int8", "int4", "fp8"}
@@ -267,8 +281,8 @@ def test_the_readme_has_the_tables_of_sliding_layers(bench):
     assert sliding.with_tables(readme, facts.read_json(sliding.RESULT)) == readme, "bench_sliding.py --readme"
 
 
-def test_laptop_result(tmp_path):
-    result, text = run("bench_laptop.py", LAPTOP, tmp_path / "laptop.json")
+def test_laptop_result(run, tmp_path):
+    result, text = run("bench_laptop", LAPTOP, tmp_path / "laptop.json")
     check_common(result, text)
     # Of each layer: queries and outputs, keys and values, three matrices of the MLP.
     linear = 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 96)
@@ -505,7 +519,7 @@ def test_llama_cpp_says_how_to_install_it(bench, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("installed")
 def test_llama_cpp_result(tmp_path):
-    result, text = run("bench_llama_cpp.py", LLAMA_CPP, tmp_path / "llama_cpp.json")
+    result, text = run_script("bench_llama_cpp", LLAMA_CPP, tmp_path / "llama_cpp.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}
     assert set(rows) == {"f16", "f16-no-flash", "q8_0", "q4_0", "int8-plain", "int4-small"}

@@ -136,15 +136,17 @@ def continuous_batching() -> SimpleNamespace:
     api: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.continuous_api")
 
     @contextmanager
-    def replaced(allocator: Any, handler: type) -> Iterator[None]:
-        """Within this context caches of full attention get this allocator, and memory is planned by this handler."""
-        table, name = cache.ATTN_TYPE_TO_ALLOCATOR, "full_attention"
-        originals = table[name], cache.PagedAttentionMemoryHandler
-        table[name], cache.PagedAttentionMemoryHandler = allocator, handler
+    def replaced(allocators: dict[str, Any], handler: type) -> Iterator[None]:
+        """Within this context caches have these allocators, by kind of layers, and this handler plans their memory."""
+        table, planned_by = cache.ATTN_TYPE_TO_ALLOCATOR, cache.PagedAttentionMemoryHandler
+        originals = dict(table)
+        table.update(allocators)
+        cache.PagedAttentionMemoryHandler = handler
         try:
             yield
         finally:
-            table[name], cache.PagedAttentionMemoryHandler = originals
+            table.update(originals)
+            cache.PagedAttentionMemoryHandler = planned_by
 
     return SimpleNamespace(
         api=api,

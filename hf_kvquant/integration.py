@@ -246,14 +246,16 @@ def _attention_configs(model: PreTrainedModel) -> list:
 def _register(name: str, base: str, attend: Callable) -> None:
     """Register attention and mask as `<name>|<base>`; without the mask, padded batches would be silently wrong.
     Batches of pages have no mask: each request attends to itself."""
-    if "|" in base:
+    # Before we see it, the manager of continuous batching makes "paged|eager" of "eager".
+    plain = base.removeprefix("paged|") if name == _PAGED_ATTENTION else base
+    if "|" in plain:
         raise ValueError(
             f"attn_implementation: {base!r} cannot be the base of {name!r}; load the model with a plain one"
         )
     registered = f"{name}|{base}"
     if registered in host.ALL_ATTENTION_FUNCTIONS:
         return
-    host.AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, base)))
+    host.AttentionInterface.register(registered, functools.partial(_attend, attend, functools.partial(_dense, plain)))
     if base in host.ALL_MASK_ATTENTION_FUNCTIONS and name != _PAGED_ATTENTION:
         host.AttentionMaskInterface.register(registered, host.ALL_MASK_ATTENTION_FUNCTIONS[base])
 

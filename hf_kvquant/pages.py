@@ -28,7 +28,7 @@ from .config import KVQuantConfig
 from .quantization import QuantSpec
 from .states import PagedStates, PageTable, Stored
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 TILE = 64
 """Columns that the kernels read at once."""
 
@@ -61,7 +61,7 @@ def _pieces(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[dic
     pieces, end = {}, 0
     for name, (shape, dtype) in shapes.items():
         pieces[name] = _Piece(end, shape, dtype)
-        end = -(-pieces[name].end // _ALIGNMENT) * _ALIGNMENT
+        end = -(-pieces[name].end // ALIGNMENT) * ALIGNMENT
     return pieces, end
 
 
@@ -181,15 +181,20 @@ class PagedLayer:
 
 
 def page_table(
-    blocks: Sequence[Sequence[int]], exact: Sequence[int] | None, lengths: Sequence[int], num_blocks: int
+    blocks: Sequence[Sequence[int]],
+    exact: Sequence[int] | None,
+    lengths: Sequence[int],
+    num_blocks: int,
+    dropped: Sequence[int] | None = None,
 ) -> PageTable:
     """The table of some requests.
 
     Args:
         blocks: the pages of each request, in the order of its tokens.
         exact: the block of each request's exact area, or None.
-        lengths: the tokens that each request holds.
+        lengths: the columns of each request.
         num_blocks: the blocks that exist; the kernels trust the numbers.
+        dropped: the tokens of each request before its first column, or None.
 
     Raises:
         ValueError: a block does not exist.
@@ -200,4 +205,5 @@ def page_table(
     for name, numbers in (("blocks", table), ("exact", rows)):
         if numbers is not None and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_blocks:
             raise ValueError(f"{name}: {numbers.tolist()} is not allowed; expected 0 to {num_blocks - 1}")
-    return PageTable(table, rows, torch.tensor(lengths, dtype=torch.int64))
+    before = None if dropped is None else torch.tensor(dropped, dtype=torch.int64)
+    return PageTable(table, rows, torch.tensor(lengths, dtype=torch.int64), before)

@@ -156,9 +156,12 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode_attention` of one query per row, `[rows, num_heads, 1, head_dim]`, over rows of different lengths."""
+    seen = keys.table.seen
     results = [
         decode_attention(
-            query[i : i + 1], keys.row(i), values.row(i), None, s_aux, scaling=scaling, softcap=softcap
+            query[i : i + 1], keys.row(i), values.row(i),
+            None if seen is None else seen[i : i + 1, : int(keys.table.lengths[i])], s_aux, scaling=scaling,
+            softcap=softcap,
         )
         for i in range(query.shape[0])
     ]  # fmt: skip

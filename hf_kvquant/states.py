@@ -335,11 +335,18 @@ class PageTable(NamedTuple):
         pages that exist.
     exact: int64 `[batch]`, the row of `recent` and `sink` in the stored tensors, or None if there are none.
     lengths: int64 `[batch]`, the columns that each row has.
+    dropped: int64 `[batch]`, the tokens of each row before its first column (whole pages), or None if there are none.
+    seen: bool `[batch, columns]`, which columns the query at a row's last one sees, or None if it sees all.
     """
 
     pages: torch.Tensor
     exact: torch.Tensor | None
     lengths: torch.Tensor
+    dropped: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+    def dropped_of(self, row: int) -> int:
+        return 0 if self.dropped is None else int(self.dropped[row])
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,7 +356,7 @@ class PagedStates(HasStored):
     Args:
         stored: as in `QuantizedStates`, with pages in place of the batch and `page_length` columns each.
         table: the pages of every row. Its column t is column `t % page_length` of page `t // page_length`; sink i is
-            column i.
+            token i, and so column `i - dropped`, if there is such a column.
         spec, recent_length, head_dim, dtype, backend: as in `QuantizedStates`.
     """
 
@@ -379,8 +386,8 @@ class PagedStates(HasStored):
             return None if x is None or self.table.exact is None else x[self.table.exact[row]][None]
 
         stored = Stored(*map(joined, self.stored[:3]), *map(exact, self.stored[3:]))
-        sinks = torch.arange(self.sink_length, dtype=torch.int32)
-        sinks = torch.where(sinks < length, sinks, -1)[None]
+        sinks = torch.arange(self.sink_length, dtype=torch.int32) - self.table.dropped_of(row)
+        sinks = torch.where(sinks < length, sinks, -1).clamp(min=-1)[None]
         return QuantizedStates(
             self.spec, stored, sinks, length, self.recent_length, self.head_dim, self.dtype, self.backend
         )
@@ -401,8 +408,9 @@ class PagedStates(HasStored):
         if self.recent is not None:
             first = int(dense_from(length, self.spec, self.recent_length))
             past[:, :, first:] = self.recent[area][:, torch.arange(first, length) % self.recent.shape[2]]
-        if self.sink is not None:
-            past[:, :, : self.sink_length] = self.sink[area][:, :length]
+        gone = self.table.dropped_of(row)
+        if self.sink is not None and gone < self.sink_length:
+            past[:, :, : self.sink_length - gone] = self.sink[area][:, gone : gone + length]
         return past
 
     def page(self, row: int, index: int) -> QuantizedStates:
@@ -412,9 +420,10 @@ class PagedStates(HasStored):
         if self.table.exact is not None:
             at = int(self.table.exact[row])
         stored += [None if x is None else x[at : at + 1] for x in self.stored[3:]]
-        if index:
+        has_sinks = index == 0 and self.table.dropped_of(row) == 0
+        if not has_sinks:
             stored[4] = None
-        sinks = torch.full((1, 0 if index else self.sink_length), -1, dtype=torch.int32)
+        sinks = torch.full((1, self.sink_length if has_sinks else 0), -1, dtype=torch.int32)
         return QuantizedStates(
             self.spec, Stored(*stored), sinks, self.page_length, self.recent_length, self.head_dim, self.dtype,
             self.backend,

@@ -1,5 +1,7 @@
 """Pages: bytes and attention over them are those of contiguous storage, on every backend."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -137,6 +139,42 @@ def test_attention_is_that_of_contiguous_storage_bit_for_bit(name, softcap, dtyp
         assert torch.equal(logsumexp[row], alone[1][0])
 
 
+def windowed(pool, lengths, window):
+    """A table of the pages that the next query of each row sees, and a mask of all columns for the same."""
+    firsts = [max(0, n - window) // PAGE for n in lengths]
+    table = page_table(
+        [blocks[first:] for blocks, first in zip(pool.blocks, firsts)], pool.exact,
+        [n - first * PAGE for n, first in zip(lengths, firsts)], pool.num_blocks, [first * PAGE for first in firsts],
+    )  # fmt: skip
+    columns = torch.arange(table.pages.shape[1] * PAGE)
+    return table._replace(seen=columns >= (table.lengths - window)[:, None])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("window", [1, 5, 130, 400, 2000])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_window_over_the_last_pages_hides_what_a_mask_over_all_hides(name, window, backend):
+    """Sinks, too, are seen as long as they are in the window."""
+    config = CONFIGS[name]
+    pool, rows = filled(config, torch.float32, "cpu")
+    query = torch.randn(len(LENGTHS), 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(9))
+    table = windowed(pool, LENGTHS, window)
+    attend = {"cpu": cpu, "reference": ops.reference}[backend].paged_attention
+    output, logsumexp = attend(query, *pool.layer.states(table), scaling=0.2)
+    for row, (length, states) in enumerate(zip(LENGTHS, rows)):
+        keys, values = states(length)
+        sinks = torch.arange(config.sink_length, dtype=torch.int32)
+        sinks = torch.where(sinks < length, sinks, -1)[None]
+        keys, values = (dataclasses.replace(x, sink_positions=sinks) for x in (keys, values))
+        mask = (torch.arange(length) >= length - window)[None]
+        alone = ops.reference.decode_attention(query[row : row + 1], keys, values, mask, scaling=0.2)
+        torch.testing.assert_close(output[row], alone[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logsumexp[row], alone[1][0], rtol=1e-4, atol=1e-5)
+        dropped = int(table.dropped[row])
+        for paged, whole in zip(pool.layer.states(table), states(length)):
+            assert torch.equal(paged.past(row), whole.read(0)[:, :, dropped:])
+
+
 @pytest.mark.parametrize("isa", cpu.info()["available"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_over_pages_is_the_references(name, isa):
@@ -182,5 +220,8 @@ def test_what_does_not_fit_is_named():
         ops.paged_attention(query, *pool.layer.states(pool.table([4096])), scaling=1.0)
     with pytest.raises(ValueError, match="table: .* do not fit"):
         ops.paged_attention(query, *pool.layer.states(pool.table([0])), scaling=1.0)
+    table = windowed(pool, [5], 3)
+    with pytest.raises(ValueError, match=r"table seen: torch.bool \(1, 3\) on cpu is not allowed"):
+        ops.paged_attention(query, *pool.layer.states(table._replace(seen=table.seen[:, :3])), scaling=1.0)
     with pytest.raises(ValueError, match="query: .* does not fit"):
         ops.paged_attention(torch.randn(1, HEADS, 2, DIM), *pool.layer.states(pool.table([5])), scaling=1.0)

@@ -432,7 +432,7 @@ def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> Page
     Raises:
         ValueError: they do not fit; `page_table` has checked the numbers of the pages.
     """
-    pages, exact, lengths = table = keys.table
+    pages, exact, lengths, dropped, seen = table = keys.table
     room = pages.shape[-1] * keys.page_length
     has_copies = any(x is not None for states in (keys, values) for x in states.stored[3:])
     fits = values.table is table and values.page_length == keys.page_length == keys.data.shape[2]
@@ -444,7 +444,12 @@ def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> Page
             f"{new} new columns do not fit; expected {batch} rows with room for them, 1 column or more, and "
             f"exact areas: {has_copies}"
         )
-    for name, x in (("pages", pages), ("exact", exact), ("lengths", lengths)):
+    if seen is not None and (seen.dtype != torch.bool or seen.shape != (batch, room) or seen.device.type != "cpu"):
+        raise ValueError(
+            f"table seen: {seen.dtype} {tuple(seen.shape)} on {seen.device} is not allowed; expected bool "
+            f"{(batch, room)} on the CPU"
+        )
+    for name, x in (("pages", pages), ("exact", exact), ("lengths", lengths), ("dropped", dropped)):
         if x is not None and (x.dtype != torch.int64 or not x.is_contiguous() or x.device.type != "cpu"):
             raise ValueError(
                 f"table {name}: {x.dtype} on {x.device} is not allowed; expected contiguous int64 on the CPU"
@@ -485,8 +490,13 @@ def paged_attention(
             f"heads, one query and head_dim {keys.head_dim} on {keys.data.device}"
         )
     pages = _pages(keys, values, batch, 0)
-    num_sinks = keys.sink_length
+    num_sinks, dropped, seen = keys.sink_length, keys.table.dropped, keys.table.seen
     positions = torch.arange(num_sinks, dtype=torch.int32) if num_sinks else None
+    if positions is not None and dropped is not None:
+        positions = (positions - dropped[:, None]).to(torch.int32)
+    positions_stride = 0 if positions is None or dropped is None else num_sinks * positions.element_size()
+    kind = _NO_MASK if seen is None else _PADDING_MASK
+    mask_strides = (0, 0, 0, 0) if seen is None else (seen.stride(0), 0, 0, seen.stride(1))
     if s_aux is not None:
         _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
@@ -495,13 +505,14 @@ def paged_attention(
     output = query.new_empty((batch, num_heads, 1, values.head_dim))
     logsumexp = query.new_empty((batch, num_heads, 1), dtype=torch.float32)
     packed = _ATTENTION.pack(
-        query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0, _address(s_aux), _address(positions), 0,
-        ctypes.addressof(pages), batch_stride, head_stride, row_stride, 0, 0, 0, 0, 0, num_sinks, _NO_MASK, 0, code,
-        batch, num_heads, num_kv_heads, 1, 0, keys.recent_length, isa, threads, scaling, softcap,
+        query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(seen), _address(s_aux),
+        _address(positions), 0, ctypes.addressof(pages), batch_stride, head_stride, row_stride, *mask_strides,
+        positions_stride, num_sinks, kind, 0 if seen is None else 1, code, batch, num_heads, num_kv_heads, 1, 0,
+        keys.recent_length, isa, threads, scaling, softcap,
         *chain(*_paged_sides(keys, values, query)),
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
-    arguments.alive = query, s_aux, positions, pages
+    arguments.alive = query, seen, s_aux, positions, pages
     return arguments, output, logsumexp
 
 

@@ -109,6 +109,7 @@ CONTINUOUS_BATCHING_NEEDS = (
     Need(f"{_CONTINUOUS}.cache:group_layers_by_attn_type", ("config",)),
     Need(f"{_CONTINUOUS}.cache:PagedAttentionMemoryHandler.attention_mask_bytes", ("max_batch_tokens", "num_sectors")),
     Need(f"{_CONTINUOUS}.cache:PagedAttentionCache.update", ("key_states", "value_states", "layer_idx", "kwargs")),
+    Need(f"{_CONTINUOUS}.cache:PagedAttentionCache.search_prefix_match", ("request_id", "prompt_ids")),
     Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator._before_cache_tensor_init", ("bytes_per_page",)),
     Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator._after_cache_tensor_init", ("pool",)),
     Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator.get_write_indices", ("request_id",)),

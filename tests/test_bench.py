@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, host, ops, reference
 from hf_kvquant.backends import cpu
-from hf_kvquant.measure import caches, clock, facts, llama_cpp, operator, process_memory, step
+from hf_kvquant.measure import caches, clock, facts, llama_cpp, operator, process_memory, serving, step
 from hf_kvquant.measure.report import style
 from hf_kvquant.measure.weighing import tensor_bytes
 
@@ -215,7 +215,7 @@ def test_serving(bench, tmp_path):
         pytest.skip("transformers before 5.23 has other pages")
     out = tmp_path / "serving.json"
     arguments = [*SHAPE, "--layers", "2", "--hidden", "32", "--head-dim", "64", "--mix", "chat", "--requests", "3"]
-    arguments += ["--rate", "50", "--blocks", "8", "--presets", "int8,int4", "--out", str(out)]
+    arguments += ["--rate", "5", "--prefix", "260", "--blocks", "16", "--presets", "int8,int4", "--out", str(out)]
     assert bench("bench_serving").main(arguments) == 0
     result = json.loads(out.read_text())
     assert {check["name"] for check in result["checks"]} == {"dense", "int8", "int4"}
@@ -226,6 +226,24 @@ def test_serving(bench, tmp_path):
         assert 1 <= row["held_at_once"] <= 3
         assert 0 < row["first_token_s"]["median"] <= row["first_token_s"]["p99"]
         assert 0 < row["token_s"]["median"] <= row["token_s"]["p99"]
+        assert row["prompt_tokens"] > 3 * 260
+        assert row["shared_tokens"] in (0, 256, 512)
+        assert row["peak_mb"] is None or 0 < row["peak_mb"] < 1000
+
+
+@pytest.mark.parametrize(("name", "hits"), [("int8", 256), ("int4", 0)])
+def test_serving_counts_what_is_shared(bench, name, hits):
+    """The prefix has one whole page. int4 has exact tokens, and shares nothing."""
+    try:
+        host.continuous_batching()
+    except ImportError:
+        pytest.skip("transformers before 5.23 has other pages")
+    first, second = serving.requests("chat", 2, 0.0, 260, 0)
+    todo = [first._replace(answer=2), second._replace(answer=2, arrival=1.5)]
+    shape = step.Shape(1, 32, 2, 1, 64, 32)
+    found = serving.measure(shape, 1024, KVQuantConfig.preset(name), todo, serving.Pages(32, shared=True), 1)
+    assert found["shared_tokens"] == hits and found["prompt_tokens"] == sum(len(x.prompt) for x in todo)
+    assert found["peak_mb"] is None or 0 < found["peak_mb"] < 1000
 
 
 def test_serving_refuses_wrong_answers(bench, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The memory that a cache adds to its process, measured in a separate process for every cache."""
+"""Measurements in processes of their own, and the memory that a cache adds to its process."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import ctypes
 import gc
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,23 +22,30 @@ STEPS = 2
 
 
 def measure_memory(shape: Shape, candidates: Sequence[Candidate], length: int, room: int) -> dict[str, dict]:
-    """The result of `_measure` for each candidate by name, or the reason why there is none.
-
-    The processes fork from a fresh server that has run nothing; a fork of this one would inherit dead OpenMP threads.
-    """
+    """The result of `_measure` for each candidate by name, or the reason why there is none."""
     if not sys.platform.startswith("linux"):
         return {candidate.name: {"reason": f"not measured on {sys.platform}"} for candidate in candidates}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_kvquant.measure", "transformers.models.llama.modeling_llama"])
     found = {}
     for candidate in candidates:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            try:
-                task = pool.submit(_measure, shape, candidate, length, room, torch.get_num_threads())
-                found[candidate.name] = task.result()
-            except Exception as error:
-                found[candidate.name] = {"reason": reason(error)}
+        try:
+            found[candidate.name] = in_process(_measure, shape, candidate, length, room, torch.get_num_threads())
+        except Exception as error:
+            found[candidate.name] = {"reason": reason(error)}
     return found
+
+
+def in_process(function: Callable[..., dict], *args: Any) -> dict:
+    """The result of a function in a new process.
+
+    On Linux it forks from a fresh server that has run nothing; a fork of this process would inherit dead OpenMP
+    threads.
+    """
+    is_linux = sys.platform.startswith("linux")
+    context: Any = multiprocessing.get_context("forkserver" if is_linux else "spawn")
+    if is_linux:
+        context.set_forkserver_preload(["hf_kvquant.measure", "transformers.models.llama.modeling_llama"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def reason(error: Exception) -> str:
@@ -50,15 +58,20 @@ def _measure(shape: Shape, candidate: Candidate, length: int, room: int, threads
     model = build_model(shape, length + room, candidate.dtype)
     # A short cache comes first, because code that is loaded at first use is not part of a cache.
     first_logits(model, filled(candidate, model.config, shape, 64, STEPS), shape, STEPS)
-    before = _resident()
+    before = resident()
     cache = filled(candidate, model.config, shape, length, room)
-    after = _resident()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    after = resident()
+    new_peak()
     first_logits(model, cache, shape, STEPS)
-    return {"cache_mb": (after - before) / 1e6, "step_peak_mb": (_resident("VmHWM") - before) / 1e6}
+    return {"cache_mb": (after - before) / 1e6, "step_peak_mb": (resident("VmHWM") - before) / 1e6}
 
 
-def _resident(field: str = "VmRSS") -> int:
+def new_peak() -> None:
+    """Let the peak (VmHWM) start anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident(field: str = "VmRSS") -> int:
     """Bytes of this process in memory, after freed memory has gone back to the system."""
     if field == "VmRSS":
         gc.collect()

@@ -455,7 +455,7 @@ def _wrap_generate(generate: Callable) -> Callable:
             own = _quantized_cache(request.cache)
             if own is not None:
                 # Compiled steps are not checked one by one.
-                request.check_filled({layer.layer_idx: layer.length for layer in own.quantized_layers}, "generation")
+                request.check_filled({layer.layer_idx: layer.tokens for layer in own.quantized_layers}, "generation")
             return result
 
     return wrapper

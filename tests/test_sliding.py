@@ -421,6 +421,18 @@ def test_rows_are_chosen_after_columns_were_retired():
     torch.testing.assert_close(got[seen], expected[rows][seen], rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_generate_beyond_the_window_of_some_layers(static):
+    """Layers then store different numbers of columns, of the same tokens."""
+    model, ids = build("gemma3_window"), families.prompt(1, 300)
+    config = dataclasses.replace(CONFIGS["int8"], static=static)
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "disable_compile": True}
+    out = model.generate(ids, **options, cache_implementation="kvquant", cache_config=config)
+    assert out.sequences.shape == (1, 320)
+    lengths = [layer.length for layer in out[CACHE].layers]
+    assert lengths[0] == lengths[2] < lengths[1] == 319
+
+
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_assisted_decoding_beyond_the_window(preset):
     # The assistant's own cache is dense. With a window it fails before transformers 5.19, whatever the target's is.

@@ -16,6 +16,7 @@ TYPES |= {f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}") for ki
 TYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}
 COMPARISONS |= {"ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+COMPARISONS["na"] = lambda x, y: np.isnan(x) | np.isnan(y)  # "nan"; the others are told apart by two letters
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 WARP, BLOCK = "warp", "block"
 LANES = np.arange(32)

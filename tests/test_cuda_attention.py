@@ -150,7 +150,7 @@ def test_split_sizes(split):
 
 @pytest.mark.parametrize("case", [FEW[0], VALUES[0]], ids=["token", "channel values"])
 def test_long_splits(case):
-    """A warp has 768 columns, more than a word has bits for; the second word has hidden columns, the first has none."""
+    """A warp has 768 columns, more than a word has bits for; only the second word has hidden columns."""
     states = of(case, kv_len=3000, num_kv_heads=1)
     check(*states, split=4096, blocks=1)
     mask = torch.arange(3000) % 768 < torch.tensor([700, 768, 750, 768]).repeat_interleave(768)[:3000]

@@ -251,6 +251,7 @@ INSTRUCTIONS = [
     ("setp.ltu.f32 %d, %a, %b;", dict(a=F([1, NAN, 2]), b=F([2, 1, 1])), np.array([True, True, False])),
     ("setp.ne.f32 %d, %a, %b;", dict(a=F([NAN, 1]), b=F([NAN, 1])), np.array([False, False])),
     ("setp.neu.f32 %d, %a, %b;", dict(a=F([NAN, 1]), b=F([NAN, 1])), np.array([True, False])),
+    ("setp.nan.f32 %d, %a, %b;", dict(a=F([NAN, 1, 1]), b=F([1, NAN, 1])), np.array([True, True, False])),
     ("setp.gt.and.s32 %d, %a, %b, %c;", dict(a=S([1, 1]), b=S([-1, -1]), c=[True, False]), np.array([True, False])),
     ("max.f32 %d, %a, %b;", dict(a=F([NAN, 1]), b=F([1, 2])), F([1, 2])),
     ("max.NaN.f32 %d, %a, %b;", dict(a=F([NAN, 1]), b=F([1, 2])), F([NAN, 2])),

@@ -21,6 +21,7 @@ from hf_kvquant.backends.specialisation import specialisation
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_SHARE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 THREADS = """
 import threading, time
 from hf_kvquant.backends import nvrtc
@@ -146,8 +147,9 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
         # A second GPU has a function and a stream of its own, and the first is current again afterwards.
         "context 1001", "context 1001", "kernel decode_attention_kernel", "load 4001, attribute 4",
         f"launch 4001 {first.replace('stream 77', 'stream 78')}", "context 1000",
-        # More than 48 KB of shared memory must be requested.
+        # More than 48 KB of shared memory must be requested, and a kernel with shared memory gets all there is.
         "context 1000", "kernel merge_splits_kernel", f"set 4000, attribute {SHARED_LIMIT} to 60000",
+        f"set 4000, attribute {SHARED_SHARE} to 100",
         "load 4000, attribute 4", f"launch 4000 {first.replace('threads 128 shared 0', 'threads 64 shared 60000')}",
         # Loaded kernels may be captured.
         f"launch 4000 {first}",

@@ -112,6 +112,11 @@ class Gpu:
                 if needs.shared_bytes > _SHARED_BYTES:
                     limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, needs.shared_bytes))
+                if needs.shared_bytes:
+                    # All of a multiprocessor's memory: the driver's own choice may have room for fewer blocks than
+                    # registers have, and another choice for each kernel of a call would make it wait in between.
+                    share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                    _checked(kernel, *_driver().cuFuncSetAttribute(function, share, 100))
                 # Reading an attribute loads the code now. The first launch would load it, perhaps in a capture.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
                 self._functions[kernel, kind] = function, needs

@@ -39,12 +39,13 @@ BUDGET = {
 }
 # The most bytes of a thread's stack: sm_80 uses a few, which are not spills.
 STACK_BYTES = 16
-# The most bytes of shared memory of a block, static and dynamic: the limit of the smallest GPUs.
-SHARED_BYTES = 99 << 10
+# The most bytes of shared memory of a block, static and dynamic: the limit of the smallest GPUs. Of presets two blocks
+# fit these GPUs, which take 1 KB for each.
+SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
 # presets, and for both sides on the channel grid, without the end of a block.
-INSTRUCTIONS = {"int8": 254, "fp8": 259, "int4": 188, "int8-channel-values": 229, "int4-channel-values": 188}
+INSTRUCTIONS = {"int8": 252, "fp8": 255, "int4": 189, "int8-channel-values": 229, "int4-channel-values": 188}
 
 pytestmark = pytest.mark.skipif(ptxas.missing() is not None, reason=f"{ptxas.missing()}")
 
@@ -93,6 +94,7 @@ def same_ptx(source: str, kind: Specialisation) -> tuple[tuple[str, ...], ...]:
 def test_no_spills_and_within_the_budget(source, kind):
     head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
     largest = next(limit for limit in (128, 192, 256) if head_dim <= limit)
+    two_blocks = largest == 128 and kind in kinds()[: len(PRESETS) * (len(HEAD_DIMS) + len(COMMON) + 1)]
     budget = {kernel: limits[largest] for kernel, limits in BUDGET.items()}
     if kind["KVQUANT_V_GRID"] and kind["KVQUANT_ROWS"] == 16:
         budget["decode_attention_kernel"] = 255
@@ -106,7 +108,8 @@ def test_no_spills_and_within_the_budget(source, kind):
                 assert used.spills == 0, (arch, kernel, used)
                 assert used.stack <= STACK_BYTES, (arch, kernel, used)
                 assert used.registers <= budget[kernel], (arch, kernel, used)
-                assert used.shared + needed[kernel].shared_bytes <= SHARED_BYTES, (arch, kernel, used)
+                shared = used.shared + needed[kernel].shared_bytes
+                assert shared <= (OF_TWO_BLOCKS if two_blocks else SHARED_BYTES), (arch, kernel, shared)
 
 
 @pytest.mark.skipif(machine_code.missing() is not None, reason=f"{machine_code.missing()}")
@@ -162,14 +165,14 @@ def launches(kind: Specialisation) -> dict[str, nvrtc.Launch]:
 
 
 def test_how_attention_is_launched():
-    """The bytes follow from the layout in pass.h, counted by hand: tiles, queries, scales, states, plain tiles."""
+    """The bytes follow from the layout in pass.h, counted by hand: tiles, queries, scales, plain tiles."""
     tiles = 2 * 4 * (32 * 80 + 32 * 80)  # stages, warps, rows of 64 bytes and a chunk
-    scales = 4 * 4 * 32 * 2
+    scales = 4 * 4 * 32 * 2  # and the states, which need less
     plain = 4 * 16384 // 4 // 512 * 4  # warps, words of 512 columns
     for rows in (8, 16):
-        queries, states = rows * (64 * 2 + 4 * 2), 4 * rows * 8
+        queries = rows * (64 * 2 + 4 * 2)
         found = launches(preset("int8-plain", 64, rows=rows))
-        assert found["decode_attention_kernel"] == nvrtc.Launch(128, tiles + queries + scales + states + plain)
+        assert found["decode_attention_kernel"] == nvrtc.Launch(128, tiles + queries + scales + plain)
     assert found["merge_splits_kernel"] == nvrtc.Launch(256, 8 * (2 * 128 + 1) * 4)
 
 

@@ -25,8 +25,12 @@
 
 namespace kvquant {
 
-// Shared memory for tiles, so that three blocks of the usual formats fit an SM with 164 KB.
+// Shared memory of two stages of wide tiles, so that three blocks of the usual formats fit an SM with
+// 164 KB.
 constexpr int kTilesLimit = 46 * 1024;
+// Shared memory of a block with more stages than two, so that two blocks fit an SM with 100 KB (sm_86,
+// sm_89, sm_120), which takes 1 KB for each.
+constexpr int kStagesLimit = 49 * 1024;
 // Shared memory of a block, on the GPUs that have least (sm_86, sm_89, sm_120). One limit for all:
 // results are then the same on each.
 constexpr int kSharedLimit = 99 * 1024;
@@ -40,8 +44,9 @@ struct Plan {
   static constexpr bool kMayBeWide = !kList && !(Keys::kChannelGrid && Keys::kGroup < 32) &&
                                      !(Values::kChannelGrid && Values::kGroup < 32);
   static constexpr int kTile = kMayBeWide && 2 * kWarps * Of<32, 1>::kSlot <= kTilesLimit ? 32 : 16;
-  static constexpr int kFit = kTilesLimit / (kWarps * Of<kTile, 1>::kSlot);
-  static constexpr int kStages = kList ? 1 : kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+  template <int kStages>
+  static constexpr bool kFits = Of<kTile, kStages>::kBytes <= kStagesLimit;
+  static constexpr int kStages = kList ? 1 : kFits<4> ? 4 : kFits<3> ? 3 : 2;
   using Type = Of<kTile, kStages>;
 };
 

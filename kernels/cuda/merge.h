@@ -16,11 +16,11 @@ struct BlockMerge {
 
   static KVQUANT_DEVICE void write(P& pass, const Partials& partials, int index) {
     const Place& p = pass.p;
-    const auto states = shared_cast<Floats2>(pass.memory + P::kStatesAt);
+    warp_barrier();  // the scales of the last tile have been read
     if (Lanes::leads()) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        states[pass.warp * kRows + Lanes::row(r)] =
+        shared_cast<Floats2>(pass.scales(pass.warp))[Lanes::row(r)] =
             Floats2{pass.softmax.max[r], pass.softmax.sum[r]};
       }
     }
@@ -31,11 +31,11 @@ struct BlockMerge {
       max[r] = -infinity();
       sum[r] = 0.0f;
       for (int w = 0; w < kWarps; ++w) {
-        const Floats2 state = states[w * kRows + Lanes::row(r)];
+        const Floats2 state = shared_cast<Floats2>(pass.scales(w))[Lanes::row(r)];
         max[r] = fmaxf(max[r], state.x);
       }
       for (int w = 0; w < kWarps; ++w) {
-        const Floats2 state = states[w * kRows + Lanes::row(r)];
+        const Floats2 state = shared_cast<Floats2>(pass.scales(w))[Lanes::row(r)];
         sum[r] += state.y * (state.x == -infinity() ? 0.0f : exp2_approx(state.x - max[r]));
       }
       factor[r] =

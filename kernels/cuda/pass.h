@@ -82,8 +82,9 @@ struct Pass {
   static constexpr int kValueHeadersAt = kKeyHeadersAt + kStages * kWarps * kHeaderBytes<Keys>;
   static constexpr int kQueriesAt = kValueHeadersAt + kStages * kWarps * kHeaderBytes<Values>;
   static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
-  static constexpr int kStatesAt = kScalesAt + kWarps * (KeyScales::kBytes + ValueScales::kBytes);
-  static constexpr int kPlainAt = kStatesAt + kWarps * kRows * 8;
+  // Of a warp: the scales of a tile, and in the end the state of its rows.
+  static constexpr int kScales = larger_of(KeyScales::kBytes + ValueScales::kBytes, kRows * 8);
+  static constexpr int kPlainAt = kScalesAt + kWarps * kScales;
   static constexpr int kBytes = kPlainAt + kWarps * kWords * 4;
   static_assert(kMostTiles % kWordTiles == 0, "KVQUANT_SPLIT: whole words of tiles for each warp");
 
@@ -118,6 +119,9 @@ struct Pass {
   KVQUANT_DEVICE SharedPtr<uint8_t> slot(int stage) const {
     return memory + (warp * kStages + stage) * kSlot;
   }
+  KVQUANT_DEVICE SharedPtr<uint8_t> scales(int warp) const {
+    return memory + (kScalesAt + warp * kScales);
+  }
   // The headers of blocks of the channel grid. There is one for each stage, because each of the
   // tiles in memory may lie in another block.
   template <class S>
@@ -137,10 +141,8 @@ struct Pass {
     const int of_block = kInOrder ? Splits::columns(p.a, p.kv_len) / kTile : tiles,
               share = (of_block + kWarps - 1) / kWarps;
     const int begin = warp * share, end = begin + share < tiles ? begin + share : tiles;
-    KeyScales key_scales(p.a.keys, p, memory + kScalesAt + warp * KeyScales::kBytes);
-    ValueScales value_scales(
-        p.a.values, p,
-        memory + kScalesAt + kWarps * KeyScales::kBytes + warp * ValueScales::kBytes);
+    KeyScales key_scales(p.a.keys, p, scales(warp));
+    ValueScales value_scales(p.a.values, p, scales(warp) + KeyScales::kBytes);
 
     if constexpr (kInOrder) {
       next_keys = KeyTile::place(key_rows, columns.begin + begin * kTile);
@@ -165,10 +167,11 @@ struct Pass {
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = queries.factors[Lanes::row(r)];
     if constexpr (Lanes::kHoldsQueries && !Keys::kChannelGrid) take_queries(0);
-    for (int first = begin; first < end; first += kWordTiles) {
-      uint32_t plain = kInOrder ? plain_words[(first - begin) / kWordTiles] : 0u;
-      const int last = first + kWordTiles < end ? first + kWordTiles : end;
-      for (int i = first; i < last; ++i) {
+    int i = begin;
+    while (i < end) {
+      uint32_t plain = kInOrder ? plain_words[(i - begin) / kWordTiles] : 0u;
+      const int last = i + kWordTiles < end ? i + kWordTiles : end;
+      for (; i < last; ++i) {
         if constexpr (kStages == 1) issue(i, slot(0), begin, end, key_rows, value_rows);
         cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
         warp_barrier();  // tile i is complete, and tile i - 1 has been read

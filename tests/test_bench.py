@@ -86,6 +86,7 @@ def check_common(result: dict, text: str) -> None:
     assert f"{len(result['checks'])} checks passed" in text
     assert f"backend {result['backend']}" in text
     assert result["backend"] == ops.choose_backend("auto", "cpu", torch.bfloat16)
+    assert result["instruction_set"] == (cpu.isa() if result["backend"] == "cpu" else None)
     assert result["machine"]["threads"] == 1
     assert result["versions"]["torch"] == torch.__version__
     written = json.dumps(result)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import ops
+from ..backends import cpu
 from ..config import KVQuantConfig
 from .caches import Preset
 from .checks import refused
@@ -80,10 +81,12 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 
 def summary_line(result: dict) -> str:
-    """A line that says that all checks passed, with the shape, the threads and the backend of a result."""
+    """A line that says that all checks passed, with the shape, the threads, the backend and its instruction set."""
     names = ("batch", "layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
     found = [f"{name.replace('_', ' ')} {result['arguments'][name]}" for name in names if name in result["arguments"]]
     where = f"{result['machine']['threads']} threads, backend {result['backend']}"
+    if result["instruction_set"]:
+        where += f" ({result['instruction_set']})"
     return f"{len(result['checks'])} checks passed; {', '.join(found)}; {where}"
 
 
@@ -119,6 +122,7 @@ class Benchmark:
             self.argv,
             {name: value for name, value in vars(args).items() if name not in hidden},
             backend=args.backend_chosen,
+            instruction_set=cpu.isa() if args.backend_chosen == "cpu" else None,
             configs={name: config.to_dict() for name, config in args.configs.items()},
             **fields,
             **self.rows,

@@ -75,6 +75,13 @@ def tiny(suite):
     )  # fmt: skip
 
 
+@pytest.fixture
+def brief(tiny, monkeypatch):
+    """`tiny` with a few of the cases in which formats are compared with the reference, for tests of what fails."""
+    monkeypatch.setattr(operator, "CASES", operator.CASES[:2])
+    return tiny
+
+
 def run(suite, plan, tmp_path, *arguments: str, code: int = 0) -> dict:
     assert suite.main(["--out", str(tmp_path), *arguments], StandIn(), plan) == code
     return json.loads((tmp_path / "gpu_suite.json").read_text(encoding="utf-8"))
@@ -147,7 +154,7 @@ def failures(result: dict) -> set[tuple[str, str]]:
     return {(check["section"], check["check"]) for check in result["checks"] if not check["passed"]}
 
 
-def test_wrong_attention_has_no_figures(suite, tiny, tmp_path, monkeypatch, capsys):
+def test_wrong_attention_has_no_figures(suite, brief, tmp_path, monkeypatch, capsys):
     """If one preset is off by 1 %, its rows are gone and those of the others stay."""
     right = ops.decode_attention
 
@@ -156,7 +163,7 @@ def test_wrong_attention_has_no_figures(suite, tiny, tmp_path, monkeypatch, caps
         return (output * 1.01 if keys.backend == "cpu" and keys.spec.format == "fp8" else output), logsumexp
 
     monkeypatch.setattr(ops, "decode_attention", wrong)
-    result = run(suite, tiny, tmp_path, "--sections", "correctness,attention", code=1)
+    result = run(suite, brief, tmp_path, "--sections", "correctness,attention", code=1)
     assert ("correctness", "attention against the reference") in failures(result)
     assert ("attention", "attention against float32") in failures(result)
     names = {row["name"] for row in result["rows"]["attention"]}
@@ -165,7 +172,7 @@ def test_wrong_attention_has_no_figures(suite, tiny, tmp_path, monkeypatch, caps
     assert "FAILED, so without figures" in capsys.readouterr().out
 
 
-def test_wrong_log_sum_exp_and_nan_are_found(suite, tiny, tmp_path, monkeypatch):
+def test_wrong_log_sum_exp_and_nan_are_found(suite, brief, tmp_path, monkeypatch):
     right = ops.decode_attention
 
     def wrong(query, keys, values, *args, **kwargs):
@@ -175,15 +182,15 @@ def test_wrong_log_sum_exp_and_nan_are_found(suite, tiny, tmp_path, monkeypatch)
         return output, logsumexp
 
     monkeypatch.setattr(ops, "decode_attention", wrong)
-    plan = suite.Plan(**{**tiny.__dict__, "batches": (1,), "contexts": (130,)})
+    plan = suite.Plan(**{**brief.__dict__, "batches": (1,), "contexts": (130,)})
     result = run(suite, plan, tmp_path, "--sections", "correctness,attention", code=1)
     checks = {check for _, check in failures(result)}
     assert {"attention against the reference", "log-sum-exp against the reference"} <= checks
     assert result["rows"]["correctness"] == []
-    assert not {row["name"] for row in result["rows"]["attention"]} & set(tiny.presets)
+    assert not {row["name"] for row in result["rows"]["attention"]} & set(brief.presets)
 
 
-def test_a_result_that_changes_is_found(suite, tiny, tmp_path, monkeypatch):
+def test_a_result_that_changes_is_found(suite, brief, tmp_path, monkeypatch):
     right, calls = ops.decode_attention, []
 
     def restless(query, keys, values, *args, **kwargs):
@@ -192,11 +199,11 @@ def test_a_result_that_changes_is_found(suite, tiny, tmp_path, monkeypatch):
         return output * (1 + 2.0**-7 * (len(calls) % 2)), logsumexp
 
     monkeypatch.setattr(ops, "decode_attention", restless)
-    result = run(suite, tiny, tmp_path, "--sections", "correctness", code=1)
+    result = run(suite, brief, tmp_path, "--sections", "correctness", code=1)
     assert ("correctness", "a second call gives the same bits") in failures(result)
 
 
-def test_wrong_bytes_have_no_figures(suite, tiny, tmp_path, monkeypatch):
+def test_wrong_bytes_have_no_figures(suite, brief, tmp_path, monkeypatch):
     right = ops.quantize_append
 
     def wrong(key, value, keys, values, *args, **kwargs):
@@ -205,7 +212,7 @@ def test_wrong_bytes_have_no_figures(suite, tiny, tmp_path, monkeypatch):
             values.data[0, 0, kwargs["start"], 0] ^= 1
 
     monkeypatch.setattr(ops, "quantize_append", wrong)
-    result = run(suite, tiny, tmp_path, "--sections", "correctness,append,prefill", code=1)
+    result = run(suite, brief, tmp_path, "--sections", "correctness,append,prefill", code=1)
     for section in ("correctness", "append", "prefill"):
         assert (section, "appended values: data has the reference's bytes") in failures(result)
         names = {row.get("name", row.get("preset")) for row in result["rows"][section]}
@@ -225,7 +232,7 @@ def test_a_step_that_reads_wrong_keys_has_no_figures(suite, tiny, tmp_path, monk
     assert not {row["name"] for row in result["rows"]["step"]} & set(tiny.presets)
 
 
-def test_an_error_ends_its_candidate_alone(suite, tiny, tmp_path, monkeypatch):
+def test_an_error_ends_its_candidate_alone(suite, brief, tmp_path, monkeypatch):
     """In every section an error of int8 is a failed check, and fp8 has its figures."""
     right, append = ops.decode_attention, ops.quantize_append
 
@@ -241,7 +248,7 @@ def test_an_error_ends_its_candidate_alone(suite, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ops, "decode_attention", broken)
     monkeypatch.setattr(ops, "quantize_append", short)
-    plan = suite.Plan(**{**tiny.__dict__, "presets": ("int8-plain", "fp8"), "contexts": (130,), "batches": (1,)})
+    plan = suite.Plan(**{**brief.__dict__, "presets": ("int8-plain", "fp8"), "contexts": (130,), "batches": (1,)})
     result = run(suite, plan, tmp_path, "--sections", "correctness,attention,step,throughput", code=1)
     assert result["complete"]
     assert {section for section, _ in failures(result)} == {"correctness", "attention", "step", "throughput"}

@@ -401,7 +401,7 @@ def records_attention_weights() -> bool:
 def asks_for_weights(module: torch.nn.Module) -> bool:
     """Whether the module's config asks every call for attention weights."""
     config = getattr(module, "config", None)
-    if isinstance(config, PreTrainedConfig) and not torch.compiler.is_compiling():
+    if isinstance(config, PreTrainedConfig) and not torch.compiler.is_dynamo_compiling():
         # The attribute `output_attentions` of a config runs through five Python functions, in every layer of a step.
         own = object.__getattribute__(config, "__dict__").get("_output_attentions", config)
         if own is not config:

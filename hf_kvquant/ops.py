@@ -200,7 +200,7 @@ def _is_watched(x: torch.Tensor) -> bool:
     """Whether a compiler, a tensor subclass, a dispatch mode or the profiler shall see the operators called with x."""
     return (
         type(x) is not torch.Tensor
-        or torch.compiler.is_compiling()
+        or torch.compiler.is_dynamo_compiling()
         or is_in_torch_dispatch_mode()
         or profiler._is_profiler_enabled
     )

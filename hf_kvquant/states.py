@@ -150,7 +150,7 @@ class QuantizedStates(HasStored):
     @classmethod
     def of(cls, **fields: Any) -> QuantizedStates:
         """The states of these fields. The constructor of a frozen dataclass takes longer than a short kernel."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return cls(**fields)
         states = object.__new__(cls)
         object.__setattr__(states, "__dict__", fields)

@@ -87,9 +87,8 @@ class _Update:
     def __init__(self, allocator: QuantizedAllocator, batch: Batch, layer_idx: int, routes: Routes):
         self.allocator, self.batch, self.layer_idx, self.routes = allocator, batch, layer_idx, routes
         self.layer = allocator.layers[layer_idx]
-        self.is_stored = False
-
         self.exact_block = allocator.exact_block(layer_idx)
+        self.is_stored = False
 
     def append(self, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
         new = (x[:, :, rows.unseen :] for x in (key, value))

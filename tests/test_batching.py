@@ -36,6 +36,11 @@ class Log:
 
 @pytest.fixture
 def log(monkeypatch):
+    return logged(monkeypatch)
+
+
+def logged(patch):
+    """A log of the caches that are made, and of their requests, as long as the patch is in place."""
     log = Log()
     make, write, free = (
         batching.paged_cache,
@@ -59,9 +64,9 @@ def log(monkeypatch):
             held |= read_all(self, request_id, sum(log.chunks[request_id][-1]))
         return free(self, request_id, no_cache)
 
-    monkeypatch.setattr(batching, "paged_cache", paged_cache)
-    monkeypatch.setattr(batching.QuantizedAllocator, "get_write_indices", get_write_indices)
-    monkeypatch.setattr(batching.QuantizedAllocator, "free_blocks", free_blocks)
+    patch.setattr(batching, "paged_cache", paged_cache)
+    patch.setattr(batching.QuantizedAllocator, "get_write_indices", get_write_indices)
+    patch.setattr(batching.QuantizedAllocator, "free_blocks", free_blocks)
     return log
 
 
@@ -415,6 +420,7 @@ def test_what_cannot_act_raises(model, monkeypatch):
     refused("page_size: 100 is not allowed .* expected a multiple of 64", page_size=100)
     refused("page_size: 64 is not allowed: the exact tokens of a request take", page_size=64)
     narrow = families.build("mistral", sliding_window=16)
+    refused("attn_implementation: flex_attention is not served", families.build("llama", attn="flex_attention"))
     refused("a window of 16 tokens, which `sliding: 512` does not quantize: nothing to quantize", narrow)
     config = KVQuantConfig.from_dict(KVQuantConfig.preset("int4").to_dict() | {"sliding": 16, "sink_length": 16})
     refused("sink_length: 16 is not allowed with a window of 16 tokens", narrow, preset=config)

@@ -4,14 +4,27 @@ Every request must predict, token by token, what it predicts alone in a `Quantiz
 written by two requests, and none is lost. For longer than the tests have time: `make soak`, or
 
     python tests/test_batching_mixes.py --mixes 200 --requests 10000
+
+which runs 200 mixes with every preset, and as many with models that have sliding layers.
 """
 
 import argparse
+import itertools
 import random
 
 import families
 import pytest
-from test_batching import PAGE, PRESETS, check_all_free, check_alone, few_blocks, random_prompts, random_requests
+from test_batching import (
+    PAGE,
+    PRESETS,
+    check_all_free,
+    check_alone,
+    few_blocks,
+    logged,
+    random_prompts,
+    random_requests,
+)
+from test_batching_sliding import MODELS, random_mix
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from hf_kvquant import batching, ops
@@ -144,19 +157,24 @@ def test_a_mix_of_everything(preset):
 
 def soak():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mixes", type=int, default=200)
+    parser.add_argument("--mixes", type=int, default=200, help="for every preset, and with sliding layers")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first mix")
     given = parser.parse_args()
     model = families.build("llama", max_position_embeddings=1024)
     total = dict.fromkeys(("mixes", "answered", "compared", "forked", "evicted", "shared"), 0)
-    for seed in range(given.seed, given.seed + given.mixes):
-        preset = PRESETS[seed % len(PRESETS)]
+    seeds = range(given.seed, given.seed + given.mixes)
+    for seed, preset in itertools.product(seeds, PRESETS):
         print(f"mix {seed}, {preset}; so far {total}", flush=True)
         watch, answered, compared = run_mix(model, preset, seed)
         found = (1, answered, compared, watch.forked, watch.evicted, watch.shared)
         total = {name: old + new for (name, old), new in zip(total.items(), found)}
     print(f"{total}: tokens as alone")
+    for seed in seeds:
+        name = list(MODELS)[seed % len(MODELS)]
+        print(f"sliding mix {seed}, {name}", flush=True)
+        with pytest.MonkeyPatch.context() as patch:
+            random_mix(logged(patch), name, seed)
     for preset in ("int8", "int4", "int4-small"):
         random_requests(preset, f"{preset} {given.seed}", given.requests)
         print(f"{preset}: {given.requests} requests, no page lost or given twice", flush=True)

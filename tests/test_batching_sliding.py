@@ -104,6 +104,10 @@ def test_every_number_in_the_pages(log, name):  # noqa: F811
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["mistral 24", "qwen2 130", "gemma3 24"])
 def test_a_random_mix(log, name, seed):  # noqa: F811
+    random_mix(log, name, seed)
+
+
+def random_mix(log, name, seed):  # noqa: F811
     rng = random.Random(f"{name} {seed}")
     model, config = build(name), preset(rng.choice(PRESETS), 8)
     prompts = random_prompts(rng.randrange(1000), [rng.choice([1, 7, 31, 64, 190, 270]) for _ in range(6)])

@@ -42,6 +42,13 @@ class TestErrors:
         monkeypatch.setattr(host, "VERSION", "5.22.1")
         assert "quantized pages need transformers 5.23 or newer" in call("serve", folder, code=1).output
 
+    def test_attention_that_a_model_needs_is_passed_on(self, folder, monkeypatch):
+        given = {}
+        monkeypatch.setattr(host, "run_server", lambda prepare, **options: given.update(options))
+        for arguments, expected in (([], "sdpa"), (["--attn", "eager"], "eager")):
+            call("serve", folder, *arguments)
+            assert given["attn_implementation"] == expected
+
     def test_names_that_are_wrong(self, folder):
         assert "does not exist" in call("serve", "./nowhere", code=2).output
         assert "dense pages are served by" in call("serve", folder, "--preset", DENSE, code=2).output

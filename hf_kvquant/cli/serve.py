@@ -27,6 +27,7 @@ def serve(
     listen: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.auto,
+    attn: Annotated[str, typer.Option(help="Attention of prompts: sdpa, or eager for models without sdpa.")] = "sdpa",
 ) -> None:
     """Serve a model to OpenAI clients from quantized pages, on the CPU."""
     kv_config = load_config(preset, config)
@@ -55,7 +56,7 @@ def serve(
 
     try:
         host.run_server(
-            prepare, force_model=source_of(model), continuous_batching=True, attn_implementation="sdpa", device="cpu",
+            prepare, force_model=source_of(model), continuous_batching=True, attn_implementation=attn, device="cpu",
             dtype=dtype.value, host=listen, port=port,
         )  # fmt: skip
     except ImportError as error:

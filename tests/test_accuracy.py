@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ class TestPublished:
     @pytest.mark.parametrize("name", RESULTS)
     def test_presets_are_those_that_are_shipped(self, name):
         for preset in KVQuantConfig.preset_names():
-            assert KVQuantConfig.from_dict(RESULTS[name]["caches"][preset]["settings"]) == KVQuantConfig.preset(preset)
+            measured = KVQuantConfig.from_dict(RESULTS[name]["caches"][preset]["settings"])
+            # None of these models has latent attention, where alone this field acts.
+            assert replace(measured, rotary_keys="values") == replace(
+                KVQuantConfig.preset(preset), rotary_keys="values"
+            )
 
     @pytest.mark.parametrize("cache", ["int8", "int8-plain", "fp8"])
     @pytest.mark.parametrize("name", RESULTS)

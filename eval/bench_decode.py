@@ -8,6 +8,13 @@ SDPA with `enable_gqa=True` (slower on a CPU), which transformers calls when the
 
 First everything is checked (see `measure.operator`); if one check fails, nothing is timed. Then all candidates are
 timed in interleaved rounds, each next to a plain read of the same number of bytes.
+
+As if the processor had nothing newer than AVX2, which the README shows in a table of its own:
+
+    KVQUANT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python eval/bench_decode.py \\
+        --presets int8,int8-plain,fp8,int4,int4-small --prompt 0 --threads 2 --rounds 31 --seconds 30 \\
+        --out eval/results/bench_decode_avx2.json
+    python eval/bench_decode.py --readme
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,10 +34,14 @@ from hf_kvquant.measure.benchmark import DTYPES, Benchmark, add_attention, choos
 from hf_kvquant.measure.caches import grids
 from hf_kvquant.measure.checks import all_passed, at_most, relative_error
 from hf_kvquant.measure.clock import PlainRead, summary, time_interleaved
-from hf_kvquant.measure.tables import print_table
+from hf_kvquant.measure.facts import read_json
+from hf_kvquant.measure.tables import markdown, print_table, put_between
 
 BASELINE_TOLERANCE = {"sdpa-bfloat16": 0.01, "sdpa-bfloat16-gqa": 0.01, "sdpa-float32": 1e-5}
 BASELINE = "sdpa-bfloat16"
+RESULT = Path(__file__).resolve().parent / "results" / "bench_decode_avx2.json"
+README = RESULT.parent / "README.md"
+BEGIN, END = "<!-- avx2: written by eval/bench_decode.py -->", "<!-- avx2: end -->"
 # The number of tokens appended one by one in a sample, so that it completes a block of keys.
 APPEND_RUN = 64
 
@@ -47,6 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=60, help="stop a group of timings after so long")
     parser.add_argument("--warm", action="store_true", help="no flush before a call: at short length, its overhead")
+    parser.add_argument("--readme", action="store_true", help="only write the table of AVX2 in eval/results/README.md")
     args = parser.parse_args(argv)
     if min(args.lengths + args.mha_lengths, default=0) < 2:
         parser.error("--lengths: every length must be at least 2")
@@ -180,6 +193,9 @@ def bench_prompt(args: argparse.Namespace) -> dict[str, list[dict]]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.readme:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), read_json(RESULT)), encoding="utf-8")
+        return 0
     benchmark = Benchmark("decode", argv, args, ("decode", "append", "prompt", "plain_read"))
     mha = argparse.Namespace(**vars(args) | {"kv_heads": args.heads})
     parts = [(args, partial(bench_length, args, length)) for length in args.lengths]
@@ -197,6 +213,24 @@ def main(argv: list[str] | None = None) -> int:
         "reference": operator.REFERENCE_TOLERANCE,
     }
     return benchmark.finish(show, tolerance=tolerance)
+
+
+def with_table(readme: str, result: dict) -> str:
+    """`readme` with a table of `result` between its two markers: times as fast as SDPA, and shares of a plain read.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    found = {(row["length"], row["name"]): row for row in result["decode"]}
+    names = list(result["configs"])
+    lines = []
+    for length in result["arguments"]["lengths"]:
+        cells = (found[length, name] for name in names)
+        shares = [f"{row['faster_than_sdpa_bfloat16']:.1f} ({row['share_of_plain_read']:.0%})" for row in cells]
+        lines.append([f"{length:,}", f"{found[length, BASELINE]['ms']['median']:.2f}", *shares])
+    machine = result["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, instruction set `{result['instruction_set']}`:"
+    return put_between(readme, BEGIN, END, f"\n{where}\n\n{markdown(['cached tokens', 'SDPA ms', *names], lines)}\n")
 
 
 def show(result: dict) -> None:

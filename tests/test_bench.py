@@ -124,6 +124,28 @@ def test_decode_result(run, tmp_path):
     assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
 
 
+def test_decode_table(bench):
+    decode, names = bench("bench_decode"), ("int8", "fp8")
+    decoded = [
+        {"length": length, "name": name, "ms": {"median": ms}, "faster_than_sdpa_bfloat16": 6 / ms,
+         "share_of_plain_read": 0.25}
+        for length in (1024, 4096) for name, ms in (("sdpa-bfloat16", 6.0), ("int8", 1.5), ("fp8", 2.0))
+    ]  # fmt: skip
+    result = {
+        "decode": decoded,
+        "configs": dict.fromkeys(names),
+        "arguments": {"lengths": [1024, 4096]},
+        "machine": {"cpu": "a processor", "threads": 2},
+        "instruction_set": "avx2",
+    }
+    page = decode.with_table(f"# Page\n{decode.BEGIN}\nold\n{decode.END}\nend\n", result)
+    assert page.startswith(f"# Page\n{decode.BEGIN}\n") and page.endswith(f"\n{decode.END}\nend\n")
+    assert "a processor, 2 threads, instruction set `avx2`:" in page and "old" not in page
+    assert "| 4,096 | 6.00 | 4.0 (25%) | 3.0 (25%) |" in page
+    with pytest.raises(ValueError, match="expected the lines"):
+        decode.with_table("# Page\n", result)
+
+
 def test_decode_with_as_many_kv_heads_as_heads(run, tmp_path):
     arguments = [*DECODE, "--presets", "int8-plain", "--lengths", "67", "--mha-lengths", "40", "--prompt", "0"]
     result, text = run("bench_decode", arguments, tmp_path / "decode.json")

@@ -91,8 +91,8 @@ class _Update:
         self.is_stored = False
 
     def append(self, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
-        new = (x[:, :, rows.unseen :] for x in (key, value))
-        self.layer.append(*new, rows.place(self.exact_block), self.allocator.faults)
+        key, value = (x[:, :, rows.unseen :] for x in (key, value))
+        self.layer.append(key, value, rows.place(self.exact_block), self.allocator.faults)
         if self.allocator.faults[0]:
             say_once("A NaN or infinity reached the quantized KV cache of a batch.")
 
@@ -173,7 +173,8 @@ def attend(
     softcap, s_aux = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
     dense_kwargs = {name: x for name, x in kwargs.items() if name not in _OF_BATCHES}
     # transformers' eager attention is causal by its mask only.
-    is_eager = str(attn_implementation(getattr(module, "config", None))).endswith("eager")
+    config: Any = getattr(module, "config", None)
+    is_eager = str(attn_implementation(config)).endswith("eager")
     output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
 
     for each, has_past in ((update.batch.first, False), (update.batch.long, True)):

@@ -16,7 +16,7 @@ from .calls import Call
 from .host import CACHE_NAMES, asks_for_weights
 from .recorded import RecordedStates
 from .route import KEEPS_WEIGHTS, learn_route, say_dequantized
-from .states import QuantizedStates, autocast, complete_mask, hides_columns, is_autocast, mask_length, widened
+from .states import Kept, QuantizedStates, autocast, complete_mask, hides_columns, is_autocast, mask_length, widened
 
 # Arguments that do not change what decode attention computes.
 _HARMLESS = frozenset({
@@ -53,8 +53,7 @@ def attend(
     if isinstance(key, latent.LatentStates):
         return _attend_latents(module, query, key, value, attention_mask, dense_attention, kwargs)
     whole_mask = attention_mask
-    if isinstance(attention_mask, torch.Tensor):
-        attention_mask = _of_columns(attention_mask, key, query.shape[2])
+    attention_mask = _of_columns(attention_mask, key, query.shape[2], kwargs)
     call = None
     if isinstance(key, RecordedStates) and isinstance(value, RecordedStates):
         if key.meaning.is_as_stored and value.meaning.is_as_stored:
@@ -117,8 +116,7 @@ def _attend_latents(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend` for the stored latents of multi-head latent attention (see `latent`)."""
     latents, q_len = states.latents, query.shape[2]
-    if isinstance(mask, torch.Tensor):
-        mask = _of_columns(mask, latents, q_len)
+    mask = _of_columns(mask, latents, q_len, kwargs)
     same_type = isinstance(value, latent.LatentStates)
     obstacle = _obstacle(module, query, latents, same_type, latents, mask, kwargs)
     obstacle = obstacle or latent.obstacle_of(states, query, kwargs)
@@ -203,10 +201,15 @@ def _obstacle(
     return None
 
 
-def _of_columns(mask: torch.Tensor, key: Any, q_len: int) -> torch.Tensor:
+def _of_columns(mask: Any, key: Any, q_len: int, kwargs: dict) -> Any:
     """The columns of the mask that the states have. The mask of a static cache is as wide as all of its tokens; the
     states have only the columns in use, if these are known, and those of a sliding layer begin later. The operator, or
     dense attention, raises for any other width that does not fit."""
+    kept = getattr(key, "kept", None)
+    if kept is not None:
+        return _of_kept(mask, key, kept, q_len, kwargs)
+    if not isinstance(mask, torch.Tensor):
+        return mask
     kv_len = key.shape[2]
     if getattr(key, "mask_width", None) is None:
         return mask[..., :kv_len] if mask.shape[-1] == getattr(key, "capacity", None) else mask
@@ -215,6 +218,44 @@ def _of_columns(mask: torch.Tensor, key: Any, q_len: int) -> torch.Tensor:
         return mask.index_select(-1, columns.clamp(max=mask.shape[-1] - 1))
     end = key.dropped + kv_len
     return mask[..., end - mask_length(kv_len, key.sliding_window, q_len) : end]
+
+
+def _of_kept(mask: Any, key: Any, kept: Kept, q_len: int, kwargs: dict) -> torch.Tensor | None:
+    """The mask for the columns of a layer that has evicted tokens, complete if a window hides some of them.
+
+    Raises:
+        ValueError: attention depends on positions in a way that its arguments do not say by column.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"window_length: {kept.window} tokens cannot be the window of attention with a position bias (T5); "
+            "expected 'all'"
+        )
+    kv_len = key.shape[2]
+    if mask is not None:
+        width = kept.start + kv_len - kept.front
+        if not isinstance(mask, torch.Tensor) or mask.shape[-1] != width:
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"mask: {shape} does not fit a layer that has evicted tokens; expected {width} columns")
+        is_additive = mask.ndim == 4 and mask.is_floating_point()
+        mask = torch.nn.functional.pad(mask[..., kept.start :], (kept.front, 0), value=0 if is_additive else 1)
+    columns = torch.arange(kv_len, device=key.device)
+    seen = columns >= kept.front
+    is_sink = key.is_sink() if kept.is_sink is None else kept.is_sink
+    if kept.window is None:
+        seen = seen | is_sink
+        if mask is None:
+            return None if seen.all() else seen
+        if mask.ndim == 2:
+            return mask * seen
+        seen = seen[:, None, None]
+    else:
+        positions = columns[-q_len:, None]
+        seen = ((seen & (columns > positions - kept.window)) | is_sink[:, None])[:, None]
+        if mask is None or mask.ndim == 2:
+            seen = seen & (columns <= positions)
+            return seen if mask is None else seen & (mask != 0)[:, None, None]
+    return torch.where(seen, mask, torch.finfo(mask.dtype).min) if is_additive else mask & seen
 
 
 def _join(position_bias: torch.Tensor, mask: torch.Tensor | None, key: QuantizedStates, q_len: int) -> torch.Tensor:

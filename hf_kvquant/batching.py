@@ -23,7 +23,7 @@ import torch
 
 from . import ops
 from .allocators import ALLOCATORS, Batch, QuantizedAllocator, Rows
-from .config import KVQuantConfig
+from .config import ALL, KVQuantConfig
 from .host import attn_implementation, continuous_batching
 from .route import Routes, say_once
 
@@ -229,6 +229,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     graphs = options.use_cuda_graph if isinstance(options.use_cuda_graph, tuple) else (options.use_cuda_graph,)
     obstacles = {
         "static": kv_config.static and "a static cache",
+        "window_length": kv_config.windows,
         "device": model.device.type != "cpu" and model.device.type,
         "attn_implementation": attention not in ("sdpa", "eager", "paged|eager") and attention,
         "use_async_batching": options.use_async_batching,
@@ -250,4 +251,4 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
         )  # fmt: skip
 
 
-_SERVED = {"device": "'cpu'", "attn_implementation": "'sdpa' or 'eager'"}
+_SERVED = {"window_length": repr(ALL), "device": "'cpu'", "attn_implementation": "'sdpa' or 'eager'"}

@@ -23,8 +23,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from . import expected, saving
 from .changes import WholeChanges
-from .config import KVQuantConfig
+from .config import ALL, KVQuantConfig
 from .cross_attention import CrossAttentionLayer, StaticCrossAttentionLayer
+from .evicting import EvictingQuantizedLayer
 from .host import (
     CacheLayerMixin,
     DynamicLayer,
@@ -40,6 +41,7 @@ from .host import (
     cross_attention_layers,
 )
 from .hybrid import (
+    EvictingQuantizedHybridLayer,
     QuantizedHybridLayer,
     SlidingQuantizedHybridLayer,
     StaticQuantizedHybridLayer,
@@ -66,6 +68,11 @@ _GROWING: dict[type, Any] = {
     LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
     DynamicSlidingWindowLayer: SlidingQuantizedLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: SlidingQuantizedHybridLayer,
+}
+# Their counterparts for layers whose config has a `window_length`.
+_EVICTING: dict[type, Any] = {
+    DynamicLayer: EvictingQuantizedLayer,
+    LinearAttentionAndFullAttentionLayer: EvictingQuantizedHybridLayer,
 }
 _STATIC: dict[type, Any] = {
     StaticLayer: StaticQuantizedLayer,
@@ -150,15 +157,21 @@ class QuantizedCache(WholeChanges, DynamicCache):
             if layer_idx not in quantizable:
                 such = "full-attention or sliding layer" if any(windows) else "full-attention layer"
                 raise ValueError(f"layers.{layer_idx}: the model has no such {such}; expected one of {quantizable}")
-        stored = {i: self.kv_config for i in chosen if not all(s.is_dense for s in self.kv_config.for_layer(i))}
+        evicting = self._evicting(chosen)
+        stored = {
+            i: self.kv_config
+            for i in chosen
+            if i in evicting or not all(s.is_dense for s in self.kv_config.for_layer(i))
+        }
         if self.kv_config.static and any(windows[i] for i in stored):
             # One mask serves all sliding layers, and it has other columns than transformers' static ones.
             others = [i for i in quantizable if windows[i] and i not in stored]
             stored |= {i: self.kv_config.with_dense(i) for i in others}
         for layer_idx, layer_config in stored.items():
-            native, window = layers[layer_idx], windows[layer_idx]
+            native, window = layers[layer_idx], evicting.get(layer_idx, windows[layer_idx])
+            kind = (_EVICTING if layer_idx in evicting else kinds)[type(native)]
             arguments = (layer_config, layer_idx, self._routes, max_length)
-            layers[layer_idx] = kinds[type(native)](*arguments, *([] if window is None else [window]))
+            layers[layer_idx] = kind(*arguments, *([] if window is None else [window]))
             if isinstance(native, LinearAttentionLayer):
                 layers[layer_idx].set_linear_states(native.number_of_states)
         for layer in layers:
@@ -197,6 +210,27 @@ class QuantizedCache(WholeChanges, DynamicCache):
         # transformers' static layers do not keep it.
         known = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self._config).layers]
         return [window if type(layer) in _SLIDING else None for layer, window in zip(layers, known)]
+
+    def _evicting(self, chosen: list[int]) -> dict[int, int]:
+        """The `window_length` of each chosen layer that has one.
+
+        Raises:
+            ValueError: a sliding layer shall have one, or no layer can.
+        """
+        own = [type(layer) in _SLIDING for layer in DynamicCache(config=self._config).layers]
+        for i, override in self.kv_config.layers:
+            if own[i] and isinstance(override.window_length, int):
+                raise ValueError(
+                    f"layers.{i}.window_length: {override.window_length} is not allowed for a sliding layer, which "
+                    "has a window of its own; expected a full-attention layer"
+                )
+        evicting = {i: self.kv_config.window(i) for i in chosen if not own[i]}
+        if self.kv_config.window_length != ALL and not evicting:
+            raise ValueError(
+                f"window_length: {self.kv_config.window_length} is not allowed for {self._config.model_type}, whose "
+                f"layers all have windows of their own; expected {ALL!r}"
+            )
+        return {i: window for i, window in evicting.items() if window is not None}
 
     @property
     def is_empty(self) -> bool:

@@ -39,14 +39,17 @@ MAX_DEPTH = 16
 _MAX_DIGITS = 9
 # Suffix of a preset's name.
 STATIC = "-static"
+# The `window_length` of layers that keep every token.
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class LayerOverride:
-    """Specs that replace the config's in one layer; None keeps the config's."""
+    """What replaces the config's specs and window in one layer; None keeps the config's."""
 
     keys: QuantSpec | None = None
     values: QuantSpec | None = None
+    window_length: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class KVQuantConfig:
         sink_length: the number of unpadded tokens at the start of a row that every query reads exactly (StreamingLLM,
             https://arxiv.org/abs/2309.17453).
         recent_length: the number of latest tokens that a query reads exactly, its own included.
+        window_length: the number of latest tokens that full-attention layers keep beside the sinks (StreamingLLM, see
+            `evicting`); "all": they keep every token. Sliding layers have windows of their own.
         backend: "auto", or the name of the backend that must run.
         static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
         rotary_keys: in latent attention, whose modules cache latents as keys and rotary keys as values: the side whose
@@ -73,6 +78,7 @@ class KVQuantConfig:
     values: QuantSpec
     sink_length: int = 0
     recent_length: int = 0
+    window_length: int | str = ALL
     backend: str = AUTO
     static: bool = False
     rotary_keys: str = "values"
@@ -95,6 +101,7 @@ class KVQuantConfig:
             expected = "an integer from 2 on (the narrowest window) or 'dense'"
             raise ValueError(f"sliding: {told(self.sliding)} is not allowed; expected {expected}")
         _check_specs("", self.keys, self.values)
+        _check_window("", self.window_length, self.static)
         layers = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
         seen = set()
         for layer_idx, override in layers:
@@ -106,6 +113,8 @@ class KVQuantConfig:
                 raise ValueError(f"layers.{layer_idx}: {told(override)} is not allowed; expected a LayerOverride")
             seen.add(layer_idx)
             _check_specs(f"layers.{layer_idx}.", override.keys or self.keys, override.values or self.values)
+            if override.window_length is not None:
+                _check_window(f"layers.{layer_idx}.", override.window_length, self.static)
         object.__setattr__(self, "layers", tuple(sorted(layers, key=lambda layer: layer[0])))
 
     def for_layer(self, layer_idx: int) -> tuple[QuantSpec, QuantSpec]:
@@ -121,6 +130,18 @@ class KVQuantConfig:
         layers = tuple((i, replace(layer, values=layer.values or layer.keys)) for i, layer in self.layers)
         return replace(self, values=self.keys, rotary_keys="values", layers=layers)
 
+    def window(self, layer_idx: int) -> int | None:
+        """How many of the latest tokens one layer keeps if it has full attention; None: all."""
+        given = dict(self.layers).get(layer_idx, LayerOverride()).window_length
+        given = self.window_length if given is None else given
+        return given if isinstance(given, int) else None
+
+    @property
+    def windows(self) -> list[int]:
+        """Every `window_length` that is given, for all layers or for one."""
+        given = [self.window_length, *(override.window_length for _, override in self.layers)]
+        return [window for window in given if isinstance(window, int)]
+
     def quantizes(self, layer_idx: int, sliding_window: int | None) -> bool:
         """Whether a layer with such a window, or none, is quantized."""
         if sliding_window is None or layer_idx in dict(self.layers):
@@ -129,10 +150,9 @@ class KVQuantConfig:
 
     def with_dense(self, layer_idx: int) -> KVQuantConfig:
         """The same config with one layer that is not quantized."""
-        dense = QuantSpec("dense")
-        return replace(
-            self, layers=(*(x for x in self.layers if x[0] != layer_idx), (layer_idx, LayerOverride(dense, dense)))
-        )
+        layers, dense = dict(self.layers), QuantSpec("dense")
+        override = replace(layers.get(layer_idx, LayerOverride()), keys=dense, values=dense)
+        return replace(self, layers=tuple((layers | {layer_idx: override}).items()))
 
     def bits_per_element(self, head_dim: int) -> float:
         """Stored bits per cached element without exact copies: the mean of keys and values (16 for a dense side)."""
@@ -220,13 +240,15 @@ class KVQuantConfig:
             return {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
 
         def override(o: LayerOverride) -> dict:
-            return {f.name: spec(getattr(o, f.name)) for f in fields(o) if getattr(o, f.name) is not None}
+            given = {f.name: getattr(o, f.name) for f in fields(o) if getattr(o, f.name) is not None}
+            return {name: spec(value) if isinstance(value, QuantSpec) else value for name, value in given.items()}
 
         return {
             "keys": spec(self.keys),
             "values": spec(self.values),
             "sink_length": self.sink_length,
             "recent_length": self.recent_length,
+            "window_length": self.window_length,
             "backend": self.backend,
             "static": self.static,
             "rotary_keys": self.rotary_keys,
@@ -243,6 +265,18 @@ def _check_specs(prefix: str, keys: QuantSpec, values: QuantSpec) -> None:
     for side, spec in (("keys", keys), ("values", values)):
         if not isinstance(spec, QuantSpec):
             raise ValueError(f"{prefix}{side}: {told(spec)} is not allowed; expected a QuantSpec")
+
+
+def _check_window(prefix: str, window: int | str, static: bool) -> None:
+    is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+    if window != ALL and not is_length:
+        expected = f"an integer from 1 on or {ALL!r}"
+        raise ValueError(f"{prefix}window_length: {told(window)} is not allowed; expected {expected}")
+    if is_length and static:
+        raise ValueError(
+            f"{prefix}window_length: {window} is not allowed with static: true, whose storage keeps every token; "
+            f"expected {ALL!r}"
+        )
 
 
 def _known_fields(where: str, data: object, cls: type) -> dict:
@@ -280,8 +314,9 @@ def _override(index: object, data: object) -> LayerOverride:
         return data
     index = _layer_idx(index)
     where = f"layers.{index if isinstance(index, int) else told(index)}"
-    sides = _known_fields(where, data, LayerOverride)
-    return LayerOverride(**{side: _spec(f"{where}.{side}", spec) for side, spec in sides.items()})
+    given = _known_fields(where, data, LayerOverride)
+    specs = {side: _spec(f"{where}.{side}", given[side]) for side in ("keys", "values") if side in given}
+    return LayerOverride(**given | specs)
 
 
 def _presets() -> Traversable:

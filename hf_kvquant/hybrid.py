@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .config import KVQuantConfig
+from .evicting import EvictingQuantizedLayer
 from .expected import linear
 from .host import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from .layers import QuantizedLayer
@@ -99,6 +100,13 @@ class StaticQuantizedHybridLayer(QuantizedHybridLayer, StaticQuantizedLayer):
     def is_compileable(self) -> bool:
         """False while linear states are recorded for a rollback, because they grow then; as in transformers."""
         return not self.record_past
+
+
+class EvictingQuantizedHybridLayer(QuantizedHybridLayer, EvictingQuantizedLayer):
+    """A layer of both kinds whose full attention is an `EvictingQuantizedLayer`."""
+
+    _attention = EvictingQuantizedLayer
+    _layer_type = None
 
 
 class SlidingQuantizedHybridLayer(QuantizedHybridLayer, SlidingQuantizedLayer):

@@ -114,7 +114,10 @@ def _expansion(module: Any, expand: Callable) -> Callable:
         else:
             layer = layer_of_fresh(latents, rotary)
             latents, rotary = getattr(latents, "plain", latents), getattr(rotary, "plain", rotary)
+        kept = getattr(latents, "kept", None)
         key, value = expand(latents, rotary)
+        if kept is not None:
+            key.kept = kept
         if layer is None or torch.compiler.is_compiling():
             return key, value
         found = obstacle_of_expansion(module, latents, rotary, key, value)

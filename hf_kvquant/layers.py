@@ -121,7 +121,7 @@ class QuantizedLayer(DynamicLayer):
         key_states, value_states = self._admitted(key_states, value_states)
         n, is_first = key_states.shape[2], not self.is_filled
         is_long = n > ops.MAX_Q_LEN and not is_first
-        past = [states.read(0) for states in self._views()] if is_long else []
+        past = [self._past(states) for states in self._views()] if is_long else []
         views = self._append(key_states, value_states)
         if is_first:
             self.routes.count("prefill_dense")
@@ -175,6 +175,10 @@ class QuantizedLayer(DynamicLayer):
     def _first(self, states: torch.Tensor) -> torch.Tensor:
         """The tensor that attention gets for the first states."""
         return states
+
+    def _past(self, states: QuantizedStates) -> torch.Tensor:
+        """What attention gets of the past of many new tokens, de-quantized."""
+        return states.read(0)
 
     def _joined(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The tensor that attention gets for the de-quantized past and many new states."""

@@ -38,6 +38,7 @@ from . import latent
 from .attention import attend
 from .cache import QuantizedCache
 from .config import KVQuantConfig
+from .evicting import EvictingQuantizedLayer
 from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, keeps_caches, takes
 from .integration import attention
 from .layers import QuantizedLayer
@@ -351,16 +352,29 @@ class ScoredStates:
     def read_exactly(self, start: int, end: int) -> torch.Tensor:
         """Which of all positions the queries at positions `start .. end` read exactly, bool
         `[batch, 1, end - start, length]`."""
+        first = torch.tensor([dense_from(i, self.spec, self.layer.recent_length) for i in range(start, end)])
+        near = torch.arange(self.shape[2], device=self.device) >= first.to(self.device)[:, None]
+        return (near | self._always(start, end))[:, None]
+
+    def _always(self, start: int, end: int) -> torch.Tensor:
+        """Which positions the queries at `start .. end` read exactly wherever they are: a query of the context all of
+        them, and every query the sinks; bool `[batch, end - start or 1, length]`."""
         layer = self.layer
-        columns = torch.arange(self.shape[2], device=self.device)
-        first = torch.tensor([dense_from(i, self.spec, layer.recent_length) for i in range(start, end)])
-        near = columns >= first.to(self.device)[:, None]
         in_context = torch.arange(start, end, device=self.device)[:, None] < layer.contexts[:, None, None]
-        is_sink = columns < layer.sink_length
+        is_sink = torch.arange(self.shape[2], device=self.device) < layer.sink_length
         if layer.padding is not None:
             token = ~layer.padding[:, : self.shape[2]]
             is_sink = (token & (token.long().cumsum(1) <= layer.sink_length))[:, None]
-        return (near | in_context | is_sink)[:, None]
+        return in_context | is_sink
+
+    def evicted(self, start: int, end: int) -> torch.Tensor | None:
+        """Which positions the layer has evicted before the queries at `start .. end`, bool as in `read_exactly`; None
+        if it evicts none."""
+        if self.layer.window_length is None:
+            return None
+        columns, rows = (torch.arange(*ends, device=self.device) for ends in ((self.shape[2],), (start, end)))
+        in_window = columns > rows[:, None] - self.layer.window_length
+        return ~(in_window | self._always(start, end))[:, None]
 
 
 # Exact, de-quantized (both `[batch, num_kv_heads, length, part of head_dim]`), and the states that say which is read.
@@ -430,6 +444,8 @@ def _attention(
         queries = query[:, :, start:end].to(dtype).split(sizes, dim=-1)
         scores = reduce(torch.add, map(partial(part_scores, positions), queries, k_exact, k_body, k_states)) * scaling
         hidden, bias = mask_rows(mask, start, end, q_len, kv_len, dtype, query.device)
+        evicted = keys.evicted(*positions)
+        hidden = hidden if evicted is None else hidden | evicted
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = (scores + bias).masked_fill(hidden, -torch.inf)
@@ -463,9 +479,11 @@ class _ScoringLayer(DynamicLayer):
         padding: torch.Tensor | None,
         quantizers: tuple[Quantizer, Quantizer],
         sliding_window: int | None = None,
+        window_length: int | None = None,
     ):
         super().__init__()
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self.window_length = window_length
         self.specs, self.contexts, self.padding, self.quantizers = specs, contexts, padding, quantizers
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
         self.length = 0
@@ -525,7 +543,7 @@ class _ScoringCache(DynamicCache):
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
-                window = layer.sliding_window
-                arguments = (layer.kv_config.for_layer(i), config, contexts, padding, quantizers)
-                layers[i] = _ScoringLayer(*arguments, window)
+                evicts = isinstance(layer, EvictingQuantizedLayer)
+                arguments = (layer.kv_config.for_layer(i), config, contexts, padding, quantizers, layer.sliding_window)
+                layers[i] = _ScoringLayer(*arguments, config.window(i) if evicts else None)
         Cache.__init__(self, layers=layers)

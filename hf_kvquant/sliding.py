@@ -22,8 +22,8 @@ from .config import KVQuantConfig
 from .expected import BOOL, COUNT, Bounds
 from .layers import QuantizedLayer
 from .route import Routes
-from .states import QuantizedStates, mask_length
-from .storage import ROLLBACK
+from .states import QuantizedStates, Stored, mask_length
+from .storage import ROLLBACK, Side
 
 
 class SlidingQuantizedLayer(QuantizedLayer):
@@ -40,18 +40,26 @@ class SlidingQuantizedLayer(QuantizedLayer):
         self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None, sliding_window: int
     ):
         super().__init__(kv_config, layer_idx, routes, max_length)
-        self.sliding_window = sliding_window
+        self.sliding_window = self._window = sliding_window
         self.record_past = False
         self.dropped = 0
         # The first column is hidden from every query: it stands for sinks that are retired.
-        self._kept = sliding_window + ROLLBACK
+        self._kept = self._window + ROLLBACK
         # Whole blocks of both sides: block lengths are powers of two.
         self._block = max(spec.block_length or 1 for spec in kv_config.for_layer(layer_idx))
-        self._most = -(-(self._kept + max(self._block, ROLLBACK)) // self._block) * self._block
+        self._front = self._whole_blocks(self._front_columns())
+        self._most = self._front + self._whole_blocks(self._kept + max(self._block, ROLLBACK))
         # Before a piece of so many tokens a column stays: without one, its first tokens would count as sinks.
         self._piece = self._kept - 1
         # How many tokens there were when the last update began.
         self._before = 0
+
+    def _whole_blocks(self, columns: int) -> int:
+        return -(-columns // self._block) * self._block
+
+    def _front_columns(self) -> int:
+        """How many columns at the front are never retired."""
+        return 0
 
     @property
     def tokens(self) -> int:
@@ -107,7 +115,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
 
     def _gone(self, end: int) -> int:
         """How many columns are retired before there are `end` columns."""
-        return max(min(end - self._kept, self.length), 0) // self._block * self._block
+        return max(min(end - self._kept, self.length) - self._front, 0) // self._block * self._block
 
     def _retire(self, end: int) -> None:
         """Before there are `end` columns: whole blocks that no query will see make way."""
@@ -116,13 +124,21 @@ class SlidingQuantizedLayer(QuantizedLayer):
             return
         sides = self._keys, self._values
         capacity = min(max(side.capacity for side in sides), self._most)
-        moved = [side.moved(max(capacity, self.length - gone), self.length, gone) for side in sides]
-        # A sink that is gone keeps its slot, in a column that is hidden.
-        positions = torch.where(self.sink_positions < 0, -1, (self.sink_positions - gone).clamp(min=0))
+        moved = [self._moved(side, max(capacity, self.length - gone), gone) for side in sides]
+        positions = self._moved_sinks(gone)
         for side, stored in zip(sides, moved):
-            side.stored, side.recent_start = stored, max(side.recent_start - gone, 0)
+            first = self._front if gone and stored.recent is not None else 0
+            side.stored, side.recent_start = stored, max(side.recent_start - gone, first)
         self.sink_positions = positions
         self.length, self.dropped = self.length - gone, self.dropped + gone
+
+    def _moved(self, side: Side, capacity: int, gone: int) -> Stored:
+        """The columns of a side from `gone` on in new storage."""
+        return side.moved(capacity, self.length, gone)
+
+    def _moved_sinks(self, gone: int) -> torch.Tensor:
+        """The columns of sinks after so many were retired: a sink that is gone keeps its slot, in a hidden column."""
+        return torch.where(self.sink_positions < 0, -1, (self.sink_positions - gone).clamp(min=0))
 
     def _padding_of_columns(self) -> torch.Tensor | None:
         return None if self.padding is None else self.padding[:, self.dropped :]
@@ -130,7 +146,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
     def _has_lost(self) -> bool:
         if self._before == 0:
             self.length = self.dropped = 0
-        has_window = not self.dropped or self.length >= self.sliding_window
+        has_window = not self.dropped or self.length - self._front >= self._window
         return self.tokens != self._before or not has_window or super()._has_lost()
 
     def tokens_after(self, tokens_to_remove: int) -> int:
@@ -140,11 +156,12 @@ class SlidingQuantizedLayer(QuantizedLayer):
             RuntimeError: what their queries would see is retired.
         """
         tokens = super().tokens_after(tokens_to_remove)
-        if tokens and self.dropped and tokens - self.dropped < self.sliding_window:
+        most = self.length - self._front - self._window
+        if tokens and self.dropped and self.tokens - tokens > most:
             raise RuntimeError(
                 f"crop: {self.tokens - tokens} tokens cannot be removed from layer {self.layer_idx}, whose window of "
-                f"{self.sliding_window} tokens has left what came before; expected at most "
-                f"{self.length - self.sliding_window}, or activate_past_recording() before they come"
+                f"{self._window} tokens has left what came before; expected at most {most}, or "
+                "activate_past_recording() before they come"
             )
         return tokens
 
@@ -180,8 +197,8 @@ class SlidingQuantizedLayer(QuantizedLayer):
 
     def expected(self, state: dict) -> dict:
         pattern = super().expected(state) | {"dropped": 0, "record_past": BOOL}
-        if state["length"] >= self.sliding_window and state["dropped"] != 0:
+        if state["length"] - self._front >= self._window and state["dropped"] != 0:
             pattern["dropped"] = COUNT[:: self._block]
             sinks = pattern["sink_positions"]
-            pattern["sink_positions"] = Bounds(sinks.low, sinks.high, fills=True, zeros=True)
+            pattern["sink_positions"] = Bounds(sinks.low, sinks.high, fills=True, zeros=not self._front)
         return pattern

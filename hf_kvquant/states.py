@@ -95,6 +95,22 @@ class Stored(_Tensors):
         return Stored(*(copy.deepcopy(tensor, memo) for tensor in self))
 
 
+class Kept(NamedTuple):
+    """Which tokens the columns of a layer are that has evicted some (see `evicting`). Masks have a column per token.
+
+    Columns from `front` on are consecutive tokens, the first of which is token `start`. Columns before `front`, and
+    those that left the window, are seen if they are sinks.
+
+    window: the number of latest tokens that a query sees, its own included; None: all of the consecutive ones.
+    is_sink: bool `[batch, columns]`; None: as the states' `sink_positions` say.
+    """
+
+    front: int
+    start: int
+    window: int | None = None
+    is_sink: torch.Tensor | None = None
+
+
 class HasStored:
     """Attributes for the tensors of `stored`."""
 
@@ -129,6 +145,7 @@ class QuantizedStates(HasStored):
         sliding_window: the layer's window, or None. The masks of its queries have `mask_length` columns.
         mask_width: None, or that of masks with a column for every token (of a sliding layer in a static cache).
         dropped: the number of tokens before the first stored column; beside a `device_length` a tensor.
+        kept: None, or which tokens the columns are if a mask has others too.
         backend: the operator's backend, "auto" or a name.
         routes: the cache's route counter, in which attention counts its calls.
     """
@@ -146,6 +163,7 @@ class QuantizedStates(HasStored):
     sliding_window: int | None = None
     mask_width: int | None = None
     dropped: int | torch.Tensor = 0
+    kept: Kept | None = None
 
     @classmethod
     def of(cls, **fields: Any) -> QuantizedStates:
@@ -206,6 +224,12 @@ class QuantizedStates(HasStored):
     def position(self, q_len: int) -> int | torch.Tensor:
         """The position of the first of the newest `q_len` queries."""
         return (self.length if self.device_length is None else self.device_length) - q_len
+
+    def is_sink(self) -> torch.Tensor:
+        """Which columns are sinks, bool `[batch, length]`."""
+        is_sink = torch.zeros(self.shape[0], self.length + 1, dtype=torch.bool, device=self.device)
+        # Slots without a sink have position -1, and go to one more column.
+        return is_sink.scatter_(1, self.sink_positions.long() % (self.length + 1), True)[:, :-1]
 
     def asked_length(self) -> int:
         """The device's length as an integer; waits for the device.

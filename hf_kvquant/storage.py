@@ -66,19 +66,20 @@ class Side(HasStored):
         """Move the first `length` columns into larger storage."""
         self.stored = self.moved(capacity, length)
 
-    def moved(self, capacity: int, length: int, first: int = 0) -> Stored:
-        """The columns `first .. length` in new storage of `capacity` columns; `first` begins a block."""
+    def moved(self, capacity: int, length: int, gone: int = 0, front: int = 0) -> Stored:
+        """The first `length` columns, except the `gone` ones behind the `front`, in new storage of `capacity` columns.
+        Both numbers are whole blocks."""
         batch, num_kv_heads, _ = self.shape
-        new = self._allocated(batch, num_kv_heads, capacity)
-        new.data[:, :, : length - first] = self.data[:, :, first:length]
-        rows = slice(first // (self.spec.block_length or 1), -(-length // (self.spec.block_length or 1)))
-        for wider, old in ((new.scale, self.scale), (new.zero_point, self.zero_point)):
+        new, block = self._allocated(batch, num_kv_heads, capacity), self.spec.block_length or 1
+        for wider, old, step in ((new.data, self.data, 1), *zip(new[1:3], self.stored[1:3], (block, block))):
             if old is not None:
-                wider[:, :, : rows.stop - rows.start] = old[:, :, rows]
+                first, skipped, end = front // step, gone // step, -(-length // step)
+                wider[:, :, :first] = old[:, :, :first]
+                wider[:, :, first : end - skipped] = old[:, :, first + skipped : end]
         if self.recent is not None:
-            columns = torch.arange(max(self.recent_start, first), length, device=self.device)
+            columns = torch.arange(max(self.recent_start, front + gone if gone else 0), length, device=self.device)
             ring, old = new.recent, self.recent
-            ring[:, :, (columns - first) % ring.shape[2]] = old[:, :, columns % old.shape[2]]
+            ring[:, :, (columns - gone) % ring.shape[2]] = old[:, :, columns % old.shape[2]]
         return new._replace(sink=self.sink)
 
     def make_way(self, end: int) -> None:

@@ -30,6 +30,13 @@ CONFIGS = {
         sliding=128,
         layers={3: LayerOverride(keys=INT8), 0: LayerOverride(QuantSpec("dense"), QuantSpec("dense"))},
     ),
+    "windows": KVQuantConfig(
+        INT8,
+        INT8,
+        sink_length=4,
+        window_length=4096,
+        layers={1: LayerOverride(window_length=64), 0: LayerOverride(window_length="all")},
+    ),
     "dense keys": KVQuantConfig(QuantSpec("dense"), INT4, recent_length=1),
     **{name: KVQuantConfig.preset(name) for name in PRESETS},
 }
@@ -116,6 +123,7 @@ class TestRoundTrips:
             "values": {"format": "int4", "group_size": 32, "rotate": True},
             "sink_length": 4,
             "recent_length": 32,
+            "window_length": "all",
             "backend": "reference",
             "static": True,
             "rotary_keys": "keys",
@@ -125,6 +133,8 @@ class TestRoundTrips:
                 3: {"keys": {"format": "int8"}},
             },
         }
+        assert CONFIGS["windows"].to_dict()["window_length"] == 4096
+        assert CONFIGS["windows"].to_dict()["layers"] == {0: {"window_length": "all"}, 1: {"window_length": 64}}
 
     def test_from_dict_leaves_its_argument_alone(self):
         data = CONFIGS["everything"].to_dict()
@@ -135,7 +145,7 @@ class TestRoundTrips:
     def test_defaults(self):
         config = KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int8"}})
         assert config == KVQuantConfig(
-            INT8, INT8, sink_length=0, recent_length=0, backend="auto", static=False, layers=()
+            INT8, INT8, sink_length=0, recent_length=0, window_length="all", backend="auto", static=False, layers=()
         )
 
     def test_a_yaml_file_by_hand(self, tmp_path):

@@ -416,7 +416,7 @@ def test_cache_read_share():
 def test_attention_asks_scored_states_what_it_asks_cached_ones():
     """The error about a model that cannot be scored names the way that works; a position bias joins the mask."""
     exact, query = torch.randn(1, 2, 40, 16), torch.randn(1, 4, 9, 16)
-    states = ScoredStates(exact, (), QuantSpec("dense"), mock.Mock(sliding_window=None))
+    states = ScoredStates(exact, (), QuantSpec("dense"), mock.Mock(sliding_window=None, window_length=None))
     with pytest.warns(UserWarning, match="dropout"), pytest.raises(ValueError, match="use score_by_decoding"):
         scoring._attend(None, query, states, states, None, dense_attention=None, dropout=0.1)
     bias = torch.randn(1, 4, 9, 40)

@@ -261,14 +261,12 @@ def _side(
     )  # fmt: skip
 
 
-def _sink_positions(keys: QuantizedStates, values: QuantizedStates, batch: int) -> tuple[int, int, int]:
+def _sink_positions(keys: QuantizedStates, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
-    if keys.stored.sink is None and values.stored.sink is None:
-        return 0, 0, 0
     positions = keys.sink_positions
-    if positions is None:
+    num_sinks = 0 if positions is None else positions.shape[-1]
+    if not num_sinks:
         return 0, 0, 0
-    num_sinks = positions.shape[-1]
     _check_small("sink_positions", positions, keys.data, torch.int32, batch, num_sinks)
     if positions.stride(1) != 1:
         raise ValueError(f"sink_positions: strides {positions.stride()} are not allowed; expected contiguous rows")
@@ -303,7 +301,8 @@ def attention(
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, num_heads, q_len, head_dim = query.shape
-    positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
+    has_sinks = keys.stored.sink is not None or values.stored.sink is not None
+    positions, positions_stride, num_sinks = _sink_positions(keys, batch) if has_sinks else (0, 0, 0)
     kv_len, num_kv_heads, length = keys.length, keys.stored.data.size(1), keys.device_length
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim
     if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or device != keys.stored.data.get_device():
@@ -377,7 +376,7 @@ def append(
     dtype, device = key.dtype, key.get_device()
     code, itemsize = _dtype_code(dtype), dtype.itemsize
     batch, num_kv_heads, _, _ = key.shape
-    positions, positions_stride, num_sinks = _sink_positions(keys, values, batch)
+    positions, positions_stride, num_sinks = _sink_positions(keys, batch)
     length = keys.device_length
     if value.shape[:2] != (batch, num_kv_heads) or (length is None and start < 0):
         raise ValueError(

@@ -12,7 +12,7 @@ from .quantization import FORMATS, QuantizedTensor, QuantSpec, quantize
 from .scoring import cache_read_share, score, score_by_decoding, score_chunks, score_tokens
 from .states import QuantizedStates
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FORMATS",

@@ -112,6 +112,12 @@ def test_metadata(wheel):
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
 
+def test_the_changes_begin_with_this_version(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        changes = archive.read("hf_kvquant/CHANGELOG.md").decode()
+    assert re.findall(r"^## (.+)$", changes, re.MULTILINE)[0] == hf_kvquant.__version__
+
+
 def runs_alone(wheel: Path, folder: Path) -> None:
     environment = folder / "environment"
     run(sys.executable, "-m", "venv", environment, cwd=folder)

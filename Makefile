@@ -50,6 +50,7 @@ recipes: .venv-recipes/installed
 .venv-recipes/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv-recipes
 	$(call install,$(LOCK),.venv-recipes) . pytest peft accelerate lm-eval datasets trl smolagents \
+		torchao optimum-quanto bitsandbytes \
 		fastapi uvicorn openai opentelemetry-api
 	touch $@
 

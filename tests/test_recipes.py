@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import hf_kvquant
@@ -76,6 +77,28 @@ def test_offloaded_weights():
     for name in ("from_disk", "from_memory"):
         assert found[name].sequences.tolist() == found["plain"].sequences.tolist()
         assert found[name].cache.routes == ONE_GENERATION
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "linear"),
+    [("torchao", "torchao", "Int8Tensor"), ("quanto", "optimum.quanto", "QLinear"),
+     ("bitsandbytes", "bitsandbytes", "Linear8bitLt")],
+)  # fmt: skip
+def test_quantized_weights(name, package, linear):
+    """The tokens are those of plain calls with the same weights and a cache that is made by hand."""
+    needs(package)
+    found = run("quantized_weights")
+    model, out = found["models"][name], found["outputs"][name]
+    projection = model.model.layers[0].self_attn.q_proj
+    assert linear in (type(projection).__name__, type(projection.weight).__name__)
+    assert out.cache.routes == ONE_GENERATION
+    cache, ids = hf_kvquant.QuantizedCache(model.config, "int8"), found["inputs"].input_ids
+    with torch.no_grad(), hf_kvquant.attention(model):
+        for _ in range(8):
+            token = model(ids[:, cache.get_seq_length() :], cache=cache).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], dim=1)
+    assert torch.equal(ids, out.sequences)
+    assert cache.routes == ONE_GENERATION
 
 
 def test_pipelines(caches):

@@ -84,7 +84,8 @@ def with_specs(config: KVQuantConfig, chosen: Mapping[Side, QuantSpec]) -> KVQua
     """The config with other specs on single sides."""
     layers = dict(config.layers)
     for (layer_idx, side), spec in chosen.items():
-        layers[layer_idx] = replace(layers.get(layer_idx, LayerOverride()), **{side: spec})
+        given: dict[str, Any] = {side: spec}
+        layers[layer_idx] = replace(layers.get(layer_idx, LayerOverride()), **given)
     return replace(config, layers=tuple(layers.items()))
 
 

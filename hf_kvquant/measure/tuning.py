@@ -138,7 +138,7 @@ class Tuner:
         most: dict[str, Any] = {
             name: max(count, key=lambda spec: (count[spec], spec.code)) for name, count in usual.items()
         }
-        layers: dict[int, dict[str, QuantSpec]] = {}
+        layers: dict[int, dict[str, Any]] = {}
         for (layer_idx, name), spec in chosen.items():
             if spec != most[name]:
                 layers.setdefault(layer_idx, {})[name] = spec

@@ -21,7 +21,7 @@ import yaml
 
 from .backends import AUTO, NAMES
 from .message import told
-from .quantization import QuantSpec
+from .quantization import DENSE, FORMATS, QuantSpec
 
 if TYPE_CHECKING:
     # Its place from Python 3.11 on.
@@ -295,7 +295,7 @@ def _spec(where: str, data: object) -> QuantSpec:
         return data
     data = _known_fields(where, data, QuantSpec)
     if "format" not in data:
-        raise ValueError(f"{where}.format: missing; expected 'int8', 'fp8', 'int4' or 'dense'")
+        raise ValueError(f"{where}.format: missing; expected one of {[*FORMATS, DENSE]}")
     try:
         return QuantSpec(**data)
     except ValueError as error:

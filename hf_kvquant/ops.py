@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backends import AUTO, NAMES
-from .quantization import QuantSpec
+from .quantization import DENSE, FORMATS, QuantSpec
 from .states import PagedStates, QuantizedStates, Stored
 
 _States = QuantizedStates | PagedStates
@@ -208,7 +208,7 @@ def _is_watched(x: torch.Tensor) -> bool:
 
 def _head_dim(spec: str, data: torch.Tensor) -> int:
     row = data.shape[-1]
-    return row * 2 if spec.startswith("int4") else row
+    return row if spec == DENSE else row * 8 // FORMATS[spec.partition(":")[0]].bits
 
 
 _library.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")

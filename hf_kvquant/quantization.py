@@ -20,6 +20,19 @@ Layout of the bytes, row-major, one row per token of a head:
            head_dim 8:   40 51 62 73
            head_dim 32:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff
            head_dim 40:  00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff | 40 51 62 73
+    int2   head_dim / 4 bytes in the same chunks: byte j of a chunk of 4h channels holds the channels j, h + j, 2h + j
+           and 3h + j, in pairs of bits from low to high. Examples, code of channel c = c % 4:
+           head_dim 8:   88 dd
+           head_dim 32:  00 55 aa ff 00 55 aa ff
+           head_dim 40:  00 55 aa ff 00 55 aa ff | 88 dd
+    int3   head_dim / 4 bytes with the two low bits of all codes, as int2, then head_dim / 8 bytes with the high bits,
+           in the same chunks: byte j of a chunk of 8h channels holds the channels j, h + j, .., 7h + j, a bit each
+           from low to high. Examples, code of channel c = c % 8:
+           head_dim 8:   88 dd | f0
+           head_dim 32:  00 55 aa ff 00 55 aa ff | aa aa aa aa
+           head_dim 40:  00 55 aa ff 00 55 aa ff 88 dd | aa aa aa aa f0
+           In these chunks a shift and a mask turn a word of 8 bytes of low bits into 8 bytes of int4, and a word of 4
+           bytes of high bits into those of 4 bytes of int4, so kernels need no shuffles.
     scale  token grid [.., kv_len, head_dim / group_size], channel grid [.., blocks, head_dim]; zero_point like scale
 """
 
@@ -36,14 +49,17 @@ from .message import told
 FP16_MAX = 65504.0
 # Of head_dim and group_size. Compiled backends take multiples of 16.
 HEAD_DIM_MULTIPLE = 8
-INT4_CHUNK = 32
+PACKED_CHUNK = 32
 GRIDS = ("token", "channel")
 
 
 @dataclass(frozen=True)
 class Format:
     """A format of stored elements. `reach`: the largest code magnitude on the symmetric (token) grid; `levels`: the
-    number of steps between smallest and largest code on the channel grid, or None where that grid is symmetric too."""
+    number of steps between smallest and largest code on the channel grid, or None where that grid is symmetric too.
+
+    Formats of less than 8 bits are packed. Their codes are unsigned on both grids: on the token grid a code stands for
+    code - reach, which is never zero."""
 
     name: str
     bits: int
@@ -51,11 +67,17 @@ class Format:
     levels: int | None
     code_of_zero: int
 
+    @property
+    def is_packed(self) -> bool:
+        return self.bits < 8
+
 
 FORMATS = {
     "int8": Format("int8", bits=8, reach=127.0, levels=255, code_of_zero=0),
     "fp8": Format("fp8", bits=8, reach=448.0, levels=None, code_of_zero=0),
     "int4": Format("int4", bits=4, reach=7.5, levels=15, code_of_zero=8),
+    "int3": Format("int3", bits=3, reach=3.5, levels=7, code_of_zero=4),
+    "int2": Format("int2", bits=2, reach=1.5, levels=3, code_of_zero=2),
 }
 DENSE = "dense"
 
@@ -65,7 +87,7 @@ class QuantSpec:
     """How one side (keys or values) is stored.
 
     Args:
-        format: "int8", "fp8", "int4", or "dense" (kept in the model's dtype).
+        format: "int8", "fp8", "int4", "int3", "int2", or "dense" (kept in the model's dtype).
         grid: "token" or "channel".
         group_size: token grid: channels that share a scale, a multiple of 8 that divides head_dim; None = whole head.
         block_length: channel grid: tokens that share a channel's scale, a power of two from 16 to 256 (64 if None).
@@ -258,8 +280,8 @@ def _quantize_tokens(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
     scale = (absmax * _float32(1 / form.reach)).clamp(max=FP16_MAX).to(torch.float16)
     scale = torch.where(absmax.isfinite(), scale, torch.nan)
     r = 1 / scale.float()
-    if spec.format == "int4":
-        codes = (groups * r + 7.5).round().clamp(0, 15)
+    if form.is_packed:
+        codes = (groups * r + form.reach).round().clamp(0, form.levels)
     else:
         codes = _symmetric_codes(groups * r, spec.format)
     codes = torch.where(r.isfinite(), codes, float(form.code_of_zero))
@@ -339,8 +361,9 @@ def pack(codes: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         return codes.to(torch.float8_e4m3fn).view(torch.uint8)
     if spec.format == "int8":
         return codes.to(torch.uint8) if spec.is_channel else codes.to(torch.int8).view(torch.uint8)
-    chunks = [c.unflatten(-1, (2, -1)) for c in codes.to(torch.uint8).split(INT4_CHUNK, dim=-1)]
-    return torch.cat([c[..., 0, :] | (c[..., 1, :] << 4) for c in chunks], dim=-1)
+    codes = codes.to(torch.uint8)
+    planes = [_pack_plane(codes >> shift & (1 << bits) - 1, bits) for shift, bits in _planes(spec)]
+    return torch.cat(planes, dim=-1)
 
 
 def unpack(data: torch.Tensor, spec: QuantSpec, head_dim: int) -> torch.Tensor:
@@ -349,7 +372,28 @@ def unpack(data: torch.Tensor, spec: QuantSpec, head_dim: int) -> torch.Tensor:
         return data.view(torch.float8_e4m3fn).float()
     if spec.format == "int8":
         return data.float() if spec.is_channel else data.view(torch.int8).float()
-    assert data.shape[-1] * 2 == head_dim, (data.shape, head_dim)
-    chunks = data.split(INT4_CHUNK // 2, dim=-1)
-    codes = torch.cat([part for c in chunks for part in (c & 15, c >> 4)], dim=-1).float()
-    return codes if spec.is_channel else codes - 7.5
+    assert data.shape[-1] == spec.row_bytes(head_dim), (data.shape, head_dim)
+    planes = data.split([head_dim * bits // 8 for _, bits in _planes(spec)], dim=-1)
+    parts = [_unpack_plane(plane, bits) << shift for plane, (shift, bits) in zip(planes, _planes(spec))]
+    codes = sum(parts).float()
+    return codes if spec.is_channel else codes - FORMATS[spec.format].reach
+
+
+def _planes(spec: QuantSpec) -> list[tuple[int, int]]:
+    """The planes of a row of a packed format, in their order: the lowest bit of a code in them, and how many bits."""
+    bits = FORMATS[spec.format].bits
+    return [(0, 2), (2, 1)] if bits == 3 else [(0, bits)]
+
+
+def _pack_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    parts = []
+    for chunk in codes.split(PACKED_CHUNK, dim=-1):
+        each = chunk.unflatten(-1, (8 // bits, -1)).unbind(-2)
+        parts.append(sum(code << (bits * i) for i, code in enumerate(each)))
+    return torch.cat(parts, dim=-1)
+
+
+def _unpack_plane(data: torch.Tensor, bits: int) -> torch.Tensor:
+    shifts = range(0, 8, bits)
+    chunks = data.split(PACKED_CHUNK * bits // 8, dim=-1)
+    return torch.cat([chunk >> shift & (1 << bits) - 1 for chunk in chunks for shift in shifts], dim=-1)

@@ -223,9 +223,12 @@ BAD = {
     ),
     "no keys": (changed(keys=None), ["keys: missing", "format"]),
     "no values": (changed(values=None), ["values: missing", "format"]),
-    "no format": (changed(values={"grid": "token"}), ["values.format: missing", "'int8', 'fp8', 'int4' or 'dense'"]),
+    "no format": (changed(values={"grid": "token"}), ["values.format: missing", "'int4', 'int3', 'int2', 'dense'"]),
     "side is a word": (changed(keys="int8"), ["keys: 'int8' is not allowed", "mapping", "format"]),
-    "unknown format": (changed(keys={"format": "int5"}), ["keys.format: 'int5'", "int8", "fp8", "int4", "dense"]),
+    "unknown format": (
+        changed(keys={"format": "int5"}),
+        ["keys.format: 'int5'", "int8", "fp8", "int4", "int3", "int2", "dense"],
+    ),
     "format is a number": (changed(keys={"format": 8}), ["keys.format: 8 is not allowed"]),
     "format is a list": (changed(keys={"format": ["int8"]}), ["keys.format: ['int8'] is not allowed", "int8", "fp8"]),
     "format is a mapping": (changed(values={"format": {"int8": 1}}), ["values.format: {'int8': 1} is not allowed"]),
@@ -269,8 +272,8 @@ BAD = {
     "unknown field of an override": (layer(1, {"sink_length": 4}), ["layers.1.sink_length: unknown field", "keys"]),
     "no format in an override": (layer(1, {"keys": {"grid": "token"}}), ["layers.1.keys.format: missing"]),
     "bad format in an override": (
-        layer(7, {"values": {"format": "int2"}}),
-        ["layers.7.values.format: 'int2'", "int4"],
+        layer(7, {"values": {"format": "int1"}}),
+        ["layers.7.values.format: 'int1'", "int4"],
     ),
     "rotated channels of values in an override": (
         layer(2, {"values": {"format": "int4", "grid": "channel", "rotate": True}}),

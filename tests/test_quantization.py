@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_kvquant import FORMATS, QuantizedTensor, QuantSpec, quantize
+from hf_kvquant import FORMATS, QuantizedTensor, QuantSpec, quantization, quantize
 from hf_kvquant.quantization import pack, rotate, unpack
 
 TOKEN = {
@@ -20,6 +20,8 @@ TOKEN = {
     "fp8-g32-rotate": QuantSpec("fp8", group_size=32, rotate=True),
     "int4": QuantSpec("int4"),
     "int4-g32-rotate": QuantSpec("int4", group_size=32, rotate=True),
+    "int3": QuantSpec("int3"),
+    "int2-g16-rotate": QuantSpec("int2", group_size=16, rotate=True),
 }
 CHANNEL = {
     "int8-b64": QuantSpec("int8", "channel"),
@@ -27,6 +29,8 @@ CHANNEL = {
     "fp8-b64": QuantSpec("fp8", "channel"),
     "int4-b64": QuantSpec("int4", "channel"),
     "int4-b32": QuantSpec("int4", "channel", block_length=32),
+    "int3-b32": QuantSpec("int3", "channel", block_length=32),
+    "int2-b64": QuantSpec("int2", "channel"),
 }
 SPECS = {**TOKEN, **CHANNEL}
 HEAD_DIMS = [8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 192, 256]
@@ -100,6 +104,23 @@ class TestByHand:
         assert hex_of(q.data) == " ".join(f"2{code:x}" for code in codes)
         assert q.dequantize().flatten()[:4].tolist() == [7.5, -7.5, 0.5, 0.5]
 
+    def test_int3_token(self):
+        # absmax 3.5 -> scale 1.0; code = rint(x + 3.5): 7, 0, 3.5, 4.5, 5.5, 2.5, 1.5, 3.9 become
+        # 7, 0, 4, 4, 6, 2, 2, 4. Low bits 3, 0, 0, 0, 2, 2, 2, 0: the bytes 3 + 0 + 2 * 16 + 2 * 64 (channels 0, 2, 4,
+        # 6) and 2 * 16 (1, 3, 5, 7). High bits of the channels 0, 2, 3, 4 and 7: 1 + 4 + 8 + 16 + 128.
+        q = quantize(one_token(3.5, -3.5, 0, 1, 2, -1, -2, 0.4, head_dim=8), QuantSpec("int3"))
+        assert fp16_bits(q.scale) == [0x3C00]
+        assert hex_of(q.data) == "a3 20 9d"
+        assert q.dequantize().flatten().tolist() == [3.5, -3.5, 0.5, 0.5, 2.5, -1.5, -1.5, 0.5]
+
+    def test_int2_token(self):
+        # absmax 1.5 -> scale 1.0; code = rint(x + 1.5): 3, 0, 1.5, 2.5, 0.5, 1.9, 1.1, 0.9 become 3, 0, 2, 2, 0, 2, 1,
+        # 1: the bytes 3 + 2 * 4 + 0 * 16 + 1 * 64 (channels 0, 2, 4, 6) and 2 * 4 + 2 * 16 + 1 * 64 (1, 3, 5, 7).
+        q = quantize(one_token(1.5, -1.5, 0, 1, -1, 0.4, -0.4, -0.6, head_dim=8), QuantSpec("int2"))
+        assert fp16_bits(q.scale) == [0x3C00]
+        assert hex_of(q.data) == "4b 68"
+        assert q.dequantize().flatten().tolist() == [1.5, -1.5, 0.5, 0.5, -1.5, 0.5, -0.5, -0.5]
+
     def test_int8_channel(self):
         # Channel 0: 0..255 in steps of 17 -> zero 0, scale 255 / 255 = 1.0. Channel 1: 100 + the half of it -> zero
         # 100 = 0x5640, scale 0.5. Channel 2: constant 3 -> zero 3.0 = 0x4200, scale 0, codes 0. Channel 3: -255..0.
@@ -125,6 +146,32 @@ class TestByHand:
         assert q.data[0, 0, :, 0].tolist() == [(15 - t) << 4 | t for t in range(16)]
         assert torch.equal(q.dequantize(), x)
 
+    def test_int3_channel(self):
+        # Channel 0: -1.75 + t / 2 for t = 0..7, twice: zero -1.75 = 0xbf00, scale 3.5 / 7 = 0.5, code t % 8. Its low
+        # bits are the lowest of byte 0, its high bit that of byte 2. Channel 5 counts down: bits 4 and 5 of byte 1,
+        # and bit 5 of byte 2.
+        steps = torch.arange(16.0) % 8 / 2
+        x = torch.zeros(1, 1, 16, 8)
+        x[..., 0], x[..., 5] = steps - 1.75, 1.75 - steps
+        q = quantize(x, QuantSpec("int3", "channel", block_length=16))
+        assert fp16_bits(q.zero_point)[0] == fp16_bits(q.zero_point)[5] == 0xBF00
+        assert fp16_bits(q.scale)[0] == fp16_bits(q.scale)[5] == 0x3800
+        up, down = [t % 8 for t in range(16)], [7 - t % 8 for t in range(16)]
+        assert q.data[0, 0].tolist() == [[a & 3, (b & 3) << 4, a >> 2 | b >> 2 << 5] for a, b in zip(up, down)]
+        assert torch.equal(q.dequantize(), x)
+
+    def test_int2_channel(self):
+        # Channel 0: -0.75 + t / 2 for t = 0..3, four times: zero -0.75 = 0xba00, scale 1.5 / 3 = 0.5, code t % 4, the
+        # lowest bits of byte 0. Channel 7 counts down: the highest bits of byte 1.
+        steps = torch.arange(16.0) % 4 / 2
+        x = torch.zeros(1, 1, 16, 8)
+        x[..., 0], x[..., 7] = steps - 0.75, 0.75 - steps
+        q = quantize(x, QuantSpec("int2", "channel", block_length=16))
+        assert fp16_bits(q.zero_point)[0] == fp16_bits(q.zero_point)[7] == 0xBA00
+        assert fp16_bits(q.scale)[0] == fp16_bits(q.scale)[7] == 0x3800
+        assert q.data[0, 0].tolist() == [[t % 4, (3 - t % 4) << 6] for t in range(16)]
+        assert torch.equal(q.dequantize(), x)
+
     def test_fp8_channel(self):
         # Symmetric, one scale per channel: absmax 896 -> scale 2.0, 896 / 2 = 448 = 7e; 2 / 2 = 1 = 38.
         x = torch.zeros(1, 1, 16, 16)
@@ -144,11 +191,13 @@ class TestByHand:
         assert set(q.data.flatten().tolist()) == {255}
         assert torch.allclose(q.dequantize(), x, rtol=0, atol=1e-4)
 
-    @pytest.mark.parametrize(("format", "code"), [("int8", 0x00), ("fp8", 0x00), ("int4", 0x88)])
-    def test_zeros_on_the_token_grid(self, format, code):
+    @pytest.mark.parametrize(
+        ("format", "bytes_"), [("int8", {0}), ("fp8", {0}), ("int4", {0x88}), ("int3", {0, 0xFF}), ("int2", {0xAA})]
+    )
+    def test_zeros_on_the_token_grid(self, format, bytes_):
         q = quantize(torch.zeros(1, 2, 3, 32), QuantSpec(format))
         assert set(fp16_bits(q.scale)) == {0}
-        assert set(q.data.flatten().tolist()) == {code}
+        assert set(q.data.flatten().tolist()) == bytes_
         assert torch.equal(q.dequantize(), torch.zeros(1, 2, 3, 32))
 
     def test_subnormal_scales(self):
@@ -233,10 +282,25 @@ class TestByHand:
         q = quantize(one_token(0, 4.0), QuantSpec("int8", rotate=True))
         assert hex_of(q.data) == " ".join(["7f 81"] * 8)
 
-    def test_packing_example_of_the_docstring(self):
-        codes = torch.arange(32.0) % 16
-        packed = pack(codes, QuantSpec("int4"))
-        assert hex_of(packed) == "00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff"
+    @pytest.mark.parametrize(
+        ("format", "head_dim", "expected"),
+        [
+            ("int4", 8, "40 51 62 73"),
+            ("int4", 32, "00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff"),
+            ("int4", 40, "00 11 22 33 44 55 66 77 88 99 aa bb cc dd ee ff 40 51 62 73"),
+            ("int2", 8, "88 dd"),
+            ("int2", 32, "00 55 aa ff 00 55 aa ff"),
+            ("int2", 40, "00 55 aa ff 00 55 aa ff 88 dd"),
+            ("int3", 8, "88 dd f0"),
+            ("int3", 32, "00 55 aa ff 00 55 aa ff aa aa aa aa"),
+            ("int3", 40, "00 55 aa ff 00 55 aa ff 88 dd aa aa aa aa f0"),
+        ],
+    )
+    def test_packing_examples_of_the_docstring(self, format, head_dim, expected):
+        packed = pack(torch.arange(head_dim) % (LEVELS[format] + 1), QuantSpec(format))
+        assert hex_of(packed) == expected
+        lines = [line.split(":")[-1].replace("| ", "").strip() for line in quantization.__doc__.splitlines()]
+        assert expected in lines
 
     def test_packing_of_a_half_chunk(self):
         # head_dim 48: a chunk of 32, then one of 16 with halves of 8. Code of channel c: c // 4.
@@ -276,19 +340,28 @@ def numpy_rotate(x: np.ndarray) -> np.ndarray:
     return x * np.float32(block**-0.5)
 
 
-def numpy_pack(codes: np.ndarray) -> np.ndarray:
+# Of the packed formats: the lowest bit of a code that each plane of a row holds, and the number of bits.
+PLANES = {"int4": [(0, 4)], "int3": [(0, 2), (2, 1)], "int2": [(0, 2)]}
+
+
+def numpy_pack(codes: np.ndarray, format: str) -> np.ndarray:
     head_dim = codes.shape[-1]
-    packed = np.zeros((*codes.shape[:-1], head_dim // 2), np.uint8)
-    for c in range(head_dim):
-        chunk = c // 32 * 32
-        half = min(32, head_dim - chunk) // 2
-        place, high = (c - chunk) % half, (c - chunk) // half
-        packed[..., chunk // 2 + place] |= (codes[..., c] << 4 * high).astype(np.uint8)
-    return packed
+    planes = []
+    for low, bits in PLANES[format]:
+        packed = np.zeros((*codes.shape[:-1], head_dim * bits // 8), np.uint8)
+        for c in range(head_dim):
+            chunk = c // 32 * 32
+            length = min(32, head_dim - chunk) * bits // 8
+            code = codes[..., c] >> low & (2**bits - 1)
+            packed[..., chunk * bits // 8 + (c - chunk) % length] |= (code << bits * ((c - chunk) // length)).astype(
+                np.uint8
+            )
+        planes.append(packed)
+    return np.concatenate(planes, axis=-1)
 
 
-REACH = {"int8": 127, "fp8": 448, "int4": 7.5}
-LEVELS = {"int8": 255, "int4": 15}
+REACH = {"int8": 127, "fp8": 448, "int4": 7.5, "int3": 3.5, "int2": 1.5}
+LEVELS = {"int8": 255, "int4": 15, "int3": 7, "int2": 3}
 
 
 def numpy_token_grid(x: np.ndarray, format: str, group_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +371,7 @@ def numpy_token_grid(x: np.ndarray, format: str, group_size: int) -> tuple[np.nd
         for g in range(scales.shape[-1]):
             group = x[token][g * group_size : (g + 1) * group_size]
             where = codes[token][g * group_size : (g + 1) * group_size]
-            where[:] = 8 if format == "int4" else 0
+            where[:] = {"int4": 8, "int3": 4, "int2": 2}.get(format, 0)
             if not np.isfinite(group).all():
                 scales[token][g] = np.nan
                 continue
@@ -309,8 +382,8 @@ def numpy_token_grid(x: np.ndarray, format: str, group_size: int) -> tuple[np.nd
             r = np.float32(1) / np.float32(scale)
             if format == "int8":
                 where[:] = np.clip(np.rint(group * r), -127, 127).astype(np.int64) & 0xFF
-            elif format == "int4":
-                where[:] = np.clip(np.rint(group * r + np.float32(7.5)), 0, 15)
+            elif format in PLANES:
+                where[:] = np.clip(np.rint(group * r + np.float32(REACH[format])), 0, LEVELS[format])
             else:
                 where[:] = e4m3_codes(np.clip(group * r, np.float32(-448), np.float32(448)))
     return codes, scales
@@ -357,7 +430,7 @@ def numpy_bytes(x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor) -> tupl
         else:
             numbers = numpy_rotate(numbers) if spec.rotate else numbers
             codes, scales = numpy_token_grid(numbers, spec.format, spec.group_size or x.shape[-1])
-    return (numpy_pack(codes) if spec.format == "int4" else codes.astype(np.uint8)), scales, zeros
+    return (numpy_pack(codes, spec.format) if spec.format in PLANES else codes.astype(np.uint8)), scales, zeros
 
 
 def harsh(kind: str, x: torch.Tensor) -> torch.Tensor:
@@ -394,7 +467,7 @@ class TestAgainstNumPy:
     def test_every_dtype(self, name, dtype, outlier):
         self.check(outlier(1, 2, 33, 64, dtype=dtype), SPECS[name])
 
-    @by_id({name: SPECS[name] for name in ("int8", "int4", "int8-b16", "int4-b32")})
+    @by_id({name: SPECS[name] for name in ("int8", "int4", "int3", "int8-b16", "int4-b32", "int2-b64")})
     def test_ties_are_decided_by_the_product_with_the_reciprocal(self, spec):
         """For elements half-way between two codes, in every scale from 1 to 2, x * (1 / scale) and x / scale do not
         always give the same code. This test finds a library or compiler that replaces one by the other."""
@@ -405,7 +478,8 @@ class TestAgainstNumPy:
             codes = torch.randint(0, levels, (1024, length)) + 0.5
             codes[:, :2] = torch.tensor([0.0, levels])  # the smallest and largest element set zero point and scale
         else:
-            reach, middle = REACH[spec.format], 7.5 if spec.format == "int4" else 0.0
+            reach = REACH[spec.format]
+            middle = reach if spec.format in PLANES else 0.0
             codes = torch.randint(-int(reach), int(reach), (1024, length)) + (0.5 - middle % 1)
             codes[:, 0] = reach
         x = codes * scale
@@ -566,13 +640,13 @@ class TestPacking:
         assert torch.equal(pack(unpack(data, spec, head_dim), spec), data)
 
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-    @by_id({"token": TOKEN["int4"], "channel": CHANNEL["int4-b64"]})
-    def test_nibbles(self, spec, head_dim):
-        codes = torch.randint(0, 16, (3, 2, 5, head_dim)).float()
+    @by_id({name: SPECS[name] for name in ("int4", "int4-b64", "int3", "int3-b32", "int2-g16-rotate", "int2-b64")})
+    def test_packed_codes(self, spec, head_dim):
+        codes = torch.randint(0, LEVELS[spec.format] + 1, (3, 2, 5, head_dim)).float()
         data = pack(codes, spec)
-        assert data.shape == (3, 2, 5, head_dim // 2)
-        assert torch.equal(unpack(data, spec, head_dim), codes - (0 if spec.is_channel else 7.5))
-        assert np.array_equal(data.numpy(), numpy_pack(codes.long().numpy()))
+        assert data.shape == (3, 2, 5, spec.row_bytes(head_dim))
+        assert torch.equal(unpack(data, spec, head_dim), codes - (0 if spec.is_channel else REACH[spec.format]))
+        assert np.array_equal(data.numpy(), numpy_pack(codes.long().numpy(), spec.format))
 
 
 class TestQuantizedTensor:
@@ -586,6 +660,8 @@ class TestQuantizedTensor:
             (QuantSpec("int8", "channel"), 130, 64, 6 * (130 * 64 + 3 * 64 * 4)),
             (QuantSpec("int4", "channel", block_length=128), 256, 64, 6 * (256 * 32 + 2 * 64 * 4)),
             (QuantSpec("fp8", "channel"), 64, 64, 6 * (64 * 64 + 64 * 2)),
+            (QuantSpec("int3"), 10, 40, 6 * 10 * (15 + 2)),
+            (QuantSpec("int2", "channel"), 64, 40, 6 * (64 * 10 + 40 * 4)),
         ],
         ids=lambda value: value.code if isinstance(value, QuantSpec) else str(value),
     )
@@ -620,6 +696,8 @@ class TestQuantSpec:
             (QuantSpec("int8", "channel", block_length=128), 128, 8.25),
             (QuantSpec("int4", "channel", block_length=128), 128, 4.25),
             (QuantSpec("fp8", "channel"), 128, 8.25),
+            (QuantSpec("int3"), 128, 3.125),
+            (QuantSpec("int2", "channel"), 128, 2.5),
         ],
         ids=lambda value: value.code if isinstance(value, QuantSpec) else str(value),
     )
@@ -630,7 +708,7 @@ class TestQuantSpec:
         token = itertools.product(FORMATS, ["token"], [None, 16, 32, 64, 128], [None], [False, True])
         channel = itertools.product(FORMATS, ["channel"], [None], [16, 32, 64, 128, 256], [False])
         specs = [QuantSpec(*arguments) for arguments in (*token, *channel)] + [QuantSpec("dense")]
-        assert len({spec.code for spec in specs}) == len(specs) == 46
+        assert len({spec.code for spec in specs}) == len(specs) == 76
         for spec in specs:
             assert QuantSpec.from_code(spec.code) == spec, spec.code
 
@@ -648,7 +726,7 @@ class TestQuantSpec:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"format": "int3"}, ["format", "'int3'", "int8", "fp8", "int4", "dense"]),
+            ({"format": "int5"}, ["format", "'int5'", "int8", "fp8", "int4", "int3", "int2", "dense"]),
             ({"format": 8}, ["format", "8", "int8"]),
             ({"format": None}, ["format", "None", "int8"]),
             ({"format": "int8", "grid": "row"}, ["grid", "'row'", "token", "channel"]),

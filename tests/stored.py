@@ -27,6 +27,11 @@ KEY_SPECS = {
     "int4-rotated": QuantSpec("int4", rotate=True),
     "int4-channel": QuantSpec("int4", "channel"),
     "int4-channel256": QuantSpec("int4", "channel", block_length=256),
+    "int3-rotated": QuantSpec("int3", rotate=True),
+    "int3-channel": QuantSpec("int3", "channel"),
+    "int2": QuantSpec("int2", group_size=32),
+    "int2-group16": QuantSpec("int2", group_size=16),
+    "int2-channel": QuantSpec("int2", "channel"),
     "dense": QuantSpec("dense"),
 }
 VALUE_SPECS = dict(KEY_SPECS)

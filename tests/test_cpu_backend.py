@@ -52,7 +52,7 @@ def test_value_formats(v, dtype):
 @pytest.mark.parametrize(
     ("k", "v"),
     [("int8", "int8"), ("fp8", "fp8-rotated"), ("int4-rotated", "int4-rotated"), ("int4-channel", "int4-rotated"),
-     ("int8-channel", "dense"), ("dense", "fp8")],
+     ("int8-channel", "dense"), ("dense", "fp8"), ("int3-channel", "int3-rotated"), ("int2-channel", "int8")],
 )  # fmt: skip
 def test_head_dims(k, v, head_dim, dtype):
     check(*problem(k, v, head_dim=head_dim, kv_len=70, dtype=dtype, q_per_kv=3, num_kv_heads=1))
@@ -402,7 +402,9 @@ def test_bytes_equal_the_definition(spec, dtype, level):
         assert torch.equal(count, expected_count) and count[0] > 0
 
 
-@pytest.mark.parametrize("k", ["int8-channel", "int4-channel", "int4-channel256", "int8", "int4-rotated", "dense"])
+@pytest.mark.parametrize(
+    "k", ["int8-channel", "int4-channel", "int4-channel256", "int3-channel", "int8", "int4-rotated", "dense"]
+)
 def test_chunks_equal_all_at_once(k):
     x = random_states(torch.Generator().manual_seed(6), 2, 2, 600, 64, torch.bfloat16)
     padding = left_padding(590, 0, 40)

@@ -23,6 +23,9 @@ CONFIGS["short blocks"] = KVQuantConfig.from_dict({
 CONFIGS["value blocks"] = KVQuantConfig.from_dict({
     "keys": {"format": "int8"}, "values": {"format": "int4", "grid": "channel", "block_length": 64}, "sink_length": 3,
 })  # fmt: skip
+CONFIGS["few bits"] = KVQuantConfig.from_dict({
+    "keys": {"format": "int3", "grid": "channel"}, "values": {"format": "int2", "rotate": True}, "sink_length": 3,
+})  # fmt: skip
 CONFIGS["dense keys"] = KVQuantConfig.from_dict({
     "keys": {"format": "dense"}, "values": {"format": "int8", "grid": "token"}, "sink_length": 2, "recent_length": 70,
 })  # fmt: skip

@@ -33,6 +33,7 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     ),
     "dense-keys": KVQuantConfig(DENSE, QuantSpec("int8"), sink_length=2, recent_length=8),
     "value-blocks": KVQuantConfig(QuantSpec("int8"), QuantSpec("int4", "channel", block_length=32), sink_length=2),
+    "few-bits": KVQuantConfig(QuantSpec("int3", "channel"), QuantSpec("int2", rotate=True), recent_length=8),
     "one-dense-layer": KVQuantConfig(QuantSpec("int8"), QuantSpec("int8"), layers={1: LayerOverride(DENSE, DENSE)}),
 }  # fmt: skip
 every_config = pytest.mark.parametrize("kv_config", CONFIGS.values(), ids=CONFIGS.keys())

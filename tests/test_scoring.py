@@ -72,6 +72,7 @@ CONFIGS = {
     "int8-channel": KVQuantConfig(spec("int8", grid="channel"), spec("int8"), recent_length=70),
     "fp8-channel": KVQuantConfig(spec("fp8", grid="channel", block_length=32), spec("int4"), sink_length=5),
     "channel-values": KVQuantConfig(spec("int8"), spec("int4", grid="channel", block_length=16), 3, 9),
+    "few-bits": KVQuantConfig(spec("int3", grid="channel", block_length=16), spec("int2", rotate=True), 3, 9),
     "dense-values": KVQuantConfig(spec("int4", grid="channel"), spec("dense"), 2, 4),
     "dense-keys": KVQuantConfig(spec("dense"), spec("int4", rotate=True), 2, 4),
 }

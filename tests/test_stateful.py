@@ -53,6 +53,7 @@ SLIDING_MODEL = families.config("mistral", num_hidden_layers=1, head_dim=HEAD_DI
 LATENT, ROPE_DIM = "-latent", 8
 INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", rotate=True)
 BLOCKS8, BLOCKS4 = QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", "channel", block_length=32)
+BLOCKS3 = QuantSpec("int3", "channel", block_length=16)
 CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()} | {
     "small-blocks": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9),
     "window-longer-than-block": KVQuantConfig(BLOCKS4, INT8, sink_length=2, recent_length=40),
@@ -62,15 +63,17 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
     "dense-values": KVQuantConfig(BLOCKS8, QuantSpec("dense"), sink_length=1),
     "by-definition": KVQuantConfig(BLOCKS8, INT4, sink_length=3, recent_length=9, backend="reference"),
     "value-blocks": KVQuantConfig(BLOCKS8, BLOCKS4, sink_length=2, recent_length=5),
+    "few-bits": KVQuantConfig(BLOCKS3, QuantSpec("int2", rotate=True), sink_length=2, recent_length=5),
 }
 CONFIGS |= {
     f"{name}-static": dataclasses.replace(CONFIGS[name], static=True)
-    for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition", "value-blocks")
-}
+    for name in ("int4", "int8-plain", "small-blocks", "token-window", "dense-keys", "by-definition", "value-blocks",
+                 "few-bits")
+}  # fmt: skip
 CONFIGS |= {
     f"{name}{SLIDING}": dataclasses.replace(CONFIGS[name], sliding=WINDOW)
     for name in ("int4", "int8-plain", "small-blocks", "window-longer-than-block", "token-window", "dense-keys",
-                 "dense-values", "by-definition", "value-blocks")
+                 "dense-values", "by-definition", "value-blocks", "few-bits")
 }  # fmt: skip
 CONFIGS |= {
     f"{name}-static{SLIDING}": dataclasses.replace(CONFIGS[f"{name}{SLIDING}"], static=True)

@@ -21,7 +21,7 @@ from ..states import PagedStates, QuantizedStates
 MAX_HEAD_DIM = 512
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FORMATS = {"int8": 0, "fp8": 1, "int4": 2, "dense": 3}
+FORMATS = {"int8": 0, "fp8": 1, "int4": 2, "dense": 3, "int3": 4, "int2": 5}
 _NO_MASK, _PADDING_MASK, _BOOL_MASK = 0, 1, 2
 _ADDITIVE_MASKS = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 5}
 _PADDING_WIDTHS = {torch.bool: 1, torch.uint8: 1, torch.int8: 1, torch.int32: 4, torch.int64: 8}

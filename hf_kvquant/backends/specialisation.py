@@ -6,7 +6,7 @@ needs one or two specialisations, not one per shape.
 
 from __future__ import annotations
 
-from ..quantization import QuantSpec
+from ..quantization import DENSE, QuantSpec
 from .arguments import FORMATS
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
@@ -18,6 +18,7 @@ THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
 ROWS = (8, 16)
 MAX_HEAD_DIM = 256
+TAKEN_FORMATS = ("int8", "fp8", "int4")
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
@@ -84,7 +85,7 @@ def specialisation(
     on, is one of `ROWS`. Equal arguments give the same object.
 
     Raises:
-        ValueError: the kernels do not support this head_dim or dtype; the message names it.
+        ValueError: the kernels do not support this head_dim, format or dtype; the message names it.
     """
     key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows)
     found = _made.get(key)
@@ -100,6 +101,10 @@ def _make(
         if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
             expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"
             raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; {expected}")
+    for name, spec in (("keys", k_spec), ("values", v_spec)):
+        if not spec.is_dense and spec.format not in TAKEN_FORMATS:
+            expected = f"expected one of {[*TAKEN_FORMATS, DENSE]}"
+            raise ValueError(f"{name}.format: {spec.format!r} is not supported on a GPU yet; {expected}")
     if dtype == 0:
         raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
     return Specialisation(

@@ -20,14 +20,16 @@ constexpr int kMaxHeadDim = 512;
 struct Body {
   const uint8_t* data;
   const uint16_t *scale, *zero_point;
-  int64_t row_bytes, num_scales, group_length;
+  int64_t format, row_bytes, num_scales, group_length;
   int head_dim;
+  float midpoint;  // subtracted from every code
   bool rotated, channel_grid;
 };
 
 inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h) {
   Body body{};
   body.data = side.data + b * side.data_stride[0] + h * side.data_stride[1];
+  body.format = side.format;
   body.row_bytes = row_bytes(side, dtype);
   body.head_dim = int(side.head_dim);
   if (side.format == kDense) return body;
@@ -38,6 +40,12 @@ inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h
   body.group_length = side.group_length;
   body.rotated = side.rotate != 0;
   body.channel_grid = side.grid == kChannelGrid;
+  if (!body.channel_grid) {
+    body.midpoint = side.format == kInt4   ? Nibble::kMidpoint
+                    : side.format == kInt3 ? ThreeBits::kMidpoint
+                    : side.format == kInt2 ? TwoBits::kMidpoint
+                                           : 0.0f;
+  }
   return body;
 }
 
@@ -85,6 +93,7 @@ struct TokenRows {
   const uint8_t* data;
   int64_t row_bytes, groups;
   int head_dim;
+  float midpoint;
   alignas(64) float scale[kTile * kMaxHeadDim / 16];
   uint8_t group_of[kMaxHeadDim / 16];
 
@@ -92,7 +101,8 @@ struct TokenRows {
       : data(body.data + first * body.row_bytes),
         row_bytes(body.row_bytes),
         groups(body.num_scales),
-        head_dim(body.head_dim) {
+        head_dim(body.head_dim),
+        midpoint(body.midpoint) {
     halves_to_floats(body.scale + first * groups, columns * groups, scale);
     for (int i = 0; i < head_dim / 16; ++i) group_of[i] = uint8_t(16 * i / body.group_length);
   }
@@ -103,7 +113,7 @@ struct TokenRows {
   Row row(int i) const { return {data + i * row_bytes, scale + i * groups}; }
   Vec load(const Row& row, int c) const {
     Vec x = Vec::decode(Format{}, row.bytes, c, head_dim);
-    if (Format::kMidpoint != 0.0f) x = x - Vec(Format::kMidpoint);
+    if (Format::kMidpoint != 0.0f) x = x - Vec(midpoint);
     return x * Vec(row.scale[group_of[c / 16]]);
   }
 };

@@ -23,6 +23,7 @@
 
 #include "cpu/columns.h"
 #include "cpu/float_methods.h"
+#include "cpu/nibbles.h"
 #include "cpu/rotation.h"
 #include "cpu/thread_pool.h"
 #include "kvquant/softmax_state.h"
@@ -191,12 +192,15 @@ struct DecodeAttention {
     prefetch(v_body, begin);
     const DenseCopies k_copies(a.keys, a, b, h), v_copies(a.values, a, b, h);
     const int block = row_block(m), padded = (m + block - 1) / block * block;
-    const size_t acc_dim = values.acc_floats(v_body);
+    // What the methods read, tile by tile.
+    alignas(64) uint8_t tile[kTileBytes];
+    Body k_read = in_nibbles(k_body, begin, 0, tile), v_read = in_nibbles(v_body, begin, 0, tile);
+    const size_t acc_dim = values.acc_floats(v_read);
 
     auto* memory = static_cast<float*>(
         scratch(kTaskScratch, sizeof(float) * padded * (2 * k_dim + acc_dim + v_dim + 3 * kTile) +
                                   padded * sizeof(RunningSoftmax) +
-                                  keys.prepared_bytes(k_body, padded) + 64));
+                                  keys.prepared_bytes(k_read, padded) + 64));
     if (memory == nullptr) {
       no_memory = true;
       return;
@@ -223,7 +227,7 @@ struct DecodeAttention {
       if (k_body.rotated) rotate(q_body + r * k_dim, k_dim);
       softmax[r] = RunningSoftmax();
     }
-    keys.prepare(k_body, q_body, padded, prepared);
+    keys.prepare(k_read, q_body, padded, prepared);
 
     // The mask of each row; the rows of padding repeat the last one.
     MaskRow mask[kMaxPaddedRows];
@@ -262,7 +266,10 @@ struct DecodeAttention {
       }
       if ((any_k_body | any_k_copy) == 0) continue;
 
-      if (any_k_body) keys.score(k_body, first, n, any_k_body, q_body, prepared, padded, p);
+      if (any_k_body) {
+        k_read = in_nibbles(k_body, first, n, tile);
+        keys.score(k_read, first, n, any_k_body, q_body, prepared, padded, p);
+      }
       if (any_k_copy) {
         const uint8_t* place[kTile];
         k_copies.find(any_k_copy, first, sink_slot, place);
@@ -287,7 +294,10 @@ struct DecodeAttention {
         if (dense_used) scale_row(acc_dense + r * v_dim, v_dim, factor);
       }
 
-      if (any_v_body) values.accumulate(v_body, first, n, v_from_body, p, padded, acc);
+      if (any_v_body) {
+        v_read = in_nibbles(v_body, first, n, tile);
+        values.accumulate(v_read, first, n, v_from_body, p, padded, acc);
+      }
       if (any_v_copy) {
         const uint8_t* place[kTile];
         v_copies.find(any_v_copy, first, sink_slot, place);
@@ -297,7 +307,7 @@ struct DecodeAttention {
       dense_used |= any_v_copy != 0;
     }
 
-    if (body_used) values.finish(v_body, m, acc);
+    if (body_used) values.finish(v_read, m, acc);
     for (int r = 0; r < m; ++r) {
       state[r] = softmax[r].finished();
       float* body = acc + r * acc_dim;

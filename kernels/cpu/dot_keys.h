@@ -8,12 +8,13 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// Before scaling, an element is its code on the channel grid, and code - midpoint on the token
-// grid. Operands may multiply code - kBias.
+// Before scaling, an element is code - midpoint; on the channel grid the midpoint is 0. Operands may
+// multiply code - kBias.
 template <class Operand, bool kChannel>
 struct DotKeys {
   using Format = typename Operand::Format;
-  static constexpr float kOffset = (kChannel ? 0.0f : Format::kMidpoint) - Operand::kBias;
+  static constexpr bool kHasOffset =
+      (!kChannel && Format::kMidpoint != 0.0f) || Operand::kBias != 0.0f;
 
   // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(32) Row {
@@ -33,7 +34,7 @@ struct DotKeys {
       Largest largest;
       for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
       row->factor = Operand::factor(largest, keys.head_dim);
-      for (int g = 0; g < keys.num_scales; ++g) set_weights(q, g, length, row);
+      for (int g = 0; g < keys.num_scales; ++g) set_weights(keys, q, g, length, row);
     }
   }
 
@@ -64,11 +65,11 @@ struct DotKeys {
 
  private:
   // Makes the weights of group g, of n channels.
-  static void set_weights(const float* x, int g, int n, Row* row) {
+  static void set_weights(const Body& keys, const float* x, int g, int n, Row* row) {
     typename Operand::Maker maker(row->factor);
     for (int c = g * n; c < (g + 1) * n; c += 16)
       maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
-    row->offset[g] = kOffset == 0.0f ? 0.0f : kOffset * maker.sum();
+    row->offset[g] = kHasOffset ? (keys.midpoint - Operand::kBias) * maker.sum() : 0.0f;
   }
 
   // Makes the weights of kRows query rows for the block whose scales begin at `at`.
@@ -83,7 +84,7 @@ struct DotKeys {
       row[r].zero = Vec::sum(zero[r]);
       row[r].factor = Operand::factor(largest[r], n);
     }
-    for (int r = 0; r < kRows; ++r) set_weights(scaled[r], 0, n, row + r);
+    for (int r = 0; r < kRows; ++r) set_weights(keys, scaled[r], 0, n, row + r);
   }
 
   // Scores of 8 columns and kRows query rows over the channels of group g. `columns` points at the
@@ -97,7 +98,7 @@ struct DotKeys {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r, scores += kTile) {
       const Vec factor(row[r].factor);
-      const Vec sum = kOffset == 0.0f ? totals[r] : totals[r] - Vec(row[r].offset[g]);
+      const Vec sum = kHasOffset ? totals[r] - Vec(row[r].offset[g]) : totals[r];
       const Vec s =
           kChannel ? Vec::fma(sum, factor, Vec(row[r].zero)) : sum * factor * Vec::load(scale);
       (g == 0 ? s : s + Vec::load(scores)).store(scores);

@@ -13,7 +13,8 @@ struct DotValues {
   using Format = typename Operand::Format;
   static constexpr bool kZeroPoints = kChannel && Format::kLevels != 0.0f;
   // As in dot_keys.h.
-  static constexpr float kOffset = (kChannel ? 0.0f : Format::kMidpoint) - Operand::kBias;
+  static constexpr bool kHasOffset =
+      (!kChannel && Format::kMidpoint != 0.0f) || Operand::kBias != 0.0f;
 
   // The weights of one query row: probabilities, on the token grid times the scales of a group.
   struct Row {
@@ -34,7 +35,7 @@ struct DotValues {
     for (int g = 0; g < groups; ++g) {
       alignas(32) float scale[kTile];
       if (!kChannel) load_scales(values, g, first, n, scale);
-      for (int r = 0; r < rows; ++r) make_row(scale, columns[r], p + r * kTile, row + r);
+      for (int r = 0; r < rows; ++r) make_row(values, scale, columns[r], p + r * kTile, row + r);
       for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kBytesOf16<Format>) {
         for_row_blocks<4>(rows, [&](int r, auto block) {
           accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
@@ -45,8 +46,8 @@ struct DotValues {
   }
 
  private:
-  KVQUANT_NOINLINE static void make_row(const float* scale, uint64_t columns, const float* p,
-                                        Row* row) {
+  KVQUANT_NOINLINE static void make_row(const Body& values, const float* scale, uint64_t columns,
+                                        const float* p, Row* row) {
     constexpr int kVecs = kTile / Vec::kWidth;
     Vec w[kVecs];
     Largest largest;
@@ -64,7 +65,7 @@ struct DotValues {
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
     const float sum = maker.sum();
-    row->offset = kOffset == 0.0f ? 0.0f : kOffset * sum;
+    row->offset = kHasOffset ? (values.midpoint - Operand::kBias) * sum : 0.0f;
     row->total = kZeroPoints ? row->factor * sum : 0.0f;
   }
 
@@ -90,7 +91,7 @@ struct DotValues {
       for (int r = 0; r < kRows; ++r) {
         float* out = acc + r * values.head_dim + channel;
         const Vec factor(row[r].factor), before = Vec::load(out);
-        const Vec sum = kOffset == 0.0f ? sums[r][half] : sums[r][half] - Vec(row[r].offset);
+        const Vec sum = kHasOffset ? sums[r][half] - Vec(row[r].offset) : sums[r][half];
         if (kZeroPoints) {
           Vec::fma(sum * factor, scale, Vec::fma(Vec(row[r].total), zero, before)).store(out);
         } else if (kChannel) {

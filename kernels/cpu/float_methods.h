@@ -53,6 +53,8 @@ inline KeyMethod float_key_method(const KvquantSide& side, int64_t dtype) {
     case kFp8:
       return channel ? float_keys<ChannelRows<E4M3>>() : float_keys<TokenRows<E4M3>>();
     case kInt4:
+    case kInt3:  // expanded to nibbles
+    case kInt2:
       return channel ? float_keys<ChannelRows<Nibble>>() : float_keys<TokenRows<Nibble>>();
     default:
       return dtype == kFloat32   ? float_keys<DenseRows<float>>()
@@ -69,6 +71,8 @@ inline ValueMethod float_value_method(const KvquantSide& side, int64_t dtype) {
     case kFp8:
       return channel ? float_values<ChannelRows<E4M3>>() : float_values<TokenRows<E4M3>>();
     case kInt4:
+    case kInt3:  // expanded to nibbles
+    case kInt2:
       return channel ? float_values<ChannelRows<Nibble>>() : float_values<TokenRows<Nibble>>();
     default:
       return dtype == kFloat32   ? float_values<DenseRows<float>>()

@@ -13,7 +13,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu/codecs.h"
+#include "cpu/nibbles.h"
 #include "cpu/rotation.h"
 #include "cpu/thread_pool.h"
 
@@ -25,15 +25,6 @@ constexpr int kMaxBlock = 256;
 constexpr int64_t kInlineElements = 1 << 17;  // fewer are done before another thread wakes up
 
 inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
-
-// Packs codes 0 .. 15, one per byte, to nibbles.
-inline void pack_nibbles(const uint8_t* codes, int head_dim, uint8_t* row) {
-  for (int c = 0; c < head_dim; c += 32) {
-    const int half = head_dim - c < 32 ? 8 : 16;
-    for (int j = 0; j < half; ++j)
-      row[c / 2 + j] = uint8_t(codes[c + j] | codes[c + half + j] << 4);
-  }
-}
 
 // Quantizes one group of the token grid; returns its scale. `codes`: one byte per element.
 template <class Format>
@@ -54,13 +45,14 @@ uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   }
   const float r = 1.0f / to_float(Half{scale});
   if (!(r < __builtin_inff())) {  // scale 0 or NaN
-    std::memset(codes, Format::kMidpoint != 0.0f ? 8 : 0, n);
+    std::memset(codes, int(Format::kMidpoint + 0.5f), n);
     return scale;
   }
   for (int c = 0; c < n; c += W) {
     Vec y = Vec::load(x + c) * Vec(r);
     if (Format::kMidpoint != 0.0f) {
-      y = Vec::min(Vec::max(Vec::round(y + Vec(7.5f)), Vec(0.0f)), Vec(15.0f));
+      y = Vec::round(y + Vec(Format::kMidpoint));
+      y = Vec::min(Vec::max(y, Vec(0.0f)), Vec(Format::kLevels));
     } else {
       if (!Format::kIsFloat) y = Vec::round(y);
       y = Vec::min(Vec::max(y, Vec(-Format::kReach)), Vec(Format::kReach));
@@ -240,9 +232,11 @@ struct QuantizeAppend {
         const int n = int(side.group_length);
         for (int g = 0; g < groups; ++g) {
           scale[at * groups + g] =
-              side.format == kInt8  ? quantize_group<Signed8>(row + g * n, n, codes + g * n)
-              : side.format == kFp8 ? quantize_group<E4M3>(row + g * n, n, codes + g * n)
-                                    : quantize_group<Nibble>(row + g * n, n, codes + g * n);
+              side.format == kInt8   ? quantize_group<Signed8>(row + g * n, n, codes + g * n)
+              : side.format == kFp8  ? quantize_group<E4M3>(row + g * n, n, codes + g * n)
+              : side.format == kInt4 ? quantize_group<Nibble>(row + g * n, n, codes + g * n)
+              : side.format == kInt3 ? quantize_group<ThreeBits>(row + g * n, n, codes + g * n)
+                                     : quantize_group<TwoBits>(row + g * n, n, codes + g * n);
         }
         write_codes(side, codes, data + at * bytes);
       }
@@ -277,6 +271,10 @@ struct QuantizeAppend {
         quantize_channels<E4M3, T>(rows, counted, length, c, head_dim, scale, zero, codes);
       if (side.format == kInt4)
         quantize_channels<Nibble, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+      if (side.format == kInt3)
+        quantize_channels<ThreeBits, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+      if (side.format == kInt2)
+        quantize_channels<TwoBits, T>(rows, counted, length, c, head_dim, scale, zero, codes);
     }
     const int64_t bytes = row_bytes(side, a.dtype);
     uint8_t* data =
@@ -285,8 +283,8 @@ struct QuantizeAppend {
   }
 
   static void write_codes(const KvquantSide& side, const uint8_t* codes, uint8_t* row) {
-    if (side.format == kInt4) {
-      pack_nibbles(codes, int(side.head_dim), row);
+    if (is_packed(side.format)) {
+      pack_codes(side.format, codes, int(side.head_dim), row);
     } else {
       std::memcpy(row, codes, side.head_dim);
     }

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/codecs.h"
+#include "cpu/nibbles.h"
 
 // For loops that use nearly all registers: inlined into one function, GCC would spill them.
 #define KVQUANT_NOINLINE __attribute__((noinline))
@@ -20,12 +20,13 @@ constexpr int kMaxGroups = kMaxDotDim / 16;
 inline bool takes_tiles(const KvquantSide& side) {
   if (side.head_dim > kMaxDotDim) return false;
   if (side.grid == kChannelGrid) return side.group_length >= kTile;
-  return side.format != kInt4 || side.group_length % 32 == 0 || side.group_length == side.head_dim;
+  return !is_packed(side.format) || side.group_length % 32 == 0 ||
+         side.group_length == side.head_dim;
 }
 // Whether the dot products of weights of 16 bits (dot.h of AVX2 and NEON) can read them. These
 // weights are not exact enough for float queries.
 inline bool takes_words(const KvquantSide& side, int64_t dtype) {
-  return (side.format == kInt8 || side.format == kInt4) && dtype != kFloat32 && takes_tiles(side);
+  return (side.format == kInt8 || is_packed(side.format)) && dtype != kFloat32 && takes_tiles(side);
 }
 
 // How many bytes 16 channels take.

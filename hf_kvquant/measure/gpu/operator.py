@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import nvrtc
 from ...backends.arguments import DTYPES as CODES
-from ...backends.specialisation import Specialisation, for_source, specialisation
+from ...backends.specialisation import TAKEN_FORMATS, Specialisation, for_source, specialisation
 from ...config import KVQuantConfig
-from ...quantization import FORMATS, QuantSpec
+from ...quantization import QuantSpec
 from ...states import QuantizedStates
 from .. import operator
 from ..caches import grids
@@ -64,9 +64,9 @@ CASES = [
 
 def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
     """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
-    channels = {name: QuantSpec(name, "channel") for name in FORMATS}
+    channels = {name: QuantSpec(name, "channel") for name in TAKEN_FORMATS}
     values = {f"{name}-channel-values": KVQuantConfig(keys=spec, values=spec) for name, spec in channels.items()}
-    for name, config in (grids() | values).items():
+    for name, config in (grids(TAKEN_FORMATS) | values).items():
         for dtype in DTYPES:
             yield name, config, plan.head_dim, dtype, CASES
     for head_dim in plan.other_head_dims:

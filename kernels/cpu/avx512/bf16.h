@@ -45,7 +45,7 @@ struct Bf16Dot {
       asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(elements.v), "v"(weights.v[k]));
     }
   }
-  Vec result(int = 1, int32_t = 0, int64_t = 0) const { return sum; }
+  Vec result(int = 1, bool = false, int64_t = 0) const { return sum; }
 
  private:
   static __m512 float_of(__m256i elements) {
@@ -94,7 +94,8 @@ struct E4M3ToBf16 {
 template <int kPlanes>
 struct E4M3Operand : FourColumns<Bf16Dot<kPlanes>> {
   static constexpr bool kNibbles = false;
-  static constexpr int kOut = 2, kTimes = 1, kOffset = 0;
+  static constexpr int kOut = 2, kTimes = 1;
+  static constexpr bool kHasOffset = false;
   const E4M3ToBf16 table;
   template <int = 0>
   void expand(Quads x, Quads* out) const {

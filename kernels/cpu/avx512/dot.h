@@ -107,20 +107,19 @@ struct IntDot {
       add_product(sum[k], weights.v[k], codes.v);
     }
   }
-  // times * dot product - offset * sum of the weights; `times` is 1 or 2. With n = 2 and an offset
-  // the result is an integer below 2^31 (512 codes of -128 .. 127), so the steps before it may wrap
-  // around. All else is added up as floats: the sums of one plane are below 2^24.
-  Vec result(int times = 1, int32_t offset = 0, int64_t weights = 0) const {
-    if (n == 2 && offset) {
+  // times * dot product - offset; `times` is 1 or 2, and `offset` is 0 unless `has_offset`. With n =
+  // 2 and an offset the result is an integer below 2^31 (512 codes of -128 .. 127), so the steps
+  // before it may wrap around. All else is added up as floats: the sums of one plane are below 2^24.
+  Vec result(int times = 1, bool has_offset = false, int64_t offset = 0) const {
+    if (n == 2 && has_offset) {
       __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
       if (times == 2) whole = _mm512_add_epi32(whole, whole);
-      return _mm512_cvtepi32_ps(
-          _mm512_sub_epi32(whole, _mm512_set1_epi32(int32_t(offset * weights))));
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, _mm512_set1_epi32(int32_t(offset))));
     }
     const Vec low = Vec::fma(float_of(sum[1]), Vec(256.0f), float_of(sum[0])) * Vec(float(times));
     if (n == 2) return low;
     const Vec high = float_of(sum[n - 1]) * Vec(65536.0f * float(times));
-    return (high - Vec(float(offset) * float(weights))) + low;
+    return (high - Vec(float(offset))) + low;
   }
 
  private:
@@ -193,9 +192,9 @@ struct PairDot {
     add_product(sum, codes.high.v, weights.z);
   }
   // As IntDot::result.
-  Vec result(int times = 1, int32_t offset = 0, int64_t weights = 0) const {
+  Vec result(int times = 1, bool has_offset = false, int64_t offset = 0) const {
     __m512i x = times == 2 ? _mm512_add_epi32(sum, sum) : sum;
-    if (offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(int32_t(offset * weights)));
+    if (has_offset) x = _mm512_sub_epi32(x, _mm512_set1_epi32(int32_t(offset)));
     return _mm512_cvtepi32_ps(x);
   }
 };

@@ -9,19 +9,23 @@ inline namespace KVQUANT_ISA {
 
 // How stored keys become operands: `expand` turns one vector of bytes into kOut vectors of unsigned
 // codes. The elements' dot product follows from that of the codes:
-//   (kTimes * dot product of codes - kOffset * sum of weights) / kTimes
+//   (kTimes * dot product of codes - offset * sum of weights) / kTimes
+// The offset, if kHasOffset, is 128 for codes of 8 bits, which are signed, and twice the midpoint
+// for nibbles.
 template <class Format, bool kCentered, int kBytes>
 struct KeyOperand {
   using Dot = IntDot<kBytes, true>;
   static constexpr bool kNibbles = false;
-  static constexpr int kOut = 1, kTimes = 1, kOffset = kCentered ? 128 : 0;
+  static constexpr int kOut = 1, kTimes = 1;
+  static constexpr bool kHasOffset = kCentered;
   void expand(Quads x, Quads* out) const { out[0] = kCentered ? x ^ Quads(128) : x; }
 };
 template <bool kCentered, int kBytes>
 struct KeyOperand<Nibble, kCentered, kBytes> {
   using Dot = IntDot<kBytes, true>;
   static constexpr bool kNibbles = true;
-  static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1, kOffset = kCentered ? 15 : 0;
+  static constexpr int kOut = 2, kTimes = kCentered ? 2 : 1;
+  static constexpr bool kHasOffset = kCentered;
   void expand(Quads x, Quads* out) const {
     out[0] = x.low_nibbles();
     out[1] = x.high_nibbles();
@@ -30,14 +34,15 @@ struct KeyOperand<Nibble, kCentered, kBytes> {
 struct PairedKeys {
   using Dot = PairDot;
   static constexpr bool kNibbles = true;
-  static constexpr int kOut = 1, kTimes = 2, kOffset = 15;
+  static constexpr int kOut = 1, kTimes = 2;
+  static constexpr bool kHasOffset = true;
   void expand(Quads x, PairDot::Codes* out) const { out[0] = x; }
 };
 
 // Shared by the weights of one group: float = factor * weight.
 struct Share {
   float factor;
-  int64_t sum;  // of the weights
+  int64_t offset;  // subtracted from the dot product: at first the sum of the weights
 };
 
 // Makes the weights of n floats (a multiple of 16), in `Dot::kPlanes` planes of quads with room for
@@ -103,8 +108,9 @@ struct QuadKeys {
         const int quad = Dot::quads(g * length);
         Largest largest;
         for (int c = 0; c < length; c += 16) largest.take(Vec::load(q + g * length + c));
-        row->share[g] = make_weights<Dot, Operand::kOffset != 0>(
+        row->share[g] = make_weights<Dot, Operand::kHasOffset>(
             q + g * length, length, Dot::factor(largest), row->quads[0] + quad, kQuads);
+        row->share[g].offset *= Operand::kNibbles ? int64_t(2 * keys.midpoint) : 128;
       }
     }
   }
@@ -155,8 +161,7 @@ struct QuadKeys {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      row[r].share[0] = make_weights<Dot, Operand::kOffset != 0>(scaled[r], n, factor[r],
-                                                                 row[r].quads[0], kQuads);
+      row[r].share[0] = make_weights<Dot, false>(scaled[r], n, factor[r], row[r].quads[0], kQuads);
     }
   }
 
@@ -188,7 +193,7 @@ struct QuadKeys {
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
         float* out = scores + r * kTile + v * Vec::kWidth;
-        const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kOffset, share.sum);
+        const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kHasOffset, share.offset);
         const Vec s = scale ? dot * factor * Vec::load(scale + v * Vec::kWidth)
                             : Vec::fma(dot, factor, Vec(row[r].zero));
         (g == 0 ? s : s + Vec::load(out)).store(out);

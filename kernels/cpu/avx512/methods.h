@@ -15,7 +15,7 @@
 // accumulate pairs columns i and i + 16.
 //
 // The instruction multiplies unsigned by signed bytes. In scores the codes are unsigned: signed
-// ones are shifted (xor 128), and kOffset x the sum of weights is subtracted in the end. In
+// ones are shifted (xor 128), and an offset x the sum of weights is subtracted in the end. In
 // weighted sums the weights are unsigned, because probabilities are never negative; but if nibbles
 // are paired, the codes are.
 #pragma once
@@ -47,8 +47,8 @@ KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
                      : quad_keys<KeyOperand<Signed8, true, n>>();
     }
     // On the channel grid the weights contain the scales, which may differ by more than 12 bits.
-    if (side.format == kInt4 && kBf16Query && !channel) return quad_keys<PairedKeys>();
-    if (side.format == kInt4) {
+    if (is_packed(side.format) && kBf16Query && !channel) return quad_keys<PairedKeys>();
+    if (is_packed(side.format)) {
       return channel ? quad_keys<KeyOperand<Nibble, false, n>>()
                      : quad_keys<KeyOperand<Nibble, true, n>>();
     }
@@ -64,13 +64,13 @@ inline KeyMethod quad_key_method(const KvquantSide& side, int64_t dtype) {
 template <int n, bool kBf16Query = false>
 ValueMethod quad_value_method(const KvquantSide& side, int64_t dtype) {
   const bool channel = side.grid == kChannelGrid;
-  if (takes_tiles(side) && !(channel && side.format == kInt4 && side.head_dim % 32)) {
+  if (takes_tiles(side) && !(channel && is_packed(side.format) && side.head_dim % 32)) {
     if (side.format == kInt8) {
       return channel ? quad_values<ValueOperand<Unsigned8, n>>()
                      : quad_values<ValueOperand<Signed8, n>>();
     }
-    if (side.format == kInt4 && kBf16Query) return quad_values<PairedValues>();
-    if (side.format == kInt4) return quad_values<ValueOperand<Nibble, n>>();
+    if (is_packed(side.format) && kBf16Query) return quad_values<PairedValues>();
+    if (is_packed(side.format)) return quad_values<ValueOperand<Nibble, n>>();
   }
   return float_value_method(side, dtype);
 }

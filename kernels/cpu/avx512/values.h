@@ -11,16 +11,16 @@ inline namespace KVQUANT_ISA {
 // first(s). `take` reads one of the four vectors of a step; their bytes are interleaved; `expand`
 // turns each result into kOut vectors of codes. Nibbles take kHalves = 2 rounds, the low ones and
 // then the high ones. The elements' weighted sum follows from the dot product of weights and codes:
-//   kUnit * dot product + kShift * sum of weights
+//   kUnit * dot product + (kCenter - midpoint) * sum of weights
 // and on the channel grid, where an element is zero point + scale * code, that of the codes:
-//   kUnit * dot product + kZero * sum of weights
+//   kUnit * dot product + kCenter * sum of weights
 //
 // 8-bit codes are signed; their weights are unsigned.
 template <class Dot_>
 struct FourColumns {
   using Dot = Dot_;
   static constexpr int kColumns = 4, kHalves = 1, kOut = 1;
-  static constexpr float kUnit = 1.0f, kShift = 0.0f, kZero = 0.0f;
+  static constexpr float kUnit = 1.0f, kCenter = 0.0f;
   static int first(int step) { return 4 * step; }
   template <int>
   static Quads take(const uint8_t* column, int64_t, int bytes) {
@@ -36,7 +36,7 @@ struct ValueOperand : FourColumns<IntDot<kBytes, false>> {
 };
 template <int kBytes>
 struct ValueOperand<Unsigned8, kBytes> : FourColumns<IntDot<kBytes, false>> {
-  static constexpr float kZero = 128.0f;
+  static constexpr float kCenter = 128.0f;
   template <int>
   void expand(Quads x, Quads* out) const {
     out[0] = x ^ Quads(128);
@@ -45,7 +45,7 @@ struct ValueOperand<Unsigned8, kBytes> : FourColumns<IntDot<kBytes, false>> {
 template <int kBytes>
 struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
   static constexpr int kHalves = 2;
-  static constexpr float kUnit = 0.0625f, kShift = 0.5f, kZero = 8.0f;
+  static constexpr float kUnit = 0.0625f, kCenter = 8.0f;
   template <int kPart>
   void expand(Quads x, Quads* out) const {
     out[0] = kPart ? x.high_centered() : x.low_centered();
@@ -54,7 +54,7 @@ struct ValueOperand<Nibble, kBytes> : FourColumns<IntDot<kBytes, false>> {
 struct PairedValues {
   using Dot = PairDot;
   static constexpr int kColumns = 8, kHalves = 2, kOut = 1;
-  static constexpr float kUnit = 1.0f, kShift = -7.5f, kZero = 0.0f;
+  static constexpr float kUnit = 1.0f, kCenter = 0.0f;
   static int first(int step) { return step / 4 * 32 + step % 4 * 4; }
   template <int kPart>
   static Quads take(const uint8_t* column, int64_t row_bytes, int bytes) {
@@ -111,9 +111,7 @@ struct QuadValues {
 
   // A row of `acc` has the sums of its chunks and, if codes are shifted, the sums of the weights of
   // each group.
-  static bool is_shifted(const Body& values) {
-    return Operand::kShift != 0.0f && !values.channel_grid;
-  }
+  static bool is_shifted(const Body& values) { return kHalves == 2 && !values.channel_grid; }
   static size_t acc_floats(const Body& values) {
     return weights_at(values) + (is_shifted(values) ? values.num_scales * Vec::kWidth : 0);
   }
@@ -156,7 +154,8 @@ struct QuadValues {
       for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
         Vec rest(0.0f);
         if (is_shifted(values))
-          rest = Vec(Operand::kShift * Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
+          rest = Vec((Operand::kCenter - values.midpoint) *
+                     Vec::sum(Vec::load(acc + weights + g * Vec::kWidth)));
         for (int half = 0; half < kHalves; ++half) {
           Vec sum[4];
           for (int i = 0; i < 4; ++i)
@@ -188,7 +187,7 @@ struct QuadValues {
         const bool is_there = b < bytes;
         Vec& s = scale[b / 16] =
             is_there ? Vec::load((const Half*)(values.scale + at + channel)) : Vec(0.0f);
-        zero[b / 16] = s * Vec(Operand::kZero);
+        zero[b / 16] = s * Vec(Operand::kCenter);
         if (is_there && values.zero_point)
           zero[b / 16] = zero[b / 16] + Vec::load((const Half*)(values.zero_point + at + channel));
       }
@@ -244,7 +243,7 @@ struct QuadValues {
       for (Vec& x : w[r]) x = x * inverse;
       const Vec sum(_mm512_cvtepi32_ps(Dot::split(w[r], kTile, row[r].quads[0], kQuads)));
       if (!scale) row[r].total = factor[r] * Vec::sum(sum);
-      if (Operand::kShift != 0.0f && weights) {
+      if (kHalves == 2 && weights) {
         float* sums = weights + r * acc_dim;
         Vec::fma(sum, Vec(factor[r]), Vec::load(sums)).store(sums);
       }

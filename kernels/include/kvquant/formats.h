@@ -10,6 +10,13 @@
 //                                   channels (the last chunk may be 16): byte j of a chunk of 2h
 //                                   channels holds channel j in its low nibble and channel h + j
 //                                   in its high nibble
+//   ThreeBits  int3                 the same chunks, in two planes: first head_dim / 4 bytes with the
+//                                   low bits of all codes, as int2, then head_dim / 8 bytes with the
+//                                   high bits: byte j of a chunk of 8h channels holds channels j,
+//                                   h + j, .., 7h + j, from its lowest bit to its highest
+//   TwoBits    int2                 head_dim / 4 bytes, the same chunks: byte j of a chunk of 4h
+//                                   channels holds channels j, h + j, 2h + j, 3h + j, from its lowest
+//                                   pair of bits to its highest
 //
 // Two int4 rows in hex:
 //
@@ -146,11 +153,25 @@ struct Nibble {
   static constexpr float kReach = 7.5f, kLevels = 15.0f, kMidpoint = 7.5f;
   static constexpr bool kIsFloat = false;
 };
+struct ThreeBits {
+  using Code = Signed8;
+  static constexpr float kReach = 3.5f, kLevels = 7.0f, kMidpoint = 3.5f;
+  static constexpr bool kIsFloat = false;
+};
+struct TwoBits {
+  using Code = Signed8;
+  static constexpr float kReach = 1.5f, kLevels = 3.0f, kMidpoint = 1.5f;
+  static constexpr bool kIsFloat = false;
+};
 
 KVQUANT_FN int dtype_bytes(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 KVQUANT_FN int64_t row_bytes(const KvquantSide& side, int64_t dtype) {
   if (side.format == kDense) return side.head_dim * dtype_bytes(dtype);
-  return side.format == kInt4 ? side.head_dim / 2 : side.head_dim;
+  const int bits = side.format == kInt4   ? 4
+                   : side.format == kInt3 ? 3
+                   : side.format == kInt2 ? 2
+                                          : 8;
+  return side.head_dim * bits / 8;
 }
 KVQUANT_FN int64_t num_scales(const KvquantSide& side) {
   return side.grid == kChannelGrid ? side.head_dim : side.head_dim / side.group_length;

@@ -202,6 +202,8 @@ class TestSides:
         assert widths == sorted(widths)
         assert any(spec.is_channel for spec in found)
         assert {spec.format for spec in found} == {"int8", "fp8", "int4", "dense"}
+        more = specs(side, head_dim, narrow=True)
+        assert {spec.format for spec in set(more) - set(found)} == {"int3", "int2"} and set(found) < set(more)
         for spec in found:
             KVQuantConfig(**{**dict.fromkeys(SIDES, DENSE), side: spec})
 

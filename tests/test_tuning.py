@@ -33,7 +33,7 @@ from hf_kvquant.measure.tuning import Tuner, judge
 CONTEXT, BITS = 40, 5.0
 INT4 = KVQuantConfig.preset("int4")
 # A smaller search, for speed.
-FEW = {"format": ("int8", "int4", "dense"), "grid": ("token", "channel"), "group_size": (None, 16),
+FEW = {"format": ("int8", "int4", "int3", "dense"), "grid": ("token", "channel"), "group_size": (None, 16),
        "block_length": (None, 128), "rotate": (False, True)}  # fmt: skip
 
 
@@ -192,9 +192,16 @@ class TestTuner:
         with pytest.raises(ValueError, match="documents_sha256"):
             tuner(documents.flip(0), folder).run()
 
+    def test_formats_of_fewer_bits_take_part_where_the_budget_needs_them(self, documents, finished, tmp_path):
+        """Beside 4 bits and more, so a side that bears little may keep them."""
+        formats = {spec.format for specs in finished[0].choices.values() for spec in specs}
+        assert formats == {"int8", "int4", "dense"}
+        search = tuner(documents, tmp_path, bits=4.2)
+        assert {spec.format for specs in search.choices.values() for spec in specs} >= {"int4", "int3", "dense"}
+
     def test_too_few_bits_name_the_smallest(self, documents, tmp_path):
-        with pytest.raises(ValueError, match=r"bits: 3.5 is not allowed; expected at least 4.25, the smallest"):
-            tuner(documents, tmp_path, bits=3.5)
+        with pytest.raises(ValueError, match=r"bits: 3.2 is not allowed; expected at least 3.25, the smallest"):
+            tuner(documents, tmp_path, bits=3.2)
         with pytest.raises(ValueError, match="bits: nan is not allowed"):
             tuner(documents, tmp_path, bits=float("nan"))
 

@@ -15,7 +15,7 @@ from .. import ops
 from ..backends import AUTO
 from ..config import KVQuantConfig
 from ..measure.facts import machine, versions
-from ..quantization import QuantSpec
+from ..quantization import DENSE, FORMATS, QuantSpec
 
 HEAD_DIM = 128
 
@@ -98,14 +98,15 @@ def _cpu_backend() -> dict:
         }
     from ..backends import cpu
 
-    library = cpu.info()
+    library = cpu.info() | {"formats": [*FORMATS, DENSE]}
     return {"chosen": chosen, "why": f"compiled, instruction set {library['isa']}", "library": library}
 
 
 def _cuda_backend() -> dict:
     from ..backends import cuda
+    from ..backends.specialisation import TAKEN_FORMATS
 
-    library = cuda.info()
+    library = cuda.info() | {"formats": [*TAKEN_FORMATS, DENSE]}
     if not torch.cuda.is_available():
         return {"chosen": None, "why": ops.backend_status("cuda"), "library": library}
     chosen = ops.choose_backend(AUTO, "cuda", torch.bfloat16)

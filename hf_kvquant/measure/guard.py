@@ -20,7 +20,7 @@ from ..quantization import FORMATS, QuantSpec
 from .caches import DENSE
 from .layer_errors import SIDES, Side, dense_states, layer_errors
 from .outliers import stand_outs
-from .sides import alone, losses, promising, sides, total_bits, with_specs
+from .sides import alone, is_narrow, losses, promising, sides, total_bits, with_specs
 
 # Each attempt at a repair allows this part of the divergence that the one before did.
 _STRICTER = 0.25
@@ -106,7 +106,8 @@ def check(
     costs = {side: _kl(found[name]) for side, name in names.items()}
     # If only the agreement is outside of its limit, the divergence must still fall.
     allowed = min(limits.kl, _kl(figures))
-    choices = promising(model, documents, {side: shapes[side] for side in quantized})
+    narrow = any(is_narrow(_spec(config, side)) for side in quantized)
+    choices = promising(model, documents, {side: shapes[side] for side in quantized}, narrow=narrow)
     alternatives: dict[Side, dict[QuantSpec, float]] = {}
     for _ in range(_ATTEMPTS):
         broken = _breaking(costs, allowed / 2)

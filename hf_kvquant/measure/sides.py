@@ -39,6 +39,8 @@ CHOICES = {
     "rotate": (False, True),
 }
 DENSE_BITS = 16.0
+# Formats of fewer bits, which lose many times more, are searched only where a budget or a config asks for them.
+USUAL_BITS = 4
 
 
 def sides(model: PreTrainedModel, config: KVQuantConfig) -> dict[Side, tuple[int, int]]:
@@ -52,13 +54,16 @@ def sides(model: PreTrainedModel, config: KVQuantConfig) -> dict[Side, tuple[int
     }
 
 
-def specs(side: str, head_dim: int) -> list[QuantSpec]:
-    """Every spec of `CHOICES` that keys or values with this head_dim take, by rising bits; the last one is dense."""
+def specs(side: str, head_dim: int, narrow: bool = False) -> list[QuantSpec]:
+    """Every spec of `CHOICES` that keys or values with this head_dim take, by rising bits; the last one is dense.
+    `narrow`: with formats of less than `USUAL_BITS` bits."""
     found: dict[QuantSpec, QuantSpec] = {}
     for choice in itertools.product(*CHOICES.values()):
         fields: dict[str, Any] = dict(zip(CHOICES, choice))
         try:
             spec = QuantSpec(**fields)
+            if is_narrow(spec) and not narrow:
+                continue
             pair: dict[str, Any] = dict.fromkeys(SIDES, QuantSpec(DENSE)) | {side: spec}
             KVQuantConfig(**pair)
             found.setdefault(spec.resolve(head_dim), spec)
@@ -67,9 +72,21 @@ def specs(side: str, head_dim: int) -> list[QuantSpec]:
     return sorted(found.values(), key=lambda spec: bits(spec, head_dim))
 
 
+def is_narrow(spec: QuantSpec) -> bool:
+    """Whether the format has less than `USUAL_BITS` bits."""
+    return not spec.is_dense and FORMATS[spec.format].bits < USUAL_BITS
+
+
 def bits(spec: QuantSpec, head_dim: int) -> float:
     """Stored bits per element, exact tokens left out."""
     return DENSE_BITS if spec.is_dense else spec.bits_per_element(head_dim)
+
+
+def fewest_usual_bits(shapes: Mapping[Side, tuple[int, int]]) -> float:
+    """The fewest stored bits per element of all `sides` together without narrow formats, exact tokens left out."""
+    elements = {side: heads * head_dim for side, (heads, head_dim) in shapes.items()}
+    fewest = {side: bits(specs(side[1], head_dim)[0], head_dim) for side, (_, head_dim) in shapes.items()}
+    return sum(elements[side] * fewest[side] for side in shapes) / sum(elements.values())
 
 
 def total_bits(config: KVQuantConfig, shapes: Mapping[Side, tuple[int, int]]) -> float:
@@ -96,14 +113,18 @@ def alone(config: KVQuantConfig, side: Side, spec: QuantSpec | None = None) -> K
 
 
 def promising(
-    model: PreTrainedModel, documents: torch.Tensor, shapes: Mapping[Side, tuple[int, int]], slack: float = 1.0
+    model: PreTrainedModel,
+    documents: torch.Tensor,
+    shapes: Mapping[Side, tuple[int, int]],
+    slack: float = 1.0,
+    narrow: bool = False,
 ) -> dict[Side, list[QuantSpec]]:
     """The `specs` of each side that no other one beats, by rising bits; the last one is dense.
 
     One that beats another has no more bits, and stores states with less than `1 / slack` of the other's error. This
     needs one pass over the documents for all sides and specs together. Of a sliding layer every spec is promising.
     """
-    found = {side: specs(side[1], head_dim) for side, (_, head_dim) in shapes.items()}
+    found = {side: specs(side[1], head_dim, narrow) for side, (_, head_dim) in shapes.items()}
     errors: dict[tuple[Side, QuantSpec], float] = {}
     for ids in documents.split(1):
         for side, x in dense_states(model, ids).items():

@@ -4,7 +4,8 @@
     tuner.seconds()                  # an estimate, before anything long starts
     result = tuner.run()             # result["config"] is what `KVQuantConfig.from_dict` takes
 
-1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out.
+1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out. Formats of
+   less than 4 bits take part only if the budget is too small for all others.
 2. Each remaining one is scored decode-faithfully, alone, with all other sides dense.
 3. As if these losses added up, the best choice for every number of bits is known; a few of them are measured as whole
    caches. So are the best uniform configs: the same spec of keys, and of values, in all layers.
@@ -38,7 +39,7 @@ from .caches import Preset
 from .comparison import Settings, compare
 from .knapsack import Knapsack
 from .layer_errors import SIDES, Side
-from .sides import alone, bits, losses, promising, sides, total_bits
+from .sides import alone, bits, fewest_usual_bits, losses, promising, sides, total_bits
 from .store import document_file
 
 KIND = "hf_kvquant tuning"
@@ -96,6 +97,7 @@ class Tuner:
         self.folder, self.facts, self.progress = folder, dict(facts or {}), progress
         self.shapes = sides(model, base)
         self._elements = {side: heads * head_dim for side, (heads, head_dim) in self.shapes.items()}
+        self.narrow = not bits >= fewest_usual_bits(self.shapes)
         free = self._knapsack({side: dict.fromkeys(specs, 0.0) for side, specs in self.choices.items()})
         smallest = free.smallest / sum(self._elements.values())
         if not bits >= smallest:
@@ -107,7 +109,7 @@ class Tuner:
     @cached_property
     def choices(self) -> dict[Side, list[QuantSpec]]:
         """The specs of each side, by rising bits: those that are promising on any side of the same kind and shape."""
-        found = promising(self.model, self.documents[:_ERROR_DOCUMENTS], self.shapes, _SLACK)
+        found = promising(self.model, self.documents[:_ERROR_DOCUMENTS], self.shapes, _SLACK, self.narrow)
         kept: dict[tuple, set[QuantSpec]] = {}
         for side, specs in found.items():
             kept.setdefault((side[1], self.shapes[side]), set()).update(specs)

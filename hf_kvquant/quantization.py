@@ -39,7 +39,7 @@ Layout of the bytes, row-major, one row per token of a head:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -375,7 +375,7 @@ def unpack(data: torch.Tensor, spec: QuantSpec, head_dim: int) -> torch.Tensor:
     assert data.shape[-1] == spec.row_bytes(head_dim), (data.shape, head_dim)
     planes = data.split([head_dim * bits // 8 for _, bits in _planes(spec)], dim=-1)
     parts = [_unpack_plane(plane, bits) << shift for plane, (shift, bits) in zip(planes, _planes(spec))]
-    codes = sum(parts).float()
+    codes = reduce(torch.bitwise_or, parts).float()
     return codes if spec.is_channel else codes - FORMATS[spec.format].reach
 
 
@@ -386,11 +386,9 @@ def _planes(spec: QuantSpec) -> list[tuple[int, int]]:
 
 
 def _pack_plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    parts = []
-    for chunk in codes.split(PACKED_CHUNK, dim=-1):
-        each = chunk.unflatten(-1, (8 // bits, -1)).unbind(-2)
-        parts.append(sum(code << (bits * i) for i, code in enumerate(each)))
-    return torch.cat(parts, dim=-1)
+    chunks = [chunk.unflatten(-1, (8 // bits, -1)).unbind(-2) for chunk in codes.split(PACKED_CHUNK, dim=-1)]
+    packed = [reduce(torch.bitwise_or, (code << bits * i for i, code in enumerate(chunk))) for chunk in chunks]
+    return torch.cat(packed, dim=-1)
 
 
 def _unpack_plane(data: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,6 +17,9 @@
 
 #include "cpu/codecs.h"
 
+// For steps of a loop that keep their constants in registers only if they are inlined.
+#define KVQUANT_INLINE inline __attribute__((always_inline))
+
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
@@ -96,45 +99,60 @@ inline void pack_codes(int64_t format, const uint8_t* codes, int head_dim, uint8
 // Expands `chunks` chunks of 32 channels; their high bits are at `high` if the codes have three bits.
 #ifdef __AVX512VL__
 template <bool kHigh>
-void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks, uint8_t* nibbles) {
+KVQUANT_INLINE __m512i expanded(__m256i low, __m128i high) {
   const __m512i twice = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
-  const __m512i shift = _mm512_setr_epi64(0, 2, 0, 2, 0, 2, 0, 2);
+  const __m512i shift = _mm512_setr4_epi64(0, 2, 0, 2);
+  const __m512i n = _mm512_and_si512(
+      _mm512_srlv_epi64(_mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(low)), shift),
+      _mm512_set1_epi8(0x33));
+  if (!kHigh) return n;
   const __m512i four_times = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i rotation = _mm512_setr4_epi32(2, 1, 0, 31);
-  for (; chunks > 0; chunks -= 4, low += 32, high += 16, nibbles += 64) {
-    const __mmask8 there = chunks < 4 ? __mmask8((1 << chunks) - 1) : 15;
-    const __m256i x = _mm256_maskz_loadu_epi64(there, low);
-    __m512i n = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(x));
-    n = _mm512_and_si512(_mm512_srlv_epi64(n, shift), _mm512_set1_epi8(0x33));
-    if (kHigh) {
-      const __m128i y = _mm_maskz_loadu_epi32(there, high);
-      __m512i h = _mm512_permutexvar_epi32(four_times, _mm512_castsi128_si512(y));
-      h = _mm512_rolv_epi32(h, rotation);
-      n = _mm512_ternarylogic_epi32(h, _mm512_set1_epi8(0x44), n, 0xea);  // (h & 44..) | n
-    }
-    _mm512_mask_storeu_epi64(nibbles, __mmask8((1 << 2 * (chunks < 4 ? chunks : 4)) - 1), n);
+  const __m512i h =
+      _mm512_rolv_epi32(_mm512_permutexvar_epi32(four_times, _mm512_castsi128_si512(high)),
+                        _mm512_setr4_epi32(2, 1, 0, 31));
+  return _mm512_ternarylogic_epi32(h, _mm512_set1_epi8(0x44), n, 0xea);  // (h & 44..) | n
+}
+template <bool kHigh>
+KVQUANT_INLINE void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks,
+                                  uint8_t* nibbles) {
+  for (; chunks >= 4; chunks -= 4, low += 32, high += 16, nibbles += 64) {
+    const __m128i h = kHigh ? _mm_loadu_si128((const __m128i*)high) : __m128i();
+    const __m256i x = _mm256_loadu_si256((const __m256i*)low);
+    _mm512_storeu_si512(nibbles, expanded<kHigh>(x, h));
   }
+  if (chunks == 0) return;
+  const __mmask8 rest = __mmask8((1 << chunks) - 1), twice = __mmask8((1 << 2 * chunks) - 1);
+  const __m128i h = kHigh ? _mm_maskz_loadu_epi32(rest, high) : __m128i();
+  _mm512_mask_storeu_epi64(nibbles, twice, expanded<kHigh>(_mm256_maskz_loadu_epi64(rest, low), h));
+}
+#elif defined(__AVX2__)
+template <bool kHigh>
+KVQUANT_INLINE void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks,
+                                  uint8_t* nibbles) {
+  const __m256i shift = _mm256_setr_epi64x(0, 2, 0, 2), low_mask = _mm256_set1_epi8(0x33);
+  const __m256i four_times = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m256i left = _mm256_setr_epi32(2, 1, 0, 0, 2, 1, 0, 0);
+  const auto expanded = [&](__m256i n, __m256i h) {
+    n = _mm256_and_si256(_mm256_srlv_epi64(n, shift), low_mask);
+    if (!kHigh) return n;
+    h = _mm256_blend_epi32(_mm256_sllv_epi32(h, left), _mm256_srli_epi32(h, 1), 0x88);
+    return _mm256_or_si256(n, _mm256_and_si256(h, _mm256_set1_epi8(0x44)));
+  };
+  for (; chunks >= 2; chunks -= 2, low += 16, high += 8, nibbles += 32) {
+    const __m256i x = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low));
+    const __m256i y =
+        _mm256_castsi128_si256(kHigh ? _mm_loadl_epi64((const __m128i*)high) : _mm_setzero_si128());
+    _mm256_storeu_si256((__m256i*)nibbles, expanded(_mm256_permute4x64_epi64(x, 0x50),
+                                                    _mm256_permutevar8x32_epi32(y, four_times)));
+  }
+  if (chunks == 0) return;
+  const __m256i x = _mm256_set1_epi64x(int64_t(load_word<uint64_t>(low)));
+  const __m256i y = _mm256_set1_epi32(kHigh ? int32_t(load_word<uint32_t>(high)) : 0);
+  _mm_storeu_si128((__m128i*)nibbles, _mm256_castsi256_si128(expanded(x, y)));
 }
 #else
 template <bool kHigh>
 void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks, uint8_t* nibbles) {
-#ifdef __AVX2__
-  const __m256i shift = _mm256_setr_epi64x(0, 2, 0, 2);
-  const __m256i four_times = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  const __m256i left = _mm256_setr_epi32(2, 1, 0, 0, 2, 1, 0, 0);
-  for (; chunks >= 2; chunks -= 2, low += 16, high += 8, nibbles += 32) {
-    const __m128i x = _mm_loadu_si128((const __m128i*)low);
-    __m256i n = _mm256_permute4x64_epi64(_mm256_castsi128_si256(x), 0x50);
-    n = _mm256_and_si256(_mm256_srlv_epi64(n, shift), _mm256_set1_epi8(0x33));
-    if (kHigh) {
-      const __m128i y = _mm_loadl_epi64((const __m128i*)high);
-      __m256i h = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(y), four_times);
-      h = _mm256_blend_epi32(_mm256_sllv_epi32(h, left), _mm256_srli_epi32(h, 1), 0x88);
-      n = _mm256_or_si256(n, _mm256_and_si256(h, _mm256_set1_epi8(0x44)));
-    }
-    _mm256_storeu_si256((__m256i*)nibbles, n);
-  }
-#endif
   for (; chunks > 0; --chunks, low += 8, high += 4, nibbles += 16) {
     expand_low_bits<uint64_t>(low, nibbles);
     if (kHigh) expand_high_bits<uint32_t>(high, nibbles);
@@ -142,20 +160,45 @@ void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks, uint8_t*
 }
 #endif
 
+// Expands n rows of whole chunks: kChunks of them, or `chunks` if that is 0. `ahead` bytes further on
+// is what the next tile reads.
+template <bool kHigh, int kChunks>
+KVQUANT_INLINE void expand_rows(const uint8_t* row, int chunks, int n, int64_t ahead,
+                                uint8_t* nibbles) {
+  if (kChunks) chunks = kChunks;
+  const int row_bytes = chunks * (kHigh ? 12 : 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i, row += row_bytes, nibbles += chunks * 16) {
+#pragma GCC unroll 2
+    for (int b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + ahead + b, 0, 2);
+    expand_chunks<kHigh>(row, row + chunks * 8, chunks, nibbles);
+  }
+}
+
 template <bool kHigh>
-void expand_rows(const Body& body, int64_t first, int n, uint8_t* nibbles) {
-  const int head_dim = body.head_dim, chunks = head_dim / 32;
-  const uint8_t* low = body.data + first * body.row_bytes;
-  for (int i = 0; i < n; ++i, low += body.row_bytes, nibbles += head_dim / 2) {
-    // A row of the next tile.
-    for (int b = 0; b < body.row_bytes; b += 64)
-      __builtin_prefetch(low + kTile * body.row_bytes + b, 0, 2);
-    const uint8_t* high = low + head_dim / 4;
-    expand_chunks<kHigh>(low, high, chunks, nibbles);
-    if (head_dim % 32) {
-      expand_low_bits<uint32_t>(low + chunks * 8, nibbles + chunks * 16);
+void expand_tile(const uint8_t* row, int head_dim, int64_t row_bytes, int n, uint8_t* nibbles) {
+  const int chunks = head_dim / 32;
+  const int64_t ahead = kTile * row_bytes;
+  if (head_dim % 32) {
+    for (int i = 0; i < n; ++i, row += row_bytes, nibbles += head_dim / 2) {
+      const uint8_t* high = row + head_dim / 4;
+      __builtin_prefetch(row + ahead, 0, 2);
+      expand_chunks<kHigh>(row, high, chunks, nibbles);
+      expand_low_bits<uint32_t>(row + chunks * 8, nibbles + chunks * 16);
       if (kHigh) expand_high_bits<uint16_t>(high + chunks * 4, nibbles + chunks * 16);
     }
+  } else if (!kHigh) {  // nothing lies between the chunks of all rows
+    const int eights = n * chunks / 8, rest = n * chunks % 8;
+    expand_rows<false, 8>(row, 8, eights, ahead, nibbles);
+    expand_chunks<false>(row + eights * 64, row, rest, nibbles + eights * 128);
+  } else if (chunks == 4) {
+    expand_rows<kHigh, 4>(row, 4, n, ahead, nibbles);
+  } else if (chunks == 3) {
+    expand_rows<kHigh, 3>(row, 3, n, ahead, nibbles);
+  } else if (chunks == 2) {
+    expand_rows<kHigh, 2>(row, 2, n, ahead, nibbles);
+  } else {
+    expand_rows<kHigh, 0>(row, chunks, n, ahead, nibbles);
   }
 }
 
@@ -169,8 +212,9 @@ inline Body in_nibbles(const Body& body, int64_t first, int n, uint8_t* tile) {
   Body expanded = body;
   expanded.row_bytes = body.head_dim / 2;
   expanded.data = tile - first * expanded.row_bytes;
-  if (body.format == kInt3) expand_rows<true>(body, first, n, tile);
-  if (body.format == kInt2) expand_rows<false>(body, first, n, tile);
+  const uint8_t* row = body.data + first * body.row_bytes;
+  if (body.format == kInt3) expand_tile<true>(row, body.head_dim, body.row_bytes, n, tile);
+  if (body.format == kInt2) expand_tile<false>(row, body.head_dim, body.row_bytes, n, tile);
   return expanded;
 }
 

@@ -171,7 +171,7 @@ def test_a_window_over_the_last_pages_hides_what_a_mask_over_all_hides(name, win
         keys, values = (dataclasses.replace(x, sink_positions=sinks) for x in (keys, values))
         mask = (torch.arange(length) >= length - window)[None]
         alone = ops.reference.decode_attention(query[row : row + 1], keys, values, mask, scaling=0.2)
-        # A window of few columns averages little of the rounding of the weights, which is 2e-5 (eval/results/NOTES.md).
+        # Few columns average little of the rounding of the weights, which is 2e-5 (eval/results/NOTES.md).
         torch.testing.assert_close(output[row], alone[0][0], rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(logsumexp[row], alone[1][0], rtol=1e-4, atol=1e-5)
         dropped = int(table.dropped[row])

@@ -74,7 +74,7 @@ def test_tensors_go_to_dense_attention():
         seen.append((args, kwargs))
         return "output", "weights"
 
-    args = tuple(object() for _ in range(2)) + (torch.zeros(1), torch.ones(1), None)
+    args = (object(), torch.zeros(1, 1, 1, 1), torch.zeros(1), torch.ones(1), None)
     assert attend(*args, dense_attention=dense, scaling=2.0, anything=3) == ("output", "weights")
     assert seen == [(args, {"scaling": 2.0, "anything": 3})]
 

@@ -6,16 +6,20 @@ The grammar is tested on small functions, which stand for a model's code; the cl
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import families
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from scripts import script
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, grammar, host
 from hf_kvquant.attention import attend as attention_function
@@ -36,17 +40,29 @@ CLASSES = {
     "MvpForConditionalGeneration", "RemBertForCausalLM", "RoFormerForCausalLM", "T5Gemma2ForConditionalGeneration",
     "TrOCRForCausalLM", "XGLMForCausalLM", "XLMWithLMHeadModel",
 }  # fmt: skip
+EVAL = Path(__file__).parent.parent / "eval"
 KNOWN = sorted(name for name in CLASSES if hasattr(transformers, name))
 CONFIG = KVQuantConfig(QuantSpec("int8", "channel"), QuantSpec("int4", rotate=True), sink_length=2, recent_length=8)
 BATCH, HEADS, LENGTH, DIM = 2, 4, 150, 16
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict:
+    """What `eval/model_matrix.py` finds of these classes, in a process of its own."""
+    out = tmp_path_factory.mktemp("matrix") / "own.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "model_matrix.py", "--jobs", "1", "--out", str(out), "--only", *KNOWN],
+        cwd=EVAL, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text(encoding="utf-8"))["families"]
+
+
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_class_of_transformers(name):
+def test_a_class_of_transformers(name, measured):
     """Exact with a window over every token; each product equals the model's own; close to the dense cache."""
-    found: dict = {}
-    # In a process of its own: what compares the products is registered once per process.
-    script("model_matrix").run([name], 1, lambda _, result: found.update(result))
+    found = measured[name]
     if found["status"] == "refused" and not host.VERSION.startswith(host.NEWEST):
         pytest.skip(found["reason"])
     assert found["status"] == "fused", found

@@ -43,8 +43,9 @@ class Instruction:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the next instruction may follow. A call of a subroutine is taken for an instruction without one."""
-        if self.opcode in ("EXIT", "RET"):
+        """Whether the next instruction may follow. A call of a subroutine is taken for an instruction without one; one
+        of a label in the same kernel is a branch to it (code for sm_80 to sm_89 leaves loops so)."""
+        if self.opcode in ("EXIT", "RET") or (self.opcode == "CALL" and self.target is not None):
             return bool(self.predicate)
         return self.opcode != "BRA" or self.is_conditional
 
@@ -119,7 +120,7 @@ def _instruction(lower: re.Match, control: int) -> Instruction:
 
 
 def _with_target(one: Instruction, labels: dict[str, int]) -> Instruction:
-    named = re.search(r"`\((\.L_x_\d+)\)", one.text) if one.opcode == "BRA" else None
+    named = re.search(r"`\((\.L_x_\d+)\)", one.text) if one.opcode in ("BRA", "CALL") else None
     if not named:
         return one
     return replace(one, target=labels[named[1]])

@@ -54,8 +54,10 @@ def install() -> None:
     if _originals:
         return
     known: Any = host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    # First what may fail: an import that failed is tried again.
+    all_names = type(known)([*known, *cache_implementations()])
     _originals["ALL_CACHE_IMPLEMENTATIONS"] = known
-    host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = type(known)([*known, *cache_implementations()])
+    host.configuration_utils.ALL_CACHE_IMPLEMENTATIONS = all_names
     for (owner, name), wrap in _WRAPPERS.items():
         _originals[name] = getattr(owner, name)
         setattr(owner, name, wrap(_originals[name]))

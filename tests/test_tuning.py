@@ -279,7 +279,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (["--bits", "2"], "expected at least 2.25, the smallest"),
+            (["--bits", "2"], "the smallest that the"),
             (["--bits", "5", "--base", "none"], "the dense cache has no windows"),
             (["--bits", "5", "--text", "no.txt"], "text: 'no.txt' cannot be read"),
             (["--bits", "5", "--context", "96"], "context: 96 leaves no token to score"),

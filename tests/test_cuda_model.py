@@ -79,6 +79,14 @@ class TestMachineCode:
         code = [Instruction("BRA.DIV UR4, `(.L_x_9)", target=0), Instruction("EXIT")]
         assert Flow(code).follow == [[1], []]
 
+    def test_a_call_of_a_label_is_a_branch(self):
+        """Code for sm_80 leaves long loops so; a call of a subroutine returns."""
+        out = Instruction("CALL.REL.NOINC `(.L_x_1)", predicate="@P1", target=3)
+        code = [Instruction("FADD"), out, Instruction("BRA `(.L_x_0)", target=0), Instruction("EXIT")]
+        assert Flow(code).follow == [[1, 2], [0], []]
+        subroutine = Instruction("CALL.REL.NOINC `($__internal_4_$__cuda_sm20_div_rn_f64_full)")
+        assert Flow([subroutine, Instruction("EXIT")]).follow == [[]]
+
 
 def chain(text: str, n: int, stall: int = 1) -> list[Instruction]:
     return [Instruction(text, stall=stall)] * n

@@ -10,6 +10,7 @@ import families
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, MistralConfig
+from turns import ROUNDING, TURNS, check_crop, check_crop_of_too_much, run
 
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, attention, host, ops
 from hf_kvquant.attention import attend
@@ -31,9 +32,6 @@ CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_nam
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 FAMILIES = ["llama", "gemma3_window", "gpt2", "gpt_oss", "falcon_h1", "deepseek_v3"]
-ROUNDING = 1e-4
-# The updates of a long sequence: a prompt longer than the window, single tokens, short and long turns.
-TURNS = (200, *[1] * 70, 7, 32, 33, 150, 1, 1, 20, 300, 2)
 
 
 def windowed(config: KVQuantConfig | str, window: int = WINDOW) -> KVQuantConfig:
@@ -46,22 +44,6 @@ def build(name: str = "llama", **options):
         options["experts_implementation"] = "eager"
     options.setdefault("attn", "eager" if name == "gpt_oss" else "sdpa")
     return families.build(name, **families.small(name), **options)
-
-
-def run(model, cache, ids: torch.Tensor, turns=TURNS, mask: torch.Tensor | None = None, seen=None) -> torch.Tensor:
-    """Logits of plain calls with so many tokens each; `seen` says which tokens the queries of a turn may see."""
-    logits, start = [], int(cache.get_seq_length())
-    with torch.no_grad(), attention(model):
-        for n in turns:
-            given = {}
-            if mask is not None:
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start : start + n]
-                given = {"attention_mask": mask[:, : start + n], "position_ids": positions}
-            if seen is not None:
-                given["attention_mask"] = seen(start, n, mask)
-            logits.append(model(ids[:, start : start + n], **given, **{CACHE: cache}, use_cache=True).logits)
-            start += n
-    return torch.cat(logits, 1)
 
 
 def rule(config: KVQuantConfig, batch: int):
@@ -308,33 +290,11 @@ def test_assisted_decoding():
 @every_config
 @pytest.mark.parametrize("removed", [1, 64])
 def test_a_crop(config, removed):
-    """As if the tokens had never come, however they came."""
-    model, ids, config = build(dtype=torch.float64), families.prompt(1, 500), windowed(config)
-    for turns in ((removed,), (1,) * removed):
-        cache, fresh = (QuantizedCache(model.config, config) for _ in range(2))
-        run(model, cache, ids, (290, *[1] * 10, *turns))
-        run(model, fresh, ids, (290, *[1] * 10))
-        cache.crop(-removed)
-        assert cache.get_seq_length() == 300
-        got, expected = run(model, cache, ids, [1] * 70), run(model, fresh, ids, [1] * 70)
-        torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
-        assert cache.routes["window_lost"] == 0
+    check_crop(build(dtype=torch.float64), windowed(config), families.prompt(1, 500), removed)
 
 
 def test_a_crop_that_needs_what_is_evicted_changes_nothing():
-    model, ids, config = build(), families.prompt(1, 500), windowed("int4")
-    cache = QuantizedCache(model.config, config)
-    run(model, cache, ids, (300, 1))
-    before = copy.deepcopy(cache)
-    with pytest.raises(RuntimeError, match=r"crop: 250 tokens cannot be removed from layer 0, whose window of 24"):
-        cache.crop(-250)
-    assert cache._lengths() == before._lengths() == [301] * 2
-    assert torch.equal(run(model, cache, ids, (1, 40)), run(model, before, ids, (1, 40)))
-    cache.crop(-cache.get_seq_length())
-    assert cache.get_seq_length() == 0
-    fresh = QuantizedCache(model.config, config)
-    got, expected = (run(model, each, ids, (200, *[1] * 5)) for each in (cache, fresh))
-    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+    check_crop_of_too_much(build(), windowed("int4"), families.prompt(1, 500), layers=2)
 
 
 @every_config

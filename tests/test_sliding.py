@@ -12,6 +12,7 @@ import torch
 from captured import Recorded
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, MistralConfig
+from turns import ROUNDING, TURNS, check_crop, check_crop_of_too_much, run
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantizedStates, QuantSpec, attention, ops, static
@@ -38,27 +39,10 @@ CONFIGS["value-blocks"] = KVQuantConfig(
 )
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_family = pytest.mark.parametrize("name", families.SLIDING)
-ROUNDING = 1e-4
-# The updates of a long sequence: a prompt longer than the window, single tokens, short and long turns.
-TURNS = (200, *[1] * 70, 7, 32, 33, 150, 1, 1, 20, 300, 2)
 
 
 def build(name: str = "mistral_window", **options):
     return families.build(name, **families.small(name), **options)
-
-
-def run(model, cache, ids: torch.Tensor, turns=TURNS, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of plain calls with so many tokens each."""
-    logits, start = [], int(cache.get_seq_length())
-    with torch.no_grad(), attention(model):
-        for n in turns:
-            given = {}
-            if mask is not None:
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start : start + n]
-                given = {"attention_mask": mask[:, : start + n], "position_ids": positions}
-            logits.append(model(ids[:, start : start + n], **given, **{CACHE: cache}, use_cache=True).logits)
-            start += n
-    return torch.cat(logits, 1)
 
 
 def sliding(cache: QuantizedCache) -> list[SlidingQuantizedLayer]:
@@ -292,33 +276,11 @@ def test_scored_as_decoded(name, config):
 @every_config
 @pytest.mark.parametrize("removed", [1, 40, 64])
 def test_a_crop_across_the_window(config, removed):
-    """As if the tokens had never come, however they came."""
-    model, ids = build(dtype=torch.float64), families.prompt(1, 500)
-    for turns in ((removed,), (1,) * removed):
-        cache, fresh = (QuantizedCache(model.config, config) for _ in range(2))
-        run(model, cache, ids, (290, *[1] * 10, *turns))
-        run(model, fresh, ids, (290, *[1] * 10))
-        cache.crop(-removed)
-        assert cache.get_seq_length() == 300
-        got, expected = run(model, cache, ids, [1] * 70), run(model, fresh, ids, [1] * 70)
-        torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
-        assert cache.routes["window_lost"] == 0
+    check_crop(build(dtype=torch.float64), config, families.prompt(1, 500), removed)
 
 
 def test_a_crop_that_needs_what_is_retired_changes_nothing():
-    model, ids = build("gemma3_window"), families.prompt(1, 500)
-    cache = QuantizedCache(model.config, CONFIGS["int8"])
-    run(model, cache, ids, (300, 1))
-    before = copy.deepcopy(cache)
-    with pytest.raises(RuntimeError, match=r"crop: 250 tokens cannot be removed from layer 0, whose window of 24"):
-        cache.crop(-250)
-    assert cache._lengths() == before._lengths() == [301] * 3
-    assert torch.equal(run(model, cache, ids, (1, 40)), run(model, before, ids, (1, 40)))
-    cache.crop(-cache.get_seq_length())
-    assert cache.get_seq_length() == 0
-    fresh = QuantizedCache(model.config, CONFIGS["int8"])
-    got, expected = (run(model, each, ids, (200, *[1] * 5)) for each in (cache, fresh))
-    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+    check_crop_of_too_much(build("gemma3_window"), CONFIGS["int8"], families.prompt(1, 500), layers=3)
 
 
 def test_a_recorded_past_goes_back_as_far_as_the_last_crop():

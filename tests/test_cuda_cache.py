@@ -361,6 +361,10 @@ class TestSpecialisation:
         many = specialisation(1, channel, rotated, 192, 128, 16)
         assert for_source("decode_attention.cu", kind) == [kind, many] and many["KVQUANT_ROWS"] == 16
         assert for_source("quantize_append.cu", kind) == [kind]
+        # 16 rows of wide heads with values on the channel grid would spill.
+        for head_dim, taken in ((192, [8, 16]), (256, [8])):
+            wide = specialisation(1, rotated, channel, 64, head_dim)
+            assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", wide)] == taken
         dense = specialisation(1, QuantSpec("dense"), QuantSpec("dense"), 64, 64)
         assert str(dense) == "float16, head_dim 64, keys dense, values dense, 8 rows"
 

@@ -78,7 +78,9 @@ def kinds() -> list[Specialisation]:
         kind_of(channel, QuantSpec("int4", "channel"), 128, 128),
         kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float16", 16),
         kind_of(QuantSpec("fp8"), QuantSpec("fp8", "channel", block_length=16), 192, 192),
-        kind_of(int4, channel, 256, 256, rows=16),
+        kind_of(int4, channel, 192, 192, rows=16),
+        kind_of(int4, channel, 256, 256),
+        kind_of(dense, channel, 256, 256),
     ]
 
 

@@ -14,7 +14,7 @@ import torch
 from ..quantization import QuantSpec
 from ..states import QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import THREADS, most_splits, rows_of_block, specialisation
+from .specialisation import THREADS, most_splits, rows_of_block, rows_taken, specialisation
 
 # Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
 COPY_SLICES = 3
@@ -68,7 +68,7 @@ def decode_attention(
     batch, num_heads, q_len, v_head_dim = output.shape
     num_kv_heads = call.num_kv_heads
     rows = num_heads // num_kv_heads * q_len
-    of_block = rows_of_block(rows)
+    of_block = rows_of_block(rows, rows_taken(values.spec.is_channel, max(keys.head_dim, v_head_dim)))
     kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, of_block)
     _check_alignment("keys", call, _KEYS, keys)
     _check_alignment("values", call, _VALUES, values)

@@ -18,6 +18,8 @@ THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
 ROWS = (8, 16)
 MAX_HEAD_DIM = 256
+# Above this head_dim, 16 rows and values on the channel grid need more registers than a thread has.
+_MAX_HEAD_DIM_OF_BLOCKS = 192
 TAKEN_FORMATS = ("int8", "fp8", "int4")
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
@@ -32,9 +34,14 @@ def split_length(kv_len: int, num_kv_heads: int) -> int:
     return min(max(-(-kv_len // (UNIT * _enough(num_kv_heads))), 1) * UNIT, SPLIT)
 
 
-def rows_of_block(rows: int) -> int:
-    """The query rows of a block where there are `rows` for each KV head."""
-    return ROWS[0] if rows <= ROWS[0] else ROWS[1]
+def rows_taken(channel_values: bool, head_dim: int) -> tuple[int, ...]:
+    """The query rows that a block may have; `head_dim`: the larger one of keys and values."""
+    return ROWS[:1] if channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS else ROWS
+
+
+def rows_of_block(rows: int, taken: tuple[int, ...]) -> int:
+    """The query rows of a block where there are `rows` for each KV head: one of those that are `rows_taken`."""
+    return next((n for n in taken if rows <= n), taken[-1])
 
 
 def _enough(num_kv_heads: int) -> int:
@@ -71,7 +78,9 @@ class Specialisation(dict):
 
 def for_source(source: str, kind: Specialisation) -> list[Specialisation]:
     """The specialisations of a source file that calls with any number of query rows need: `kind`, then others."""
-    rows = ROWS if source == "decode_attention.cu" else (kind["KVQUANT_ROWS"],)
+    head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
+    taken = rows_taken(bool(kind["KVQUANT_V_GRID"]), head_dim)
+    rows = taken if source == "decode_attention.cu" else (kind["KVQUANT_ROWS"],)
     return [kind if kind["KVQUANT_ROWS"] == n else Specialisation({**kind, "KVQUANT_ROWS": n}) for n in rows]
 
 

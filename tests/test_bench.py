@@ -124,6 +124,15 @@ def test_decode_result(run, tmp_path):
     assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
 
 
+def test_the_table_of_avx2(bench):
+    """Copies of the result's figures, measured with the instruction set that the command forces."""
+    decode = bench("bench_decode")
+    result = facts.read_json(decode.RESULT)
+    assert result["instruction_set"] == "avx2"
+    readme = decode.README.read_text(encoding="utf-8")
+    assert decode.with_table(readme, result) == readme, "bench_decode.py --readme"
+
+
 def test_decode_table(bench):
     decode, names = bench("bench_decode"), ("int8", "fp8")
     decoded = [

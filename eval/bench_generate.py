@@ -17,7 +17,8 @@ Every cache is given the same random K and V in one update, as a prefill would. 
 against the de-quantized route through the model's own attention, in float32 and in --dtype; every cache against
 float32 DynamicCache (loosely, because caches are lossy); that this comparison would notice a wrong cache; and that
 `memory_report()` counts the tensors that exist. If one check fails, nothing is timed. Then all caches take steps in
-turn, A B C A B C .., so each finds its data in memory, not in the processor's caches.
+turn, A B C A B C .., so each finds its data in memory, not in the processor's caches. With `--in-a-row` a turn has
+several steps, as in generation, where a short step is bound by code that the step before has just run.
 
 Process memory is measured before that, in a process of its own for every cache. A candidate that cannot run is listed
 with the reason.
@@ -167,13 +168,14 @@ def bench_length(args: argparse.Namespace, length: int) -> dict[str, list[dict]]
 
 
 def time_steps(args: argparse.Namespace, models: dict, caches: dict) -> dict[str, list[float]]:
-    """Seconds of `args.new` steps of every cache, one step of each in turn."""
+    """Seconds of `args.new` steps of every cache, which take turns."""
     runs = {}
     for name, (candidate, cache, _) in caches.items():
         model = models[candidate.dtype or DTYPES[args.dtype]]
         forward = model.compiled_forward if candidate.steps == "compiled" else model
         runs[name] = (model, forward, cache)
-    return step.time_steps(runs, step.tokens(shape_of(args), CHECK_STEPS + args.new)[CHECK_STEPS:])
+    fed = step.tokens(shape_of(args), CHECK_STEPS + args.new)[CHECK_STEPS:]
+    return step.time_steps(runs, fed, args.in_a_row)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -181,10 +183,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_model(parser)
     parser.add_argument("--lengths", "--length", type=integers, default="8192", help="cached tokens, comma separated")
     parser.add_argument("--new", type=int, default=16, help="steps that are timed, for every cache")
+    parser.add_argument("--in-a-row", type=int, default=1, help="steps of a turn; of several, the first is not timed")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="static caches, in plain and in compiled steps")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure process memory")
     args = parser.parse_args(argv)
+    if not 1 <= args.in_a_row <= args.new or args.new % args.in_a_row:
+        parser.error(f"--in-a-row {args.in_a_row}: expected a divisor of --new {args.new}")
     choose(parser, args)
     return args
 

@@ -8,7 +8,7 @@ lossy and the weights are random, so logits are compared loosely: as a share of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,15 +122,19 @@ def switched(model: LlamaForCausalLM, cache: Cache):
 
 
 def time_steps(
-    runs: Mapping[str, tuple[LlamaForCausalLM, Callable, Cache]], fed: Iterable[torch.Tensor]
+    runs: Mapping[str, tuple[LlamaForCausalLM, Callable, Cache]], fed: Sequence[torch.Tensor], in_a_row: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of the steps of every run (a model, the forward that runs it, and its cache): for each token that is
-    fed, one step of each in turn."""
+    """Seconds of the steps of every run (a model, the forward that runs it, and its cache), which take turns.
+
+    A turn has `in_a_row` of the tokens that are fed. If these are several, the first is not counted: as in generation,
+    a step then finds in the processor's caches what its predecessor left there.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for token in fed:
+    for i in range(0, len(fed), in_a_row):
         for name, (model, forward, cache) in runs.items():
             with switched(model, cache):
-                samples[name].append(seconds_of(lambda f=forward, c=cache, t=token: step(f, c, t)))
+                turn = [seconds_of(lambda f=forward, c=cache, t=t: step(f, c, t)) for t in fed[i : i + in_a_row]]
+            samples[name] += turn[in_a_row > 1 :]
     return samples
 
 

@@ -4,6 +4,8 @@
 
 `bench_decode.png`: the time of decode attention over the length of the cache, from results of bench_decode.py. The
 dotted line is a plain read of a BF16 cache: no attention over one can be faster.
+
+`bench_cpu_field.png`: the same beside other packages, from results of bench_cpu_field.py.
 """
 
 from __future__ import annotations
@@ -99,9 +101,9 @@ def draw_decode(rows: list[dict], title: str) -> Figure:
             line(BASELINES[name], points, PRINT.muted, ls=DASHES[name], marker="o", ms=3)
         else:
             line(name, points, PRESET_COLORS.get(name, PRINT.ink), marker="o", ms=3.5, lw=1.8)
-    dense = [row for row in rows if row["name"] == "sdpa-bfloat16"]
-    points = [(row["length"], row["plain_read_ms"]["median"]) for row in dense]
-    line("plain read of the BF16 cache", points, COLORS[0], ls=":")
+    dense = [row for row in rows if row["name"] == "sdpa-bfloat16" and "plain_read_ms" in row]
+    if points := [(row["length"], row["plain_read_ms"]["median"]) for row in dense]:
+        line("plain read of the BF16 cache", points, COLORS[0], ls=":")
     lengths = sorted({row["length"] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="milliseconds per call", title=title)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -113,12 +115,14 @@ def draw_decode(rows: list[dict], title: str) -> Figure:
 
 def main() -> None:
     draw_overview(read("bench_overview")).savefig(RESULTS / "overview.png", dpi=130)
-    results = read("bench_decode")
-    setting = results["arguments"]
-    heads = f"{setting['heads']} query heads, {setting['kv_heads']} KV heads"
-    title = f"One call of decode attention: {heads}, head_dim {setting['head_dim']}, {setting['dtype']}"
-    rows = [row for row in results["decode"] if row["kv_heads"] == setting["kv_heads"]]
-    draw_decode(rows, title).savefig(RESULTS / "bench_decode.png", dpi=130)
+    for name, kind in (("bench_decode", "decode"), ("bench_cpu_field", "field")):
+        result = read(name)
+        shape = result["arguments"]
+        heads = f"{shape['heads']} query heads, {shape['kv_heads']} KV heads"
+        title = f"One call of decode attention: {heads}, head_dim {shape['head_dim']}, {shape['dtype']}"
+        rows = [row for row in result[kind] if row.get("kv_heads", shape["kv_heads"]) == shape["kv_heads"]]
+        # A peer that cannot run has no figure.
+        draw_decode([row for row in rows if "ms" in row], title).savefig(RESULTS / f"{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

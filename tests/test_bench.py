@@ -3,11 +3,11 @@
 No test here asserts a time.
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, host, ops, reference
 from hf_kvquant.backends import cpu
-from hf_kvquant.measure import caches, clock, facts, llama_cpp, operator, process_memory, serving, step
+from hf_kvquant.measure import caches, clock, facts, operator, process_memory, serving, step
 from hf_kvquant.measure.report import style
 from hf_kvquant.measure.weighing import tensor_bytes
 
@@ -122,6 +122,12 @@ def test_decode_result(run, tmp_path):
     # Two heads, keys and values of 32 int8 codes and one float16 scale.
     assert rows[130, "int8-plain"]["bytes_read"] == 2 * 2 * 130 * (32 + 2)
     assert rows[130, "sdpa-bfloat16"]["bytes_read"] == 2 * 2 * 130 * 32 * 2
+
+
+def test_the_tables_of_the_laptop(bench):
+    laptop = bench("bench_laptop")
+    readme = laptop.README.read_text(encoding="utf-8")
+    assert laptop.with_tables(readme, facts.read_json(laptop.RESULT)) == readme, "bench_laptop.py --readme"
 
 
 def test_the_table_of_avx2(bench):
@@ -551,68 +557,20 @@ def test_rounds_are_interleaved_and_bounded():
     assert {name: len(s) for name, s in samples.items()} == {"A": clock.MIN_ROUNDS, "B": clock.MIN_ROUNDS}
 
 
-LLAMA_CPP = ["--lengths", "70", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--layers", "2"]
-LLAMA_CPP += ["--hidden", "32", "--rounds", "2", "--presets", "int8-plain,int4-small"]
+def test_steps_in_a_row(monkeypatch):
+    taken = []
+    monkeypatch.setattr(step, "switched", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(step, "step", lambda forward, cache, token: taken.append(f"{cache}{token}"))
+    samples = step.time_steps({"A": (None, None, "a"), "B": (None, None, "b")}, range(6), in_a_row=3)
+    assert taken == ["a0", "a1", "a2", "b0", "b1", "b2", "a3", "a4", "a5", "b3", "b4", "b5"]
+    # The first step of a turn is not counted.
+    assert {name: len(s) for name, s in samples.items()} == {"A": 4, "B": 4}
 
 
-@pytest.fixture
-def installed():
-    """llama.cpp, which is not a dependency of the tests, because it takes minutes to build."""
-    pytest.importorskip("gguf", reason="gguf is not installed: see eval/bench_llama_cpp.py")
-    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: see eval/bench_llama_cpp.py")
-
-
-def test_llama_cpp_says_how_to_install_it(bench, monkeypatch, capsys):
-    monkeypatch.setattr(llama_cpp, "MISSING", "No module named 'llama_cpp'")
+def test_steps_in_a_row_that_do_not_fit_are_refused(bench, capsys):
     with pytest.raises(SystemExit):
-        bench("bench_llama_cpp").main([])
-    assert "pip install gguf" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("installed")
-def test_llama_cpp_result(tmp_path):
-    result, text = run_script("bench_llama_cpp", LLAMA_CPP, tmp_path / "llama_cpp.json")
-    check_common(result, text)
-    rows = {row["name"]: row for row in result["steps"]}
-    assert set(rows) == {"f16", "f16-no-flash", "q8_0", "q4_0", "int8-plain", "int4-small"}
-    bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8-plain": 8.25, "int4-small": 4.25}
-    for name, expected in bits.items():
-        # Two layers, keys and values, two heads; our caches keep a few more bytes per layer.
-        spare = 0 if rows[name]["kind"] == "llama.cpp" else 100
-        assert 0 <= rows[name]["cache_bytes"] - 2 * 2 * 2 * 70 * 64 * expected / 8 <= spare
-        assert rows[name]["bits_per_number"] == rows[name]["cache_bytes"] * 8 / (2 * 2 * 2 * 70 * 64)
-    for row in rows.values():
-        for part in ("step_ms", "base_ms", "attention_ms"):
-            assert set(row[part]) == SUMMARY
-            assert row[part]["n"] == 2
-    for name, peer in {"int8-plain": "q8_0", "int4-small": "q4_0"}.items():
-        assert rows[name]["peer"] == peer
-        for part in ("step", "attention"):
-            faster = rows[peer][f"{part}_ms"]["median"] / rows[name][f"{part}_ms"]["median"]
-            assert rows[name][f"{part}_faster_than_peer"] == pytest.approx(faster)
-    done = {(check["name"], check["check"].rpartition(",")[0]) for check in result["checks"]}
-    assert ("q4_0", "llama.cpp holds the bytes it was given") in done
-    assert ("q4_0", "every step added a token to every layer") in done
-    assert ("int4-small", "every step took the fused route") in done
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("omitted", ["rotate", "interleaved"])
-def test_llama_cpp_refuses_a_cache_that_holds_something_else(refuses, monkeypatch, omitted):
-    monkeypatch.setattr(llama_cpp, omitted, lambda x: x)
-    refuses("bench_llama_cpp", [*LLAMA_CPP, "--threads", "1"], "logits near float32")
-
-
-@pytest.mark.usefixtures("installed")
-def test_llama_cpp_refuses_another_model(refuses, monkeypatch):
-    right = llama_cpp.loaded
-
-    def wider(model, shape):
-        shape = replace(shape, hidden=2 * shape.hidden, intermediate=2 * shape.intermediate)
-        return right(step.build_model(shape, 70), shape)
-
-    monkeypatch.setattr(llama_cpp, "loaded", wider)
-    refuses("bench_llama_cpp", [*LLAMA_CPP, "--threads", "1"], "weights")
+        bench("bench_generate").main(["--new", "10", "--in-a-row", "4"])
+    assert "--in-a-row 4: expected a divisor of --new 10" in capsys.readouterr().err
 
 
 class TestPlots:
@@ -642,6 +600,13 @@ class TestPlots:
         labels = self.labels(plot.draw_decode(rows, "title"))
         assert len(labels) == len({row["name"] for row in rows}) + 1
         assert any(label.startswith("int4-small: ") for label in labels)
+
+    def test_the_field(self, bench):
+        plot = bench("plot")
+        rows = [row for row in plot.read("bench_cpu_field")["field"] if "ms" in row]
+        labels = self.labels(plot.draw_decode(rows, "title"))
+        assert len(labels) == len({row["name"] for row in rows})
+        assert any(label.startswith("onnxruntime-int8: ") for label in labels)
 
     def test_labels_at_the_ends_keep_apart_and_their_order(self):
         figure = style.new_figure(style.PRINT, (4, 3))

@@ -156,7 +156,7 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode_attention` of one query per row, `[rows, num_heads, 1, head_dim]`, over rows of different lengths."""
-    seen = keys.table.seen
+    seen = keys.table.placed.seen
     results = [
         decode_attention(
             query[i : i + 1], keys.row(i), values.row(i),

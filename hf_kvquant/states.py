@@ -361,6 +361,7 @@ class PageTable(NamedTuple):
     lengths: int64 `[batch]`, the columns that each row has.
     dropped: int64 `[batch]`, the tokens of each row before its first column (whole pages), or None if there are none.
     seen: bool `[batch, columns]`, which columns the query at a row's last one sees, or None if it sees all.
+    on_device: the same tensors on the GPU that has the pages; without it they are on the CPU only.
     """
 
     pages: torch.Tensor
@@ -368,6 +369,18 @@ class PageTable(NamedTuple):
     lengths: torch.Tensor
     dropped: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    on_device: PageTable | None = None
+
+    def on(self, device: torch.device) -> PageTable:
+        """The table for pages on `device`: with copies of its tensors there, if that is not the CPU."""
+        if device.type == "cpu":
+            return self
+        return self._replace(on_device=PageTable(*(None if x is None else x.to(device) for x in self[:5])))
+
+    @property
+    def placed(self) -> PageTable:
+        """The table whose tensors are on the device of the pages."""
+        return self if self.on_device is None else self.on_device
 
     def dropped_of(self, row: int) -> int:
         return 0 if self.dropped is None else int(self.dropped[row])

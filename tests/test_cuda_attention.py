@@ -57,14 +57,14 @@ def of(case, **sizes):
     return problem(k, v, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, **sizes)
 
 
-def attend(*arguments, split=SPLIT, blocks=specialisation.BLOCKS, device=None, **settings):
+def attend(*arguments, split=SPLIT, blocks=specialisation.BLOCKS, device=None, call=cuda.decode_attention, **settings):
     """The backend's own call in the emulator, or on another `device`, with short splits, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specialisation, "SPLIT", split)
         patch.setattr(specialisation, "UNIT", min(split, specialisation.UNIT))
         patch.setattr(specialisation, "BLOCKS", blocks)
         patch.setattr(specialisation, "_made", {})
-        return cuda.decode_attention(*arguments, **settings, device=device or emulator.Device())
+        return call(*arguments, **settings, device=device or emulator.Device())
 
 
 def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, scaling=None, **how):

@@ -81,10 +81,14 @@ def tokens(n, dtype, seed):
     return x.to(dtype)
 
 
+APPENDS = {"cpu": cpu.paged_append, "reference": ops.reference.paged_append}
+
+
 def filled(config, dtype, backend, lengths=LENGTHS, steps=3):
-    """A pool with `lengths` tokens in its rows, the last `steps` one by one, and the same in contiguous storage."""
+    """A pool with `lengths` tokens in its rows, the last `steps` one by one, and the same in contiguous storage.
+    `backend`: a name, or a function that appends."""
     pool, rows, faults = Pool(config, dtype, lengths), [], torch.zeros(2, dtype=torch.int64)
-    append = {"cpu": cpu, "reference": ops.reference}[backend].paged_append
+    append = APPENDS.get(backend, backend)
     news = [tokens(n, dtype, seed) for seed, n in enumerate(lengths)]
     for row, (key, value) in enumerate(news):
         n = max(key.shape[2] - steps, 0)

@@ -45,17 +45,20 @@ class Side(ctypes.Structure):
 
 class Pages(ctypes.Structure):
     _fields_ = _fields("table exact lengths", "table_stride page_length")
-    alive: Sequence[torch.Tensor | None]
+
+
+_NO_PAGES = (0,) * len(Pages._fields_)
 
 
 class Attention(ctypes.Structure):
     _fields_ = _fields(
-        "query output logsumexp mask s_aux sink_positions length pages",
+        "query output logsumexp mask s_aux sink_positions length",
         "query_batch query_head query_row mask_batch mask_head mask_row mask_column sink_positions_batch num_sinks "
         "mask_kind mask_width dtype batch num_heads num_kv_heads q_len kv_len recent_length isa threads",
         "scaling softcap",
         keys=Side,
         values=Side,
+        pages=Pages,
     )
     dtype: int
     num_kv_heads: int
@@ -70,10 +73,11 @@ class NewTokens(ctypes.Structure):
 
 class Append(ctypes.Structure):
     _fields_ = _fields(
-        "faults padding sink_positions length pages",
+        "faults padding sink_positions length",
         "padding_stride padding_length sink_positions_batch num_sinks dtype batch num_kv_heads start isa threads",
         keys=NewTokens,
         values=NewTokens,
+        pages=Pages,
     )
     dtype: int
     batch: int
@@ -339,12 +343,12 @@ def attention(
         s_aux = s_aux.to(torch.float32).contiguous()
     packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        0 if s_aux is None else s_aux.data_ptr(), positions, 0 if length is None else length.data_ptr(), 0,
+        0 if s_aux is None else s_aux.data_ptr(), positions, 0 if length is None else length.data_ptr(),
         batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize,
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
         kv_len, keys.recent_length, isa, threads, scaling, softcap,
         *_side("keys", keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
-        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
+        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks), *_NO_PAGES,
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, mask, s_aux
@@ -417,45 +421,49 @@ def append(
         sides += _side(f"{name}s", states, dtype, device, batch, num_kv_heads, columns, num_sinks)
     padding_address, padding_stride, padding_length = padding_fields
     packed = _APPEND.pack(
-        faults.data_ptr(), padding_address, positions, 0 if length is None else length.data_ptr(), 0, padding_stride,
+        faults.data_ptr(), padding_address, positions, 0 if length is None else length.data_ptr(), padding_stride,
         padding_length, positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
+        *_NO_PAGES,
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive
     return arguments
 
 
-def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> Pages:
-    """The tables of `batch` rows, each with `new` columns behind its length.
+def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> tuple[int, tuple[int, ...]]:
+    """The columns of the longest of `batch` rows, each with `new` columns behind its length, and the fields of their
+    `Pages`.
 
     Raises:
         ValueError: they do not fit; `page_table` has checked the numbers of the pages.
     """
-    pages, exact, lengths, dropped, seen = table = keys.table
+    pages, exact, lengths, _, _, _ = table = keys.table
     room = pages.shape[-1] * keys.page_length
     has_copies = any(x is not None for states in (keys, values) for x in states.stored[3:])
     fits = values.table is table and values.page_length == keys.page_length == keys.data.shape[2]
     fits = fits and pages.ndim == 2 and len(pages) == len(lengths) == batch > 0 and has_copies is (exact is not None)
     fits = fits and (exact is None or len(exact) == batch)
-    if not fits or int(lengths.max()) + new > room or int(lengths.min()) + new < 1:
+    longest = int(lengths.max()) + new if fits else 0
+    if longest > room or not fits or int(lengths.min()) + new < 1:
         raise ValueError(
             f"table: pages {tuple(pages.shape)} of {keys.page_length} columns for lengths {lengths.tolist()} and "
             f"{new} new columns do not fit; expected {batch} rows with room for them, 1 column or more, and "
             f"exact areas: {has_copies}"
         )
-    if seen is not None and (seen.dtype != torch.bool or seen.shape != (batch, room) or seen.device.type != "cpu"):
+    # The kernels read the tensors on the device of the pages.
+    pages, exact, lengths, dropped, seen, _ = table.placed
+    device = keys.data.device
+    if seen is not None and (seen.dtype != torch.bool or seen.shape != (batch, room) or seen.device != device):
         raise ValueError(
             f"table seen: {seen.dtype} {tuple(seen.shape)} on {seen.device} is not allowed; expected bool "
-            f"{(batch, room)} on the CPU"
+            f"{(batch, room)} on {device}"
         )
     for name, x in (("pages", pages), ("exact", exact), ("lengths", lengths), ("dropped", dropped)):
-        if x is not None and (x.dtype != torch.int64 or not x.is_contiguous() or x.device.type != "cpu"):
+        if x is not None and (x.dtype != torch.int64 or not x.is_contiguous() or x.device != device):
             raise ValueError(
-                f"table {name}: {x.dtype} on {x.device} is not allowed; expected contiguous int64 on the CPU"
+                f"table {name}: {x.dtype} on {x.device} is not allowed; expected contiguous int64 on {device}"
             )
-    struct = Pages(pages.data_ptr(), _address(exact), lengths.data_ptr(), pages.shape[1], keys.page_length)
-    struct.alive = pages, exact, lengths
-    return struct
+    return longest, (pages.data_ptr(), _address(exact), lengths.data_ptr(), pages.shape[1], keys.page_length)
 
 
 def _paged_sides(keys: PagedStates, values: PagedStates, x: torch.Tensor) -> Iterator[tuple[int | bytes, ...]]:
@@ -488,9 +496,10 @@ def paged_attention(
             f"query: {tuple(query.shape)} on {query.device} does not fit; expected a multiple of {num_kv_heads} "
             f"heads, one query and head_dim {keys.head_dim} on {keys.data.device}"
         )
-    pages = _pages(keys, values, batch, 0)
-    num_sinks, dropped, seen = keys.sink_length, keys.table.dropped, keys.table.seen
-    positions = torch.arange(num_sinks, dtype=torch.int32) if num_sinks else None
+    longest, pages = _pages(keys, values, batch, 0)
+    table, num_sinks = keys.table.placed, keys.sink_length
+    dropped, seen = table.dropped, table.seen
+    positions = torch.arange(num_sinks, dtype=torch.int32, device=query.device) if num_sinks else None
     if positions is not None and dropped is not None:
         positions = (positions - dropped[:, None]).to(torch.int32)
     positions_stride = 0 if positions is None or dropped is None else num_sinks * positions.element_size()
@@ -505,13 +514,12 @@ def paged_attention(
     logsumexp = query.new_empty((batch, num_heads, 1), dtype=torch.float32)
     packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(seen), _address(s_aux),
-        _address(positions), 0, ctypes.addressof(pages), batch_stride, head_stride, row_stride, *mask_strides,
-        positions_stride, num_sinks, kind, 0 if seen is None else 1, code, batch, num_heads, num_kv_heads, 1, 0,
-        keys.recent_length, isa, threads, scaling, softcap,
-        *chain(*_paged_sides(keys, values, query)),
+        _address(positions), 0, batch_stride, head_stride, row_stride, *mask_strides, positions_stride, num_sinks,
+        kind, 0 if seen is None else 1, code, batch, num_heads, num_kv_heads, 1, longest, keys.recent_length, isa,
+        threads, scaling, softcap, *chain(*_paged_sides(keys, values, query)), *pages,
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
-    arguments.alive = query, seen, s_aux, positions, pages
+    arguments.alive = query, s_aux, positions, *table[:5]
     return arguments, output, logsumexp
 
 
@@ -530,14 +538,16 @@ def paged_append(
         raise ValueError(f"value: dtype {value.dtype} does not fit; expected {key.dtype}")
     batch, num_kv_heads, n, _ = key.shape
     _check_small("faults", faults, key, torch.int64, 2)
-    pages = _pages(keys, values, batch, n)
-    alive: list[Any] = [pages]
+    _, pages = _pages(keys, values, batch, n)
+    alive: list[Any] = [*keys.table.placed[:5]]
     sides: list[int | bytes] = []
     fields = _paged_sides(keys, values, key)
     for name, x, states in (("key", key, keys), ("value", value, values)):
         expected = (batch, states.num_kv_heads, n, states.head_dim)
         if tuple(x.shape) != expected or x.device != states.data.device:
-            raise ValueError(f"{name}: {tuple(x.shape)} on {x.device} does not fit; expected {expected} on the CPU")
+            raise ValueError(
+                f"{name}: {tuple(x.shape)} on {x.device} does not fit; expected {expected} on {states.data.device}"
+            )
         if states.spec.is_channel and states.recent is None:
             raise ValueError(f"{name}s recent: None is not allowed on the channel grid of pages; expected a ring")
         if x.stride(3) != 1:
@@ -545,8 +555,8 @@ def paged_append(
         alive.append(x)
         sides += [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3]), n, *next(fields)]
     packed = _APPEND.pack(
-        faults.data_ptr(), 0, 0, 0, ctypes.addressof(pages), 0, 0, 0, keys.sink_length, code, batch, num_kv_heads, 0,
-        isa, threads, *sides,
+        faults.data_ptr(), 0, 0, 0, 0, 0, 0, keys.sink_length, code, batch, num_kv_heads, 0, isa, threads, *sides,
+        *pages,
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from ..quantization import QuantSpec
-from ..states import QuantizedStates
+from ..states import PagedStates, QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import THREADS, most_splits, rows_of_block, rows_taken, specialisation
+from .specialisation import ROWS, THREADS, Specialisation, most_splits, rows_of_block, rows_taken, specialisation
+
+_States = QuantizedStates | PagedStates
 
 # Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
 COPY_SLICES = 3
@@ -65,20 +67,56 @@ def decode_attention(
         nvrtc.CompileError: a kernel does not compile.
     """
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
+    _attend(call, output, logsumexp, keys, values, (query, mask, s_aux), device)
+    return output, logsumexp
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    device: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same as `reference.paged_attention`; no page is copied, and nothing waits for the device.
+
+    Raises:
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a table that is not on the GPU.
+        nvrtc.CompileError: a kernel does not compile.
+    """
+    call, output, logsumexp = arguments.paged_attention(query, keys, values, s_aux, scaling, softcap)
+    _attend(call, output, logsumexp, keys, values, (query, s_aux), device)
+    return output, logsumexp
+
+
+def _attend(
+    call: arguments.Attention,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    keys: _States,
+    values: _States,
+    given: tuple[torch.Tensor | None, ...],
+    device: Any,
+) -> None:
+    """Launch the kernels of an attention call; `given`: the caller's tensors besides states, of which queries are the
+    first."""
     batch, num_heads, q_len, v_head_dim = output.shape
     num_kv_heads = call.num_kv_heads
     rows = num_heads // num_kv_heads * q_len
     of_block = rows_of_block(rows, rows_taken(values.spec.is_channel, max(keys.head_dim, v_head_dim)))
-    kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, of_block)
+    kind = _kind(call, keys, values, of_block)
     _check_alignment("keys", call, _KEYS, keys)
     _check_alignment("values", call, _VALUES, values)
     copies = _has_copies(keys, values)
     slices = copies + most_splits(call.kv_len, num_kv_heads)
     # Every slice has the sum of values, the largest score and the sum of weights.
-    partial = query.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
+    partial = output.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
-        device = gpu.of(query, mask, s_aux, keys.stored.data, values.stored.data)
+        device = gpu.of(*given, keys.stored.data, values.stored.data)  # type: ignore[arg-type]
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
@@ -86,7 +124,6 @@ def decode_attention(
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)
     launch("merge_splits_kernel", kind, merged, call, partial, **touched)
-    return output, logsumexp
 
 
 def quantize_append(
@@ -108,22 +145,56 @@ def quantize_append(
     """
     key, value = _aligned(key), _aligned(value)
     call = arguments.append(key, value, keys, values, faults, padding, start)
-    kind = specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim)
+    _append(call, keys, values, (key, value, padding, faults), device)
+
+
+def paged_append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    faults: torch.Tensor,
+    *,
+    device: Any = None,
+) -> None:
+    """Same as `reference.paged_append`.
+
+    Raises:
+        ValueError: a dtype, head_dim or layout that the kernels do not take, or a table that is not on the GPU.
+        nvrtc.CompileError: a kernel does not compile.
+    """
+    key, value = _aligned(key), _aligned(value)
+    call = arguments.paged_append(key, value, keys, values, faults)
+    _append(call, keys, values, (key, value, faults), device)
+
+
+def _append(
+    call: arguments.Append, keys: _States, values: _States, given: tuple[torch.Tensor | None, ...], device: Any
+) -> None:
+    """Launch the kernel of an append; `given`: the caller's tensors besides states, first the new keys, last the counts
+    of faults."""
+    kind = _kind(call, keys, values)
     _check_alignment("keys", call, _NEW_KEYS, keys)
     _check_alignment("values", call, _NEW_VALUES, values)
-    n = key.shape[2]
+    n = call.keys.n
     blocks = max(_append_blocks(n, keys), _append_blocks(n, values))
     touched = {}
     if device is None:
-        device = gpu.of(key, value, padding, faults, keys.stored.data, values.stored.data)
+        device = gpu.of(*given, keys.stored.data, values.stored.data)  # type: ignore[arg-type]
     else:
-        written = (faults, *_tensors(keys), *_tensors(values))
-        touched = {"reads": (*call.alive, keys.device_length), "writes": written}
+        touched = {"reads": call.alive, "writes": (given[-1], *_tensors(keys), *_tensors(values))}
     grid = (blocks, 2 * call.num_kv_heads, call.batch)
     device.launch("quantize_append_kernel", kind, grid, call, **touched)
 
 
-def _append_blocks(n: int, states: QuantizedStates) -> int:
+def _kind(
+    call: arguments.Attention | arguments.Append, keys: _States, values: _States, rows: int = ROWS[0]
+) -> Specialisation:
+    page_length = keys.page_length if isinstance(keys, PagedStates) else 0
+    return specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, rows, page_length)
+
+
+def _append_blocks(n: int, states: _States) -> int:
     """The number of thread blocks among which the new tokens of a head are divided."""
     if n == 1:
         return 1
@@ -134,7 +205,7 @@ def _append_blocks(n: int, states: QuantizedStates) -> int:
     return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
 
 
-def _has_copies(keys: QuantizedStates, values: QuantizedStates) -> int:
+def _has_copies(keys: _States, values: _States) -> int:
     """The number of slices for columns with exact copies.
 
     Raises:
@@ -175,9 +246,7 @@ _PLACES = tuple(place for places in _STORED.values() for place in places)
 _CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in places))
 
 
-def _check_alignment(
-    name: str, call: arguments.Attention | arguments.Append, side: int, states: QuantizedStates
-) -> None:
+def _check_alignment(name: str, call: arguments.Attention | arguments.Append, side: int, states: _States) -> None:
     """Check that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a multiple of 16 bytes."""
     words = memoryview(call).cast("B").cast("Q")
     together, channel = 0, states.spec.grid == "channel"
@@ -194,5 +263,7 @@ def _check_alignment(
                 raise ValueError(f"{name} {tensor}: {what} {number} is not allowed; {expected}")
 
 
-def _tensors(states: QuantizedStates) -> tuple[torch.Tensor | None, ...]:
+def _tensors(states: _States) -> tuple[torch.Tensor | None, ...]:
+    if isinstance(states, PagedStates):
+        return states.stored
     return (*states.stored, states.sink_positions, states.device_length)

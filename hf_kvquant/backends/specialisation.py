@@ -64,7 +64,8 @@ class Specialisation(dict):
         k, v = self["KVQUANT_HEAD_DIM"], self["KVQUANT_V_HEAD_DIM"]
         dtype = ("float32", "float16", "bfloat16")[self["KVQUANT_DTYPE"]]
         sides = f"keys {self._side('K')}, values {self._side('V')}"
-        return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}, {self['KVQUANT_ROWS']} rows"
+        pages = f", pages of {self['KVQUANT_PAGE_LENGTH']}" if "KVQUANT_PAGE_LENGTH" in self else ""
+        return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}, {self['KVQUANT_ROWS']} rows{pages}"
 
     def _side(self, side: str) -> str:
         name = _FORMAT_NAMES[self[f"KVQUANT_{side}_FORMAT"]]
@@ -88,23 +89,29 @@ _made: dict[tuple, Specialisation] = {}
 
 
 def specialisation(
-    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int = ROWS[0]
+    dtype: int,
+    k_spec: QuantSpec,
+    v_spec: QuantSpec,
+    k_head_dim: int,
+    v_head_dim: int,
+    rows: int = ROWS[0],
+    page_length: int = 0,
 ) -> Specialisation:
     """The macros for these specs; `dtype` is a value of `arguments.DTYPES`, and `rows`, which only attention depends
-    on, is one of `ROWS`. Equal arguments give the same object.
+    on, is one of `ROWS`; `page_length`: 0 for storage without pages. Equal arguments give the same object.
 
     Raises:
         ValueError: the kernels do not support this head_dim, format or dtype; the message names it.
     """
-    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows)
+    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length)
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows)
+        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length)
     return found
 
 
 def _make(
-    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int
+    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int, page_length: int
 ) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
         if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
@@ -134,5 +141,6 @@ def _make(
             "KVQUANT_BLOCKS": BLOCKS,
             "KVQUANT_THREADS": THREADS,
             "KVQUANT_ROWS": rows,
+            **({"KVQUANT_PAGE_LENGTH": page_length} if page_length else {}),
         }
     )

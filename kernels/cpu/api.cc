@@ -119,7 +119,7 @@ KVQUANT_API int kvquant_quantize_append(const KvquantAppend* a) {
   if (a->length != nullptr) known.start = *a->length;
   for (const KvquantNewTokens* x : {&a->keys, &a->values}) {
     // The host has checked that pages have room.
-    if (a->pages == nullptr && known.start + x->n > x->side.capacity) {
+    if (a->pages.table == nullptr && known.start + x->n > x->side.capacity) {
       a->faults[1] += x->n;
       return kDone;
     }

@@ -55,19 +55,19 @@ struct Place {
   int64_t row, first;
 };
 
-inline Place place_of(const KvquantPages* pages, int64_t b, int64_t t) {
-  if (pages == nullptr) return {b, 0};
-  const int64_t page = t / pages->page_length;
-  return {pages->table[b * pages->table_stride + page], page * pages->page_length};
+inline Place place_of(const KvquantPages& pages, int64_t b, int64_t t) {
+  if (pages.table == nullptr) return {b, 0};
+  const int64_t page = t / pages.page_length;
+  return {pages.table[b * pages.table_stride + page], page * pages.page_length};
 }
 
 // The row of the storage that holds the exact copies of batch row b.
-inline int64_t exact_row(const KvquantPages* pages, int64_t b) {
-  return pages == nullptr ? b : pages->exact == nullptr ? 0 : pages->exact[b];
+inline int64_t exact_row(const KvquantPages& pages, int64_t b) {
+  return pages.table == nullptr ? b : pages.exact == nullptr ? 0 : pages.exact[b];
 }
 
 // The body around column t of batch row b. Its columns have the same numbers as without pages.
-inline Body body_at(const KvquantSide& side, const KvquantPages* pages, int64_t dtype, int64_t b,
+inline Body body_at(const KvquantSide& side, const KvquantPages& pages, int64_t dtype, int64_t b,
                     int64_t h, int64_t t) {
   const Place place = place_of(pages, b, t);
   Body body = body_of(side, dtype, place.row, h);

@@ -28,7 +28,7 @@ uint64_t bits_where(int n, Load attends) {
 
 // The number of columns of batch row b.
 inline int64_t length_of(const KvquantAttention& a, int64_t b) {
-  return a.pages ? a.pages->lengths[b] : a.kv_len;
+  return a.pages.table ? a.pages.lengths[b] : a.kv_len;
 }
 
 struct MaskRow {

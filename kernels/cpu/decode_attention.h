@@ -117,25 +117,25 @@ struct DecodeAttention {
         v_dim(int(a.values.head_dim)) {}
 
   int64_t splits_of(int64_t b) const {
-    return a.pages ? (a.pages->lengths[b] + kSplit - 1) / kSplit : splits;
+    return a.pages.table ? (a.pages.lengths[b] + kSplit - 1) / kSplit : splits;
   }
   int64_t first_of(int64_t b) const {
-    return a.pages ? first_item[b] : b * a.num_kv_heads * splits;
+    return a.pages.table ? first_item[b] : b * a.num_kv_heads * splits;
   }
   // The batch row of work item i.
   int64_t row_of(int64_t i) const {
-    if (a.pages == nullptr) return i / (a.num_kv_heads * splits);
+    if (a.pages.table == nullptr) return i / (a.num_kv_heads * splits);
     return std::upper_bound(first_item, first_item + a.batch, i) - first_item - 1;
   }
 
   bool run() {
     const int64_t heads = a.batch * a.num_kv_heads;
     int64_t items = heads * splits, columns = a.batch * a.kv_len;
-    if (a.pages) {
+    if (a.pages.table) {
       items = columns = 0;
       for (int64_t b = 0; b < a.batch; ++b) {
         items += a.num_kv_heads * splits_of(b);
-        columns += a.pages->lengths[b];
+        columns += a.pages.lengths[b];
       }
     }
     auto* memory = static_cast<uint8_t*>(
@@ -242,7 +242,7 @@ struct DecodeAttention {
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
-      if (a.pages && first != begin && first % a.pages->page_length == 0) {
+      if (a.pages.table && first != begin && first % a.pages.page_length == 0) {
         k_body = body_at(a.keys, a.pages, a.dtype, b, h, first);
         v_body = body_at(a.values, a.pages, a.dtype, b, h, first);
       }

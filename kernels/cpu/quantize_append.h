@@ -130,7 +130,7 @@ struct QuantizeAppend {
   int64_t num_blocks(const KvquantNewTokens& x) const {
     if (x.side.format == kDense || x.side.grid != kChannelGrid) return 0;
     const int64_t length = x.side.group_length;
-    if (a.pages) return (x.n + length - 1) / length;  // at most, in any row
+    if (a.pages.table) return (x.n + length - 1) / length;  // at most, in any row
     return (a.start + x.n) / length - a.start / length;
   }
 
@@ -164,7 +164,7 @@ struct QuantizeAppend {
       write_sinks(*sides[i >= heads], b, h);
     };
     parallel_for(2 * heads, threads, copies);
-    for (int64_t b = 0; b < a.batch && a.pages == nullptr; ++b)
+    for (int64_t b = 0; b < a.batch && a.pages.table == nullptr; ++b)
       for_each_new_sink(b, a.keys.n,
                         [&](int64_t slot, int64_t t) { sink_positions(b)[slot] = int32_t(t); });
     a.faults[0] += nonfinite.load();
@@ -172,7 +172,7 @@ struct QuantizeAppend {
   }
 
   // The number of columns that batch row b had before.
-  int64_t start_of(int64_t b) const { return a.pages ? a.pages->lengths[b] : a.start; }
+  int64_t start_of(int64_t b) const { return a.pages.table ? a.pages.lengths[b] : a.start; }
 
   const uint8_t* new_row(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t t) const {
     return x.x + b * x.x_stride[0] + h * x.x_stride[1] + (t - start_of(b)) * x.x_stride[2];
@@ -192,7 +192,7 @@ struct QuantizeAppend {
   template <class Take>
   void for_each_new_sink(int64_t b, int64_t n, Take take) const {
     int64_t slot = 0;
-    if (a.pages) {
+    if (a.pages.table) {
       for (int64_t t = start_of(b); t < start_of(b) + n && t < a.num_sinks; ++t) take(t, t);
       return;
     }

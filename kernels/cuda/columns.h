@@ -15,6 +15,7 @@
 // range of columns.
 #pragma once
 
+#include "cuda/pages.h"
 #include "cuda/specialisation.h"
 #include "kvquant/visibility.h"
 
@@ -38,20 +39,30 @@ struct Place {
   KVQUANT_DEVICE explicit Place(const KvquantAttention& a)
       : a(a), kv_len(length(a)), kv_head(block_index_y() / row_tiles()) {}
   static KVQUANT_DEVICE int length(const KvquantAttention& a) {
-    if (a.length == nullptr) return int(a.kv_len);
-    const int64_t length = global_load(a.length);
+    const int64_t* const at = kPaged ? a.pages.lengths + block_index_z() : a.length;
+    if (at == nullptr) return int(a.kv_len);
+    const int64_t length = global_load(at);
     return int(length < a.kv_len ? length : a.kv_len);
   }
   KVQUANT_DEVICE int batch() const { return block_index_z(); }
   KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
   KVQUANT_DEVICE int first_position() const { return kv_len - int(a.q_len); }
 
-  // The address in `p` of this batch row and kv head.
+  // The address in `p` of this kv head at an index along the first axis.
   template <class T>
-  KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2]) const {
+  KVQUANT_DEVICE T* of_head(T* p, const int64_t (&stride)[2], int64_t index) const {
     using Byte = typename SameConst<T, uint8_t>::Type;
-    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + batch() * stride[0] +
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + index * stride[0] +
                                 kv_head * stride[1]);
+  }
+  // The same for what is stored of a column, and for the exact copies of this batch row.
+  template <class T>
+  KVQUANT_DEVICE T* of_column(T* p, const int64_t (&stride)[2], int column) const {
+    return of_head(p, stride, storage_of(a.pages, batch(), column));
+  }
+  template <class T>
+  KVQUANT_DEVICE T* of_copies(T* p, const int64_t (&stride)[2]) const {
+    return of_head(p, stride, exact_of(a.pages, batch()));
   }
 };
 
@@ -86,8 +97,9 @@ struct Copies {
   template <class Stored>
   static KVQUANT_DEVICE Copies of(const KvquantSide& side, const Place& p) {
     Copies c;
-    c.ring = side.recent && Stored::kScaled ? p.of_head(side.recent, side.recent_stride) : nullptr;
-    c.sink = has_sinks<Stored>(side) ? p.of_head(side.sink, side.sink_stride) : nullptr;
+    c.ring =
+        side.recent && Stored::kScaled ? p.of_copies(side.recent, side.recent_stride) : nullptr;
+    c.sink = has_sinks<Stored>(side) ? p.of_copies(side.sink, side.sink_stride) : nullptr;
     c.ring_length = int(side.ring_length);
     c.row_bytes = 2 * Stored::Codec::kChannels;
     c.recent_length = int(p.a.recent_length);

@@ -80,6 +80,10 @@ using CopiedKeysPass = ThePasses::WithCopiedKeys;
 using CopiedValuesPass = ThePasses::WithCopiedValues;
 static_assert(kUnit % StoredPass::kTile == 0 && kMostColumns % kUnit == 0,
               "KVQUANT_UNIT: a multiple of 32 that divides KVQUANT_SPLIT");
+static_assert(page_holds(StoredPass::kTile) &&
+                  page_holds(StoredKeys::kChannelGrid ? StoredKeys::kGroup : 1) &&
+                  page_holds(StoredValues::kChannelGrid ? StoredValues::kGroup : 1),
+              "KVQUANT_PAGE_LENGTH: whole tiles and blocks of the channel grid");
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
 // for a thread, two get 255. The sums of values take kValueDim * kRows / 32 of them, and those of a

@@ -95,8 +95,7 @@ struct Pass {
   const Queries<Keys> queries;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
 
-  const uint8_t* const key_scale_rows =
-      reinterpret_cast<const uint8_t*>(p.of_head(p.a.keys.scale, p.a.keys.scale_stride));
+  const uint8_t* const key_scale_rows = kPaged ? nullptr : scale_rows(p.a.keys, 0);
 
   // Layouts that hold the queries: multiplied by the scales of a block on the channel grid, and
   // what its zero points add to the products of a row.
@@ -116,6 +115,10 @@ struct Pass {
   // Where the next tile that is copied lies in memory (Tile::place), if columns are in order.
   const uint8_t *next_keys = nullptr, *next_values = nullptr;
 
+  // The scales of the head, in the storage that has `column`.
+  KVQUANT_DEVICE const uint8_t* scale_rows(const KvquantSide& side, int column) const {
+    return reinterpret_cast<const uint8_t*>(p.of_column(side.scale, side.scale_stride, column));
+  }
   KVQUANT_DEVICE SharedPtr<uint8_t> slot(int stage) const {
     return memory + (warp * kStages + stage) * kSlot;
   }
@@ -144,7 +147,7 @@ struct Pass {
     KeyScales key_scales(p.a.keys, p, scales(warp));
     ValueScales value_scales(p.a.values, p, scales(warp) + KeyScales::kBytes);
 
-    if constexpr (kInOrder) {
+    if constexpr (kInOrder && !kPaged) {
       next_keys = KeyTile::place(key_rows, columns.begin + begin * kTile);
       next_values = ValueTile::place(value_rows, columns.begin + begin * kTile);
     }
@@ -231,7 +234,13 @@ struct Pass {
   KVQUANT_DEVICE void issue(int tile, SharedPtr<uint8_t> to, int begin, int end,
                             const KeyRows& key_rows, const ValueRows& value_rows) {
     if (tile < end) {
-      const int left = columns.count - tile * kTile;
+      const int left = columns.count - tile * kTile, column = columns.begin + tile * kTile;
+      if constexpr (kInOrder && kPaged) {
+        if (tile == begin || column % kPageLength == 0) {
+          next_keys = KeyTile::place(key_rows, column);
+          next_values = ValueTile::place(value_rows, column);
+        }
+      }
       if constexpr (!kInOrder) {
         KeyTile::copy_list(to, key_rows, columns, tile * kTile);
         ValueTile::copy_list(to + KeyTile::kBytes, value_rows, columns, tile * kTile);
@@ -241,20 +250,18 @@ struct Pass {
       }
       next_keys += KeyTile::kTileBytes;
       next_values += ValueTile::kTileBytes;
-      const int column = columns.begin + tile * kTile;
       if constexpr (Keys::kChannelGrid) {
-        const int block = column / Keys::kGroup;
         if (tile == begin || column % Keys::kGroup == 0) {
-          copy_header<Keys>(p.a.keys, key_scale_rows, block, key_header(block));
+          copy_header<Keys>(p.a.keys, kPaged ? scale_rows(p.a.keys, column) : key_scale_rows,
+                            in_storage(column) / Keys::kGroup, key_header(column / Keys::kGroup));
         }
       }
       if constexpr (Values::kChannelGrid) {
-        const int block = column / Values::kGroup;
         if (tile == begin || column % Values::kGroup == 0) {
           // Not kept, as that of the keys is: registers are scarcer with values on this grid.
-          const auto* scale_rows = p.of_head(p.a.values.scale, p.a.values.scale_stride);
-          copy_header<Values>(p.a.values, reinterpret_cast<const uint8_t*>(scale_rows), block,
-                              value_header(block));
+          copy_header<Values>(p.a.values, scale_rows(p.a.values, column),
+                              in_storage(column) / Values::kGroup,
+                              value_header(column / Values::kGroup));
         }
       }
     }

@@ -13,6 +13,8 @@
 //   KVQUANT_HEAD_DIM, KVQUANT_V_HEAD_DIM
 //   KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP (KvquantSide::group_length), KVQUANT_K_ROTATE
 //   KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP, KVQUANT_V_ROTATE
+//   KVQUANT_PAGE_LENGTH (pages.h)
+#include "cuda/pages.h"
 #include "cuda/quantize.h"
 
 namespace kvquant {
@@ -21,6 +23,8 @@ template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_>
 struct AppendSpec {
   static constexpr int kHeadDim = kHeadDim_, kFormat = kFormat_, kGrid = kGrid_, kGroup = kGroup_;
   static constexpr bool kRotate = kRotate_;
+  static_assert(page_holds(kGrid == kChannelGrid && kFormat != kDense ? kGroup : 1),
+                "KVQUANT_PAGE_LENGTH: whole blocks of the channel grid");
 };
 
 // Blocks of threads run at the same time. No byte that one of them writes is touched by another,
@@ -70,26 +74,31 @@ struct Append {
 
   // -- where rows are -----------------------------------------------------------------------------
 
-  KVQUANT_DEVICE uint8_t* at(uint8_t* base, const int64_t (&stride)[2]) const {
-    return base + batch * stride[0] + head * stride[1];
+  // The first byte of this head in the storage of a column, and in that of exact copies.
+  KVQUANT_DEVICE uint8_t* at(uint8_t* base, const int64_t (&stride)[2], int column) const {
+    return base + storage_of(a.pages, batch, column) * stride[0] + head * stride[1];
+  }
+  KVQUANT_DEVICE uint8_t* exact_at(uint8_t* base, const int64_t (&stride)[2]) const {
+    return base + exact_of(a.pages, batch) * stride[0] + head * stride[1];
   }
   KVQUANT_DEVICE const uint8_t* new_row(int t) const {
     return x.x + batch * x.x_stride[0] + head * x.x_stride[1] + (t - start) * x.x_stride[2];
   }
   KVQUANT_DEVICE uint8_t* ring_row(int t) const {
     const int slot = t % int(x.side.ring_length);
-    return at(x.side.recent, x.side.recent_stride) + int64_t(slot) * kRowBytes;
+    return exact_at(x.side.recent, x.side.recent_stride) + int64_t(slot) * kRowBytes;
   }
   KVQUANT_DEVICE uint8_t* code_row(int t) const {
     constexpr int kBytes = S::kFormat == kDense  ? kRowBytes
                            : S::kFormat == kInt4 ? S::kHeadDim / 2
                                                  : S::kHeadDim;
-    return at(x.side.data, x.side.data_stride) + int64_t(t) * kBytes;
+    return at(x.side.data, x.side.data_stride, t) + int64_t(in_storage(t)) * kBytes;
   }
-  // `row`: a token or a block, with `per_row` scales or zero points.
-  KVQUANT_DEVICE uint16_t* scale_row(uint16_t* base, int row, int per_row) const {
-    uint8_t* first = at(reinterpret_cast<uint8_t*>(base), x.side.scale_stride);
-    return reinterpret_cast<uint16_t*>(first) + int64_t(row) * per_row;
+  // The scales or zero points of a token, or of a block of kColumns tokens.
+  template <int kColumns, int kPerRow>
+  KVQUANT_DEVICE uint16_t* scale_row(uint16_t* base, int t) const {
+    uint8_t* first = at(reinterpret_cast<uint8_t*>(base), x.side.scale_stride, t);
+    return reinterpret_cast<uint16_t*>(first) + int64_t(in_storage(t) / kColumns) * kPerRow;
   }
   KVQUANT_DEVICE bool is_padding(int t) const {
     return a.padding && t < a.padding_length &&
@@ -151,7 +160,7 @@ struct Append {
       }
       const uint16_t scale = token_scale<Format>(group_max<S::kHeadDim, S::kGroup>(magnitude));
       if (mine && R::octet() % kGroupOctets == 0) {
-        global_store(scale_row(x.side.scale, t, kGroups) + R::octet() / kGroupOctets, scale);
+        global_store(scale_row<1, kGroups>(x.side.scale, t) + R::octet() / kGroupOctets, scale);
       }
       store_codes<Format, S::kHeadDim>(token_codes<Format>(y, scale), code_row(t), mine);
     }
@@ -196,7 +205,7 @@ struct Append {
 
     float zero[8], r[8];
     merge(channels);
-    write_scales(channels, base / S::kGroup, zero, r);
+    write_scales(channels, base, zero, r);
 #pragma unroll 1
     for (int step = 0; step < kSteps; step += kAhead) {
       const int first = base + step * R::kAtOnce;
@@ -259,11 +268,11 @@ struct Append {
     }
   }
 
-  // Stores the scales and zero points of block `block`; returns zero points and reciprocals of
-  // scales.
+  // Stores the scales and zero points of the block at `base`; returns zero points and reciprocals
+  // of scales.
   template <class Format>
-  KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int block,
-                                   float (&zero)[8], float (&r)[8]) const {
+  KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int base, float (&zero)[8],
+                                   float (&r)[8]) const {
     constexpr bool kSymmetric = Channel<Format>::kSymmetric;
     uint32_t zeros[4] = {}, scales[4] = {};
 #pragma unroll
@@ -277,10 +286,10 @@ struct Append {
     }
     if (R::index() != 0 || R::idle()) return;
     const int first = 8 * R::octet();
-    store_16(scale_row(x.side.scale, block, S::kHeadDim) + first,
+    store_16(scale_row<S::kGroup, S::kHeadDim>(x.side.scale, base) + first,
              {scales[0], scales[1], scales[2], scales[3]});
     if (!kSymmetric) {
-      store_16(scale_row(x.side.zero_point, block, S::kHeadDim) + first,
+      store_16(scale_row<S::kGroup, S::kHeadDim>(x.side.zero_point, base) + first,
                {zeros[0], zeros[1], zeros[2], zeros[3]});
     }
   }
@@ -305,6 +314,7 @@ struct Append {
   // meanwhile, with columns that are not before `start` either, so all blocks count the same.
   KVQUANT_DEVICE void write_sinks() const {
     if (a.num_sinks == 0) return;
+    if constexpr (kPaged) return write_first_columns();
     int32_t* positions = reinterpret_cast<int32_t*>(reinterpret_cast<uint8_t*>(a.sink_positions) +
                                                     batch * a.sink_positions_stride);
     const int lane = lane_index(), num_sinks = int(a.num_sinks);
@@ -323,11 +333,23 @@ struct Append {
         if (x.side.sink && lane < R::kOctets) {
           Tokens octet;
           octet.load(new_row(first + i) + lane * Tokens::kBytes);
-          octet.store(at(x.side.sink, x.side.sink_stride) + int64_t(slot) * kRowBytes +
+          octet.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(slot) * kRowBytes +
                       lane * Tokens::kBytes);
         }
         ++slot;
       }
+    }
+  }
+
+  // With pages, column i is sink i, and there is no padding.
+  KVQUANT_DEVICE void write_first_columns() const {
+    if (x.side.sink == nullptr || lane_index() >= R::kOctets) return;
+    const int past = end < int(a.num_sinks) ? end : int(a.num_sinks);
+    for (int t = start; t < past; ++t) {
+      Tokens octet;
+      octet.load(new_row(t) + lane_index() * Tokens::kBytes);
+      octet.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(t) * kRowBytes +
+                  lane_index() * Tokens::kBytes);
     }
   }
 };
@@ -340,8 +362,11 @@ KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT K
                           KVQUANT_K_ROTATE != 0>;
   using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
                             KVQUANT_V_ROTATE != 0>;
-  const int64_t start = a.length ? global_load(a.length) : a.start;
-  if (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity) {
+  const int64_t* const length = kPaged ? a.pages.lengths + block_index_z() : a.length;
+  const int64_t start = length ? global_load(length) : a.start;
+  // The host has checked that pages have room.
+  if (!kPaged &&
+      (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity)) {
     const bool first = block_index_x() + block_index_y() + block_index_z() + thread_index() == 0;
     if (first) atomic_add(a.faults + 1, a.keys.n);
     return;

@@ -22,15 +22,15 @@ struct TokenScales {
   static constexpr int kNumbers = kTile * kGroups, kEach = (kNumbers + 31) / 32;
   static constexpr int kBytes = 4 * kNumbers;
 
-  const uint16_t* from;
+  const KvquantSide& side;
+  const Place& p;
+  const uint16_t* from;  // of column 0, without pages
   SharedPtr<float> to;
   uint16_t next[kEach > 0 ? kEach : 1];
 
   KVQUANT_DEVICE TokenScales(const KvquantSide& side, const Place& p, SharedPtr<uint8_t> memory)
-      : from(nullptr), to(shared_cast<float>(memory)) {
-    if constexpr (kGroups > 0) {
-      from = p.of_head(side.scale, side.scale_stride);
-    }
+      : side(side), p(p), from(nullptr), to(shared_cast<float>(memory)) {
+    if constexpr (kGroups > 0 && !kPaged) from = p.of_column(side.scale, side.scale_stride, 0);
   }
   // The column of the tile, and the group, of scale i of this lane.
   static KVQUANT_DEVICE int row(int i) {
@@ -45,9 +45,14 @@ struct TokenScales {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int column = row(i) < kTile ? columns.column(first + row(i)) : -1;
-      next[i] =
-          column < 0 ? uint16_t(0) : global_load(from + (int64_t(column) * kGroups + group(i)));
+      next[i] = column < 0 ? uint16_t(0) : global_load(scales(column) + group(i));
     }
+  }
+  // The scales of a column.
+  KVQUANT_DEVICE const uint16_t* scales(int column) const {
+    const uint16_t* const first =
+        kPaged ? p.of_column(side.scale, side.scale_stride, column) : from;
+    return first + int64_t(in_storage(column)) * kGroups;
   }
   KVQUANT_DEVICE float value(int i, uint32_t bits) const {
     return row(i) < kTile && (bits >> row(i) & 1u) ? half_low(next[i]) : 0.0f;

@@ -10,15 +10,19 @@ namespace kvquant {
 
 // The stored rows of one head, column by column.
 struct StoredRows {
-  const uint8_t* data;
+  const KvquantSide& side;
+  const Place& p;
+  const uint8_t* data;  // of column 0, without pages
   int row_bytes;
 
   template <class Stored>
   static KVQUANT_DEVICE StoredRows of(const KvquantSide& side, const Place& p) {
-    return {p.of_head(side.data, side.data_stride), Stored::Codec::kRowBytes};
+    return {side, p, kPaged ? nullptr : p.of_column(side.data, side.data_stride, 0),
+            Stored::Codec::kRowBytes};
   }
   KVQUANT_DEVICE const uint8_t* row(int column, int) const {
-    return data + int64_t(column) * row_bytes;
+    const uint8_t* const first = kPaged ? p.of_column(side.data, side.data_stride, column) : data;
+    return first + int64_t(in_storage(column)) * row_bytes;
   }
 };
 

@@ -55,9 +55,9 @@ typedef struct KvquantSide {
 // KvquantSide then have an axis of pages in place of the batch: column t of batch row b is row
 // t % page_length of page table[b][t / page_length]. The exact copies of b (ring and sinks) are
 // those of page exact[b]. A page is whole tiles of 64 columns and whole blocks of the channel grid.
-// The CUDA kernels do not read pages yet; the host passes them null.
+// A table that is null: contiguous storage.
 typedef struct KvquantPages {
-  const int64_t* table;    // `[batch, table_stride]`
+  const int64_t* table;    // `[batch, table_stride]`, or null
   const int64_t* exact;    // `[batch]`, or null: there are no exact copies
   const int64_t* lengths;  // `[batch]`: columns that a row holds, in place of kv_len or start
   int64_t table_stride, page_length;
@@ -71,7 +71,6 @@ typedef struct KvquantAttention {
   const float* s_aux;             // `[num_heads]`, or null
   const int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
   const int64_t* length;          // if not null, it replaces kv_len, which is then the mask's width
-  const KvquantPages* pages;      // null: contiguous storage; else there is no mask, and q_len is 1
   int64_t query_stride[3];        // of batch, head and query
   int64_t mask_stride[4];         // of batch, head, query and column
   int64_t sink_positions_stride;  // of batch
@@ -82,6 +81,7 @@ typedef struct KvquantAttention {
   int64_t isa, threads;
   double scaling, softcap;
   KvquantSide keys, values;
+  KvquantPages pages;  // with a table, kv_len is that of the longest row, and q_len is 1
 } KvquantAttention;
 
 // New tokens of keys or values: x `[batch, num_kv_heads, n, head_dim]`, for the columns start to
@@ -99,10 +99,9 @@ typedef struct KvquantNewTokens {
 typedef struct KvquantAppend {
   // [0] += rows that hold a NaN or infinity; [1] += tokens for which there was no room
   int64_t* faults;
-  const uint8_t* padding;     // bool `[batch, padding_length]`, or null
-  int32_t* sink_positions;    // `[batch, num_sinks]`, -1: none; or null
-  const int64_t* length;      // if not null, it replaces start
-  const KvquantPages* pages;  // null: contiguous storage; else sink i is column i
+  const uint8_t* padding;   // bool `[batch, padding_length]`, or null
+  int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
+  const int64_t* length;    // if not null, it replaces start
   int64_t padding_stride, padding_length;
   int64_t sink_positions_stride;  // of batch
   int64_t num_sinks;
@@ -110,4 +109,5 @@ typedef struct KvquantAppend {
   int64_t batch, num_kv_heads, start;
   int64_t isa, threads;
   KvquantNewTokens keys, values;
+  KvquantPages pages;  // with a table, sink i is column i, and there is no padding
 } KvquantAppend;

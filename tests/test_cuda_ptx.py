@@ -17,7 +17,9 @@ import ptx_text
 import ptxas
 import pytest
 import test_cuda_attention
+import test_cuda_pages
 import test_emulator
+import test_pages
 import torch
 from ptx_machine import Device
 from ptx_memory import Fault
@@ -109,6 +111,18 @@ def test_appended_bytes(store, preset, arch):
     same_bytes(got, expected)
 
 
+@pytest.mark.parametrize("name", [*PRESETS, "value blocks", "dense keys"])
+def test_attention_and_append_in_pages(name):
+    """The tokens of 600 columns lie in five pages; a warp has 192 of them."""
+    lengths, config, device = [1, 70, 600], test_pages.CONFIGS[name], Device()
+    append = functools.partial(cuda.paged_append, device=device)
+    (pool, _), (expected, _) = (test_pages.filled(config, BFLOAT, each, lengths) for each in (append, "reference"))
+    assert torch.equal(pool.memory, expected.memory)
+    query, states = test_cuda_pages.queries(len(lengths), 3, BFLOAT), pool.layer.states(pool.table(lengths))
+    got = test_cuda_pages.paged(query, *states, scaling=0.2, device=device)
+    test_cuda_pages.close(got, reference.paged_attention(query, *states, scaling=0.2))
+
+
 # -- planted faults -----------------------------------------------------------------------------------
 
 # The file, the text that is replaced and its replacement, and the message; None: a wrong result. The emulator of the
@@ -127,6 +141,15 @@ PLANTED = {
     "a misaligned row": ("tiles.h", "copy_piece(mine + i", "copy_piece(mine + 8 + i", "not aligned"),
     "a field more": ("params.h", "double scaling, softcap;", "double scaling, softcap, spare;", "were given"),
     "fields in another order": ("params.h", "double scaling, softcap;", "double softcap, scaling;", None),
+}
+# The same, in what only pages have.
+PLANTED_IN_PAGES = {
+    "the next page": ("pass.h", "tile == begin || column % kPageLength == 0", "tile == begin", None),
+    "a column of a page": ("pages.h", "kPaged ? column % kPageLength : column", "column", None),
+    "the table of a row": ("pages.h", "batch * pages.table_stride + column", "column", None),
+    "the exact copies of a row": ("pages.h", "global_load(pages.exact + batch)", "batch", None),
+    "the length of a row": ("columns.h", "a.pages.lengths + block_index_z()", "a.pages.lengths", None),
+    "fields of a table in another order": ("params.h", "table_stride, page_length", "page_length, table_stride", None),
 }
 
 
@@ -152,6 +175,18 @@ def test_planted_faults_are_found(store, planted, fault):
     planted(*change)
     with pytest.raises(Fault if said else AssertionError, match=said):
         check(problem(store, "int8", kv_len=300, q_len=2))
+
+
+@pytest.mark.parametrize("fault", PLANTED_IN_PAGES)
+def test_planted_faults_in_pages_are_found(planted, fault):
+    *change, said = PLANTED_IN_PAGES[fault]
+    planted(*change)
+    lengths = [70, 600]
+    pool, _ = test_pages.filled(test_pages.CONFIGS["int4"], BFLOAT, "reference", lengths)
+    query, states = test_cuda_pages.queries(len(lengths), 3, BFLOAT), pool.layer.states(pool.table(lengths))
+    expected = reference.paged_attention(query, *states, scaling=0.2)
+    with pytest.raises((Fault, AssertionError), match=said):
+        test_cuda_pages.close(test_cuda_pages.paged(query, *states, scaling=0.2, device=Device()), expected)
 
 
 @pytest.mark.parametrize(("macro", "value"), [("KVQUANT_K_ROTATE", 0), ("KVQUANT_DTYPE", 1)])

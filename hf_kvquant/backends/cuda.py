@@ -171,8 +171,7 @@ def paged_append(
 def _append(
     call: arguments.Append, keys: _States, values: _States, given: tuple[torch.Tensor | None, ...], device: Any
 ) -> None:
-    """Launch the kernel of an append; `given`: the caller's tensors besides states, first the new keys, last the counts
-    of faults."""
+    """Launch the kernel of an append; `given`: the caller's tensors besides states, new keys first and faults last."""
     kind = _kind(call, keys, values)
     _check_alignment("keys", call, _NEW_KEYS, keys)
     _check_alignment("values", call, _NEW_VALUES, values)

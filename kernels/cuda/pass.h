@@ -236,7 +236,8 @@ struct Pass {
     if (tile < end) {
       const int left = columns.count - tile * kTile, column = columns.begin + tile * kTile;
       if constexpr (kInOrder && kPaged) {
-        if (tile == begin || column % kPageLength == 0) {
+        // With 16 rows there are no registers in which the places could be kept.
+        if (kRows == 16 || tile == begin || column % kPageLength == 0) {
           next_keys = KeyTile::place(key_rows, column);
           next_values = ValueTile::place(value_rows, column);
         }

@@ -58,7 +58,9 @@ class Rows:
         self._made: dict[tuple, Any] = {}
         offsets = [at for chunk in chunks for at in range(chunk.offset, chunk.offset + chunk.n)]
         follow = offsets == list(range(offsets[0], offsets[0] + len(offsets)))
-        self.at: Any = slice(offsets[0], offsets[-1] + 1) if follow else torch.tensor(offsets)
+        self.at: Any = slice(offsets[0], offsets[-1] + 1)
+        if not follow:
+            self.at = torch.tensor(offsets, device=allocator.device)
         # New tokens of a single request that its later queries do not see, and that are not stored.
         self.unseen = allocator.unseen(chunks[0]) if len(chunks) == 1 else 0
 
@@ -69,13 +71,16 @@ class Rows:
 
     def before(self, exact_block: int) -> PageTable:
         """The pages of what is stored before the new tokens."""
-        return self._once(("before", exact_block), lambda: self._allocator.table(self.chunks, exact_block))
+        return self._once(("before", exact_block), lambda: self._table(exact_block))
 
     def place(self, exact_block: int) -> PageTable:
         """The pages behind whose columns the new tokens go, `unseen` ones aside."""
         if not self.unseen:
             return self.before(exact_block)
-        return self._once(("place", exact_block), lambda: self._allocator.table(self.chunks, exact_block, self.unseen))
+        return self._once(("place", exact_block), lambda: self._table(exact_block, self.unseen))
+
+    def _table(self, exact_block: int, skip: int = 0) -> PageTable:
+        return self._allocator.table(self.chunks, exact_block, skip).on(self._allocator.device)
 
     def after(self, exact_block: int) -> PageTable:
         """The pages with the new tokens in them, as the query of each request's last one sees them."""
@@ -83,7 +88,8 @@ class Rows:
         def make() -> PageTable:
             before = self.before(exact_block)
             new = torch.tensor([chunk.n for chunk in self.chunks])
-            return self._allocator.seen(before._replace(lengths=before.lengths + new))
+            after = self._allocator.seen(before._replace(lengths=before.lengths + new))
+            return after.on(self._allocator.device)
 
         return self._once(("after", exact_block), make)
 
@@ -94,12 +100,12 @@ class Rows:
         def make() -> torch.Tensor:
             (chunk,) = self.chunks
             first = self._allocator.first_column(chunk.request_id) if chunk.past else 0
-            column = torch.arange(first, chunk.past + chunk.n)
+            column = torch.arange(first, chunk.past + chunk.n, device=self._allocator.device)
             query = column[len(column) - chunk.n :, None]
             hidden = column > query
             if self._allocator.window is not None:
                 hidden |= column <= query - self._allocator.window
-            mask = torch.zeros(hidden.shape, dtype=dtype)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
         return self._once(("mask", dtype), make)
@@ -268,6 +274,10 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[nam
             )
             for i, (layer_idx, layout) in enumerate(zip(self.layer_indices, self.layouts))
         }  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return self._copy_view.device
 
     def exact_block(self, layer_idx: int) -> int:
         """Which of a request's exact blocks holds the exact copies of a layer."""

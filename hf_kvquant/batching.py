@@ -76,9 +76,17 @@ class QuantizedPagedCache(_HOST.PagedAttentionCache):  # type: ignore[name-defin
                     f"{name}: {tuple(states.shape)} of {states.dtype} cannot be stored in the pages of layer "
                     f"{layer_idx}; expected {expected} of {self.dtype}"
                 )
+        if layer_idx == allocator.layer_indices[0] and allocator.device.type != "cpu":
+            # Of the forward call before this one: nothing waits for a GPU in between.
+            _tell_faults(allocator)
         batch = allocator.batch(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][allocator.layer_type])
         update = _Update(allocator, batch, layer_idx, self.routes)
         return NewStates(key_states, update), NewStates(value_states, update)
+
+
+def _tell_faults(allocator: QuantizedAllocator) -> None:
+    if allocator.faults[0]:
+        say_once("A NaN or infinity reached the quantized KV cache of a batch.")
 
 
 class _Update:
@@ -93,8 +101,8 @@ class _Update:
     def append(self, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
         key, value = (x[:, :, rows.unseen :] for x in (key, value))
         self.layer.append(key, value, rows.place(self.exact_block), self.allocator.faults)
-        if self.allocator.faults[0]:
-            say_once("A NaN or infinity reached the quantized KV cache of a batch.")
+        if self.allocator.device.type == "cpu":
+            _tell_faults(self.allocator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +238,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     obstacles = {
         "static": kv_config.static and "a static cache",
         "window_length": kv_config.windows,
-        "device": model.device.type != "cpu" and model.device.type,
+        "device": model.device.type not in ("cpu", "cuda") and model.device.type,
         "attn_implementation": attention not in ("sdpa", "eager", "paged|eager") and attention,
         "use_async_batching": options.use_async_batching,
         "cpu_offload_space": options.cpu_offload_space,
@@ -251,4 +259,4 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
         )  # fmt: skip
 
 
-_SERVED = {"window_length": repr(ALL), "device": "'cpu'", "attn_implementation": "'sdpa' or 'eager'"}
+_SERVED = {"window_length": repr(ALL), "device": "'cpu' or 'cuda'", "attn_implementation": "'sdpa' or 'eager'"}

@@ -687,6 +687,8 @@ def _paged(model: PreTrainedModel, name: str, generation_config: Any, options: A
     batching.refuse_unserved(model, kv_config, options)
     options = copy.deepcopy(options)
     options.auto_switch_to_flash = False
+    # Where these are None, the manager would choose.
+    options.use_cuda_graph = options.use_async_batching = False
     setattr(options, _PAGED, kv_config)
     return kv_config, options
 

@@ -423,7 +423,7 @@ class PagedStates(HasStored):
             return None if x is None or self.table.exact is None else x[self.table.exact[row]][None]
 
         stored = Stored(*map(joined, self.stored[:3]), *map(exact, self.stored[3:]))
-        sinks = torch.arange(self.sink_length, dtype=torch.int32) - self.table.dropped_of(row)
+        sinks = torch.arange(self.sink_length, dtype=torch.int32, device=self.data.device) - self.table.dropped_of(row)
         sinks = torch.where(sinks < length, sinks, -1).clamp(min=-1)[None]
         return QuantizedStates(
             self.spec, stored, sinks, length, self.recent_length, self.head_dim, self.dtype, self.backend
@@ -460,7 +460,8 @@ class PagedStates(HasStored):
         has_sinks = index == 0 and self.table.dropped_of(row) == 0
         if not has_sinks:
             stored[4] = None
-        sinks = torch.full((1, self.sink_length if has_sinks else 0), -1, dtype=torch.int32)
+        num_sinks = self.sink_length if has_sinks else 0
+        sinks = torch.full((1, num_sinks), -1, dtype=torch.int32, device=self.data.device)
         return QuantizedStates(
             self.spec, Stored(*stored), sinks, self.page_length, self.recent_length, self.head_dim, self.dtype,
             self.backend,

@@ -84,7 +84,7 @@ def kinds() -> list[Specialisation]:
         kind_of(int4, channel, 256, 256),
         kind_of(dense, channel, 256, 256),
         *(preset(name, 128, pages=256) for name in PRESETS),
-        *(preset(*choice, "float16", 16, pages=192) for choice in product(("int8", "int4"), (64, 256))),
+        *(preset(*choice, "float16", 16, pages=192) for choice in (("int4", 64), ("int4", 128), ("int8", 256))),
         kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float16", 16, pages=128),
         kind_of(dense, fp8, 192, 192, pages=64),
     ]

@@ -30,7 +30,7 @@ inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
 template <class Format>
 uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   constexpr int W = Vec::kWidth;
-  constexpr float kToScale = float(1.0 / double(Format::kReach));
+  constexpr float kToScale = float(Format::kTokenSpan / double(Format::kReach));
   Vec absmax(0.0f);
   uint32_t finite = lowest_lanes();
   for (int c = 0; c < n; c += W) {
@@ -93,6 +93,13 @@ void quantize_channels(const uint8_t* const* rows, const bool* counted, int coun
     // not depend on it.
     low = Vec::where(any, low, nothing) + nothing;
     high = Vec::where(any, high, nothing) + nothing;
+    if (Format::kChannelSpan < 1.0) {
+      // The difference of two products, because high - low may overflow.
+      const Vec part(float((1.0 - Format::kChannelSpan) / 2.0));
+      const Vec margin = high * part - low * part;
+      low = low + margin;
+      high = high - margin;
+    }
     alignas(64) Half halves[Vec::kWidth];
     limited(low).store(halves);
     zero = Vec::load(halves);

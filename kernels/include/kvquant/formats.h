@@ -132,23 +132,27 @@ KVQUANT_FN int nibble_channel(int byte, bool high, int head_dim) {
 //   kReach      where scales are symmetric: the largest magnitude of code - midpoint
 //   kLevels     steps from the smallest to the largest code on the channel grid; 0: no zero points
 //   kMidpoint   subtracted from every code of the token grid
+//   kTokenSpan, kChannelSpan   the share of the elements' range that the codes span
 //   Code        how one code is written to a byte
-struct Signed8 {
+struct WholeRange {
+  static constexpr double kTokenSpan = 1.0, kChannelSpan = 1.0;
+};
+struct Signed8 : WholeRange {
   using Code = Signed8;
   static constexpr float kReach = 127.0f, kLevels = 0.0f, kMidpoint = 0.0f;
   static constexpr bool kIsFloat = false;
 };
-struct Unsigned8 {
+struct Unsigned8 : WholeRange {
   using Code = Signed8;
   static constexpr float kReach = 255.0f, kLevels = 255.0f, kMidpoint = 0.0f;
   static constexpr bool kIsFloat = false;
 };
-struct E4M3 {
+struct E4M3 : WholeRange {
   using Code = E4M3;
   static constexpr float kReach = 448.0f, kLevels = 0.0f, kMidpoint = 0.0f;
   static constexpr bool kIsFloat = true;
 };
-struct Nibble {
+struct Nibble : WholeRange {
   using Code = Signed8;
   static constexpr float kReach = 7.5f, kLevels = 15.0f, kMidpoint = 7.5f;
   static constexpr bool kIsFloat = false;
@@ -156,11 +160,13 @@ struct Nibble {
 struct ThreeBits {
   using Code = Signed8;
   static constexpr float kReach = 3.5f, kLevels = 7.0f, kMidpoint = 3.5f;
+  static constexpr double kTokenSpan = 0.9, kChannelSpan = 0.93;
   static constexpr bool kIsFloat = false;
 };
 struct TwoBits {
   using Code = Signed8;
   static constexpr float kReach = 1.5f, kLevels = 3.0f, kMidpoint = 1.5f;
+  static constexpr double kTokenSpan = 0.75, kChannelSpan = 0.85;
   static constexpr bool kIsFloat = false;
 };
 

@@ -387,6 +387,18 @@ def keeps_caches(model: torch.nn.Module) -> Iterator[None]:
             part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
+def head_dim(config: PreTrainedConfig) -> int | None:
+    """The length of a head's cached keys in a model of this config; None if it is not known before they arrive."""
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return None
+    known = getattr(config, "head_dim", None)
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if known is None and isinstance(width, int) and isinstance(heads, int):
+        known = width // heads
+    return known if isinstance(known, int) else None
+
+
 def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:
     """`num_heads` and `head_dim` for allocating a static cache of the model early; None if they are not known."""
     generates: Any = model

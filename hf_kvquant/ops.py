@@ -9,6 +9,7 @@ operator, `kvquant::retire`, makes room in the static storage of a sliding layer
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import import_module
 from itertools import zip_longest
@@ -20,7 +21,7 @@ from torch.autograd import profiler
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .backends import AUTO, NAMES
+from .backends import AUTO, GPU_FORMATS, NAMES, gpu_refusal
 from .quantization import DENSE, FORMATS, QuantSpec
 from .states import PagedStates, QuantizedStates, Stored
 
@@ -136,6 +137,28 @@ def _not_taken(compiled: str, dtype: torch.dtype, small: int) -> tuple[str | Non
     return None, ""
 
 
+def check_formats(
+    keys: QuantSpec, values: QuantSpec, backend: str, device: torch.device, dtype: torch.dtype, *head_dims: int
+) -> None:
+    """Check that the backend of such states takes their formats, which a kernel would refuse at the first tokens.
+
+    Raises:
+        ValueError: it does not; the message names the side.
+        RuntimeError: the backend cannot run here.
+    """
+    few = [
+        (side, spec)
+        for side, spec in (("keys", keys), ("values", values))
+        if not (spec.is_dense or spec.format in GPU_FORMATS)
+    ]
+    if not few or device.type == "meta":
+        return
+    small = _small((*head_dims, keys.group_size, values.group_size))
+    if choose_backend(backend, device.type, dtype, small) == "cuda":
+        side, spec = few[0]
+        raise ValueError(gpu_refusal(side, spec.format))
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -190,10 +213,13 @@ def _backend(x: torch.Tensor, keys: _States, values: _States, name: str) -> Modu
 def _implementation(
     backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int | None, ...]
 ) -> ModuleType:
-    # The first head_dim or group_size that only the reference takes.
-    small = next((size for size in sizes if size and size % COMPILED_MULTIPLE), 0)
-    name = choose_backend(backend, device.type, dtype, small)
+    name = choose_backend(backend, device.type, dtype, _small(sizes))
     return reference if name == "reference" else import_module(f".backends.{name}", __package__)
+
+
+def _small(sizes: Iterable[int | None]) -> int:
+    """The first head_dim or group_size that only the reference takes, or 0."""
+    return next((size for size in sizes if size and size % COMPILED_MULTIPLE), 0)
 
 
 def _is_watched(x: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "backends.arguments": {"quantization", "states"},
     "backends.cpu": {"backends", "backends.arguments", "states"},
     "backends.disk_cache": set(),
-    "backends.specialisation": {"backends.arguments", "quantization"},
+    "backends.specialisation": {"backends", "backends.arguments", "quantization"},
     "backends.nvrtc": {"backends", "backends.disk_cache", "backends.specialisation"},
     "backends.gpu": {"backends", "backends.nvrtc", "backends.specialisation"},
     "backends.cuda": {"backends", "quantization", "states"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import contextmanager
 
 import families
 import pytest
@@ -16,12 +17,13 @@ from transformers import (
     GenerationMixin,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    PreTrainedConfig,
 )
 from transformers.generation import configuration_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, host
+from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, host, ops
 
 CONFIG = KVQuantConfig(
     QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=32, rotate=True), sink_length=2,
@@ -467,3 +469,67 @@ def test_padding_of_the_decoder_is_the_decoders():
     mask[0, 40:] = 0
     out = generate(t5, families.prompt(2), attention_mask=mask, cache_implementation="kvquant-int4")
     assert out.past_key_values.self_attention_cache.layers[0].padding is None
+
+
+# --- formats that the kernels of a GPU lack
+
+
+class TestFormatsOnAGpu:
+    """As if states were on a GPU: refused before anything is computed or stored."""
+
+    @staticmethod
+    @contextmanager
+    def chosen(backend: str):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "choose_backend", lambda *_: backend)
+            yield
+
+    def test_generate_refuses_a_late_layer_before_the_prompt(self, model):
+        config = KVQuantConfig(
+            QuantSpec("int8"), QuantSpec("int4"), layers={1: LayerOverride(values=QuantSpec("int2"))}
+        )
+        calls = []
+        model.register_forward_pre_hook(lambda *_: calls.append(1))
+        expected = (
+            r"layer 1: values.format: 'int2' is not supported on a GPU yet; expected one of \['int8', 'fp8', 'int4', "
+            r"'dense'\]"
+        )
+        with self.chosen("cuda"), pytest.raises(ValueError, match=expected):
+            generate(model, cache_implementation="kvquant", cache_config=config)
+        assert not calls and not switched(model)
+        assert generate(model, cache_implementation="kvquant", cache_config=config).sequences.shape[1]
+
+    def test_a_cache_made_by_hand_refuses_its_first_tokens(self, model):
+        cache = QuantizedCache(model.config, KVQuantConfig(QuantSpec("int3", "channel"), QuantSpec("int8")))
+        config = model.config
+        states = torch.randn(1, config.num_key_value_heads, 5, host.head_dim(config))
+        with (
+            self.chosen("cuda"),
+            pytest.raises(ValueError, match=r"layer 0: keys.format: 'int3' is not supported on a GPU yet"),
+        ):
+            cache.update(states, states, 0)
+        assert not cache.layers[0].is_initialized and not cache.layers[0].storing
+        cache.update(states, states, 0)
+        assert cache.get_seq_length() == states.shape[2]
+
+    def test_the_reference_takes_all(self, model):
+        specs = QuantSpec("int3"), QuantSpec("int2")
+        with self.chosen("reference"):
+            for device in ("cpu", "cuda"):
+                ops.check_formats(*specs, "auto", torch.device(device), torch.float32, 64)
+        config = KVQuantConfig(*specs, backend="reference")
+        assert generate(model, cache_implementation="kvquant", cache_config=config).sequences.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"head_dim": 24}, 24),
+        ({"hidden_size": 64, "num_attention_heads": 4}, 16),
+        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": 2}, 32),
+        ({"head_dim": 64, "kv_lora_rank": 512}, None),
+        ({"d_model": 64}, None),
+    ],
+)
+def test_the_head_dim_of_a_config(fields, expected):
+    assert host.head_dim(PreTrainedConfig(**fields)) == expected

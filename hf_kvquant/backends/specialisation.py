@@ -6,7 +6,8 @@ needs one or two specialisations, not one per shape.
 
 from __future__ import annotations
 
-from ..quantization import DENSE, QuantSpec
+from ..quantization import QuantSpec
+from . import GPU_FORMATS, gpu_refusal
 from .arguments import FORMATS
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
@@ -20,7 +21,6 @@ ROWS = (8, 16)
 MAX_HEAD_DIM = 256
 # Above this head_dim, 16 rows and values on the channel grid need more registers than a thread has.
 _MAX_HEAD_DIM_OF_BLOCKS = 192
-TAKEN_FORMATS = ("int8", "fp8", "int4")
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
@@ -118,9 +118,8 @@ def _make(
             expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"
             raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; {expected}")
     for name, spec in (("keys", k_spec), ("values", v_spec)):
-        if not spec.is_dense and spec.format not in TAKEN_FORMATS:
-            expected = f"expected one of {[*TAKEN_FORMATS, DENSE]}"
-            raise ValueError(f"{name}.format: {spec.format!r} is not supported on a GPU yet; {expected}")
+        if not spec.is_dense and spec.format not in GPU_FORMATS:
+            raise ValueError(gpu_refusal(name, spec.format))
     if dtype == 0:
         raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
     return Specialisation(

@@ -103,10 +103,9 @@ def _cpu_backend() -> dict:
 
 
 def _cuda_backend() -> dict:
-    from ..backends import cuda
-    from ..backends.specialisation import TAKEN_FORMATS
+    from ..backends import GPU_FORMATS, cuda
 
-    library = cuda.info() | {"formats": [*TAKEN_FORMATS, DENSE]}
+    library = cuda.info() | {"formats": [*GPU_FORMATS, DENSE]}
     if not torch.cuda.is_available():
         return {"chosen": None, "why": ops.backend_status("cuda"), "library": library}
     chosen = ops.choose_backend(AUTO, "cuda", torch.bfloat16)

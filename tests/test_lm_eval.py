@@ -29,8 +29,9 @@ from typer.testing import CliRunner
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, score_by_decoding, scoring
 from hf_kvquant.cli import app
-from hf_kvquant.measure import lm_eval
+from hf_kvquant.measure import lm_eval, sides
 from hf_kvquant.measure.lm_eval import KVQuantLM, main, simple_evaluate
+from hf_kvquant.measure.tables import task_rows
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "eval" / "tasks"
@@ -574,3 +575,39 @@ class TestScript:
         assert shown.count("0.5000 ± 0.0100") == 3
         assert "0.75" in shown
         assert "does not see the cache" in shown
+
+
+class TestTune:
+    """`hf-kvquant tune --lm-eval TASK`."""
+
+    @staticmethod
+    def tune(*arguments: object, code: int = 0) -> str:
+        given = ["tune", MODEL, "--documents", 2, "--window", 96, "--rounds", 0, "--bits", 5, *arguments]
+        result = CliRunner().invoke(app, [*map(str, given)], env={"COLUMNS": "140", "NO_COLOR": "1"})
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.replace("│", " ").split())
+
+    def test_scores_the_dense_cache_the_best_uniform_config_and_the_result(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sides, "CHOICES", sides.CHOICES | {"group_size": (None,), "block_length": (None,)})
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        name = one_token_task(folder)
+        printed = self.tune(
+            "--lm-eval", name, "--lm-eval-path", folder, "--lm-eval-limit", 3, "--out", tmp_path / "out"
+        )
+        result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+        found = {(score["cache"], score["metric"]): score for score in result["tasks"]}
+        assert sorted({cache for cache, _ in found}) == ["dense", "tuned", "uniform"]
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        configs = {"dense": "none", "uniform": result["uniform"][0]["config"], "tuned": result["config"]}
+        for cache, config in configs.items():
+            lm = load(config, max_length=None)
+            expected = evaluate(lm, manager, [name], limit=3)["results"][name]["nats,none"]
+            assert found[cache, "nats"]["value"] == pytest.approx(expected, abs=1e-6)
+            assert found[cache, "nats"]["cache_read_share"] == (None if cache == "dense" else 1.0)
+        assert len({found[cache, "nats"]["value"] for cache in configs}) == 3
+        assert all(" ".join(row) in printed for row in task_rows(result["tasks"]))
+
+    def test_an_unknown_task_ends_it_before_the_search(self, tmp_path):
+        printed = self.tune("--lm-eval", "no_such_task", "--out", tmp_path / "out", code=2)
+        assert "'no_such_task' is not a task" in printed and not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """`hf-kvquant tune MODEL --bits N`: the config that loses least on this model and text within N bits per element.
 
-Half of the text's pieces choose, the other half judges. `measure.tuning` says how.
+Half of the text's pieces choose, the other half judges. `measure.tuning` says how. `--lm-eval TASK` scores a task of
+lm-eval through the dense cache, the best uniform config and the result.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -16,12 +17,13 @@ from rich.console import Console
 
 from ..config import KVQuantConfig
 from ..host import context_length
+from ..measure.caches import DENSE
 from ..measure.facts import machine, versions, write_json, write_text
 from ..measure.report.plots import tuned
 from ..measure.report.style import PRINT, WIDE
 from ..measure.store import RESULT
-from ..measure.tables import new_table, notes, rich_table, three_digits
-from ..measure.tuning import Tuner
+from ..measure.tables import new_table, notes, rich_table, task_table, three_digits
+from ..measure.tuning import TUNED, UNIFORM, Tuner
 from .evaluate import model_name, read_documents
 from .models import Device, Dtype, ModelArgument, load_config, load_model
 
@@ -52,6 +54,16 @@ def tune(
         Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
     ] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--lm-eval", metavar="TASK", help="Also score this task of lm-eval; it may be given again."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--lm-eval-path", help="A folder with tasks of your own.")
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--lm-eval-limit", min=1, help="Only so many documents of a task.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for the config and all measurements. A run that was killed goes on in it.")
     ] = Path("kvquant-tune"),
@@ -61,6 +73,7 @@ def tune(
     start = load_config(base, None)
     if start is None:
         raise typer.BadParameter("the dense cache has no windows; expected a preset", param_hint="--base")
+    manager = _known_tasks(tasks, task_folder) if tasks else None
     lm, tokenizer = load_model(model, dtype.value, device.value)
     window = window or min(_LONGEST_WINDOW, context_length(lm.config) or _LONGEST_WINDOW)
     context = context or max(1, window // 4)
@@ -74,8 +87,15 @@ def tune(
         result = tuner.run()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    write_json(out / RESULT, result | {"machine": machine()})
     config = KVQuantConfig.from_dict(result["config"])
+    if tasks:
+        from ..measure.lm_eval import task_scores
+
+        uniform = KVQuantConfig.from_dict(result["uniform"][0]["config"])
+        caches = {DENSE: None, UNIFORM: uniform, TUNED: config}
+        scores = task_scores(lm, tokenizer, caches, tasks, manager, task_limit)
+        result["tasks"] = [score | {"model": name} for score in scores]
+    write_json(out / RESULT, result | {"machine": machine()})
     head = (f"# Tuned for {name} on {source}: {result['chosen_bits']:.4g} bits per element, KL divergence "
             f"{three_digits(1000 * min(result['rounds']))} thousandths of a nat.\n")  # fmt: skip
     write_text(out / CONFIG, head + yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -108,7 +128,21 @@ def show(result: Mapping, console: Console) -> None:
     console.print(rich_table(result["held_out"]))
     for note in notes(result["held_out"]):
         console.print(f"• {note}", highlight=False)
+    if "tasks" in result:
+        console.print(task_table(result["tasks"]))
     console.print(f"\n[bold]{said(result)}[/]", highlight=False)
+
+
+def _known_tasks(tasks: list[str], folder: Path | None) -> Any:
+    """lm-eval's tasks, if all of these are among them: found out before the search, which takes long."""
+    if find_spec("lm_eval") is None:
+        raise typer.BadParameter("lm-eval is not installed; pip install 'hf_kvquant[eval]'", param_hint="--lm-eval")
+    from ..measure.lm_eval import known_tasks
+
+    try:
+        return known_tasks(tasks, folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--lm-eval") from error
 
 
 def said(result: Mapping) -> str:

@@ -29,7 +29,7 @@ import itertools
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,10 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
@@ -50,6 +52,7 @@ from ..host import CACHE, cache_inputs
 from ..integration import NAME, attention
 from ..ops import MAX_Q_LEN
 from ..scoring import DENSE, mask_inputs, score, score_by_decoding, score_chunks
+from .tasks import read_tasks
 
 MODEL_NAME = "hf-kvquant"
 DECODE_TAIL = 1
@@ -386,6 +389,41 @@ def simple_evaluate(*args, **kwargs) -> dict | None:
         for task, read in results["config"].get("kvquant", {}).get("cache_read", {}).items():
             results["results"][task]["cache_read_share,none"] = read["cache_read_share"]
     return results
+
+
+def known_tasks(names: Sequence[str], folder: Path | None = None) -> TaskManager:
+    """lm-eval's tasks and those in `folder`, if all `names` are among them.
+
+    Raises:
+        ValueError: a name is not.
+    """
+    manager = TaskManager(include_path=folder)
+    for name in names:
+        if not manager.match_tasks([name]):
+            where = "lm-eval's own" if folder is None else f"lm-eval's own and in {str(folder)!r}"
+            raise ValueError(f"lm-eval: {name!r} is not a task; expected one of {where} (lm-eval ls tasks)")
+    return manager
+
+
+def task_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    configs: Mapping[str, KVQuantConfig | None],
+    tasks: Sequence[str],
+    manager: TaskManager,
+    limit: int | None = None,
+) -> list[dict]:
+    """The scores of a loaded model through several caches, by name (None: the dense one), as `read_tasks` gives them.
+
+    All caches get equal windows of documents (`rolling_context`).
+    """
+    scores = []
+    for name, config in configs.items():
+        lm = KVQuantLM(pretrained=model, tokenizer=tokenizer, kv_config=config, rolling_context=ROLLING_CONTEXT)
+        found = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
+        if found is not None:
+            scores += [score | {"cache": name} for score in read_tasks(found)]
+    return scores
 
 
 @contextmanager

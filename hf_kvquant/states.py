@@ -375,7 +375,8 @@ class PageTable(NamedTuple):
         """The table for pages on `device`: with copies of its tensors there, if that is not the CPU."""
         if device.type == "cpu":
             return self
-        return self._replace(on_device=PageTable(*(None if x is None else x.to(device) for x in self[:5])))
+        there = (None if x is None else x.to(device) for x in self[:5])
+        return self._replace(on_device=PageTable._make((*there, None)))
 
     @property
     def placed(self) -> PageTable:

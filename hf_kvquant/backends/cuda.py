@@ -116,7 +116,7 @@ def _attend(
     partial = output.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
-        device = gpu.of(*given, keys.stored.data, values.stored.data)  # type: ignore[arg-type]
+        device = gpu.of(*given, keys.stored.data, values.stored.data)
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
@@ -179,7 +179,7 @@ def _append(
     blocks = max(_append_blocks(n, keys), _append_blocks(n, values))
     touched = {}
     if device is None:
-        device = gpu.of(*given, keys.stored.data, values.stored.data)  # type: ignore[arg-type]
+        device = gpu.of(*given, keys.stored.data, values.stored.data)
     else:
         touched = {"reads": call.alive, "writes": (given[-1], *_tensors(keys), *_tensors(values))}
     grid = (blocks, 2 * call.num_kv_heads, call.batch)

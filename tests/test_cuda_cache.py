@@ -261,6 +261,14 @@ class TestBuild:
         specs = [s.resolve(96) for s in KVQuantConfig.preset("int8").for_layer(0)]
         assert compiled(specialisation(2, *specs, 96, 96)).cached
 
+    def test_pages_are_compiled_too(self):
+        text = run_build("int8", "--arch", "sm_90", "--head-dim", "64", "--page-size", "128")
+        assert "6 compiled" in text
+        specs = [s.resolve(64) for s in KVQuantConfig.preset("int8").for_layer(0)]
+        kind = specialisation(2, *specs, 64, 64, page_length=128)
+        assert str(kind) in text and str(kind).endswith("8 rows, pages of 128")
+        assert compiled(kind).cached
+
     def test_it_fits_80_columns(self):
         arguments = ("int8", "int4-small", "--arch", "sm_120", "--head-dim", "128")
         text = run_build(*arguments, columns=80)

@@ -11,8 +11,9 @@ import torch
 from test_cuda_attention import TOLERANCE, attend
 from test_pages import CONFIGS, DIM, HEADS, LENGTHS, Pool, filled, windowed
 
-from hf_kvquant import reference
+from hf_kvquant import QuantSpec, reference
 from hf_kvquant.backends import cuda
+from hf_kvquant.backends.specialisation import specialisation
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # The kernels have no formats of fewer bits than 4.
@@ -81,6 +82,18 @@ def test_a_row_is_the_same_alone_and_in_a_batch():
         states = pool.layer.states(pool.table([LENGTHS[row]], [row]))
         alone = paged(query[row : row + 1], *states, scaling=0.2)
         assert torch.equal(alone[0][0], output[row]) and torch.equal(alone[1][0], logsumexp[row])
+
+
+@pytest.mark.parametrize(
+    ("page_length", "match"),
+    [(96, "whole tiles of 64 columns"), (128, "whole tiles and blocks of the channel grid")],
+    ids=["tiles", "blocks"],
+)
+def test_pages_that_would_part_a_tile_or_a_block_do_not_compile(page_length, match):
+    spec = QuantSpec("int4", "channel", block_length=256).resolve(64)
+    kind = specialisation(2, spec, spec, 64, 64, page_length=page_length)
+    with pytest.raises(RuntimeError, match=match):
+        emulator.Device().launch("decode_attention_kernel", kind, (1, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])

@@ -475,6 +475,12 @@ def _paged_sides(keys: PagedStates, values: PagedStates, x: torch.Tensor) -> Ite
         )
 
 
+@lru_cache(maxsize=None)
+def _first_columns(n: int, device: torch.device) -> torch.Tensor:
+    """The columns of the sinks, where none were dropped. On a GPU making them takes as long as a short kernel."""
+    return torch.arange(n, dtype=torch.int32, device=device)
+
+
 def paged_attention(
     query: torch.Tensor,
     keys: PagedStates,
@@ -499,7 +505,7 @@ def paged_attention(
     longest, pages = _pages(keys, values, batch, 0)
     table, num_sinks = keys.table.placed, keys.sink_length
     dropped, seen = table.dropped, table.seen
-    positions = torch.arange(num_sinks, dtype=torch.int32, device=query.device) if num_sinks else None
+    positions = _first_columns(num_sinks, query.device) if num_sinks else None
     if positions is not None and dropped is not None:
         positions = (positions - dropped[:, None]).to(torch.int32)
     positions_stride = 0 if positions is None or dropped is None else num_sinks * positions.element_size()

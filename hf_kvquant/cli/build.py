@@ -45,6 +45,10 @@ def build(
     ] = None,
     head_dims: Annotated[list[int] | None, typer.Option("--head-dim", help="Repeat for more.")] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Dtype of the model; repeat for more.")] = None,
+    page_sizes: Annotated[
+        list[int] | None,
+        typer.Option("--page-size", min=64, help="Also for continuous batching with such pages; repeat for more."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel compilations.", show_default="cores")] = None,
 ) -> None:
     """Compile the CUDA kernels ahead of time (default: head_dim 64 and 128, bfloat16)."""
@@ -53,7 +57,9 @@ def build(
     units = [
         Unit(arch, source, one)
         for arch in _archs(archs)
-        for kind in kinds(configs or KVQuantConfig.preset_names(), head_dims or [64, 128], dtypes or ["bfloat16"])
+        for kind in kinds(
+            configs or KVQuantConfig.preset_names(), head_dims or [64, 128], dtypes or ["bfloat16"], page_sizes or []
+        )
         for source in nvrtc.SOURCES
         for one in for_source(source, kind)
     ]
@@ -85,8 +91,9 @@ def build(
         raise typer.Exit(1)
 
 
-def kinds(configs: list[str], head_dims: list[int], dtypes: list[str]) -> list[Specialisation]:
-    """The different specialisations that these configs need, their layers' overrides included.
+def kinds(configs: list[str], head_dims: list[int], dtypes: list[str], page_sizes: list[int]) -> list[Specialisation]:
+    """The different specialisations that these configs need, their layers' overrides included, without pages and with
+    pages of these sizes.
 
     Raises:
         typer.BadParameter: a config, head_dim or dtype is unknown.
@@ -100,7 +107,8 @@ def kinds(configs: list[str], head_dims: list[int], dtypes: list[str]) -> list[S
                 try:
                     for keys, values in _sides(KVQuantConfig.load(name)):
                         sides = keys.resolve(head_dim), values.resolve(head_dim)
-                        found[specialisation(_DTYPES[dtype], *sides, head_dim, head_dim)] = None
+                        for size in (0, *page_sizes):
+                            found[specialisation(_DTYPES[dtype], *sides, head_dim, head_dim, page_length=size)] = None
                 except ValueError as error:
                     raise typer.BadParameter(f"{name}: {error}") from error
     return list(found)

@@ -252,11 +252,13 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
             raise ValueError(f"{name}: {found} is {_NOT_SERVED}; expected {_SERVED.get(name, 'none')}")
     # The manager makes its own later, when the first request comes.
     for kind, layers in _HOST.group_layers(text_config).items():
-        ALLOCATORS[kind](
+        allocator = ALLOCATORS[kind](
             kv_config, index=0, config=text_config, num_key_value_heads=_HOST.find_num_key_value_heads(text_config),
             cache_dtype=model.dtype, page_size=options.page_size, layer_indices=layers,
             allow_block_sharing=options.allow_block_sharing,
         )  # fmt: skip
+        for layout in allocator.layouts:
+            ops.check_formats(*layout.specs, kv_config.backend, model.device, model.dtype, layout.head_dim)
 
 
 _SERVED = {"window_length": repr(ALL), "device": "'cpu' or 'cuda'", "attn_implementation": "'sdpa' or 'eager'"}

@@ -88,6 +88,16 @@ def test_which_devices_are_served(monkeypatch):
         batching.refuse_unserved(model, preset, ContinuousBatchingConfig())
 
 
+def test_formats_that_a_gpu_lacks_are_refused_before_the_manager_starts(monkeypatch):
+    model = families.build("llama")
+    few = KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int3"}})
+    batching.refuse_unserved(model, few, ContinuousBatchingConfig())
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(ops, "choose_backend", lambda *_: "cuda")
+    with pytest.raises(ValueError, match="values.format: 'int3' is not supported on a GPU yet"):
+        batching.refuse_unserved(model, few, ContinuousBatchingConfig())
+
+
 class Addresses:
     """The backend of `ops` as far as the arguments of the kernels; the counts of faults are the CPU's."""
 

@@ -139,6 +139,8 @@ class TestForecast:
         assert forecast.schedule(5, 2, 4, times) == 15
         # After the first wave one is left, and is alone.
         assert forecast.schedule(9, 2, 4, times) == 25
+        # Of four that are left, each is alone.
+        assert forecast.schedule(12, 2, 4, times) == 25
 
     def test_columns_of_a_tile(self):
         copy = Instruction("LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64]")

@@ -142,23 +142,22 @@ def schedule(blocks: int, places: int, multiprocessors: int, cycles: Sequence[fl
     """Cycles until `blocks` blocks of equal work are done; `cycles[n - 1]`: those of a block beside n - 1 others."""
     running: list[list[float]] = [[] for _ in range(multiprocessors)]  # the work left of each block, from 1 to 0
     left, now = blocks, 0.0
-    for _ in range(places):
-        for one in running:
-            if left:
-                one.append(1.0)
-                left -= 1
-    while any(running):
+    while True:
+        # The emptiest multiprocessor takes the next block, so that those of the last wave are spread out.
+        for beside in range(places):
+            for one in running:
+                if left and len(one) == beside:
+                    one.append(1.0)
+                    left -= 1
+        if not any(running):
+            return now
         apart = min(min(one) * cycles[len(one) - 1] for one in running if one)
         now += apart
         for one in running:
             if not one:
                 continue
             speed = apart / cycles[len(one) - 1]
-            kept = [work - speed for work in one if work - speed > 1e-9]
-            new = min(left, len(one) - len(kept))
-            left -= new
-            one[:] = kept + [1.0] * new
-    return now
+            one[:] = [work - speed for work in one if work - speed > 1e-9]
 
 
 def attention_us(kernel: Kernel, gpu: GpuFacts, batch: int, context: int, kv_heads: int, split: int) -> float:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -41,10 +41,12 @@ LOST = 75
 # A process without a new point for PATIENCE seconds hangs; the last point may take GRACE seconds more than the time.
 PATIENCE, GRACE = 150.0, 15.0
 MAX_PROCESSES = 12
+# Sections that run only if they are named.
+ONLY_NAMED = {"splits"}
 
 
 def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
-    """The sections by name, each with the share of the time after which it begins no new point."""
+    """The sections by name, each with the share of the time after which it begins no new point, unless it is named."""
     found = {
         "correctness": (0.35, operator.correctness),
         "attention": (0.6, operator.attention),
@@ -64,6 +66,7 @@ def sections(machine, plan: Plan) -> dict[str, tuple[float, Callable]]:
     found["step"] = (0.85, with_model(step.step))
     found["prefill_step"] = (0.9, with_model(step.prefill_step))
     found["throughput"] = (1.0, with_model(step.throughput))
+    found["splits"] = (1.0, operator.splits)
     return found
 
 
@@ -93,8 +96,9 @@ def run(
 
     seconds, report = kept.get("seconds", {}), Report(machine, save, kept)
     whole = sections(machine, plan)
-    for name in names or whole:
+    for name in names or [name for name in whole if name not in ONLY_NAMED]:
         share, section = whole[name]
+        share = 1.0 if names else share
         start, before = time.time(), seconds.get(name, 0.0)
         report.rows.setdefault(name, [])
         try:
@@ -154,6 +158,7 @@ def show(result: dict) -> None:
         "step": ["ms", "faster_than_dense"],
         "prefill_step": ["ms", "overhead"],
         "throughput": ["ms", "tokens_per_s", "cache_gib"],
+        "splits": ["columns", "us"],
     }
     for section, rows in result["rows"].items():
         places = (
@@ -225,6 +230,8 @@ def main(argv: list[str] | None = None, machine: object | None = None, plan: Pla
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the result")
     parser.add_argument("--sections", help=f"comma separated, of {', '.join(sections(None, Plan()))}")
+    parser.add_argument("--seconds", type=float, help=f"for all sections (default: {Plan.seconds:g})")
+    parser.add_argument("--batches", help=f"comma separated (default: {','.join(map(str, Plan.batches))})")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # of a process that is watched
     args = parser.parse_args(argv)
     names = args.sections.split(",") if args.sections else None
@@ -234,10 +241,17 @@ def main(argv: list[str] | None = None, machine: object | None = None, plan: Pla
         raise SystemExit("no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
     file, plan = args.out / RESULT, plan or Plan()
+    options = []
+    if args.seconds is not None:
+        plan, options = replace(plan, seconds=args.seconds), ["--seconds", str(args.seconds)]
+    if args.batches:
+        plan = replace(plan, batches=tuple(map(int, args.batches.split(","))))
+        options += ["--batches", args.batches]
+    options += ["--sections", args.sections] if names else []
     if machine is None and args.began is None:
         file.unlink(missing_ok=True)
         command = [sys.executable, __file__, "--out", str(args.out), "--began", str(time.time())]
-        return verdict(watch(command + (["--sections", args.sections] if names else []), file, plan.seconds))
+        return verdict(watch(command + options, file, plan.seconds))
     if args.began is None:
         file.unlink(missing_ok=True)
     try:

@@ -6,6 +6,9 @@ needs one or two specialisations, not one per shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ..quantization import QuantSpec
 from . import GPU_FORMATS, gpu_refusal
 from .arguments import FORMATS
@@ -32,6 +35,21 @@ def most_splits(kv_len: int, num_kv_heads: int) -> int:
 def split_length(kv_len: int, num_kv_heads: int) -> int:
     """The columns of each split of a sequence of `kv_len` columns."""
     return min(max(-(-kv_len // (UNIT * _enough(num_kv_heads))), 1) * UNIT, SPLIT)
+
+
+@contextmanager
+def splits_of(columns: int) -> Iterator[None]:
+    """Within this context all splits have as many columns, whatever the length: for measurements."""
+    global SPLIT, UNIT
+    kept = SPLIT, UNIT, _made.copy()
+    _made.clear()
+    SPLIT = UNIT = columns
+    try:
+        yield
+    finally:
+        SPLIT, UNIT, made = kept
+        _made.clear()
+        _made.update(made)
 
 
 def rows_taken(channel_values: bool, head_dim: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import GPU_FORMATS, nvrtc
 from ...backends.arguments import DTYPES as CODES
-from ...backends.specialisation import Specialisation, for_source, specialisation
+from ...backends.specialisation import Specialisation, for_source, specialisation, split_length, splits_of
 from ...config import KVQuantConfig
 from ...quantization import QuantSpec
 from ...states import QuantizedStates
@@ -223,6 +223,48 @@ def _attention_point(machine, plan, report: Report, facts: dict, where: dict) ->
                 row["host_us"] = host_seconds(machine, calls[name]) * 1e6
             rows.append(row)
         report.add("attention", rows)
+
+
+def splits(machine, plan, report: Report, deadline: Deadline) -> None:
+    """Attention with splits of other lengths than the backend's: what it would gain or lose."""
+    report.attempt({"section": "splits", "name": "compile"}, partial(_precompile_splits, machine, plan))
+    report.add("splits", [])
+    places = [{"batch": batch, "context": context} for context in plan.split_contexts for batch in plan.batches]
+    for where in places:
+        needs = MEMORY_FACTOR * 2 * where["batch"] * plan.kv_heads * where["context"] * plan.head_dim
+        room = min(plan.max_bytes, 0.8 * machine.free_bytes())
+        if needs > room:
+            report.skip("splits", where, f"needs {needs / 2**30:.0f} GiB of {room / 2**30:.0f}")
+        else:
+            report.each("splits", [where], deadline, partial(_splits_point, machine, plan, report))
+
+
+def _precompile_splits(machine, plan) -> None:
+    configs = plan.configs(machine)
+    for columns in plan.splits:
+        with splits_of(columns):
+            precompile(machine, [(name, config, plan.head_dim, "bfloat16", []) for name, config in configs.items()])
+
+
+def _splits_point(machine, plan, report: Report, where: dict) -> None:
+    on = {"dtype": torch.bfloat16, "device": machine.device}
+    key, value = operator.random_states(where["batch"], plan.kv_heads, where["context"], plan.head_dim, **on)
+    stored = {name: operator.fill(config, key, value) for name, config in plan.configs(machine).items()}
+    query = operator.random_query(where["batch"], plan.kv_heads * plan.q_per_kv[-1], 1, plan.head_dim, **on)
+    calls = {name: partial(operator.attention, query, *states) for name, states in stored.items()}
+    expected = {name: call()[0] for name, call in calls.items()}
+    ours = split_length(where["context"], plan.kv_heads)
+    for columns in sorted({*plan.splits, ours}):
+        here = {**where, "columns": columns, "is_ours": columns == ours}
+        with splits_of(columns) if columns in plan.splits else contextlib.nullcontext():
+            outputs = {name: call()[0] for name, call in calls.items()}
+            checks = [
+                at_most(name, "near the default split", relative_error(outputs[name], expected[name]), 0.01)
+                for name in calls
+            ]
+            passed = report.accept({"section": "splits", **here}, checks)
+            samples = machine.samples({name: calls[name] for name in passed}, plan.seconds_per_point / 3)
+        report.add("splits", [{**here, "name": name, "us": summary(samples[name], 1e-6)} for name in samples])
 
 
 def dense_calls(query, key, value) -> dict[str, Callable[[], torch.Tensor]]:

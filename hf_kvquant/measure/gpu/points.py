@@ -29,6 +29,8 @@ class Plan:
     other_head_dims: tuple[int, ...] = (64, 80, 96, 112, 192, 256)
     prompts: tuple[int, ...] = (4096, 16384)
     step_contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
+    split_contexts: tuple[int, ...] = (4096, 32768, 131072)
+    splits: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     layers: int = 32
     hidden: int = 4096
     intermediate: int = 14336

@@ -1,0 +1,165 @@
+"""The first ten minutes on a GPU, without one: the order of the steps, their limits, and what is kept of each.
+
+The suite's steps run it with the stand-in machine of test_gpu_suite.py; the profiler and the sanitizer are stand-ins
+on the PATH, which run what they are given, as the real ones do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripts import EVAL
+from test_gpu_suite import failures
+
+# Stands for `python`: the suite gets its stand-in machine, and nothing needs a GPU.
+PYTHON = """
+import os, sys
+sys.path[:0] = [{eval!r}, {tests!r}]
+words = sys.argv[1:]
+if words[0] == "-c":
+    command = words[2:]
+    if command[0] == "build":
+        print("12 compiled, 0 found in cache.")
+    else:
+        sys.argv = ["hf-kvquant", *command]
+        exec(words[1])
+elif words[0] == "-m":
+    print("1 passed", *words)
+elif words[0].endswith("gpu_suite.py"):
+    import gpu_suite, test_gpu_suite
+    from hf_kvquant.measure.gpu import clock, operator
+    clock.HOST_CALLS = 2
+    operator.CASES = operator.CASES[:1]
+    plan = gpu_suite.Plan(presets=("fp8",), contexts=(130,), split_contexts=(300,), splits=(64, 128), q_per_kv=(1, 2),
+                          kv_heads=2, head_dim=32, other_head_dims=(), seconds_per_point=0.01)
+    sys.exit(gpu_suite.main(words[1:], test_gpu_suite.StandIn(), plan))
+else:
+    import gpu_first
+    gpu_first.call(words[2], 100, device="cpu")
+"""
+SANITIZER = '#!/bin/sh\necho "$2"; shift 4; exec "$@"\n'
+PROFILER = """#!/bin/sh
+while [ "$1" != details ]; do shift; done; shift
+"$@" || exit 3
+cat <<END
+==PROF== Disconnected from process 7
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","decode_attention_kernel","GPU Speed Of Light Throughput","Duration","us","24.3"
+"0","decode_attention_kernel","Occupancy","Achieved Occupancy","%","18.7"
+"1","merge_splits_kernel","GPU Speed Of Light Throughput","Duration","us","3.1"
+END
+"""
+
+
+@pytest.fixture
+def first(monkeypatch):
+    """The script, imported as one."""
+    monkeypatch.syspath_prepend(str(EVAL))
+    return __import__("gpu_first")
+
+
+@pytest.fixture
+def python(tmp_path) -> tuple[str, ...]:
+    file = tmp_path / "python.py"
+    file.write_text(PYTHON.format(eval=str(EVAL), tests=str(Path(__file__).parent)))
+    return (sys.executable, "-W", "ignore", str(file))
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """A folder at the front of the PATH, with nothing in it yet."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", os.pathsep.join((str(folder), os.environ["PATH"])))
+    return folder
+
+
+def put(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def kept(out: Path) -> dict:
+    return json.loads((out / "gpu_first.json").read_text(encoding="utf-8"))
+
+
+def test_all_steps(first, python, tools, tmp_path, capsys, monkeypatch):
+    put(tools, "compute-sanitizer", SANITIZER)
+    put(tools, "ncu", PROFILER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    out = tmp_path / "out"
+    assert first.main(["--out", str(out)], python) == 0, capsys.readouterr().out
+    result = kept(out)
+    assert result["complete"]
+    steps = {row["step"]: row for row in result["steps"]}
+    assert [row["status"] for row in result["steps"]] == ["passed"] * 11
+    assert list(steps)[:6] == ["environment", "kernels", "memcheck", "racecheck", "correctness", "attention"]
+    assert list(steps)[-1] == "splits"
+    assert '"backends"' in (out / "environment.log").read_text()
+    assert "racecheck\n1 passed" in steps["racecheck"]["output"]
+    assert steps["ncu-int4-131072"]["kernels"] == {
+        "decode_attention_kernel": {"Duration": "24.3 us", "Achieved Occupancy": "18.7 %"},
+        "merge_splits_kernel": {"Duration": "3.1 us"},
+    }
+    for name in ("correctness", "attention", "splits"):
+        part = json.loads((out / steps[name]["file"]).read_text(encoding="utf-8"))
+        assert part["complete"] and not failures(part) and list(part["rows"]) == [name] and part["rows"][name]
+        assert part["plan"]["seconds"] < steps[name]["limit_s"]
+    assert part["plan"]["batches"] == [1, 8]
+    rows = part["rows"]["splits"]
+    # 256 columns are the backend's own, and the first of 64 to be measured.
+    assert {(row["batch"], row["columns"], row["is_ours"]) for row in rows} == {
+        (batch, columns, columns == 256) for batch in (1, 8) for columns in (64, 128, 256)
+    }
+    assert "splits" in capsys.readouterr().out
+    written = json.dumps(result)
+    assert all(private not in written for private in (str(Path.home()), str(EVAL.parent), str(tmp_path)))
+
+
+def test_what_is_missing_is_said_and_the_others_go_on(first, python, tools, tmp_path, capsys):
+    """There is no profiler; the sanitizer finds a fault."""
+    put(tools, "compute-sanitizer", "#!/bin/sh\necho Invalid read; exit 9\n")
+    arguments = ["--out", str(tmp_path), "--steps", "kernels,memcheck,ncu-int8-32768"]
+    assert first.main(arguments, python) == 1
+    kernels, memcheck, profile = kept(tmp_path)["steps"]
+    assert kernels["status"] == "passed" and "12 compiled" in kernels["output"]
+    assert (memcheck["status"], memcheck["reason"]) == ("failed", "ended with 9")
+    assert memcheck["output"] == "Invalid read\n"
+    assert (profile["status"], profile["reason"]) == ("skipped", "there is no ncu on the PATH")
+    assert "there is no ncu on the PATH" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        first.main(["--out", str(tmp_path), "--steps", "speed"], python)
+    assert "--steps: ['speed'] are unknown" in capsys.readouterr().err
+
+
+def test_a_profiler_that_saw_nothing_has_failed(first, python, tools, tmp_path):
+    put(tools, "ncu", "#!/bin/sh\necho '==ERROR== no permission'\n")
+    assert first.main(["--out", str(tmp_path), "--steps", "ncu-int8-32768"], python) == 1
+    assert kept(tmp_path)["steps"][0]["reason"] == "the profiler saw no kernel"
+
+
+def test_a_step_ends_at_its_limit_with_all_that_it_started(first, tmp_path):
+    """The result before it is there meanwhile, and tells which step runs."""
+    seen = tmp_path / "seen.json"
+    hangs = f"cp {tmp_path}/gpu_first.json {seen}; sleep 60 & echo $! > {tmp_path}/child; wait"
+    steps = [
+        first.Step("hangs", 3, ("sh", "-c", hangs)),
+        first.Step("short", 30, ("sh", "-c", "echo fine")),
+    ]
+    began = time.time()
+    result = first.run(steps, tmp_path, 60)
+    assert time.time() - began < 30
+    assert [(row["status"], row.get("reason")) for row in result["steps"]] == [
+        ("failed", "ended after 3 s"), ("passed", None),
+    ]  # fmt: skip
+    assert [row["status"] for row in json.loads(seen.read_text())["steps"]] == ["running"]
+    child = int((tmp_path / "child").read_text())
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+    late = first.run(steps, tmp_path, 0)
+    assert [row["reason"] for row in late["steps"]] == ["no time left"] * 2

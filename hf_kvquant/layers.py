@@ -255,11 +255,16 @@ class QuantizedLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         padding = self._padding_of_columns()
-        ops.quantize_append(key_states, value_states, keys, values, self.faults, padding, start=start)
+        rest = {"start": start, "appends": self._appends()}
+        ops.quantize_append(key_states, value_states, keys, values, self.faults, padding, **rest)
         self._advance(n)
         self.storing = False
         self._say_nonfinite()
         return keys, values
+
+    def _appends(self) -> torch.Tensor | None:
+        """The counter of appends, if the device counts this one."""
+        return None
 
     def _padding_of_columns(self) -> torch.Tensor | None:
         """Which columns of the storage are padding."""

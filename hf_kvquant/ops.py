@@ -57,7 +57,7 @@ def _side(name: str, written: str = "") -> str:
 
 
 # `length`: the number of stored columns as an int64 on the device. If it is given, `kv_len` is the width of the mask,
-# and `start` is ignored.
+# and `start` is ignored. With `appends`, appending raises it.
 _library.define(
     f"decode_attention(Tensor query, {_side('k')}, {_side('v')}, Tensor? sink_positions, Tensor? length, "
     "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, SymInt kv_len, int recent_length, float scaling, "
@@ -65,8 +65,8 @@ _library.define(
 )
 _library.define(
     f"quantize_append(Tensor key, Tensor value, {_side('k', 'abcde')}, {_side('v', 'fghij')}, "
-    "Tensor(k!)? sink_positions, Tensor(l!) faults, Tensor? padding, Tensor? length, str k_spec, str v_spec, "
-    "int start, str backend) -> ()"
+    "Tensor(k!)? sink_positions, Tensor(l!) faults, Tensor? padding, Tensor(m!)? length, "
+    "Tensor(n!)? appends, str k_spec, str v_spec, int start, str backend) -> ()"
 )
 # `length` and `dropped` are int64 on the device; see `reference.retire`.
 _library.define(
@@ -181,7 +181,8 @@ def _decode_attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, to
 
 
 def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
-    k_stored, v_stored, (sink_positions, faults, padding, length, k_spec, v_spec, start, backend) = _sides(args)
+    k_stored, v_stored, others = _sides(args)
+    sink_positions, faults, padding, length, appends, k_spec, v_spec, start, backend = others
     keys, values = (
         QuantizedStates.of(
             spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=start,
@@ -190,7 +191,7 @@ def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None
         for spec, stored, x in ((k_spec, k_stored, key), (v_spec, v_stored, value))
     )  # fmt: skip
     chosen = _backend(key, keys, values, backend)
-    chosen.quantize_append(key, value, keys, values, faults, padding, start=start)
+    chosen.quantize_append(key, value, keys, values, faults, padding, start=start, appends=appends)
 
 
 def _retire(*args: Any) -> None:
@@ -289,15 +290,16 @@ def quantize_append(
     padding: torch.Tensor | None = None,
     *,
     start: int,
+    appends: torch.Tensor | None = None,
 ) -> None:
     """Same as `reference.quantize_append`, on the backend that the states name."""
     if not _is_watched(key):
         backend = _backend(key, keys, values, keys.backend)
-        backend.quantize_append(key, value, keys, values, faults, padding, start=start)
+        backend.quantize_append(key, value, keys, values, faults, padding, start=start, appends=appends)
         return
     torch.ops.kvquant.quantize_append.default(
         key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
-        keys.spec.code, values.spec.code, start, keys.backend,
+        appends, keys.spec.code, values.spec.code, start, keys.backend,
     )  # fmt: skip
 
 

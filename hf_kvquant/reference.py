@@ -100,6 +100,7 @@ def quantize_append(
     padding: torch.Tensor | None = None,
     *,
     start: int,
+    appends: torch.Tensor | None = None,
 ) -> None:
     """Write new tokens into the storage of `keys` and `values`, in place.
 
@@ -111,6 +112,9 @@ def quantize_append(
         padding: bool `[batch, p]`, True for columns below p that are padding. They do not influence the scales of
             blocks, and are not sinks.
         start: the number of columns written before, unless the states have a `device_length`, which replaces it.
+        appends: int64 `[2]` beside a `device_length`, or None. If it is given, the append counts itself: it raises the
+            `device_length` by n, with room for the tokens or without, and the second element by one. The first one is
+            for kernels, and 0 between calls.
 
     A block of the channel grid is quantized when its last column arrives; its earlier columns come from the ring. The
     first tokens of a row that are not padding become its sinks; a slot that holds a column from `start` on is free.
@@ -123,6 +127,8 @@ def quantize_append(
             raise ValueError(f"{name}: head_dim {x.shape[3]} does not fit the storage; expected {states.head_dim}")
     if keys.device_length is not None:
         start = keys.asked_length()
+    if appends is not None:
+        keys.count_append(key.shape[2], appends)
     if any(start + x.shape[2] > states.data.shape[2] for x, states in ((key, keys), (value, values))):
         faults[1] += key.shape[2]
         return

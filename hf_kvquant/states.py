@@ -244,6 +244,11 @@ class QuantizedStates(HasStored):
             )
         return int(self.device_length)
 
+    def count_append(self, n: int, appends: torch.Tensor) -> None:
+        """Count an append of n tokens on the device, as `reference.quantize_append` says."""
+        self.device_length.add_(n)
+        appends[1] += 1
+
     def known(self) -> QuantizedStates:
         """The same states with the device's length as `length`."""
         if self.device_length is None:

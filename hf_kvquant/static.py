@@ -22,6 +22,8 @@ from .route import ROUTES, Routes
 from .states import QuantizedStates, is_captured
 from .storage import Side
 
+_FUSED = "decode_fused"
+
 
 def is_traced() -> bool:
     """Whether operations are now recorded, to be repeated on other tensors: nothing may depend on their values."""
@@ -37,17 +39,38 @@ def keep_in_place(tensors: Iterable[torch.Tensor]) -> None:
 
 
 class DeviceRoutes:
-    """The routes of one layer, counted on its device."""
+    """The routes of one layer, counted on its device.
+
+    A captured step launches no kernel for it: the append counts its states as fused (`appends`, of
+    `ops.quantize_append`), which only another route corrects.
+    """
 
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(len(ROUTES), dtype=torch.int64, device=device)
+        self.appends = torch.zeros(2, dtype=torch.int64, device=device)
+        # Whether the route of the last append has been counted, as fused.
+        self._is_counted = False
+
+    def counted_appends(self) -> torch.Tensor:
+        """The counter for an append. `count` is called for its states, or for those of the last one of an update."""
+        if self._is_counted:
+            self.counts[ROUTES.index(_FUSED)] -= 1
+        self._is_counted = True
+        return self.appends
 
     def count(self, route: str) -> None:
+        is_counted, self._is_counted = self._is_counted, False
+        if is_counted and route == _FUSED:
+            return
         self.counts[ROUTES.index(route)] += 1
+        if is_counted:
+            self.counts[ROUTES.index(_FUSED)] -= 1
 
     def known(self) -> Counter:
         """The counts as integers; waits for the device."""
-        return Counter(dict(zip(ROUTES, self.counts.tolist())))
+        found = Counter(dict(zip(ROUTES, self.counts.tolist())))
+        found[_FUSED] += int(self.appends[1]) - self._is_counted
+        return found
 
 
 class StaticQuantizedLayer(QuantizedLayer):
@@ -120,7 +143,7 @@ class StaticQuantizedLayer(QuantizedLayer):
         return whole
 
     def _small_tensors(self) -> list[torch.Tensor | None]:
-        return [*super()._small_tensors(), self.device_length, self.routes.counts]
+        return [*super()._small_tensors(), self.device_length, self.routes.counts, self.routes.appends]
 
     def _tensors(self) -> list[torch.Tensor]:
         """All tensors that steps read, or write in place."""
@@ -152,8 +175,12 @@ class StaticQuantizedLayer(QuantizedLayer):
         if not is_traced():
             super()._make_way(n)
 
+    def _appends(self) -> torch.Tensor | None:
+        return self.routes.counted_appends() if self._is_whole() else None
+
     def _advance(self, n: int) -> None:
-        self.device_length += n
+        if not self._is_whole():  # else the append has raised it
+            self.device_length += n
         self._length = None if is_traced() else self._length + n
         self._is_filled = True
 

@@ -45,7 +45,7 @@ class Device:
         kernel: str,
         kind: Specialisation,
         grid: Sequence[int],
-        *arguments: ctypes.Structure | torch.Tensor,
+        *arguments: ctypes.Structure | torch.Tensor | None,
         reads: Sequence[torch.Tensor | None] = (),
         writes: Sequence[torch.Tensor | None] = (),
     ) -> None:
@@ -76,7 +76,8 @@ def execute(kernel: Kernel, grid, arguments, *, reads=(), writes=(), multiply=pt
     extents = [(*_extent(x), True) for x in (*given, *writes) if x is not None and x.numel()]
     extents += [(*_extent(x), False) for x in reads if x is not None and x.numel()]
     parameters = b"".join(
-        x.data_ptr().to_bytes(8, "little") if isinstance(x, torch.Tensor) else bytes(x) for x in arguments
+        bytes(x) if isinstance(x, ctypes.Structure) else (0 if x is None else x.data_ptr()).to_bytes(8, "little")
+        for x in arguments
     )
     if len(parameters) != kernel.parameter_bytes:
         raise Fault(f"{kernel.name} has parameters of {kernel.parameter_bytes} bytes; {len(parameters)} were given")

@@ -79,16 +79,18 @@ def macros(call: arguments.Append) -> dict[str, int]:
     }
 
 
-def append(key, value, keys, values, faults, padding=None, *, start, parts=3, arch=800, threads=128):
+def append(key, value, keys, values, faults, padding=None, *, start, appends=None, parts=3, arch=800, threads=128):
     """The kernel as `reference.quantize_append`."""
-    call = arguments.append(key, value, keys, values, faults, padding, start)
-    reads = [key, value, padding, keys.device_length]
-    writes = [keys.sink_positions, faults]
+    call = arguments.append(key, value, keys, values, faults, padding, start, appends=appends)
+    reads = [key, value, padding] + [keys.device_length] * (appends is None)
+    writes = [keys.sink_positions, faults] + [keys.device_length] * (appends is not None)
     for states in (keys, values):
         writes += states.stored
     grid = (parts, 2 * call.num_kv_heads, call.batch)
     compiled_for = {**macros(call), "KVQUANT_THREADS": threads}
-    emulator.Device(arch).launch("quantize_append_kernel", compiled_for, grid, call, reads=reads, writes=writes)
+    emulator.Device(arch).launch(
+        "quantize_append_kernel", compiled_for, grid, call, appends, reads=reads, writes=writes
+    )
 
 
 def extreme(dtype, batch, heads, kv_len, head_dim):
@@ -202,6 +204,31 @@ def test_the_length_is_the_devices_and_tokens_without_room_are_dropped(store, n,
     assert faults[0].tolist() == faults[1].tolist() == ([7, 9 + n] if n > 40 else [9, 9])
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("n", [1, 39, 41])
+def test_an_append_counts_itself_on_the_device(store, n, parts):
+    """Each block of threads reads the length before it is raised. Of 140 columns 99 are taken; 41 are left."""
+    got, expected = (with_length(s, torch.tensor(99)) for s in stored(store, 99))
+    counts = [torch.tensor([0, 5]) for _ in range(2)]
+    faults = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    new = torch.randn(2, 1, n, 64).bfloat16()
+    for _ in range(2):  # the second time without room, except for one token
+        append(new, new, *got, faults[0], start=0, appends=counts[0], parts=parts)
+        reference.quantize_append(new, new, *expected, faults[1], start=0, appends=counts[1])
+    same_bytes(got, expected)
+    assert counts[0].tolist() == counts[1].tolist() == [0, 7]
+    assert int(got[0].device_length) == int(expected[0].device_length) == 99 + 2 * n
+    assert faults[0].tolist() == faults[1].tolist() == [0, n if n > 1 else 0]
+
+
+def test_a_counter_of_appends_needs_a_length_on_the_device(store):
+    states, new, count = stored(store, 50)[0], torch.zeros(2, 1, 1, 64).bfloat16(), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="appends: .* beside length None are not allowed"):
+        append(new, new, *states, count, start=50, appends=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"appends: \(3,\) of torch.int64 .* expected \(2,\)"):
+        append(new, new, *with_length(states, torch.tensor(50)), count, start=0, appends=count.new_zeros(3))
+
+
 def test_sinks_of_columns_that_were_cropped_are_free(store):
     padding = left_padding(90, 0, 46)
     got, expected = stored(store, 50, sink_length=40, padding=padding[:, :50])
@@ -250,4 +277,6 @@ def test_nothing_outside_of_the_storage_is_written(store):
     call = arguments.append(new, new, keys, values, count, None, 100)
     reads, writes = [new], [keys.data, keys.recent, short.data[1], short.scale[1], count]
     with pytest.raises(emulator.Fault, match=r"quantize_append_kernel, .* writes .* bytes at byte"):
-        emulator.Device().launch("quantize_append_kernel", macros(call), (1, 2, 2), call, reads=reads, writes=writes)
+        emulator.Device().launch(
+            "quantize_append_kernel", macros(call), (1, 2, 2), call, None, reads=reads, writes=writes
+        )

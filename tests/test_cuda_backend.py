@@ -13,9 +13,11 @@ import emulator
 import pytest
 import torch
 from stored import replaced
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, reference
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, reference, static
+from hf_kvquant.attention import attend
 from hf_kvquant.backends import arguments, cuda
 
 LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008}
@@ -105,6 +107,48 @@ def test_a_cache_on_the_backend(preset, emulated):
         if ours.sink is not None:
             assert torch.equal(ours.sink, theirs.sink)
             assert torch.equal(ours.sink_positions, theirs.sink_positions)
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the operations of torch that launch kernels on a GPU: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if func.namespace == "aten" and not is_view and "empty" not in func.name():
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_a_layer_of_a_captured_step_launches_three_kernels(preset, emulated, monkeypatch):
+    """Append, attend, merge; lengths and routes are counted on the way."""
+    model = LlamaConfig(num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    config = dataclasses.replace(KVQuantConfig.preset(preset), static=True)
+    cache = QuantizedCache(model, config, max_length=100)
+    key, value = torch.randn(2, 1, 2, 71, 64).bfloat16()
+    cache.update(key[:, :, :70], value[:, :, :70], 0)
+    cache.quantized_layers[0].takes_states = True
+    query, mask = torch.randn(1, 8, 1, 64).bfloat16(), torch.zeros(1, 1, 1, 100, dtype=torch.bool)
+    mask[..., :71] = True
+    emulated.launches.clear()
+    monkeypatch.setattr(static, "is_captured", lambda: True)
+    with Kernels() as torchs:
+        states = cache.update(key[:, :, 70:], value[:, :, 70:], 0)
+        module = torch.nn.Module()
+        output, _ = attend(module, query, *states, mask, dense_attention=None, scaling=0.125)
+    assert [kernel for kernel, _, _ in emulated.launches] == [
+        "quantize_append_kernel", "decode_attention_kernel", "merge_splits_kernel",
+    ]  # fmt: skip
+    assert torchs.seen == []
+    monkeypatch.undo()
+    assert (cache.get_seq_length(), cache.routes["decode_fused"], cache.routes["prefill_dense"]) == (71, 1, 1)
+    exact = [s.known() for s in states]
+    expected, _ = reference.decode_attention(query, *exact, scaling=0.125)
+    assert (output.transpose(1, 2).float() - expected.float()).norm() < 0.008 * expected.float().norm()
 
 
 @pytest.mark.parametrize(("format", "side"), [("int3", "keys"), ("int2", "values")])

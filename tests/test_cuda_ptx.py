@@ -6,6 +6,7 @@ the layout of structs; each is broken once here, and found.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 from itertools import product
@@ -121,6 +122,16 @@ def test_attention_and_append_in_pages(name):
     query, states = test_cuda_pages.queries(len(lengths), 3, BFLOAT), pool.layer.states(pool.table(lengths))
     got = test_cuda_pages.paged(query, *states, scaling=0.2, device=device)
     test_cuda_pages.close(got, reference.paged_attention(query, *states, scaling=0.2))
+
+
+def test_an_append_counts_itself(store):
+    """The last of 8 blocks raises the length, which all have read by then."""
+    _, *states = problem(store, "int4", batch=2, kv_len=100)
+    length, appends, faults = torch.tensor(100), torch.tensor([0, 3]), torch.zeros(2, dtype=torch.int64)
+    keys, values = (dataclasses.replace(s, device_length=length) for s in states)
+    new = torch.randn(2, 2, 1, 64).bfloat16()
+    cuda.quantize_append(new, new, keys, values, faults, start=0, appends=appends, device=Device())
+    assert (int(length), appends.tolist(), faults.tolist()) == (101, [0, 4], [0, 0])
 
 
 # -- planted faults -----------------------------------------------------------------------------------

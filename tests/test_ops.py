@@ -49,10 +49,10 @@ def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
     )
 
 
-def append_arguments(key, value, keys, values, padding=None) -> tuple:
+def append_arguments(key, value, keys, values, padding=None, appends=None) -> tuple:
     return (
         *(key, value, *keys.stored, *values.stored, keys.sink_positions),
-        *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, keys.spec.code, values.spec.code),
+        *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, appends, keys.spec.code, values.spec.code),
         *(keys.length, keys.backend),
     )
 
@@ -75,7 +75,7 @@ class TestSchema:
 
         assert written(torch.ops.kvquant.decode_attention) == []
         sides = [f"{side}_{name}" for side in "kv" for name in ("data", "scale", "zero_point", "recent", "sink")]
-        assert written(torch.ops.kvquant.quantize_append) == [*sides, "sink_positions", "faults"]
+        assert written(torch.ops.kvquant.quantize_append) == [*sides, "sink_positions", "faults", "length", "appends"]
 
     @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
     @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
@@ -97,10 +97,11 @@ class TestSchema:
         _, keys, values = setting(pair)
         if on_device:
             keys = dataclasses.replace(keys, device_length=torch.tensor(40))
+        appends = torch.zeros(2, dtype=torch.int64) if on_device else None
         padding = torch.zeros(2, 50, dtype=torch.bool)
         torch.library.opcheck(
             torch.ops.kvquant.quantize_append.default,
-            append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding),
+            append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding, appends),
         )
 
 
@@ -132,7 +133,7 @@ class TestFake:
             code = "int8:token:64"
             faults = torch.zeros(2, dtype=torch.int64)
             result = torch.ops.kvquant.quantize_append(
-                x, x, *storage, *storage, None, faults, None, None, code, code, 39, "auto"
+                x, x, *storage, *storage, None, faults, None, None, None, code, code, 39, "auto"
             )
         assert result is None
 

@@ -597,6 +597,18 @@ def test_new_tensors_are_marked_as_staying_in_place(tmp_path):
         assert not [t for t in layer._tensors() if getattr(t, "_dynamo_static_input_type", None) is None]
 
 
+def test_routes_of_compiled_steps_are_counted_once():
+    """An append counts its states as fused; another route, or a second attention to them, corrects that."""
+    routes = static.DeviceRoutes(torch.device("cpu"))
+    for counted in (("decode_fused",), ("decode_dequantized",), ("decode_fused", "decode_fused")):
+        routes.counted_appends()[1] += 1
+        for route in counted:
+            routes.count(route)
+    for _ in range(2):  # two appends of one update, whose states nothing has attended to yet
+        routes.counted_appends()[1] += 1
+    assert routes.known() == {"decode_fused": 3, "decode_dequantized": 1, "prefill_dense": 0, "window_lost": 0}
+
+
 def test_what_was_interrupted_is_forgotten_on_the_device_too():
     cache = QuantizedCache(families.config("llama", num_hidden_layers=1), "int4-static", max_length=90)
     append(cache, 70, traced=False)

@@ -371,8 +371,9 @@ def append(
     start: int,
     isa: int = 0,
     threads: int = 0,
+    appends: torch.Tensor | None = None,
 ) -> Append:
-    """The argument of `quantize_append`.
+    """The argument of `quantize_append`, without `appends`, which is only checked.
 
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
@@ -392,6 +393,13 @@ def append(
         raise ValueError(f"faults: strides {faults.stride()} are not allowed; expected contiguous elements")
     if length is not None:
         _check_small("length", length, key, torch.int64)
+    if appends is not None:
+        _check_small("appends", appends, key, torch.int64, 2)
+        if length is None or appends.stride(0) != 1:
+            raise ValueError(
+                f"appends: strides {appends.stride()} beside length {length} are not allowed; expected "
+                "contiguous elements and a length on the device"
+            )
     padding_fields = 0, 0, 0
     if padding is not None:
         _check_small("padding", padding, key, torch.bool, batch, padding.size(-1))

@@ -155,6 +155,7 @@ def quantize_append(
     padding: torch.Tensor | None = None,
     *,
     start: int,
+    appends: torch.Tensor | None = None,
     isa: str | None = None,
 ) -> None:
     """Same as `reference.quantize_append`. `isa` names an instruction set; the default is `isa()`.
@@ -163,10 +164,12 @@ def quantize_append(
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
-    call = arguments.append(key, value, keys, values, faults, padding, start, index, threads)
+    call = arguments.append(key, value, keys, values, faults, padding, start, index, threads, appends)
     if keys.device_length is not None:
         _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)
+    if appends is not None:
+        keys.count_append(key.shape[2], appends)
 
 
 def paged_attention(

@@ -135,6 +135,7 @@ def quantize_append(
     padding: torch.Tensor | None = None,
     *,
     start: int,
+    appends: torch.Tensor | None = None,
     device: Any = None,
 ) -> None:
     """Same as `reference.quantize_append`.
@@ -144,8 +145,8 @@ def quantize_append(
         nvrtc.CompileError: a kernel does not compile.
     """
     key, value = _aligned(key), _aligned(value)
-    call = arguments.append(key, value, keys, values, faults, padding, start)
-    _append(call, keys, values, (key, value, padding, faults), device)
+    call = arguments.append(key, value, keys, values, faults, padding, start, appends=appends)
+    _append(call, keys, values, (key, value, padding, faults), device, appends)
 
 
 def paged_append(
@@ -169,7 +170,12 @@ def paged_append(
 
 
 def _append(
-    call: arguments.Append, keys: _States, values: _States, given: tuple[torch.Tensor | None, ...], device: Any
+    call: arguments.Append,
+    keys: _States,
+    values: _States,
+    given: tuple[torch.Tensor | None, ...],
+    device: Any,
+    appends: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel of an append; `given`: the caller's tensors besides states, new keys first and faults last."""
     kind = _kind(call, keys, values)
@@ -183,7 +189,7 @@ def _append(
     else:
         touched = {"reads": call.alive, "writes": (given[-1], *_tensors(keys), *_tensors(values))}
     grid = (blocks, 2 * call.num_kv_heads, call.batch)
-    device.launch("quantize_append_kernel", kind, grid, call, **touched)
+    device.launch("quantize_append_kernel", kind, grid, call, appends, **touched)
 
 
 def _kind(

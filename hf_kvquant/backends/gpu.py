@@ -69,12 +69,16 @@ class Gpu:
         self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
     def launch(self, kernel: str, kind: Specialisation, grid: Sequence[int], *values: Any) -> None:
-        """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address."""
+        """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address (None:
+        null)."""
         index = self._index
         with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
             function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
             # These need not outlive the call: the driver copies the arguments before the launch returns.
-            held = [v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v.data_ptr()) for v in values]
+            held = [
+                v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v if v is None else v.data_ptr())
+                for v in values
+            ]
             addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
             stream = torch._C._cuda_getCurrentRawStream(index)
             block = (needs.threads, 1, 1, needs.shared_bytes)

@@ -73,6 +73,7 @@ KVQUANT_DEVICE int block_index_y() { return blockIdx.y; }
 KVQUANT_DEVICE int block_index_z() { return blockIdx.z; }
 KVQUANT_DEVICE int grid_size_x() { return gridDim.x; }
 KVQUANT_DEVICE int grid_size_y() { return gridDim.y; }
+KVQUANT_DEVICE int grid_size_z() { return gridDim.z; }
 KVQUANT_DEVICE void block_barrier() { __syncthreads(); }
 KVQUANT_DEVICE void warp_barrier() { __syncwarp(); }  // orders shared memory within the warp
 
@@ -107,11 +108,29 @@ KVQUANT_DEVICE int32_t global_load_relaxed(const int32_t* p) {
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+KVQUANT_DEVICE int64_t global_load_relaxed(const int64_t* p) {
+  int64_t x;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
 KVQUANT_DEVICE void global_store_relaxed(int32_t* p, int32_t x) {
   asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+KVQUANT_DEVICE void global_store_relaxed(int64_t* p, int64_t x) {
+  asm volatile("st.relaxed.gpu.global.s64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
 KVQUANT_DEVICE void atomic_add(int64_t* p, int64_t x) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
+// Adds, and returns the sum before. What a block has read before is read before another block's
+// call returns a larger sum.
+KVQUANT_DEVICE int64_t atomic_add_in_order(int64_t* p, int64_t x) {
+  int64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(p), "l"(x)
+               : "memory");
+  return before;
 }
 
 KVQUANT_DEVICE Words4 load_16(const void* p) { return *static_cast<const Words4*>(p); }

@@ -7,6 +7,11 @@
 //   span    token grid and dense: kRows tokens; channel grid: one block, complete or not
 //   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
 //
+//   appends  null; or int64 `[2]`, and the kernel counts what it appends, so that a step needs no
+//            other kernel for that: it raises *a.length by the new tokens, and appends[1] by 1. The
+//            last block to have read the length does; appends[0] counts the blocks, and is 0 before
+//            and afterwards.
+//
 // The bytes are those of hf_kvquant/quantization.py, so products and sums must not be contracted
 // when this is compiled. Specialised by macros:
 //   KVQUANT_DTYPE                        KvquantDtype of the tokens
@@ -354,16 +359,29 @@ struct Append {
   }
 };
 
+// All threads of a block call this once they have read the length, `start`.
+KVQUANT_DEVICE void count_append(const KvquantAppend& a, int64_t start, int64_t* appends) {
+  block_barrier();
+  if (thread_index() != 0) return;
+  const int64_t blocks = int64_t(grid_size_x()) * grid_size_y() * grid_size_z();
+  if (atomic_add_in_order(appends, 1) != blocks - 1) return;
+  global_store_relaxed(appends, int64_t(0));
+  global_store_relaxed(appends + 1, global_load_relaxed(appends + 1) + 1);
+  global_store_relaxed(a.length, start + a.keys.n);
+}
+
 }  // namespace kvquant
 
-KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT KvquantAppend a) {
+KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT KvquantAppend a,
+               int64_t* appends) {
   using namespace kvquant;
   using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
                           KVQUANT_K_ROTATE != 0>;
   using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
                             KVQUANT_V_ROTATE != 0>;
   const int64_t* const length = kPaged ? a.pages.lengths + block_index_z() : a.length;
-  const int64_t start = length ? global_load(length) : a.start;
+  const int64_t start = length ? global_load_relaxed(length) : a.start;
+  if (appends) count_append(a, start, appends);
   // The host has checked that pages have room.
   if (!kPaged &&
       (start + a.keys.n > a.keys.side.capacity || start + a.values.n > a.values.side.capacity)) {

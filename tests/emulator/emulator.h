@@ -135,6 +135,7 @@ inline int block_index_y() { return emulator::place.block[1]; }
 inline int block_index_z() { return emulator::place.block[2]; }
 inline int grid_size_x() { return emulator::launch().grid[0]; }
 inline int grid_size_y() { return emulator::launch().grid[1]; }
+inline int grid_size_z() { return emulator::launch().grid[2]; }
 inline void block_barrier(KVQUANT_SITE) { emulator::block_barrier(site); }
 inline void warp_barrier(KVQUANT_SITE) { emulator::warp_barrier(site); }
 
@@ -167,17 +168,23 @@ void global_store(T* p, T x, KVQUANT_SITE) {
   emulator::global_access(p, sizeof(T), emulator::Access::kWrite, site);
   *p = x;
 }
-inline int32_t global_load_relaxed(const int32_t* p, KVQUANT_SITE) {
+template <class T>
+T global_load_relaxed(const T* p, KVQUANT_SITE) {
   emulator::global_access(p, sizeof(*p), emulator::Access::kAtomicRead, site);
   return *p;
 }
-inline void global_store_relaxed(int32_t* p, int32_t x, KVQUANT_SITE) {
+template <class T>
+void global_store_relaxed(T* p, T x, KVQUANT_SITE) {
   emulator::global_access(p, sizeof(*p), emulator::Access::kAtomicWrite, site);
   *p = x;
 }
 inline void atomic_add(int64_t* p, int64_t x, KVQUANT_SITE) {
   emulator::global_access(p, sizeof(*p), emulator::Access::kAtomicWrite, site);
   *p += x;
+}
+inline int64_t atomic_add_in_order(int64_t* p, int64_t x, KVQUANT_SITE) {
+  atomic_add(p, x, site);
+  return *p - x;
 }
 inline Words4 load_16(const void* p, KVQUANT_SITE) {
   return global_load(static_cast<const Words4*>(p), site);

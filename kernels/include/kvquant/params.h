@@ -101,7 +101,7 @@ typedef struct KvquantAppend {
   int64_t* faults;
   const uint8_t* padding;   // bool `[batch, padding_length]`, or null
   int32_t* sink_positions;  // `[batch, num_sinks]`, -1: none; or null
-  const int64_t* length;    // if not null, it replaces start
+  int64_t* length;          // if not null, it replaces start
   int64_t padding_stride, padding_length;
   int64_t sink_positions_stride;  // of batch
   int64_t num_sinks;

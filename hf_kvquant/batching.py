@@ -237,6 +237,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     graphs = options.use_cuda_graph if isinstance(options.use_cuda_graph, tuple) else (options.use_cuda_graph,)
     obstacles = {
         "static": kv_config.static and "a static cache",
+        "offload": kv_config.offload,
         "window_length": kv_config.windows,
         "device": model.device.type not in ("cpu", "cuda") and model.device.type,
         "attn_implementation": attention not in ("sdpa", "eager", "paged|eager") and attention,
@@ -261,4 +262,9 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
             ops.check_formats(*layout.specs, kv_config.backend, model.device, model.dtype, layout.head_dim)
 
 
-_SERVED = {"window_length": repr(ALL), "device": "'cpu' or 'cuda'", "attn_implementation": "'sdpa' or 'eager'"}
+_SERVED = {
+    "offload": "false",
+    "window_length": repr(ALL),
+    "device": "'cpu' or 'cuda'",
+    "attn_implementation": "'sdpa' or 'eager'",
+}

@@ -10,15 +10,17 @@ changes, and saving. Linear and cross-attention layers stay transformers' own.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from . import expected, saving
@@ -49,12 +51,13 @@ from .hybrid import (
 )
 from .layers import QuantizedLayer
 from .message import told
+from .offloading import OffloadedLayers, check_device, is_offloaded_kind
 from .route import ROUTES, Routes, say_once
 from .sliding import SlidingQuantizedLayer
 from .states import hides_columns
 from .static import DeviceRoutes, StaticQuantizedLayer, keep_in_place
 from .static_sliding import StaticSlidingQuantizedLayer
-from .storage import storage_nbytes
+from .storage import HOST, storage_nbytes
 
 # Models whose code treats all of the storage as tokens: with transformers' StaticCache, too, they fail or give wrong
 # logits. (BLOOM does not, but needs the first states in all of the storage.)
@@ -88,7 +91,7 @@ _SLIDING = {
 }
 
 
-class QuantizedCache(WholeChanges, DynamicCache):
+class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
     """A cache for `generate`, or for plain forward calls inside of `hf_kvquant.attention(model)`.
 
     It is passed as `cache`, before transformers 5.24 as `past_key_values`. Full-attention layers are quantized, and
@@ -181,6 +184,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
                     type(other) in kinds and other.is_sliding == layer.is_sliding for other in layers
                 )
         Cache.__init__(self, layers=layers)
+        # transformers' name for it. Its own `update` does not run then.
+        self.offloading = self.kv_config.offload
         self._whole = self._lengths()
         if attention_mask is not None:
             self.set_padding(attention_mask)
@@ -232,6 +237,18 @@ class QuantizedCache(WholeChanges, DynamicCache):
             )
         return {i: window for i, window in evicting.items() if window is not None}
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        update = self._update_offloaded if self.offloading else super().update
+        return update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> QuantizedCache:
+        self.settle()
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
     @property
     def is_empty(self) -> bool:
         """Whether no quantized layer holds a token."""
@@ -277,6 +294,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
 
     def reserve(self, max_length: int) -> None:
         """Make room for `max_length` tokens, at once."""
+        self.settle()
         for layer in self.quantized_layers:
             layer.reserve(max_length)
 
@@ -315,16 +333,19 @@ class QuantizedCache(WholeChanges, DynamicCache):
         if not any(self._lengths()):
             raise ValueError("the quantized cache is empty; expected at least one token to save")
         self.check_finished()
+        self.settle()
         who = saving.identity(self._config if model is None else model)
         if who["config"] != saving.identity(self._config)["config"]:
             raise ValueError("model: its config is not the cache's; expected the model that computed the cache")
-        description = {"kv_config": self.kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
+        # Where layers are is not the content of a file.
+        kv_config = replace(self.kv_config, offload=False)
+        description = {"kv_config": kv_config.to_dict(), "model": who, "length": self.get_seq_length()}
         layers = [layer.state() if isinstance(layer, QuantizedLayer) else vars(layer) for layer in self.layers]
         kinds = [type(layer).__name__ for layer in self.layers]
         state = {"kinds": kinds, "layers": layers, "routes": dict(self._counted_routes())}
         packed = saving.pack(state | {"reach": self._reach, "model_state": self.model_state})
         # A file that `load` would refuse must not be written.
-        fresh = QuantizedCache(self._config, self.kv_config, self._max_length, reach=self._reach)
+        fresh = QuantizedCache(self._config, kv_config, self._max_length, reach=self._reach)
         for i, (layer, state) in enumerate(zip(fresh.layers, layers)):
             expected.check(state, partial(_expected, layer, state), f"layers.{i}")
         saving.write(path, description, packed)
@@ -338,6 +359,7 @@ class QuantizedCache(WholeChanges, DynamicCache):
         *,
         max_length: int | None = None,
         device: torch.device | str | None = None,
+        offload: bool = False,
         verify: bool = True,
         mmap: bool = True,
     ) -> QuantizedCache:
@@ -353,6 +375,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
             max_length: the number of tokens to make room for at once; this reads the body into memory. A static cache
                 needs it.
             device: the device of the layers; None: the model's device, or the CPU if a config is given.
+            offload: the config's `offload`, which files do not keep. The layers stay in the main memory, and come to
+                the device one by one.
             verify: compare the checksum of the tensors, which reads the file once; False trusts the disk.
             mmap: map the file; False reads it into memory.
 
@@ -374,7 +398,10 @@ class QuantizedCache(WholeChanges, DynamicCache):
             kv_config = KVQuantConfig.from_dict({"sliding": "dense"} | file.description["kv_config"])
         except ValueError as error:
             raise ValueError(f"{path}: kv_config.{error}") from None
-        state: Any = file.state(device)
+        kv_config = replace(kv_config, offload=offload)
+        if offload:
+            check_device(torch.device(device))
+        state: Any = file.state(HOST if offload else device)
         # Files of the first version have neither of these.
         added: dict[str, Any] = {"reach": frozenset({None, expected.COUNT}), "model_state": dict}
         added = {name: pattern for name, pattern in added.items() if isinstance(state, dict) and name in state}
@@ -398,6 +425,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
             if not isinstance(layer, QuantizedLayer):
                 _check_attributes(layer, layer_idx, saved, path, max_length)
             where = f"{path}: layers.{layer_idx}"
+            if offload:
+                saved = tree_map(partial(_moved, torch.device(device)), saved)
             expected.check(saved, partial(_expected, layer, saved), where)
             if isinstance(layer, QuantizedLayer):
                 layer.restore(saved, device)
@@ -405,6 +434,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
                 vars(layer).update(saved)
                 if kv_config.static:
                     keep_in_place(x for x in saved.values() if isinstance(x, torch.Tensor))
+            if offload and is_offloaded_kind(layer):
+                layer.offload()
         cache.model_state = state.get("model_state", {})
         expected.check(cache.model_state, lambda: expected.model_state(cache.model_state), f"{path}: model_state")
         cache._routes.update(state["routes"])
@@ -439,6 +470,8 @@ class QuantizedCache(WholeChanges, DynamicCache):
                 )
             if dense.is_initialized:
                 layer.update(dense.keys, dense.values)
+                if self.offloading:
+                    layer.offload()
         for layer in self.quantized_layers:
             # No attention saw the return values of these updates.
             layer.was_offered = False
@@ -520,15 +553,19 @@ class QuantizedCache(WholeChanges, DynamicCache):
 
         `codes` and `scales` (with zero points) of the stored tokens, `dense` (rings, sinks and their positions,
         padding, and everything that is not quantized), `slack` (allocated, unused), their `total`, and
-        `dense_equivalent`: the size of the same tokens in the model's dtype.
+        `dense_equivalent`: the size of the same tokens in the model's dtype. With `offload: true` also `offloaded`:
+        what part of the total is in the main memory now.
         """
-        report = Counter(dict.fromkeys(("codes", "scales", "dense", "slack", "total", "dense_equivalent"), 0))
+        names = ["codes", "scales", "dense", "slack", "total", "dense_equivalent", *["offloaded"] * self.offloading]
+        report = Counter(dict.fromkeys(names, 0))
         for layer in self.layers:
             if isinstance(layer, QuantizedLayer):
                 report.update(layer.memory_report())
             else:
                 nbytes = storage_nbytes(vars(layer))
                 report.update({"dense": nbytes, "total": nbytes, "dense_equivalent": nbytes})
+                if self.offloading and is_offloaded_kind(layer) and layer.is_initialized:
+                    report["offloaded"] += nbytes * (layer.keys.device != layer.device)
         if self.unconditional is not None:
             report.update(self.unconditional.memory_report())
         return dict(report)
@@ -537,6 +574,13 @@ class QuantizedCache(WholeChanges, DynamicCache):
 def _expected(layer: CacheLayerMixin, state: dict) -> dict:
     """The pattern for the state of a layer of the same kind as `layer`, which is fresh."""
     return layer.expected(state) if isinstance(layer, QuantizedLayer) else expected.native(layer, state)
+
+
+def _moved(device: torch.device, value: Any) -> Any:
+    """A leaf of a layer's state on a device."""
+    if isinstance(value, torch.device):
+        return device
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _check_attributes(

@@ -30,6 +30,9 @@ class WholeChanges:
     _unfinished: str | None = None
     _whole: list[int]
 
+    def settle(self) -> None:
+        """Wait until the layers are whole in memory that the CPU reads (see `offloading`)."""
+
     @property
     def quantized_layers(self) -> list[QuantizedLayer]:
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
@@ -48,6 +51,8 @@ class WholeChanges:
             return
         self.check_finished()
         self._close_steps(is_whole=False)
+        if what != FORWARD:
+            self.settle()
         self._unfinished, self._whole = what, self._lengths()
         self._routes.in_call, self._routes.keeps_weights = what == FORWARD, keeps_weights
 

@@ -65,6 +65,7 @@ class KVQuantConfig:
             `evicting`); "all": they keep every token. Sliding layers have windows of their own.
         backend: "auto", or the name of the backend that must run.
         static: storage of a fixed size, so that decode steps can be compiled and captured in CUDA graphs.
+        offload: layers are in the main memory, and on their device only while they work (see `offloading`).
         rotary_keys: in latent attention, whose modules cache latents as keys and rotary keys as values: the side whose
             spec the rotary keys have, "values" or "keys".
         sliding: the narrowest window, in tokens, whose sliding layers are quantized too; "dense": none of them.
@@ -81,6 +82,7 @@ class KVQuantConfig:
     window_length: int | str = ALL
     backend: str = AUTO
     static: bool = False
+    offload: bool = False
     rotary_keys: str = "values"
     sliding: int | str = 512
     layers: tuple[tuple[int, LayerOverride], ...] = ()
@@ -92,8 +94,14 @@ class KVQuantConfig:
                 raise ValueError(f"{field}: {told(value)} is not allowed; expected an integer from 0 to {limit}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: {told(self.backend)} is not allowed; expected one of {list(BACKENDS)}")
-        if not isinstance(self.static, bool):
-            raise ValueError(f"static: {told(self.static)} is not allowed; expected true or false")
+        for field in ("static", "offload"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}: {told(getattr(self, field))} is not allowed; expected true or false")
+        if self.static and self.offload:
+            raise ValueError(
+                "offload: True is not allowed with static: true, whose compiled steps need layers at fixed addresses; "
+                "expected false"
+            )
         if self.rotary_keys not in ("keys", "values"):
             raise ValueError(f"rotary_keys: {told(self.rotary_keys)} is not allowed; expected 'keys' or 'values'")
         is_window = isinstance(self.sliding, int) and not isinstance(self.sliding, bool) and self.sliding >= 2
@@ -251,6 +259,7 @@ class KVQuantConfig:
             "window_length": self.window_length,
             "backend": self.backend,
             "static": self.static,
+            "offload": self.offload,
             "rotary_keys": self.rotary_keys,
             "sliding": self.sliding,
             "layers": {index: override(o) for index, o in self.layers},

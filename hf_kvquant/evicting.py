@@ -109,7 +109,7 @@ class EvictingQuantizedLayer(SlidingQuantizedLayer):
     def _sinks(self, columns: torch.Tensor) -> torch.Tensor:
         """The columns of sinks `[batch, num_kv_heads, sink_length, head_dim]`, arbitrary for slots without one."""
         batch, heads, _, head_dim = columns.shape
-        index = self.sink_positions.clamp(min=0).long()[:, None, :, None]
+        index = self.sink_positions.to(columns.device).clamp(min=0).long()[:, None, :, None]
         return columns.gather(2, index.expand(batch, heads, -1, head_dim))
 
     def _moved_sinks(self, gone: int) -> torch.Tensor:

@@ -30,6 +30,9 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
     _layer_type = None
     batch_repeat_interleave = QuantizedLayer.batch_repeat_interleave
     batch_select_indices = QuantizedLayer.batch_select_indices
+    # Linear states stay on the device, because they are read and written without an `update` of the layer.
+    offload = QuantizedLayer.offload
+    prefetch = QuantizedLayer.prefetch
 
     def __init__(
         self, kv_config: KVQuantConfig, layer_idx: int, routes: Routes, max_length: int | None = None, *window: int
@@ -69,12 +72,6 @@ class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer)
     def _both(self, name: str, *args: Any) -> None:
         for part in (LinearAttentionLayer, self._attention):
             getattr(part, name)(self, *args)
-
-    def offload(self) -> None:
-        self._both("offload")
-
-    def prefetch(self) -> None:
-        self._both("prefetch")
 
     def reset(self) -> None:
         self._both("reset")

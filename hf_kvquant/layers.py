@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
 from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_dequantized, say_once, tagged
 from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured, mask_length
-from .storage import ROLLBACK, Side
+from .storage import HOST, ROLLBACK, Side, to_device, to_host
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIRST_CAPACITY = 256
@@ -50,6 +52,8 @@ class QuantizedLayer(DynamicLayer):
         self.length = 0
         # True while an append writes; if it is still True afterwards, the append was interrupted.
         self.storing = False
+        # Whether both sides are in the main memory; see `offloading`.
+        self.is_offloaded = False
 
     # `DynamicLayer` keeps its states in these two attributes; here they return de-quantized copies.
     @property
@@ -78,14 +82,19 @@ class QuantizedLayer(DynamicLayer):
             return None
         states = self._states(side)
         if not self.shared_routes.in_call or torch.compiler.is_compiling():
-            return states.read(0)
+            return self._on_device(states).read(0)
 
         def read() -> torch.Tensor:
             self.routes.count("decode_dequantized")
-            return states.read(0)
+            return self._on_device(states).read(0)
 
         shape = (*states.shape[:2], mask_length(states.length, self.sliding_window, 0), states.head_dim)
         return LazyStates(torch.Size(shape), self.dtype, self.device, read)
+
+    def _on_device(self, states: QuantizedStates) -> QuantizedStates:
+        if not self.is_offloaded:
+            return states
+        return replace(states, stored=states.stored.transformed(partial(to_device, device=self.device)))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -454,7 +463,7 @@ class QuantizedLayer(DynamicLayer):
             self.max_length = self._keys.capacity
         self._keys = self._values = self.padding = None
         self.length = 0
-        self.storing = self.is_initialized = False
+        self.storing = self.is_initialized = self.is_offloaded = False
 
     def state(self) -> dict:
         """Tensors and plain values from which `restore` makes an equal layer."""
@@ -510,20 +519,26 @@ class QuantizedLayer(DynamicLayer):
         }
 
     def offload(self) -> None:
-        self._move("cpu")
+        """Move the stored keys and values to the main memory; states that were returned stay where they are."""
+        if self.is_initialized and not self.is_offloaded:
+            self._move(to_host, torch.device(HOST))
+            self.is_offloaded = True
 
     def prefetch(self) -> None:
-        if self.is_initialized:
-            self._move(self.device)
+        """Undo `offload`."""
+        if self.is_offloaded:
+            self._move(partial(to_device, device=self.device), self.device)
+            self.is_offloaded = False
 
-    def _move(self, device: torch.device | str) -> None:
-        if self.is_initialized:
-            self._transform(lambda x: x.to(device, non_blocking=True))
+    def _move(self, copy: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        self._transform(copy)
+        self._keys.device = self._values.device = device
 
     def memory_report(self) -> Counter:
         if not self.is_initialized:
             return Counter()
         report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
+        report["offloaded"] = report["total"] if self.is_offloaded else 0
         extra = sum(t.nbytes for t in self._small_tensors() if t is not None)
         return report + Counter({"dense": extra, "total": extra})
 

@@ -61,6 +61,11 @@ class Step:
         """How many columns the model gets: of a sliding layer those that a mask has, see `mask_length`."""
         return mask_length(self.keys.length, self.keys.sliding_window, self.q_len)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the model still has something that was made of the states."""
+        return any(made() is not None for made in self._made)
+
     def dims(self, is_keys: bool) -> Dims:
         """How the cache lays out keys or values."""
         batch, heads, _, head_dim = (self.keys if is_keys else self.values).shape

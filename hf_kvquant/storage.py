@@ -14,6 +14,18 @@ from .states import HasStored, QuantizedStates, Stored
 
 # The most tokens that a crop may remove without losing exact copies that the next query reads.
 ROLLBACK = 64
+# Where offloaded layers are while they do not work.
+HOST = "cpu"
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the main memory, on its way there when this returns. torch pins its memory."""
+    return tensor.to(HOST, non_blocking=True)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, on its way there when this returns."""
+    return tensor.to(device, non_blocking=True)
 
 
 class Side(HasStored):
@@ -22,6 +34,7 @@ class Side(HasStored):
     def __init__(self, spec: QuantSpec, states: torch.Tensor, capacity: int, sink_length: int, recent_length: int):
         batch, num_kv_heads, _, self.head_dim = states.shape
         self.spec = spec
+        # The device is that of the storage, and changes when the layer is offloaded.
         self.dtype, self.device = states.dtype, states.device
         self.recent_start = 0
         window = max(recent_length, spec.block_length or 0)

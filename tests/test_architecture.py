@@ -65,6 +65,7 @@ MAY_IMPORT = {
         "static_sliding",
         "storage",
     },
+    "offloading": {"cross_attention", "host", "layers", "route", "static", "storage"},
     "changes": {"cross_attention", "host", "layers", "route", "static"},
     "cache": {
         "changes",
@@ -75,6 +76,7 @@ MAY_IMPORT = {
         "host",
         "layers",
         "message",
+        "offloading",
         "states",
         "static",
         "hybrid",
@@ -184,6 +186,7 @@ class TestImports:
             "hybrid",
             "layers",
             "message",
+            "offloading",
             "route",
             "saving",
             "sliding",

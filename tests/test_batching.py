@@ -1,5 +1,6 @@
 """Continuous batching with quantized pages: a request reads the same alone and in a batch, and no page is lost."""
 
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -418,6 +419,8 @@ def test_what_cannot_act_raises(model, monkeypatch):
         assert host.attn_implementation(model.config) == before
 
     refused("static: a static cache is not served", preset="int4-static")
+    moved = dataclasses.replace(KVQuantConfig.preset("int4"), offload=True)
+    refused("offload: True is not served in continuous batching .* expected false", preset=moved)
     refused("page_size: 100 is not allowed .* expected a multiple of 64", page_size=100)
     refused("page_size: 64 is not allowed: the exact tokens of a request take", page_size=64)
     narrow = families.build("mistral", sliding_window=16)

@@ -126,6 +126,7 @@ class TestRoundTrips:
             "window_length": "all",
             "backend": "reference",
             "static": True,
+            "offload": False,
             "rotary_keys": "keys",
             "sliding": 128,
             "layers": {

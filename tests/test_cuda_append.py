@@ -54,6 +54,10 @@ CASES = [
     ("int8-channel", "int4-channel256", 128, 128, "bf16"),
     ("int4-rotated", "fp8-channel32", 64, 192, "fp16"),
     ("int4-channel256", "int8-channel16", 80, 80, "fp32"),
+    ("int8-channel", "int4-rotated", 512, 512, "bf16"),
+    ("fp8", "int4-channel256", 512, 512, "fp16"),
+    ("int4-group64-rotated", "dense", 512, 512, "bf16"),
+    ("dense", "fp8-channel32", 512, 512, "fp32"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{c[4]}")
 

@@ -43,6 +43,12 @@ CASES = [
     ("int4-channel256", "fp8-channel32", 64, 112, BFLOAT),
     ("int4-rotated", "int8-channel16", 192, 192, HALF),
     ("dense", "int8-channel", 64, 256, BFLOAT),
+    ("int8-channel", "int8-channel", 512, 512, BFLOAT),
+    ("int8", "int8", 512, 512, BFLOAT),
+    ("fp8", "fp8", 512, 512, HALF),
+    ("int4-rotated", "int4-rotated", 512, 512, BFLOAT),
+    ("int4-channel", "dense", 512, 512, HALF),
+    ("dense", "fp8", 512, 64, BFLOAT),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{str(c[4])[6:]}")
 FEW = [CASES[1], CASES[2]]  # the token grid; the channel grid and rotated values

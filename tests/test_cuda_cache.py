@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.backends import cuda, disk_cache, nvrtc
-from hf_kvquant.backends.specialisation import for_source, specialisation
+from hf_kvquant.backends.specialisation import for_source, specialisation, value_shares
 from hf_kvquant.cli import app
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
@@ -378,5 +378,15 @@ class TestSpecialisation:
 
     def test_an_unsupported_head_dim_is_named(self):
         assert some_kind(head_dim=48)
-        with pytest.raises(ValueError, match=r"head_dim: 512 is not supported.*a multiple of 16 up to 256"):
-            some_kind(head_dim=512)
+        for head_dim in (264, 272, 320, 528):
+            with pytest.raises(ValueError, match=rf"head_dim: {head_dim} is not .*a multiple of 16 up to 256, or 512"):
+                some_kind(head_dim=head_dim)
+        channel = QuantSpec("int8", "channel").resolve(256)
+        with pytest.raises(ValueError, match=r"values head_dim: 256 on the channel grid .* 512; expected at most 192"):
+            specialisation(2, QuantSpec("dense"), channel, 512, 256)
+
+    def test_wide_heads_have_16_rows_and_shares(self):
+        kind = some_kind(head_dim=512)
+        assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", kind)] == [16]
+        assert [value_shares(channel, 512) for channel in (False, True)] == [2, 4]
+        assert value_shares(True, 256) == 1

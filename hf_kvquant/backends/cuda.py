@@ -14,7 +14,16 @@ import torch
 from ..quantization import QuantSpec
 from ..states import PagedStates, QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import ROWS, THREADS, Specialisation, most_splits, rows_of_block, rows_taken, specialisation
+from .specialisation import (
+    ROWS,
+    THREADS,
+    Specialisation,
+    most_splits,
+    rows_of_block,
+    rows_taken,
+    specialisation,
+    value_shares,
+)
 
 _States = QuantizedStates | PagedStates
 
@@ -120,7 +129,8 @@ def _attend(
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch), (q_len, num_heads, batch)
+    shares = value_shares(values.spec.is_channel, v_head_dim)
+    grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch * shares), (q_len, num_heads, batch)
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)
     launch("merge_splits_kernel", kind, merged, call, partial, **touched)
@@ -205,8 +215,8 @@ def _append_blocks(n: int, states: _States) -> int:
         return 1
     if states.spec.grid == "channel":
         return min(-(-(n - 1) // states.spec.block_length) + 1, MAX_GRID)
-    # A row is spread over lanes of 8 channels each; a thread has four rows in flight.
-    lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32
+    # A row is spread over lanes of 8 channels each, at most 32; a thread has four octets of channels in flight.
+    lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32 if states.head_dim <= 256 else 64
     return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
 
 

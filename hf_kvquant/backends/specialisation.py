@@ -21,9 +21,10 @@ SPLIT, UNIT, BLOCKS = 16384, 256, 256
 THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
 ROWS = (8, 16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, WIDE_HEAD_DIM = 256, 512  # all multiples of 16 up to the first, and the second
 # Above this head_dim, 16 rows and values on the channel grid need more registers than a thread has.
 _MAX_HEAD_DIM_OF_BLOCKS = 192
+HEAD_DIMS = f"a multiple of 16 up to {MAX_HEAD_DIM}, or {WIDE_HEAD_DIM}"
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
 
@@ -54,7 +55,21 @@ def splits_of(columns: int) -> Iterator[None]:
 
 def rows_taken(channel_values: bool, head_dim: int) -> tuple[int, ...]:
     """The query rows that a block may have; `head_dim`: the larger one of keys and values."""
+    if head_dim == WIDE_HEAD_DIM:
+        return ROWS[1:]
     return ROWS[:1] if channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS else ROWS
+
+
+def value_shares(channel_values: bool, v_head_dim: int) -> int:
+    """The blocks among which the channels of a row of values are divided (`kShares` in specialisation.h)."""
+    if v_head_dim != WIDE_HEAD_DIM:
+        return 1
+    return 4 if channel_values else 2
+
+
+def takes_head_dim(head_dim: int) -> bool:
+    """Whether the kernels take this head_dim, one of `HEAD_DIMS`."""
+    return head_dim == WIDE_HEAD_DIM or (head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM)
 
 
 def rows_of_block(rows: int, taken: tuple[int, ...]) -> int:
@@ -132,9 +147,12 @@ def _make(
     dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int, page_length: int
 ) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
-        if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
-            expected = f"expected a multiple of 16 up to {MAX_HEAD_DIM}"
-            raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; {expected}")
+        if not takes_head_dim(head_dim):
+            raise ValueError(f"{name}: {head_dim} is not supported by the CUDA kernels; expected {HEAD_DIMS}")
+    if k_head_dim == WIDE_HEAD_DIM and v_spec.is_channel and _MAX_HEAD_DIM_OF_BLOCKS < v_head_dim < WIDE_HEAD_DIM:
+        expected = f"expected at most {_MAX_HEAD_DIM_OF_BLOCKS}, or {WIDE_HEAD_DIM}"
+        beside = f"on the channel grid is not supported beside keys of {k_head_dim}"
+        raise ValueError(f"values head_dim: {v_head_dim} {beside}; {expected}")
     for name, spec in (("keys", k_spec), ("values", v_spec)):
         if not spec.is_dense and spec.format not in GPU_FORMATS:
             raise ValueError(gpu_refusal(name, spec.format))

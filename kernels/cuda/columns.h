@@ -37,14 +37,23 @@ struct Place {
   int kv_len, kv_head;
 
   KVQUANT_DEVICE explicit Place(const KvquantAttention& a)
-      : a(a), kv_len(length(a)), kv_head(block_index_y() / row_tiles()) {}
-  static KVQUANT_DEVICE int length(const KvquantAttention& a) {
-    const int64_t* const at = kPaged ? a.pages.lengths + block_index_z() : a.length;
+      : a(a),
+        kv_len(length(a, block_index_z() / kShares)),
+        kv_head(block_index_y() / row_tiles()) {}
+  static KVQUANT_DEVICE int length(const KvquantAttention& a, int batch) {
+    const int64_t* const at = kPaged ? a.pages.lengths + batch : a.length;
     if (at == nullptr) return int(a.kv_len);
     const int64_t length = global_load(at);
     return int(length < a.kv_len ? length : a.kv_len);
   }
-  KVQUANT_DEVICE int batch() const { return block_index_z(); }
+  KVQUANT_DEVICE int batch() const { return block_index_z() / kShares; }
+  // The share (specialisation.h) of the values that the block sums up.
+  static KVQUANT_DEVICE int share() { return block_index_z() % kShares; }
+  // The share of a row that the block reads: keys have one.
+  template <class Stored>
+  static KVQUANT_DEVICE int part() {
+    return Stored::kParts > 1 ? share() : 0;
+  }
   KVQUANT_DEVICE int row_tiles() const { return grid_size_y() / int(a.num_kv_heads); }
   KVQUANT_DEVICE int first_position() const { return kv_len - int(a.q_len); }
 
@@ -96,12 +105,14 @@ struct Copies {
 
   template <class Stored>
   static KVQUANT_DEVICE Copies of(const KvquantSide& side, const Place& p) {
+    constexpr int kShareBytes = 2 * Stored::Codec::kChannels;
+    const int offset = p.part<Stored>() * kShareBytes;
     Copies c;
-    c.ring =
-        side.recent && Stored::kScaled ? p.of_copies(side.recent, side.recent_stride) : nullptr;
-    c.sink = has_sinks<Stored>(side) ? p.of_copies(side.sink, side.sink_stride) : nullptr;
+    c.ring = side.recent && Stored::kScaled ? p.of_copies(side.recent, side.recent_stride) + offset
+                                            : nullptr;
+    c.sink = has_sinks<Stored>(side) ? p.of_copies(side.sink, side.sink_stride) + offset : nullptr;
     c.ring_length = int(side.ring_length);
-    c.row_bytes = 2 * Stored::Codec::kChannels;
+    c.row_bytes = kShareBytes * Stored::kParts;
     c.recent_length = int(p.a.recent_length);
     c.block_length = Stored::kChannelGrid ? Stored::kGroup : 1;
     return c;

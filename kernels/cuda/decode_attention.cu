@@ -3,7 +3,7 @@
 //   decode_attention_kernel(a, partial)
 //     grid      (3 if a has exact copies, + Splits::most(a),
 //                num_kv_heads * row tiles,
-//                batch)
+//                batch * kShares of the values' channels (specialisation.h))
 //     block     KVQUANT_THREADS, or fewer where shared memory does not suffice
 //     row tile  kRows, 8 or 16, of the q_per_kv * q_len query rows of a kv head (layout.h)
 //   merge_splits_kernel(a, partial)
@@ -86,10 +86,10 @@ static_assert(page_holds(StoredPass::kTile) &&
               "KVQUANT_PAGE_LENGTH: whole tiles and blocks of the channel grid");
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
-// for a thread, two get 255. The sums of values take kValueDim * kRows / 32 of them, and those of a
+// for a thread, two get 255. The sums of values take kShareDim * kRows / 32 of them, and those of a
 // tile on the channel grid a few more.
 constexpr int kMostValueDim = StoredValues::kChannelGrid && kRows == 16 ? 64 : 128;
-constexpr int kBlocks = kValueDim <= kMostValueDim ? 3 : 2;
+constexpr int kBlocks = kShareDim <= kMostValueDim ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,
@@ -104,7 +104,7 @@ KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, cons
 KVQUANT_DEVICE void write_nothing(const Place& p, const Partials& partials, int index) {
   const QueryRows rows(p);
   const int row = thread_index();
-  if (!rows.exists(row)) return;
+  if (!rows.exists(row) || p.share() != 0) return;
   global_store(
       reinterpret_cast<Floats2*>(partials.states) + partials.at(rows.output_row(p, row), index),
       Floats2{-infinity(), 0.0f});

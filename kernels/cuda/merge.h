@@ -50,11 +50,11 @@ struct BlockMerge {
       const int row = Lanes::row(r);
       if (!rows.exists(row)) continue;
       const int64_t at = partials.at(rows.output_row(p, row), index);
-      if (Lanes::leads()) {
+      if (Lanes::leads() && p.share() == 0) {
         global_store(reinterpret_cast<Floats2*>(partials.states) + at,
                      Floats2{max[r] * kLn2, sum[r]});
       }
-      store_row(pass, r, partials.sums + at * kValueDim);
+      store_row(pass, r, partials.sums + at * kValueDim + p.share() * kShareDim);
     }
   }
 
@@ -165,7 +165,7 @@ struct RowMerge {
   KVQUANT_DEVICE void run(int batch, int head, int query) const {
     const int warp = warp_index(), lane = lane_index();
     const int64_t row = (int64_t(batch) * a.num_heads + head) * a.q_len + query;
-    const int kv_len = Place::length(a), columns = Splits::columns(a, kv_len);
+    const int kv_len = Place::length(a, batch), columns = Splits::columns(a, kv_len);
     const int slices = partials.extra + (kv_len + columns - 1) / columns;
     const auto* states = reinterpret_cast<const Floats2*>(partials.states) + partials.at(row, 0);
 

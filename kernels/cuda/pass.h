@@ -44,7 +44,6 @@ namespace kvquant {
 // The chunks whose pairs make whole steps.
 template <class Codec>
 constexpr int kChunksOfStep = Codec::kPairsOfWord == 1 ? 2 : 1;
-KVQUANT_FN constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
 // kCopied..: rows come from exact copies, and the columns are a list; without them, a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
@@ -54,7 +53,7 @@ struct Pass {
   using V = typename Values::Codec;
   using Lanes = Layout<kRows>;
   using KeyTile = Tile<K, kTileRows>;
-  using ValueTile = Tile<V, kTileRows>;
+  using ValueTile = Tile<V, kTileRows, Values::kParts>;
   static constexpr bool kInOrder = !kCopiedKeysHere && !kCopiedValuesHere;
   static constexpr int kTile = kTileRows, kStages = kNumStages, kWarps = kNumWarps;
   static constexpr int kEights = kTile / 8, kProducts = kTile / Lanes::kColumns;
@@ -253,14 +252,14 @@ struct Pass {
       next_values += ValueTile::kTileBytes;
       if constexpr (Keys::kChannelGrid) {
         if (tile == begin || column % Keys::kGroup == 0) {
-          copy_header<Keys>(p.a.keys, kPaged ? scale_rows(p.a.keys, column) : key_scale_rows,
+          copy_header<Keys>(p, p.a.keys, kPaged ? scale_rows(p.a.keys, column) : key_scale_rows,
                             in_storage(column) / Keys::kGroup, key_header(column / Keys::kGroup));
         }
       }
       if constexpr (Values::kChannelGrid) {
         if (tile == begin || column % Values::kGroup == 0) {
           // Not kept, as that of the keys is: registers are scarcer with values on this grid.
-          copy_header<Values>(p.a.values, scale_rows(p.a.values, column),
+          copy_header<Values>(p, p.a.values, scale_rows(p.a.values, column),
                               in_storage(column) / Values::kGroup,
                               value_header(column / Values::kGroup));
         }
@@ -580,7 +579,7 @@ struct Pass {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         const float down = 1.0f / V::unit(i * Lanes::kPairsOfProduct);
-        const Floats2 zero = Lanes::template of_channels<V>(scale_row + kValueDim / 4, i);
+        const Floats2 zero = Lanes::template of_channels<V>(scale_row + kShareDim / 4, i);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           acc[i][e] += weight_sum[e] * down * (Lanes::column_of(e) ? zero.y : zero.x);

@@ -55,11 +55,11 @@ KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
   return {words[0], words[1]};
 }
 
-// Writes the codes of an octet to its row of the cache if `write`. Every lane of the warp must call
-// this, because the lanes of nibbles exchange halves.
+// Writes the codes of a lane's octet `part` to its row of the cache if `write`. Every lane of the
+// warp must call this, because the lanes of nibbles exchange halves.
 template <class Format, int kHeadDim>
-KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write) {
-  const int octet = Row<kHeadDim>::octet();
+KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write, int part) {
+  const int octet = Row<kHeadDim>::octet(part);
   if constexpr (Format::kMidpoint != 0.0f) {
     // The octet that shares its bytes with ours is half a chunk away. Each of the two lanes stores
     // four of the eight bytes.

@@ -5,7 +5,8 @@
 //   grid    (x, 2 * num_kv_heads, batch) for any x, because a block takes every x-th span; y: the
 //           heads of the keys, then those of the values
 //   span    token grid and dense: kRows tokens; channel grid: one block, complete or not
-//   thread  an octet of a row (octet.h); a block of threads takes Row::kAtOnce rows at a time
+//   thread  one or two octets of a row (octet.h); a block of threads takes Row::kAtOnce rows at a
+//           time
 //
 //   appends  null; or int64 `[2]`, and the kernel counts what it appends, so that a step needs no
 //            other kernel for that: it raises *a.length by the new tokens, and appends[1] by 1. The
@@ -37,10 +38,11 @@ struct AppendSpec {
 // too.
 template <class S>
 struct Append {
-  using Tokens = Octet<KVQUANT_DTYPE>;
+  using Tokens = Octets<KVQUANT_DTYPE, S::kHeadDim>;
   using R = Row<S::kHeadDim>;
-  static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::kBytes;  // of an exact copy
-  static constexpr int kLoads = 4;                                    // rows in flight per thread
+  static constexpr int kParts = R::kPerLane;
+  static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::One::kBytes;  // of an exact copy
+  static constexpr int kLoads = 4 / kParts;  // rows in flight per thread
   static constexpr int kRows = kLoads * R::kAtOnce;
 
   const KvquantAppend& a;
@@ -123,11 +125,11 @@ struct Append {
   }
 
   // The ring keeps the last ring_length columns.
-  KVQUANT_DEVICE void write_recent(int t, const Tokens& octet) const {
+  KVQUANT_DEVICE void write_recent(int t, const Tokens& octets) const {
     const int length = int(x.side.ring_length);
     if (x.side.recent == nullptr || t < end - length) return;
     if (kept < start && (t - kept) % length < start - kept) return;  // see write_block
-    octet.store(ring_row(t) + R::octet() * Tokens::kBytes);
+    octets.store(ring_row(t));
   }
 
   KVQUANT_DEVICE void write_tokens(int first) {
@@ -136,7 +138,7 @@ struct Append {
     for (int i = 0; i < kLoads; ++i) {
       const int t = first + i * R::kAtOnce + R::index();
       if (t < end && !R::idle()) {
-        rows[i].load_once(new_row(t) + R::octet() * Tokens::kBytes);
+        rows[i].load_once(new_row(t));
       }
     }
 #pragma unroll
@@ -147,27 +149,30 @@ struct Append {
     }
   }
 
-  // Every lane must call this; `mine`: the lane holds an octet of a row that exists.
-  KVQUANT_DEVICE void write_token(int t, const Tokens& octet, bool mine) {
-    float y[8];
-    octet.unpack(y);
-    float magnitude = largest_magnitude(y);
-    count_bad(is_finite(magnitude));
-    if (mine) write_recent(t, octet);
+  // Every lane must call this; `mine`: the lane holds octets of a row that exists.
+  KVQUANT_DEVICE void write_token(int t, const Tokens& octets, bool mine) {
+    float y[kParts][8];
+    octets.unpack(y);
+    count_bad(is_finite(largest_magnitude(y)));
+    if (mine) write_recent(t, octets);
     if constexpr (S::kFormat == kDense) {
-      if (mine) octet.store(code_row(t) + R::octet() * Tokens::kBytes);
+      if (mine) octets.store(code_row(t));
     } else {
       using Format = typename FormatOf<S::kFormat>::Token;
       constexpr int kGroupOctets = S::kGroup / 8, kGroups = S::kHeadDim / S::kGroup;
-      if (S::kRotate) {
-        rotate<S::kHeadDim>(y);
-        magnitude = largest_magnitude(y);
+      if (S::kRotate) rotate<S::kHeadDim>(y);
+      // A group lies in one octet of each lane, or in all of them.
+      constexpr bool kOneGroup = kGroups == 1;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        const float mine_of_group = kOneGroup ? largest_magnitude(y) : largest_magnitude(y[i]);
+        const uint16_t scale =
+            token_scale<Format>(group_max<S::kHeadDim, S::kGroup>(mine_of_group));
+        if (mine && R::octet(i) % kGroupOctets == 0) {
+          global_store(scale_row<1, kGroups>(x.side.scale, t) + R::octet(i) / kGroupOctets, scale);
+        }
+        store_codes<Format, S::kHeadDim>(token_codes<Format>(y[i], scale), code_row(t), mine, i);
       }
-      const uint16_t scale = token_scale<Format>(group_max<S::kHeadDim, S::kGroup>(magnitude));
-      if (mine && R::octet() % kGroupOctets == 0) {
-        global_store(scale_row<1, kGroups>(x.side.scale, t) + R::octet() / kGroupOctets, scale);
-      }
-      store_codes<Format, S::kHeadDim>(token_codes<Format>(y, scale), code_row(t), mine);
     }
   }
 
@@ -181,7 +186,7 @@ struct Append {
     static_assert(S::kGroup % R::kAtOnce == 0, "a block is read in whole steps");
     constexpr int kSteps = S::kGroup / R::kAtOnce, kAhead = kSteps < kLoads ? kSteps : kLoads;
     const bool complete = base + S::kGroup <= end;
-    Channel<Format> channels[8];
+    Channel<Format> channels[kParts][8];
 #pragma unroll 1
     for (int step = 0; step < kSteps; step += kAhead) {
       const int first = base + step * R::kAtOnce;
@@ -194,23 +199,27 @@ struct Append {
       for (int i = 0; i < kAhead; ++i) {
         const int t = first + i * R::kAtOnce + R::index();
         const bool is_new = t >= start && t < end && !R::idle();
-        float y[8];
+        float y[kParts][8];
         rows[i].unpack(y);
         const bool finite = is_finite(largest_magnitude(y));
         count_bad(finite || !is_new);
         if (is_new) write_recent(t, rows[i]);
         if (!complete || is_padding(t)) continue;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (finite || is_finite(fabsf(y[j]))) channels[j].count(y[j]);
+        for (int j = 0; j < 8 * kParts; ++j) {
+          const float one = y[j / 8][j % 8];
+          if (finite || is_finite(fabsf(one))) channels[j / 8][j % 8].count(one);
         }
       }
     }
     if (!complete) return;
 
-    float zero[8], r[8];
+    float zero[kParts][8], r[kParts][8];
     merge(channels);
-    write_scales(channels, base, zero, r);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      write_scales(channels[part], part, base, zero[part], r[part]);
+    }
 #pragma unroll 1
     for (int step = 0; step < kSteps; step += kAhead) {
       const int first = base + step * R::kAtOnce;
@@ -220,12 +229,17 @@ struct Append {
         load_column(rows[i], first + i * R::kAtOnce + R::index(), true);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        float y[8];
+        float y[kParts][8];
         rows[i].unpack(y);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) y[j] = Channel<Format>::code(y[j], zero[j], r[j]);
         uint8_t* row = code_row(first + i * R::kAtOnce + R::index());
-        store_codes<Format, S::kHeadDim>(encode<Format>(y), row, !R::idle());
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            y[part][j] = Channel<Format>::code(y[part][j], zero[part][j], r[part][j]);
+          }
+          store_codes<Format, S::kHeadDim>(encode<Format>(y[part]), row, !R::idle(), part);
+        }
       }
     }
     // Now the next block may use the same shared memory, and the ring slots of the earlier columns
@@ -235,29 +249,31 @@ struct Append {
   }
 
   // Columns before `start` come from the ring, and only if `early`.
-  KVQUANT_DEVICE void load_column(Tokens& octet, int t, bool early) const {
+  KVQUANT_DEVICE void load_column(Tokens& octets, int t, bool early) const {
     if (R::idle() || t >= end || (t < start && !early)) return;
-    octet.load((t < start ? ring_row(t) : new_row(t)) + R::octet() * Tokens::kBytes);
+    octets.load(t < start ? ring_row(t) : new_row(t));
   }
 
   // Merges the statistics of all threads of the block.
   template <class Format>
-  KVQUANT_DEVICE void merge(Channel<Format> (&channels)[8]) const {
+  KVQUANT_DEVICE void merge(Channel<Format> (&channels)[kParts][8]) const {
     constexpr int kWarps = KVQUANT_THREADS / 32;
     KVQUANT_SHARED(float, lows, kWarps* S::kHeadDim);
     KVQUANT_SHARED(float, highs, kWarps* S::kHeadDim);
-    const int place = warp_index() * S::kHeadDim + 8 * R::octet();
+    const int place = warp_index() * S::kHeadDim;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 8 * kParts; ++j) {
+      Channel<Format>& mine = channels[j / 8][j % 8];
 #pragma unroll
       for (int mask = R::kLanes; mask < 32; mask *= 2) {
-        const float low = shuffle_xor(channels[j].low, mask);
-        const float high = shuffle_xor(channels[j].high, mask);
-        channels[j].merge(low, high);
+        const float low = shuffle_xor(mine.low, mask);
+        const float high = shuffle_xor(mine.high, mask);
+        mine.merge(low, high);
       }
       if (lane_index() < R::kOctets) {
-        lows[place + j] = channels[j].low;
-        highs[place + j] = channels[j].high;
+        const int channel = place + 8 * R::octet(j / 8) + j % 8;
+        lows[channel] = mine.low;
+        highs[channel] = mine.high;
       }
     }
     block_barrier();
@@ -265,19 +281,19 @@ struct Append {
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int channel = warp * S::kHeadDim + 8 * R::octet() + j;
+      for (int j = 0; j < 8 * kParts; ++j) {
+        const int channel = warp * S::kHeadDim + 8 * R::octet(j / 8) + j % 8;
         const float low = lows[channel], high = highs[channel];
-        channels[j].merge(low, high);
+        channels[j / 8][j % 8].merge(low, high);
       }
     }
   }
 
-  // Stores the scales and zero points of the block at `base`; returns zero points and reciprocals
-  // of scales.
+  // Stores the scales and zero points of octet `part` of the block at `base`; returns zero points and
+  // reciprocals of scales.
   template <class Format>
-  KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int base, float (&zero)[8],
-                                   float (&r)[8]) const {
+  KVQUANT_DEVICE void write_scales(const Channel<Format> (&channels)[8], int part, int base,
+                                   float (&zero)[8], float (&r)[8]) const {
     constexpr bool kSymmetric = Channel<Format>::kSymmetric;
     uint32_t zeros[4] = {}, scales[4] = {};
 #pragma unroll
@@ -290,7 +306,7 @@ struct Append {
       scales[j / 2] |= uint32_t(s) << 16 * (j % 2);
     }
     if (R::index() != 0 || R::idle()) return;
-    const int first = 8 * R::octet();
+    const int first = 8 * R::octet(part);
     store_16(scale_row<S::kGroup, S::kHeadDim>(x.side.scale, base) + first,
              {scales[0], scales[1], scales[2], scales[3]});
     if (!kSymmetric) {
@@ -306,9 +322,9 @@ struct Append {
     for (int early = kept + R::index(); early < start; early += R::kAtOnce) {
       const int t = early + (end - 1 - early) / length * length;  // the last column of this slot
       if (t < start || R::idle()) continue;
-      Tokens octet;
-      octet.load(new_row(t) + R::octet() * Tokens::kBytes);
-      octet.store(ring_row(t) + R::octet() * Tokens::kBytes);
+      Tokens octets;
+      octets.load(new_row(t));
+      octets.store(ring_row(t));
     }
   }
 
@@ -336,10 +352,9 @@ struct Append {
         if (!(tokens >> i & 1)) continue;
         if (writes_positions && lane == 0) global_store_relaxed(positions + slot, first + i);
         if (x.side.sink && lane < R::kOctets) {
-          Tokens octet;
-          octet.load(new_row(first + i) + lane * Tokens::kBytes);
-          octet.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(slot) * kRowBytes +
-                      lane * Tokens::kBytes);
+          Tokens octets;
+          octets.load(new_row(first + i));
+          octets.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(slot) * kRowBytes);
         }
         ++slot;
       }

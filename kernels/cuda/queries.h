@@ -22,7 +22,7 @@ template <class Keys>
 struct Queries {
   using K = typename Keys::Codec;
   static constexpr int kSteps = K::kPairs / 2, kDim = K::kChannels, kWords = kRows / 4;
-  static constexpr int kGroups = Keys::kTokenScaled ? kDim / Keys::kGroup : 1;
+  static constexpr int kGroups = larger_of(Keys::kGroups, 1);
   static constexpr bool kHasOffset = Keys::kTokenScaled && K::kOffset != 0.0f;
   static constexpr int kFragments = 128 * kWords * kSteps;
   static constexpr int kBytes = kFragments + 4 * kRows * (1 + kGroups);
@@ -48,26 +48,44 @@ struct Queries {
   template <int kWarps>
   KVQUANT_DEVICE void prepare(const Place& p) const {
     constexpr int kEach = (kRows + kWarps - 1) / kWarps;
+    // A warp's rows are all in flight at once, unless they take too many registers.
+    constexpr int kAtOnce = kDim <= 256 || kEach < 4 ? kEach : 4;
     const QueryRows block_rows(p);
-    WarpRow<kDim> rows[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = warp_index() + i * kWarps;
-      if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
-    }
+    WarpRow<kDim> rows[kAtOnce];
+    load_rows<kWarps>(p, block_rows, 0, rows);
     // Rows that do not exist, and elements that belong to no channel, are zeros.
     const auto words = shared_cast<Words4>(fragments);
     for (int i = thread_index(); i < kBytes / 16; i += 32 * kWarps)
       words[i] = Words4{0u, 0u, 0u, 0u};
     block_barrier();
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = warp_index() + i * kWarps;
-      if (block_rows.exists(row)) store(p, row, rows[i]);
+    store_rows<kWarps>(p, block_rows, 0, rows);
+#pragma unroll 1
+    for (int first = kAtOnce; first < kEach; first += kAtOnce) {
+      load_rows<kWarps>(p, block_rows, first, rows);
+      store_rows<kWarps>(p, block_rows, first, rows);
     }
   }
 
  private:
+  // Of the rows of this warp, those from `first` on.
+  template <int kWarps, int kAtOnce>
+  static KVQUANT_DEVICE void load_rows(const Place& p, const QueryRows& block_rows, int first,
+                                       WarpRow<kDim> (&rows)[kAtOnce]) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = warp_index() + (first + i) * kWarps;
+      if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
+    }
+  }
+  template <int kWarps, int kAtOnce>
+  KVQUANT_DEVICE void store_rows(const Place& p, const QueryRows& block_rows, int first,
+                                 WarpRow<kDim> (&rows)[kAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = warp_index() + (first + i) * kWarps;
+      if (block_rows.exists(row)) store(p, row, rows[i]);
+    }
+  }
   static KVQUANT_DEVICE void load(const Place& p, const QueryRows& rows, int row,
                                   WarpRow<kDim>& x) {
     const KvquantAttention& a = p.a;

@@ -18,7 +18,7 @@ namespace kvquant {
 template <class S, int kTile>
 struct TokenScales {
   using Lanes = Layout<kRows>;
-  static constexpr int kGroups = S::kTokenScaled ? S::Codec::kChannels / S::kGroup : 0;
+  static constexpr int kGroups = S::kGroups;
   static constexpr int kNumbers = kTile * kGroups, kEach = (kNumbers + 31) / 32;
   static constexpr int kBytes = 4 * kNumbers;
 
@@ -48,11 +48,12 @@ struct TokenScales {
       next[i] = column < 0 ? uint16_t(0) : global_load(scales(column) + group(i));
     }
   }
-  // The scales of a column.
+  // The scales of a column, or of this block's share of it.
   KVQUANT_DEVICE const uint16_t* scales(int column) const {
     const uint16_t* const first =
         kPaged ? p.of_column(side.scale, side.scale_stride, column) : from;
-    return first + int64_t(in_storage(column)) * kGroups;
+    const int share = p.part<S>() * S::Codec::kChannels / larger_of(S::kGroup, 1);
+    return first + (int64_t(in_storage(column)) * S::kRowGroups + share);
   }
   KVQUANT_DEVICE float value(int i, uint32_t bits) const {
     return row(i) < kTile && (bits >> row(i) & 1u) ? half_low(next[i]) : 0.0f;
@@ -97,10 +98,11 @@ constexpr int kHeaderBytes = S::kChannelGrid ? 4 * S::Codec::kChannels : 0;
 
 // Copies the scales, then the zero points, of one block; `scales` points at the head's first block.
 template <class S>
-KVQUANT_DEVICE void copy_header(const KvquantSide& side, const uint8_t* scales, int block,
-                                SharedPtr<uint8_t> to) {
+KVQUANT_DEVICE void copy_header(const Place& p, const KvquantSide& side, const uint8_t* scales,
+                                int block, SharedPtr<uint8_t> to) {
   constexpr int kDim = S::Codec::kChannels;
-  const uint8_t* scale = scales + int64_t(block) * (2 * kDim);
+  const uint8_t* scale =
+      scales + int64_t(block) * (2 * kDim * S::kParts) + p.part<S>() * (2 * kDim);
   const int64_t apart =
       reinterpret_cast<int64_t>(side.zero_point) - reinterpret_cast<int64_t>(side.scale);
 #pragma unroll

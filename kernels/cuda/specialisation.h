@@ -15,6 +15,14 @@
 namespace kvquant {
 
 constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
+// The channels of values whose sums a thread block has registers for, and the shares of a row. The
+// blocks of a row's shares compute the same scores.
+//
+//   512 channels of values       0           128          256          384          512
+//     token grid, dense          | block z                | block z + 1             |
+//     channel grid               | block z   | block z + 1| block z + 2| block z + 3|
+constexpr int kShareDim = kValueDim <= 256 ? kValueDim : KVQUANT_V_GRID == kChannelGrid ? 128 : 256;
+constexpr int kShares = kValueDim / kShareDim;
 constexpr int kMostColumns = KVQUANT_SPLIT, kUnit = KVQUANT_UNIT, kEnoughBlocks = KVQUANT_BLOCKS;
 constexpr int kRows = KVQUANT_ROWS;
 constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
@@ -22,8 +30,15 @@ constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
 static_assert(KVQUANT_DTYPE == kFloat16 || KVQUANT_DTYPE == kBFloat16,
               "KVQUANT_DTYPE: FP16 or BF16; there is no MMA for float32");
 static_assert(kRows == 8 || kRows == 16, "KVQUANT_ROWS: 8 or 16");
-static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kValueDim % 16 == 0 && kValueDim <= 256,
-              "head_dim: a multiple of 16 up to 256");
+KVQUANT_FN constexpr bool is_head_dim(int dim) {
+  return dim == 512 || (dim % 16 == 0 && dim <= 256);
+}
+static_assert(is_head_dim(kHeadDim) && is_head_dim(kValueDim),
+              "head_dim: a multiple of 16 up to 256, or 512");
+static_assert(kRows == 16 || (kHeadDim <= 256 && kValueDim <= 256),
+              "KVQUANT_ROWS: 16 with a head_dim of 512; registers do not suffice for the queries");
+
+KVQUANT_FN constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
 template <int kFormat, int kGrid, int kDim>
 struct CodecOf {
@@ -49,23 +64,28 @@ struct CodecOf<kInt4, kGrid, kDim> {
 // How the keys, or the values, of one kind of column (columns.h) are stored: the codec, and the
 // scales.
 //   kGroup   channels of a scale (token grid) or tokens of a scale (channel grid); 0: no scales
-template <class C, bool kOnChannelGrid, int kGroupLength, bool kIsRotated>
+//   kParts   shares of a stored row; the codec has the channels of one
+template <class C, bool kOnChannelGrid, int kGroupLength, bool kIsRotated, int kShares = 1>
 struct RowForm {
   using Codec = C;
   static constexpr bool kChannelGrid = kOnChannelGrid, kRotated = kIsRotated;
   static constexpr bool kScaled = kGroupLength != 0, kTokenScaled = kScaled && !kChannelGrid;
   static constexpr bool kHasZeroPoint = kChannelGrid && !kIsE4M3<C>;
-  static constexpr int kGroup = kGroupLength;
+  static constexpr int kGroup = kGroupLength, kParts = kShares;
+  // Scales of a row of the token grid, and those that a share needs. A group has whole shares, or a
+  // share has whole groups.
+  static constexpr int kRowGroups = kTokenScaled ? C::kChannels * kParts / larger_of(kGroup, 1) : 0;
+  static constexpr int kGroups = kRowGroups < kParts ? (kTokenScaled ? 1 : 0) : kRowGroups / kParts;
 };
 
 using StoredKeys = RowForm<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,
                            KVQUANT_K_GRID == kChannelGrid && KVQUANT_K_FORMAT != kDense,
                            KVQUANT_K_FORMAT == kDense ? 0 : KVQUANT_K_GROUP, KVQUANT_K_ROTATE != 0>;
 using StoredValues =
-    RowForm<CodecOf<KVQUANT_V_FORMAT, KVQUANT_V_GRID, kValueDim>::Type,
+    RowForm<CodecOf<KVQUANT_V_FORMAT, KVQUANT_V_GRID, kShareDim>::Type,
             KVQUANT_V_GRID == kChannelGrid && KVQUANT_V_FORMAT != kDense,
-            KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0>;
+            KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0, kShares>;
 using CopiedKeys = RowForm<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
-using CopiedValues = RowForm<Dense16<kValueDim, kIsBFloat16>, false, 0, false>;
+using CopiedValues = RowForm<Dense16<kShareDim, kIsBFloat16>, false, 0, false, kShares>;
 
 }  // namespace kvquant

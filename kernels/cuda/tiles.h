@@ -12,27 +12,30 @@ namespace kvquant {
 struct StoredRows {
   const KvquantSide& side;
   const Place& p;
-  const uint8_t* data;  // of column 0, without pages
-  int row_bytes;
+  const uint8_t* data;   // of column 0, without pages
+  int share, row_bytes;  // share: where this block's begins in a row
 
   template <class Stored>
   static KVQUANT_DEVICE StoredRows of(const KvquantSide& side, const Place& p) {
+    constexpr int kShareBytes = Stored::Codec::kRowBytes;
     return {side, p, kPaged ? nullptr : p.of_column(side.data, side.data_stride, 0),
-            Stored::Codec::kRowBytes};
+            p.part<Stored>() * kShareBytes, kShareBytes * Stored::kParts};
   }
   KVQUANT_DEVICE const uint8_t* row(int column, int) const {
     const uint8_t* const first = kPaged ? p.of_column(side.data, side.data_stride, column) : data;
-    return first + int64_t(in_storage(column)) * row_bytes;
+    return first + (int64_t(in_storage(column)) * row_bytes + share);
   }
 };
 
-template <class Codec, int kTile>
+// kParts: shares of a row in global memory, of which the tile has one.
+template <class Codec, int kTile, int kParts = 1>
 struct Tile {
   // Rows of 40 or 56 bytes begin at multiples of 8.
   static constexpr int kPiece = Codec::kRowBytes % 16 ? 8 : 16;
-  static constexpr int kPieces = 16 * kChunks<Codec> / kPiece, kRowsAtOnce = 32 / kPieces;
+  static constexpr int kAll = 16 * kChunks<Codec> / kPiece, kRounds = (kAll + 31) / 32,
+                       kPieces = kAll / kRounds, kRowsAtOnce = 32 / kPieces;
   static constexpr int kStride = kRowStride<Codec>, kBytes = kTile * kStride;
-  static_assert(kPieces <= 32, "a row is copied by one warp at once");
+  static_assert(kAll % kRounds == 0, "a row is copied by one warp at once, or in whole rounds");
 
   // A lane copies the same piece of each row that is kRowsAtOnce after its first.
   static KVQUANT_DEVICE int piece() { return lane_index() % kPieces * kPiece; }
@@ -40,7 +43,7 @@ struct Tile {
 
   // Where this lane's first piece of a tile is whose first column is `column`; the next tile's is
   // kTileBytes further.
-  static constexpr int kTileBytes = kTile * Codec::kRowBytes;
+  static constexpr int kPitch = Codec::kRowBytes * kParts, kTileBytes = kTile * kPitch;
   template <class Rows>
   static KVQUANT_DEVICE const uint8_t* place(const Rows& rows, int column) {
     return rows.row(column + first_row(), -1) + piece();
@@ -53,7 +56,7 @@ struct Tile {
 #pragma unroll
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
       if (!is_row(row0 + i)) continue;
-      copy_piece(mine + i * kStride, from + i * kRowBytes, piece(), row0 + i < left);
+      copy_pieces(mine + i * kStride, from + i * kPitch, row0 + i < left);
     }
   }
   // Copies the rows of entries first .. first + kTile of a list; entries beyond the end are zeros.
@@ -67,8 +70,7 @@ struct Tile {
       const int column = columns.column(first + row0 + i), slot = columns.slot(first + row0 + i);
       const uint8_t* from = column < 0 ? nullptr : rows.row(column, slot);
       const bool valid = from != nullptr;
-      if (is_row(row0 + i))
-        copy_piece(mine + i * kStride, valid ? from + piece() : from, piece(), valid);
+      if (is_row(row0 + i)) copy_pieces(mine + i * kStride, valid ? from + piece() : from, valid);
     }
   }
 
@@ -93,12 +95,16 @@ struct Tile {
  private:
   static constexpr int kRowBytes = Codec::kRowBytes;
   static KVQUANT_DEVICE bool is_row(int row) { return kTile % kRowsAtOnce == 0 || row < kTile; }
-  static KVQUANT_DEVICE void copy_piece(SharedPtr<uint8_t> to, const uint8_t* from, int piece,
-                                        bool valid) {
-    if constexpr (kPiece == 16) {
-      cp_async_16(to, from, valid);
-    } else {
-      cp_async_8(to, from, valid && piece < kRowBytes);
+  // This lane's pieces of a row, one for each round.
+  static KVQUANT_DEVICE void copy_pieces(SharedPtr<uint8_t> to, const uint8_t* from, bool valid) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int further = r * kPieces * kPiece;
+      if constexpr (kPiece == 16) {
+        cp_async_16(to + further, valid ? from + further : from, valid);
+      } else {
+        cp_async_8(to + further, from + further, valid && piece() + further < kRowBytes);
+      }
     }
   }
 };

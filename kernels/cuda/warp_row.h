@@ -35,9 +35,14 @@ struct WarpRow {
         }
       }
     }
-    if constexpr (kBlock == 256) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) butterfly(x[0][i], x[1][i]);
+    for (int rounds = 1; 128 * rounds < kBlock; rounds *= 2) {
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        if (r & rounds) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) butterfly(x[r][i], x[r + rounds][i]);
+      }
     }
     constexpr float kNorm = inverse_root(kBlock);
 #pragma unroll

@@ -200,10 +200,11 @@ def obstacle_of(states: LatentStates, query: torch.Tensor, kwargs: dict) -> str 
 def _obstacle_of_backend(requested: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     # Here, because an import of the package loads no compiled backend.
     from .backends.arguments import MAX_HEAD_DIM
+    from .backends.specialisation import HEAD_DIMS, takes_head_dim
 
     backend = ops.choose_backend(requested, device_type, dtype)
-    if backend == "cuda":
-        return "latents on a GPU, whose kernels do not read them yet"
+    if backend == "cuda" and not takes_head_dim(head_dim):
+        return f"latents of {head_dim} elements on a GPU (expected {HEAD_DIMS})"
     if backend == "cpu" and (head_dim % 16 or head_dim > MAX_HEAD_DIM):
         return f"latents of {head_dim} elements (expected a multiple of 16 up to {MAX_HEAD_DIM})"
     return None

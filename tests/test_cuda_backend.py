@@ -14,11 +14,12 @@ import pytest
 import torch
 from stored import replaced
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, reference, static
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, latent, ops, reference, static
 from hf_kvquant.attention import attend
 from hf_kvquant.backends import arguments, cuda
+from hf_kvquant.states import QuantizedStates
 
 LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008}
 
@@ -149,6 +150,49 @@ def test_a_layer_of_a_captured_step_launches_three_kernels(preset, emulated, mon
     exact = [s.known() for s in states]
     expected, _ = reference.decode_attention(query, *exact, scaling=0.125)
     assert (output.transpose(1, 2).float() - expected.float()).norm() < 0.008 * expected.float().norm()
+
+
+class _UpProjection(torch.nn.Module):
+    """The sizes and the weight of DeepSeek V3's latent attention, with fewer channels of its heads."""
+
+    num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim = 16, 512, 16, 64, 16
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        heads = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = torch.nn.Linear(self.kv_lora_rank, heads, bias=False, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("preset", ["int8", "int8-plain", "fp8", "int4"])
+def test_latents_of_512_elements(preset, dtype, emulated):
+    """A cache of latents and rotary keys, and a step over both, equal the reference's."""
+    torch.manual_seed(0)
+    module, config = _UpProjection(dtype), KVQuantConfig.preset(preset)
+    key, value = torch.randn(1, 1, 100, 512).to(dtype), torch.randn(1, 1, 100, 64).to(dtype)
+    query = torch.randn(1, 16, 1, 80).to(dtype)
+
+    def step() -> tuple[torch.Tensor, list[QuantizedStates]]:
+        model = DeepseekV3Config(num_hidden_layers=1, kv_lora_rank=512, qk_rope_head_dim=64)
+        cache = QuantizedCache(model, config, max_length=140)
+        cache.update(key[:, :, :97], value[:, :, :97], 0)
+        cache.quantized_layers[0].takes_states = True
+        states = cache.update(key[:, :, 97:], value[:, :, 97:], 0)
+        assert [x.data.shape[:2] for x in states] == [(1, 1)] * 2
+        stored = latent.LatentStates(*states, None, 16, 80)
+        with torch.no_grad():
+            return latent.attend(module, query, stored, None, None, scaling=0.1), states
+
+    output, ours = step()
+    assert [launch[0] for launch in emulated.launches][-2:] == ["decode_attention_kernel", "merge_splits_kernel"]
+    assert emulated.launches[-2][2][2] == (4 if config.keys.is_channel else 2)  # blocks of the shares of a row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_implementation", lambda *_: reference)
+        expected, theirs = step()
+    for a, b in zip(ours, theirs):
+        whole = 100 // (a.spec.block_length or 1) * (a.spec.block_length or 1)
+        assert torch.equal(a.data[:, :, :whole], b.data[:, :, :whole])
+    assert (output.float() - expected.float()).norm() < 2 * LIMIT[dtype] * expected.float().norm()
 
 
 @pytest.mark.parametrize(("format", "side"), [("int3", "keys"), ("int2", "values")])

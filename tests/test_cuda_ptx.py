@@ -71,6 +71,12 @@ class TestAttention:
     def test_head_dims(self, store, preset, head_dim):
         check(problem(store, preset, head_dim=head_dim, kv_len=300))
 
+    @pytest.mark.parametrize("preset", ["int8", "int8-plain", "fp8", "int4"])
+    def test_latents(self, store, preset):
+        """Latents are keys and values at once. The scores of rotary keys are a mask, another one for each head."""
+        query, latents, _ = problem(store, preset, head_dim=512, kv_len=71, q_per_kv=16)
+        check((query, latents, latents), torch.randn(1, 32, 1, 71))
+
     @pytest.mark.parametrize("preset", ["int4", "fp8"])
     def test_on_sm_80(self, store, preset):
         check(problem(store, preset, kv_len=300), device=Device("sm_80"))

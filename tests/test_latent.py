@@ -78,6 +78,19 @@ def test_absorbed_attention_equals_every_class_s_own_expansion(name, preset):
             assert 0 < (ours[:, :, i, None] - theirs).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize(("backend", "most"), [("cpu", "up to 512"), ("cuda", "up to 256, or 512")])
+def test_ranks_that_kernels_take(backend, most, monkeypatch):
+    monkeypatch.setattr(latent.ops, "choose_backend", lambda *_: backend)
+
+    def obstacle(rank):
+        return latent._obstacle_of_backend("auto", "cuda", torch.bfloat16, rank)
+
+    assert [obstacle(rank) for rank in (32, 256, 512)] == [None] * 3
+    for rank in (520, 576):
+        assert f"latents of {rank} elements" in obstacle(rank) and f"a multiple of 16 {most})" in obstacle(rank)
+    assert (obstacle(320) is None) is (backend == "cpu")
+
+
 def decode(model, kv_config, takes_states: bool, attn_mask=None, lengths=(1,) * 6):
     cache = hf_kvquant.QuantizedCache(config=model.config, kv_config=kv_config, attention_mask=attn_mask)
     ids, new = families.prompt(2, 70), families.prompt(2, sum(lengths), seed=3)

@@ -85,6 +85,8 @@ class Stored(_Tensors):
 
     # What a compiled backend has checked about the tensors, whose shapes and strides never change; see `arguments`.
     layout: Any = None
+    # Whether backend "cuda" has checked their alignment, which does not change either.
+    is_aligned = False
 
     def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
         """The result of `function` for every tensor."""

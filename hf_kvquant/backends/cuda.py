@@ -262,12 +262,16 @@ _CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in
 
 
 def _check_alignment(name: str, call: arguments.Attention | arguments.Append, side: int, states: _States) -> None:
-    """Check that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a multiple of 16 bytes."""
+    """Check, once for each `Stored`, that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a
+    multiple of 16 bytes."""
+    if states.stored.is_aligned:
+        return
     words = memoryview(call).cast("B").cast("Q")
     together, channel = 0, states.spec.grid == "channel"
     for place in _CHANNEL_PLACES if channel else _PLACES:
         together |= words[side + place]
     if together % 16 == 0:
+        states.stored.is_aligned = True
         return
     for tensor, (address, *strides) in (_STORED | _SCALES if channel else _STORED).items():
         chunk = 8 if tensor == "data" and states.spec.format == "int4" and states.head_dim % 32 else 16
@@ -276,6 +280,7 @@ def _check_alignment(name: str, call: arguments.Attention | arguments.Append, si
             if number % (16 if what == "address" else chunk):
                 expected = f"expected a multiple of {chunk if what == 'stride' else 16} bytes"
                 raise ValueError(f"{name} {tensor}: {what} {number} is not allowed; {expected}")
+    states.stored.is_aligned = True
 
 
 def _tensors(states: _States) -> tuple[torch.Tensor | None, ...]:

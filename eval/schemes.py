@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kvquant import KVQuantConfig
+from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.caches import DENSE
 from hf_kvquant.measure.facts import machine, rounded, versions, write_json
@@ -54,11 +54,21 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+def ours() -> dict[str, KVQuantConfig]:
+    """The presets, int3 and int2 on the grids of `int4`, and integers with both sides on the channel grid."""
+    found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
+    for name in ("int3", "int2"):
+        found[name] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, rotate=True))
+    for name in ("int8", "int4", "int3", "int2"):
+        found[f"{name}-both-channel"] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, "channel"))
+    return found
+
+
 def candidates(sink_length: int, recent_length: int) -> list[Preset]:
-    """The presets and all schemes, with these exact tokens."""
+    """Our configs and all schemes, with these exact tokens."""
     exact = {"sink_length": sink_length, "recent_length": recent_length}
-    ours = [Preset(name, replace(KVQuantConfig.preset(name), **exact)) for name in KVQuantConfig.preset_names()]
-    return [*ours, *(Scheme(name, **exact) for name in SCHEMES)]
+    configs = [Preset(name, replace(config, **exact)) for name, config in ours().items()]
+    return [*configs, *(Scheme(name, **exact) for name in SCHEMES)]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -113,13 +123,13 @@ def table(results: list[dict]) -> str:
     bits = {result["head_dim"]: result["bits"] for result in results}
     head = ["scheme", *(f"bits at {width}" for width in widths), *(result["model"] for result in results)]
     lines = []
-    presets = KVQuantConfig.preset_names()
+    our_names = list(ours())
     for name in names:
         cells = [f"{bits[width][name]:.3f}" for width in widths]
         cells += [
             " / ".join(three_digits(1000 * result["kl"][w][name]["mean"]) for w in WINDOWS) for result in results
         ]
-        lines.append([bold(name, presets), *cells])
+        lines.append([bold(name, our_names), *cells])
     return markdown(head, lines)
 
 

@@ -109,7 +109,7 @@ class TestPublished:
 
     @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["model"])
     def test_every_scheme_is_there_with_its_bits(self, result):
-        names = {*SCHEMES, *KVQuantConfig.preset_names()}
+        names = {*SCHEMES, *KVQuantConfig.preset_names(), *schemes.ours()}
         assert set(result["bits"]) == names
         for kl in result["kl"].values():
             assert set(kl) == names and all(0 < each["mean"] < math.inf for each in kl.values())

@@ -129,6 +129,9 @@ def gaussian(bits: int) -> Rule:
 SCHEMES: dict[str, tuple[Rule, Rule]] = {
     # Liu et al., KIVI, https://arxiv.org/abs/2402.02750: groups of 32.
     **{f"kivi-{bits}": (affine(bits, 32, per_channel=True), affine(bits, 32)) for bits in (4, 2)},
+    # Transformers' caches of HQQ and quanto, as it configures them: zero points and scales for groups of 64 channels.
+    "hqq-8": (affine(8, 64), affine(8, 64)),
+    **{f"quanto-{bits}": (affine(bits, 64), affine(bits, 64)) for bits in (4, 2)},
     # ggml's block formats, as llama.cpp takes them for its cache.
     "q8_0": (symmetric(8, 32), symmetric(8, 32)),
     "q5_0": (signed_peak(5), signed_peak(5)),

@@ -264,8 +264,9 @@ class QuantizedLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         padding = self._padding_of_columns()
-        rest = {"start": start, "appends": self._appends()}
-        ops.quantize_append(key_states, value_states, keys, values, self.faults, padding, **rest)
+        ops.quantize_append(
+            key_states, value_states, keys, values, self.faults, padding, start=start, appends=self._appends()
+        )
         self._advance(n)
         self.storing = False
         self._say_nonfinite()

@@ -366,10 +366,9 @@ struct Append {
     if (x.side.sink == nullptr || lane_index() >= R::kOctets) return;
     const int past = end < int(a.num_sinks) ? end : int(a.num_sinks);
     for (int t = start; t < past; ++t) {
-      Tokens octet;
-      octet.load(new_row(t) + lane_index() * Tokens::kBytes);
-      octet.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(t) * kRowBytes +
-                  lane_index() * Tokens::kBytes);
+      Tokens octets;
+      octets.load(new_row(t));
+      octets.store(exact_at(x.side.sink, x.side.sink_stride) + int64_t(t) * kRowBytes);
     }
   }
 };

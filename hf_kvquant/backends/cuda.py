@@ -129,7 +129,7 @@ def _attend(
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    shares = value_shares(values.spec.is_channel, v_head_dim)
+    shares = value_shares(v_head_dim)
     grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch * shares), (q_len, num_heads, batch)
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)

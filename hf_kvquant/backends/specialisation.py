@@ -60,11 +60,9 @@ def rows_taken(channel_values: bool, head_dim: int) -> tuple[int, ...]:
     return ROWS[:1] if channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS else ROWS
 
 
-def value_shares(channel_values: bool, v_head_dim: int) -> int:
+def value_shares(v_head_dim: int) -> int:
     """The blocks among which the channels of a row of values are divided (`kShares` in specialisation.h)."""
-    if v_head_dim != WIDE_HEAD_DIM:
-        return 1
-    return 4 if channel_values else 2
+    return 4 if v_head_dim == WIDE_HEAD_DIM else 1
 
 
 def takes_head_dim(head_dim: int) -> bool:

@@ -19,9 +19,8 @@ constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
 // blocks of a row's shares compute the same scores.
 //
 //   512 channels of values       0           128          256          384          512
-//     token grid, dense          | block z                | block z + 1             |
-//     channel grid               | block z   | block z + 1| block z + 2| block z + 3|
-constexpr int kShareDim = kValueDim <= 256 ? kValueDim : KVQUANT_V_GRID == kChannelGrid ? 128 : 256;
+//     blocks                     | block z   | block z + 1| block z + 2| block z + 3|
+constexpr int kShareDim = kValueDim <= 256 ? kValueDim : 128;
 constexpr int kShares = kValueDim / kShareDim;
 constexpr int kMostColumns = KVQUANT_SPLIT, kUnit = KVQUANT_UNIT, kEnoughBlocks = KVQUANT_BLOCKS;
 constexpr int kRows = KVQUANT_ROWS;

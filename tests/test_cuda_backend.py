@@ -185,7 +185,7 @@ def test_latents_of_512_elements(preset, dtype, emulated):
 
     output, ours = step()
     assert [launch[0] for launch in emulated.launches][-2:] == ["decode_attention_kernel", "merge_splits_kernel"]
-    assert emulated.launches[-2][2][2] == (4 if config.keys.is_channel else 2)  # blocks of the shares of a row
+    assert emulated.launches[-2][2][2] == 4  # blocks of the shares of a row
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_implementation", lambda *_: reference)
         expected, theirs = step()

@@ -58,9 +58,7 @@ class Rows:
         self._made: dict[tuple, Any] = {}
         offsets = [at for chunk in chunks for at in range(chunk.offset, chunk.offset + chunk.n)]
         follow = offsets == list(range(offsets[0], offsets[0] + len(offsets)))
-        self.at: Any = slice(offsets[0], offsets[-1] + 1)
-        if not follow:
-            self.at = torch.tensor(offsets, device=allocator.device)
+        self.at: Any = slice(offsets[0], offsets[-1] + 1) if follow else torch.tensor(offsets, device=allocator.device)
         # New tokens of a single request that its later queries do not see, and that are not stored.
         self.unseen = allocator.unseen(chunks[0]) if len(chunks) == 1 else 0
 

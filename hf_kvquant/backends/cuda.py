@@ -257,8 +257,6 @@ _NEW_KEYS, _NEW_VALUES = (
 # A side's words: five addresses, then their strides of batch and head (zero_point shares those of scale).
 _STORED = {"data": (0, 5, 6), "recent": (3, 9, 10), "sink": (4, 11, 12)}
 _SCALES = {"scale": (1, 7, 8), "zero_point": (2, 7, 8)}
-_PLACES = tuple(place for places in _STORED.values() for place in places)
-_CHANNEL_PLACES = (*_PLACES, *(place for places in _SCALES.values() for place in places))
 
 
 def _check_alignment(name: str, call: arguments.Attention | arguments.Append, side: int, states: _States) -> None:
@@ -267,13 +265,7 @@ def _check_alignment(name: str, call: arguments.Attention | arguments.Append, si
     if states.stored.is_aligned:
         return
     words = memoryview(call).cast("B").cast("Q")
-    together, channel = 0, states.spec.grid == "channel"
-    for place in _CHANNEL_PLACES if channel else _PLACES:
-        together |= words[side + place]
-    if together % 16 == 0:
-        states.stored.is_aligned = True
-        return
-    for tensor, (address, *strides) in (_STORED | _SCALES if channel else _STORED).items():
+    for tensor, (address, *strides) in (_STORED | _SCALES if states.spec.grid == "channel" else _STORED).items():
         chunk = 8 if tensor == "data" and states.spec.format == "int4" and states.head_dim % 32 else 16
         for what, place in (("address", address), *(("stride", stride) for stride in strides)):
             number = words[side + place]

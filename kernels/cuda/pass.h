@@ -363,7 +363,8 @@ struct Pass {
     float sum[kProducts][4];
     begin_group(0, sum);
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
-#pragma unroll
+    // Wide heads have more steps than the compiler finds registers for at once.
+#pragma unroll(kHeadDim <= 256 ? kChunks<K> : 1)
     for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
       uint32_t pairs[kAtOnce * K::kPairsOfWord][kEights];
 #pragma unroll

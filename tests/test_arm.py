@@ -26,6 +26,7 @@ every_head_dim = pytest.mark.parametrize("head_dim", [64, 80, 128])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
+# `neon_i8mm` is slow here, and has a test of its own.
 LEVELS = ["scalar", "neon", "neon_dot"]
 # Against the portable code of this machine, whose expf differs by one unit in the last place.
 SAME_LEVEL = 2e-6
@@ -74,13 +75,14 @@ def problem(preset, *, batch=1, num_kv_heads=2, q_per_kv=2, q_len=1, kv_len=131,
 
 
 def test_instruction_sets(path, library):
-    assert levels_of(library) == LEVELS
+    assert levels_of(library) == [*LEVELS, "neon_i8mm"]
+    assert levels_of(arm_library.ArmLibrary(path, matrix_products=False)) == LEVELS
     assert levels_of(arm_library.ArmLibrary(path, dot_products=False)) == ["scalar", "neon"]
-    assert library.kvquant_level_runs(-1) == library.kvquant_level_runs(8) == 0
+    assert library.kvquant_level_runs(-1) == library.kvquant_level_runs(9) == 0
 
 
 def test_the_newest_instruction_set_is_the_default(on_arm):
-    assert cpu.isa() == "neon_dot"
+    assert cpu.isa() == "neon_i8mm"
 
 
 def test_structs_have_one_size(library):
@@ -91,7 +93,7 @@ def test_structs_have_one_size(library):
 @every_dtype
 @every_head_dim
 @every_preset
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, "neon_i8mm"])
 def test_bytes_equal_the_definition(level, preset, head_dim, dtype, on_arm):
     config = KVQuantConfig.preset(preset)
     padding = left_padding(150, 0, 30)
@@ -127,7 +129,21 @@ def test_the_largest_sums(spec, on_arm):
     x = (sign * torch.ones(512)).to(torch.bfloat16)
     states = make_states(x, KEY_SPECS[spec])
     for query in (x[:, :, :1], x[:, :, 1:2]):
-        check(query.contiguous(), states, states, levels=LEVELS)
+        check(query.contiguous(), states, states, levels=[*LEVELS, "neon_i8mm"])
+
+
+@every_head_dim
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "int" in name])
+def test_products_of_matrices_equal_dot_products(preset, head_dim, library, on_arm):
+    """Bit for bit, for one to four query rows."""
+    for q_per_kv, dtype in ((1, torch.bfloat16), (2, torch.float16), (4, torch.bfloat16)):
+        arguments = problem(preset, num_kv_heads=1, q_per_kv=q_per_kv, head_dim=head_dim, dtype=dtype)
+        output, lse = cpu.decode_attention(*arguments, scaling=0.125, isa="neon_dot")
+        before = library.products
+        same_output, same_lse = cpu.decode_attention(*arguments, scaling=0.125, isa="neon_i8mm")
+        assert library.products - before >= 131 * head_dim * q_per_kv // 16  # 32 products of one byte of a weight
+        assert torch.equal(output, same_output) and torch.equal(lse, same_lse)
+        check(*arguments, levels=["neon_i8mm"])
 
 
 @every_preset

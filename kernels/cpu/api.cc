@@ -6,6 +6,9 @@
 #if defined(KVQUANT_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(KVQUANT_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "cpu/level.h"
 #include "cpu/thread_pool.h"
@@ -17,9 +20,10 @@ namespace {
 using kvquant::Level;
 
 // From the oldest instruction set to the newest.
-constexpr int kNumLevels = 8;
-const char* const kLevelNames[kNumLevels] = {"scalar",      "avx2",        "avx2_vnni", "avx512",
-                                             "avx512_vnni", "avx512_bf16", "neon",      "neon_dot"};
+constexpr int kNumLevels = 9;
+const char* const kLevelNames[kNumLevels] = {"scalar", "avx2",        "avx2_vnni",
+                                             "avx512", "avx512_vnni", "avx512_bf16",
+                                             "neon",   "neon_dot",    "neon_i8mm"};
 
 #ifdef KVQUANT_X86
 // What the processor and the operating system can do. Not by __builtin_cpu_supports: Zig's answers 0
@@ -62,6 +66,18 @@ bool has_dot_products() {
   return false;
 #endif
 }
+// Whether it has `smmla`, too.
+bool has_matrix_products() {
+#if defined(__linux__)
+  return has_dot_products() && (getauxval(AT_HWCAP2) >> 13 & 1);  // HWCAP2_I8MM
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 // The operators of instruction set i. Null if this processor does not have all of its instructions,
@@ -78,6 +94,7 @@ const Level* level(int64_t i) {
 #ifdef KVQUANT_ARM
   if (i == 6) return &kvquant::kNeonLevel;
   if (i == 7) return has_dot_products() ? &kvquant::kNeonDotLevel : nullptr;
+  if (i == 8) return has_matrix_products() ? &kvquant::kNeonI8mmLevel : nullptr;
 #endif
   return i == 0 ? &kvquant::kScalarLevel : nullptr;
 }

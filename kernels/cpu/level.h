@@ -13,6 +13,6 @@ struct Level {
 };
 
 extern const Level kScalarLevel, kAvx2Level, kAvx2VnniLevel, kAvx512Level, kAvx512VnniLevel,
-    kAvx512Bf16Level, kNeonLevel, kNeonDotLevel;
+    kAvx512Bf16Level, kNeonLevel, kNeonDotLevel, kNeonI8mmLevel;
 
 }  // namespace kvquant

@@ -32,16 +32,24 @@ struct WeightMaker {
 
   explicit WeightMaker(float factor) : inverse(factor == 0.0f ? 0.0f : 1.0f / factor) {}
   void make(Vec a, Vec b, int16_t* weights) {
-    const int16x8_t x = rounded(a * inverse), y = rounded(b * inverse);
-    sums = vpadalq_s16(vpadalq_s16(sums, x), y);
-    auto* bytes = reinterpret_cast<int8_t*>(weights);
-    vst1q_s8(bytes, vcombine_s8(vmovn_s16(x), vmovn_s16(y)));
-    // The low byte is signed, so the high one is rounded, not truncated. No sum is above 32767.
-    const int16x8_t half = vdupq_n_s16(128);
-    vst1q_s8(bytes + 16,
-             vcombine_s8(vshrn_n_s16(vaddq_s16(x, half), 8), vshrn_n_s16(vaddq_s16(y, half), 8)));
+    const Bytes x = bytes_of(a, b);
+    vst1q_s8(reinterpret_cast<int8_t*>(weights), x.low);
+    vst1q_s8(reinterpret_cast<int8_t*>(weights) + 16, x.high);
   }
   float sum() const { return float(vaddvq_s32(sums)); }
+
+ protected:
+  struct Bytes {
+    int8x16_t low, high;
+  };
+  Bytes bytes_of(Vec a, Vec b) {
+    const int16x8_t x = rounded(a * inverse), y = rounded(b * inverse);
+    sums = vpadalq_s16(vpadalq_s16(sums, x), y);
+    // The low byte is signed, so the high one is rounded, not truncated. No sum is above 32767.
+    const int16x8_t half = vdupq_n_s16(128);
+    return {vcombine_s8(vmovn_s16(x), vmovn_s16(y)),
+            vcombine_s8(vshrn_n_s16(vaddq_s16(x, half), 8), vshrn_n_s16(vaddq_s16(y, half), 8))};
+  }
 
  private:
   static int16x8_t rounded(Vec x) {
@@ -50,7 +58,7 @@ struct WeightMaker {
 };
 
 template <class F>
-struct IntOperand {
+struct DotOperand {
   using Format = F;
   using Weight = int16_t;
   using Maker = WeightMaker;

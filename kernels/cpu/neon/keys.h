@@ -1,7 +1,7 @@
 // The loop over channels of a tile's keys; methods.h draws it.
 #pragma once
 
-#include "dot.h"
+#include "matrix.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -25,9 +25,9 @@ inline void dot_piece(const int8x16_t* codes, const Row* row, int c, ByteSums (*
 // totals[r]: the dot products of 8 columns, whose channels begin at `columns`, with the weights of
 // query row r from `begin` on.
 template <int kRows, class Format, class Row>
-inline void dot_columns(IntOperand<Format>, const uint8_t* columns, int64_t row_bytes, int channels,
+inline void dot_columns(DotOperand<Format>, const uint8_t* columns, int64_t row_bytes, int channels,
                         const Row* row, int begin, Vec* totals) {
-  using Operand = IntOperand<Format>;
+  using Operand = DotOperand<Format>;
   constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
   int32x4_t four[2][kRows];
 #pragma GCC unroll 1

@@ -9,6 +9,12 @@
 //                                        row's four weights: probabilities (token grid: times the
 //                                        scales of values)
 //
+// With products of matrices (matrix.h) a vector has the sums of two columns, or channels, and both
+// bytes:
+//
+//   score        8 columns x 4 query rows                            16 vectors of sums
+//   accumulate   8 channels x 4 query rows, from eight columns       16 vectors of sums
+//
 // fp8 is expanded to floats: 8 channels of 2 columns x 4 query rows, and 16 channels x 4 query rows,
 // have a vector of sums each. Channels stay in their order.
 #pragma once

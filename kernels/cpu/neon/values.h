@@ -1,7 +1,7 @@
 // The loop over the columns of a tile's values; methods.h draws it.
 #pragma once
 
-#include "dot.h"
+#include "matrix.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -34,9 +34,10 @@ inline void load_four(const uint8_t* p, int64_t row_bytes, int8x16_t* codes) {
 
 // out[r]: the sum over a tile's columns of the weights of row r times eight channels. One of every
 // four columns is prefetched, number `prefetched`.
-template <class Operand, int kRows, bool kHigh, class Row>
-inline void sum_half(const uint8_t* columns, int64_t row_bytes, int prefetched, const Row* row,
-                     Vec* out) {
+template <int kRows, bool kHigh, class Format, class Row>
+inline void sum_half(DotOperand<Format>, const uint8_t* columns, int64_t row_bytes, int prefetched,
+                     const Row* row, Vec* out) {
+  using Operand = DotOperand<Format>;
   ByteSums sums[kRows][2];
   for (auto& of_row : sums)
     for (ByteSums& s : of_row) s.clear();
@@ -67,15 +68,14 @@ inline void sum_half(const uint8_t* columns, int64_t row_bytes, int prefetched, 
 // sums[r][i]: the sums of 16 channels: those of 16 bytes in order, or the low nibbles and then the
 // high nibbles of 8 bytes. `columns` points at these bytes of the first column, which are those from
 // `byte` on in a row.
-template <int kRows, class Format, class Row>
-inline void sum_columns(IntOperand<Format>, const uint8_t* columns, int64_t row_bytes, int byte,
+template <int kRows, class Operand, class Row>
+inline void sum_columns(Operand operand, const uint8_t* columns, int64_t row_bytes, int byte,
                         const Row* row, Vec (*out)[2]) {
-  using Operand = IntOperand<Format>;
-  constexpr int kBytes = kBytesOf16<Format>;
+  constexpr int kBytes = kBytesOf16<typename Operand::Format>;
   Vec half[2][kRows];
   const int prefetched = byte / kBytes % 4;
-  sum_half<Operand, kRows, false>(columns, row_bytes, prefetched, row, half[0]);
-  sum_half<Operand, kRows, true>(columns + kBytes - 8, row_bytes, prefetched, row, half[1]);
+  sum_half<kRows, false>(operand, columns, row_bytes, prefetched, row, half[0]);
+  sum_half<kRows, true>(operand, columns + kBytes - 8, row_bytes, prefetched, row, half[1]);
   for (int r = 0; r < kRows; ++r) {
     out[r][0] = half[0][r];
     out[r][1] = half[1][r];

@@ -15,11 +15,11 @@ from statistics import median
 import matplotlib.image
 import pytest
 import torch
+from commands import call
 from hf_kvquant_entry import COMMANDS
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, ops
@@ -61,12 +61,6 @@ def folder(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def call(*arguments: object, code: int = 0, columns: int = 140):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns), "NO_COLOR": "1"})
-    assert result.exit_code == code, result.output
-    return result
 
 
 class TestInfo:

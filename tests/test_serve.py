@@ -1,6 +1,8 @@
 """`hf-kvquant serve`: transformers' own server answers OpenAI clients from quantized pages."""
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import call
+from commands import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvquant import host
@@ -27,9 +29,11 @@ NEW = 40
 
 
 @pytest.fixture(scope="module")
-def folder():
-    """A trained model: the text that a stream decodes piece by piece has to be UTF-8."""
-    return bundled_model()
+def folder(tmp_path_factory):
+    """A trained model, because the text that a stream decodes piece by piece has to be UTF-8. Chats get a template."""
+    folder = shutil.copytree(bundled_model(), tmp_path_factory.mktemp("served") / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder
 
 
 class TestErrors:
@@ -48,6 +52,13 @@ class TestErrors:
         for arguments, expected in (([], "sdpa"), (["--attn", "eager"], "eager")):
             call("serve", folder, *arguments)
             assert given["attn_implementation"] == expected
+
+    def test_clients_name_a_folder_as_the_command_did(self, folder, monkeypatch):
+        given = {}
+        monkeypatch.setattr(host, "run_server", lambda prepare, **options: given.update(options))
+        monkeypatch.chdir(folder.parent)
+        call("serve", f"./{folder.name}")
+        assert given["force_model"] == f"./{folder.name}"
 
     def test_names_that_are_wrong(self, folder):
         assert "does not exist" in call("serve", "./nowhere", code=2).output
@@ -131,6 +142,21 @@ class TestClients:
         with ask(client, folder, PROMPTS[1], stream=True) as stream:
             next(iter(stream))
         assert ask(client, folder, PROMPTS[2]).choices[0].text == alone[PROMPTS[2]]
+
+
+def test_the_chat_of_transformers(client, folder, tmp_path):
+    """Its second line answers whether to go on after the last token."""
+    line = "from transformers.cli.transformers import main; main()"
+    address = str(client.base_url).removesuffix("/v1/")
+    command = [sys.executable, "-c", line, "chat", str(folder), address, "max_new_tokens=8", "do_sample=False"]
+    environment = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "0"}
+    lines = f"{PROMPTS[1]}\nn\n!exit\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    messages = [{"role": "user", "content": PROMPTS[1]}]
+    answer = client.chat.completions.create(model=str(folder), messages=messages, max_tokens=8, temperature=0)
+    # The terminal shows the answer as Markdown.
+    assert re.search(r"\w+", answer.choices[0].message.content)[0] in done.stdout
 
 
 def test_what_cannot_be_served_is_named_at_the_start(openai, folder):

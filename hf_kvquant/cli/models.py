@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -69,7 +70,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
 
 def source_of(name: str) -> str:
-    """The folder or hub id of a model as named on the command line.
+    """The folder or hub id of a model as named on the command line; "./model" stays "./model".
 
     Raises:
         typer.BadParameter: the name looks like a path, and there is no model.
@@ -78,11 +79,11 @@ def source_of(name: str) -> str:
         return str(bundled_model())
     if not _is_path(name):
         return name
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        problem = "has no config.json" if folder.is_dir() else "does not exist"
+    folder = os.path.expanduser(name)
+    if not Path(folder, "config.json").is_file():
+        problem = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise typer.BadParameter(f"the model folder {name!r} {problem}", param_hint="MODEL")
-    return str(folder)
+    return folder
 
 
 def _is_path(name: str) -> bool:

@@ -33,6 +33,8 @@ def serve(
     kv_config = load_config(preset, config)
     if kv_config is None:
         raise typer.BadParameter("dense pages are served by `transformers serve`", param_hint="--preset")
+    # Clients have to name the model in exactly this way.
+    name = source_of(model)
     options = ContinuousBatchingConfig(
         num_blocks=num_blocks, page_size=page_size, max_batch_tokens=max_batch_tokens, auto_switch_to_flash=False
     )
@@ -49,14 +51,14 @@ def serve(
         loaded.init_continuous_batching = lambda generation_config, **_: init(generation_config, options)
         where = f"http://{listen}:{port}/v1"
         print(
-            f"Serving {model} at {where} with the {preset or config or DEFAULT_PRESET} cache",
+            f"Serving {name} at {where} with the {preset or config or DEFAULT_PRESET} cache",
             file=sys.stderr,
             flush=True,
         )
 
     try:
         host.run_server(
-            prepare, force_model=source_of(model), continuous_batching=True, attn_implementation=attn, device="cpu",
+            prepare, force_model=name, continuous_batching=True, attn_implementation=attn, device="cpu",
             dtype=dtype.value, host=listen, port=port,
         )  # fmt: skip
     except ImportError as error:

@@ -259,6 +259,7 @@ __all__ = [
     "continuous_batching",
     "cross_attention_layers",
     "generation_state",
+    "loses_soft_prompts",
     "records_attention_weights",
     "run_server",
     "set_attn_implementation",
@@ -293,6 +294,16 @@ def cache_argument(model: torch.nn.Module) -> str | None:
     parts = {type(part): None for part in model.modules() if isinstance(part, PreTrainedModel)}
     named = [name for part in parts for name in CACHE_NAMES if name in inspect.signature(part.forward).parameters]
     return CACHE if CACHE in named else next(iter(named), None)
+
+
+def loses_soft_prompts(model: torch.nn.Module) -> bool:
+    """Whether PEFT's prompt or prefix tuning prepares the model's inputs, and knows the cache by another name only.
+
+    Then it takes every step for the first one: it adds the prompt again, or replaces the prefix by an empty cache.
+    """
+    prepare: Any = model.prepare_inputs_for_generation
+    config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    return getattr(config, "is_prompt_learning", False) and CACHE not in inspect.unwrap(prepare).__code__.co_consts
 
 
 def cross_attention_layers(config: PreTrainedConfig) -> set[int]:

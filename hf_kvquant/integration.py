@@ -496,11 +496,14 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
                 given.set_padding(mask)
             request.cache = model_kwargs[host.CACHE]
         name = generation_config.cache_implementation
+        if given is not None:
+            _refuse_lost_soft_prompts(self, f"{host.CACHE}: a {type(given).__name__}")
         if not _is_ours(name) or model_kwargs.get(host.CACHE) is not None:
             return prepare(self, *arguments)
         if generation_config.use_cache is False and not request.by_call:
             # An argument of the call takes precedence over a name that was saved with the model.
             return prepare(self, *arguments)
+        _refuse_lost_soft_prompts(self, f"cache_implementation: {name!r}")
         cache: Any = _build(self, generation_config, max_cache_length, request)
         if self.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, _cross_attention_cache(self, cache, model_kwargs))
@@ -515,6 +518,15 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         model_kwargs[host.CACHE] = request.cache = cache
 
     return wrapper
+
+
+def _refuse_lost_soft_prompts(model: PreTrainedModel, asked: str) -> None:
+    if host.loses_soft_prompts(model):
+        raise ValueError(
+            f"{asked} cannot act: this release of PEFT looks for the cache of prompt and prefix tuning under its old "
+            f"name, so with transformers {host.VERSION} every cache, the dense one too, gives wrong tokens; install "
+            "transformers before 5.24, or a newer PEFT"
+        )
 
 
 def _build(

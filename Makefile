@@ -44,14 +44,22 @@ smoke-%: .venv/installed .venv/transformers-%/installed
 
 # Every recipe of eval/recipes, and the server with its clients, also with packages that are not in the lock: of these the newest
 # releases.
-recipes: .venv-recipes/installed
+recipes: .venv-recipes/installed .venv-lighteval/installed
 	OMP_NUM_THREADS=1 .venv-recipes/bin/pytest -q -rs tests/test_recipes.py tests/test_serve.py
+	OMP_NUM_THREADS=1 .venv-lighteval/bin/pytest -q -rs tests/test_recipes.py -k lighteval
 
 .venv-recipes/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv-recipes
 	$(call install,$(LOCK),.venv-recipes) . pytest peft accelerate lm-eval datasets trl smolagents \
-		torchao optimum-quanto bitsandbytes \
+		torchao optimum-quanto bitsandbytes gguf \
 		fastapi uvicorn openai opentelemetry-api
+	touch $@
+
+# lighteval 0.13 does not work with some releases of the lock.
+.venv-lighteval/installed: $(SOURCES) $(LOCK)
+	$(PYTHON) -m venv .venv-lighteval
+	grep -vE '^(fsspec|huggingface-hub|nltk|termcolor|xxhash)==' $(LOCK) > .venv-lighteval/lock
+	$(call install,.venv-lighteval/lock,.venv-lighteval) . pytest lighteval 'huggingface_hub<2' 'xxhash<4'
 	touch $@
 
 # The whole suite with the newest release of everything, transformers beyond our bounds too; run it before `make lock`. Only
@@ -161,4 +169,5 @@ format: .venv-lint/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-recipes .venv-oldest .venv-newest .venv-lint .venv-lock build dist
+	rm -rf .venv .venv-demo .venv-recipes .venv-lighteval .venv-oldest .venv-newest .venv-wheels .venv-lint .venv-lock \
+		build dist

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,17 +26,22 @@ ONE_GENERATION = {"prefill_dense": 4, "decode_fused": 28, "decode_dequantized": 
 pytestmark = pytest.mark.skipif(CACHE != "cache", reason="the recipes say `cache`, the name since transformers 5.24")
 
 
-@pytest.fixture
-def caches(monkeypatch) -> list[hf_kvquant.QuantizedCache]:
-    """Every quantized cache that is made during a test: some frameworks do not return theirs."""
-    made, init = [], hf_kvquant.QuantizedCache.__init__
+def remembered(kind: type, monkeypatch) -> list:
+    """Every object of a class that is made from now on."""
+    made, init = [], kind.__init__
 
     def remember(self, *args, **kwargs):
         made.append(self)
         init(self, *args, **kwargs)
 
-    monkeypatch.setattr(hf_kvquant.QuantizedCache, "__init__", remember)
+    monkeypatch.setattr(kind, "__init__", remember)
     return made
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list[hf_kvquant.QuantizedCache]:
+    """Every quantized cache that is made during a test: some frameworks do not return theirs."""
+    return remembered(hf_kvquant.QuantizedCache, monkeypatch)
 
 
 def needs(*packages: str) -> None:
@@ -91,8 +97,22 @@ def test_quantized_weights(name, package, linear):
     model, out = found["models"][name], found["outputs"][name]
     projection = model.model.layers[0].self_attn.q_proj
     assert linear in (type(projection).__name__, type(projection.weight).__name__)
+    assert_as_by_hand(model, found["inputs"].input_ids, out)
+
+
+def test_gguf():
+    """The weights of the file are those of the model but for 8 bits, in the same order."""
+    needs("gguf", "accelerate")
+    found = run("gguf_weights")
+    weights = dict(found["model"].named_parameters())
+    for name, plain in found["plain"].named_parameters():
+        assert (weights[name] - plain).abs().max() < plain.abs().max() / 50, name
+    assert_as_by_hand(found["model"], found["inputs"].input_ids, found["out"])
+
+
+def assert_as_by_hand(model, ids, out) -> None:
     assert out.cache.routes == ONE_GENERATION
-    cache, ids = hf_kvquant.QuantizedCache(model.config, "int8"), found["inputs"].input_ids
+    cache = hf_kvquant.QuantizedCache(model.config, "int8")
     with torch.no_grad(), hf_kvquant.attention(model):
         for _ in range(8):
             token = model(ids[:, cache.get_seq_length() :], cache=cache).logits[:, -1:].argmax(-1)
@@ -129,6 +149,22 @@ def test_lm_eval(caches):
         assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
 
 
+def test_lighteval(caches, monkeypatch):
+    """It turns gradients off when it is imported, and downloads data of a task that is not asked for."""
+    needs("lighteval")
+    import requests
+
+    monkeypatch.setattr(requests, "get", lambda url: SimpleNamespace(status_code=404))
+    with torch.enable_grad():
+        scores = run("lighteval_task")["scores"]
+    assert scores["kvquant-int8"] == scores["dynamic"] > 0.5
+    assert [cache.kv_config for cache in caches] == [
+        hf_kvquant.KVQuantConfig.preset(name) for name in ("int8", "int4-small")
+    ]
+    for cache in caches:
+        assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
+
+
 def test_from_a_repository(tmp_path):
     """In a process of its own, which does not import hf_kvquant before the repository does."""
     done = subprocess.run(
@@ -158,16 +194,23 @@ def test_smolagents(caches):
     assert [cache.routes["decode_fused"] > 0 for cache in caches] == [True]
 
 
-def test_trl(caches):
+def test_trl(caches, monkeypatch):
     needs("trl", "peft", "datasets")
+    from hf_kvquant.batching import QuantizedPagedCache
+
+    pages = remembered(QuantizedPagedCache, monkeypatch)
     found = run("trl_rollouts")
     for name, rewards in found["rewards"].items():
         assert sum(rewards[-2:]) > sum(rewards[:2]), name
     # Scoring makes caches, too, which stay empty.
     rollouts = [cache for cache in caches if not cache.is_empty]
-    assert len(rollouts) == sum(len(rewards) for rewards in found["rewards"].values())
-    for cache in rollouts:
+    assert len(pages) == len(found["rewards"]["GRPO, pages"])
+    assert len(rollouts) + len(pages) == sum(len(rewards) for rewards in found["rewards"].values())
+    for cache in rollouts + pages:
         assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
+    for cache in rollouts:
+        report = cache.memory_report()
+        assert report["total"] - report["slack"] < 0.26 * report["dense_equivalent"]
 
 
 class TestBadInput:

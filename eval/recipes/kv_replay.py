@@ -28,7 +28,7 @@ def rollout(preset: str) -> tuple[torch.Tensor, torch.Tensor]:
         **inputs, cache_implementation=f"kvquant-{preset}", max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         do_sample=True, top_k=0, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
-    return out.sequences, torch.stack(out.logits, dim=1).log_softmax(-1)
+    return out.sequences, torch.stack(out.logits, dim=1).double().log_softmax(-1)
 
 
 def mismatch(preset: str) -> dict[str, tuple[float, list[float]]]:
@@ -37,10 +37,10 @@ def mismatch(preset: str) -> dict[str, tuple[float, list[float]]]:
     tokens, found = ids[:, prompt_length:, None], {}
     for name, config in (("dense", "none"), ("replay", preset)):
         logits = hf_kvquant.score(model, ids, prompt_length, config, mask)
-        trained = logits[:, prompt_length - 1 : -1].log_softmax(-1)
+        trained = logits[:, prompt_length - 1 : -1].double().log_softmax(-1)
         kl = (generated.exp() * (generated - trained)).sum(-1).mean().item()
         ratio = (trained.gather(-1, tokens) - generated.gather(-1, tokens)).exp()
-        found[name] = (kl, torch.quantile(ratio.flatten(), torch.tensor([0.01, 0.5, 0.99])).tolist())
+        found[name] = (kl, torch.quantile(ratio.flatten(), torch.tensor([0.01, 0.5, 0.99]).double()).tolist())
     return found
 
 

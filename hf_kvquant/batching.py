@@ -251,8 +251,15 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     for name, found in obstacles.items():
         if found:
             raise ValueError(f"{name}: {found} is {_NOT_SERVED}; expected {_SERVED.get(name, 'none')}")
+    try:
+        groups = _HOST.group_layers(text_config)
+    except ValueError as error:
+        raise ValueError(
+            f"layer_types: {type(model).__name__} has layers that are {_NOT_SERVED} ({error}); "
+            "expected full and sliding attention"
+        ) from error
     # The manager makes its own later, when the first request comes.
-    for kind, layers in _HOST.group_layers(text_config).items():
+    for kind, layers in groups.items():
         allocator = ALLOCATORS[kind](
             kv_config, index=0, config=text_config, num_key_value_heads=_HOST.find_num_key_value_heads(text_config),
             cache_dtype=model.dtype, page_size=options.page_size, layer_indices=layers,

@@ -8,12 +8,22 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from commands import call
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    pipeline,
+)
 
 import hf_kvquant
 from hf_kvquant.host import CACHE
@@ -213,44 +223,163 @@ def test_trl(caches, monkeypatch):
         assert report["total"] - report["slack"] < 0.26 * report["dense_equivalent"]
 
 
+# Each door, as a function of a model's folder and of what is asked for there.
+
+
+def call_generate(folder, **asked):
+    AutoModelForCausalLM.from_pretrained(folder).generate(torch.tensor([[5, 6]]), max_new_tokens=2, **asked)
+
+
+def call_pipeline(folder, **asked):
+    pipeline("text-generation", folder)("def", max_new_tokens=2, **asked)
+
+
+def call_saved(folder, **asked):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.update(**asked)
+    with tempfile.TemporaryDirectory() as mine:
+        model.save_pretrained(mine)
+        AutoModelForCausalLM.from_pretrained(mine).generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+def call_batch(folder, **asked):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
+    config = GenerationConfig(max_new_tokens=2, **asked)
+    model.generate_batch([[5, 6]], generation_config=config, continuous_batching_config=options)
+
+
+def call_repository(folder, **asked):
+    generate = runpy.run_path(str(RECIPES / "repository" / "custom_generate" / "generate.py"))["generate"]
+    preset = asked.pop("cache_implementation").removeprefix("kvquant-")
+    if asked:
+        pytest.skip("it takes presets only")
+    generate(AutoModelForCausalLM.from_pretrained(folder), preset, inputs=torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+def call_peft(folder, **asked):
+    needs("peft")
+    import peft
+
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(target_modules=["lm_head"])
+    )
+    model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, **asked)
+
+
+def call_accelerate(folder, **asked):
+    needs("accelerate")
+    import accelerate
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, **asked)
+
+
+def call_lm_eval(folder, **asked):
+    needs("lm_eval", "datasets")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=folder, device="cpu")
+    options = {"until": ["\n"], "max_gen_toks": 2, **asked}
+    model.generate_until([Instance("generate_until", {}, ("def", options), 0)])
+
+
+def call_smolagents(folder, **asked):
+    needs("smolagents")
+    import smolagents
+
+    model = smolagents.TransformersModel(folder, device_map="cpu", max_new_tokens=2, **asked)
+    model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    model.generate([{"role": "user", "content": [{"type": "text", "text": "def"}]}])
+
+
+def call_trl(folder, **asked):
+    needs("trl", "datasets")
+    import datasets
+    import trl
+
+    name, more = asked.pop("cache_implementation"), {"generation_kwargs": asked} if asked else {}
+    with tempfile.TemporaryDirectory() as out:
+        config = trl.GRPOConfig(
+            output_dir=out, cache_implementation=name, max_completion_length=2, num_generations=2, max_steps=1,
+            per_device_train_batch_size=2, report_to="none", bf16=False, **more,
+        )  # fmt: skip
+        trl.GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder), args=config,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["def"] * 2}),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        ).train()  # fmt: skip
+
+
+def call_replay(folder, cache_implementation, cache_config=None):
+    kv_config = cache_config or cache_implementation.removeprefix("kvquant-")
+    hf_kvquant.score_tokens(AutoModelForCausalLM.from_pretrained(folder), torch.tensor([[5, 6, 7]]), 2, kv_config)
+
+
+def call_program(folder, cache_implementation, cache_config=None):
+    asked = ["--config", cache_config] if cache_config else ["--preset", cache_implementation.removeprefix("kvquant-")]
+    raise ValueError(" ".join(call("generate", folder, "def", *asked, code=2).output.replace("│", " ").split()))
+
+
+DOORS = {name.removeprefix("call_"): door for name, door in list(globals().items()) if name.startswith("call_")}
+UNKNOWN = (
+    r"Invalid `cache_implementation` \(kvquant-int7\).*'kvquant-int4'|"
+    "'int7' is (neither a preset nor a file|unknown); .*'int4'"
+)
+NOWHERE = r"'/nowhere\.yaml' is neither a preset nor a file|/nowhere\.yaml: cannot be read"
+NO_ATTENTION = "MambaForCausalLM (does not support Cache|has layers that .* not serve)|mamba: .* nothing to quantize"
+
+
+@pytest.fixture(scope="module")
+def without_attention(tmp_path_factory) -> str:
+    """The folder of a model that has nothing to quantize."""
+    folder = tmp_path_factory.mktemp("mamba")
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=2)
+    MambaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 class TestBadInput:
-    """One clear error at the door."""
+    """One clear error at every door, which says what was wrong and what is expected."""
 
-    def test_a_name_that_does_not_exist(self):
-        write = pipeline("text-generation", MODEL)
-        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\).*'kvquant-int4'"):
-            write("def", max_new_tokens=2, cache_implementation="kvquant-int3")
-        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\).*'kvquant-int4'"):
-            GenerationConfig(cache_implementation="kvquant-int3")
+    def test_a_name_that_does_not_exist(self, door):
+        with pytest.raises(ValueError, match=UNKNOWN):
+            door(MODEL, cache_implementation="kvquant-int7")
 
-    def test_a_config_that_does_not_exist(self, tmp_path):
-        write = pipeline("text-generation", MODEL)
-        with pytest.raises(ValueError, match="kv_config: '/nowhere.yaml' is neither a preset nor a file"):
-            write("def", max_new_tokens=2, cache_implementation="kvquant", cache_config="/nowhere.yaml")
-        model = AutoModelForCausalLM.from_pretrained(MODEL)
-        model.generation_config.cache_implementation = "kvquant"
-        model.generation_config.cache_config = "/nowhere.yaml"
-        model.save_pretrained(tmp_path)
-        write = pipeline("text-generation", AutoModelForCausalLM.from_pretrained(tmp_path), tokenizer=write.tokenizer)
-        with pytest.raises(ValueError, match="kv_config: '/nowhere.yaml' is neither a preset nor a file"):
-            write("def", max_new_tokens=2)
+    def test_a_config_that_does_not_exist(self, door):
+        with pytest.raises(ValueError, match=NOWHERE):
+            door(MODEL, cache_implementation="kvquant", cache_config="/nowhere.yaml")
 
-    def test_a_model_that_cannot_be_quantized(self):
-        """Under an adapter, too."""
-        needs("peft")
-        import peft
-        from transformers import MambaConfig, MambaForCausalLM
+    def test_a_model_that_cannot_be_quantized(self, door, without_attention):
+        with pytest.raises(ValueError, match=NO_ATTENTION):
+            door(without_attention, cache_implementation="kvquant-int8")
 
-        model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
-        lora = peft.LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
-        with pytest.raises(ValueError, match="MambaForCausalLM does not support Cache objects|nothing to quantize"):
-            peft.get_peft_model(model, lora).generate(max_new_tokens=2, cache_implementation="kvquant-int8")
 
-    def test_a_preset_that_a_repository_does_not_know(self, tmp_path, monkeypatch):
-        spec = runpy.run_path(str(RECIPES / "repository" / "custom_generate" / "generate.py"))
-        model = AutoModelForCausalLM.from_pretrained(MODEL)
-        with pytest.raises(ValueError, match=r"Invalid `cache_implementation` \(kvquant-int3\)"):
-            spec["generate"](model, preset="int3", max_new_tokens=2)
+TOO_NEW = "import transformers.masking_utils as changed; del changed.AttentionMaskInterface\n"
+
+
+PROGRAM = "import hf_kvquant_entry, sys; sys.argv = ['hf-kvquant', 'info']; hf_kvquant_entry.main()"
+REPOSITORY = f"import runpy; runpy.run_path({str(RECIPES / 'from_a_repository.py')!r})"
+
+
+@pytest.mark.parametrize("door", [PROGRAM, REPOSITORY], ids=["program", "repository"])
+def test_a_transformers_that_is_too_new(door, tmp_path):
+    """tests/test_host.py has `import hf_kvquant`, and every name that may be missing."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_NEW + door], env=environment(tmp_path), capture_output=True, text=True, cwd=tmp_path
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert re.search(
+        "transformers .* has no masking_utils.AttentionMaskInterface.* tested with transformers", lines[-1]
+    )
+    assert door is REPOSITORY or not any(line.startswith("Traceback") for line in lines)
 
 
 def test_the_notebook(tmp_path):

@@ -35,8 +35,11 @@ OPTIONS: dict[str, Any] = dict(
 def main() -> None:
     """The entry point."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        from hf_kvquant import cli
-
+        try:
+            from hf_kvquant import cli
+        except ImportError as error:
+            # For instance a transformers that is too new.
+            raise SystemExit(f"Error: {error}") from error
         cli.main()
     else:
         listing()()

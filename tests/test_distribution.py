@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import mach_o
 import pytest
 from filelock import FileLock
 
@@ -149,6 +150,17 @@ MACHINES = {
 }
 
 
+def loads_on_macos(data: bytes) -> None:
+    """Nothing here can run it: what macOS reads before it loads a library is right."""
+    library = mach_o.read(data)
+    assert library.processor == mach_o.ARM64
+    assert library.system == (mach_o.MACOS, 11, 0)
+    assert library.needs and all(name.startswith("/usr/lib/") for name in library.needs)
+    assert library.is_signed, "macOS ends processes that load unsigned code for ARM"
+    source = (ROOT / "kernels" / "cpu" / "api.cc").read_text(encoding="utf-8")
+    assert library.symbols == set(re.findall(r"^KVQUANT_API .*?(\w+)\(", source, re.MULTILINE))
+
+
 @pytest.mark.skipif("WHEELS" not in os.environ, reason="WHEELS is not set; `make wheels` sets it")
 def test_wheels_are_built_for_these_platforms(tmp_path):
     """Those for this machine run, the others hold a library for their processor."""
@@ -162,8 +174,10 @@ def test_wheels_are_built_for_these_platforms(tmp_path):
         machine = next(machine for machine in MACHINES if name.endswith(machine))
         magic, at, code = MACHINES[machine]
         with zipfile.ZipFile(wheel) as archive:
-            begin = archive.read("hf_kvquant/_kvquant_cpu.so")[:64]
-        assert begin.startswith(magic) and begin[at:].startswith(code), name
+            library = archive.read("hf_kvquant/_kvquant_cpu.so")
+        assert library.startswith(magic) and library[at:].startswith(code), name
+        if name.startswith("macosx"):
+            loads_on_macos(library)
         if machine == platform.machine() and name.startswith("manylinux"):
             (folder := tmp_path / name).mkdir()
             runs_alone(wheel, folder)

@@ -76,6 +76,25 @@ def test_the_page_names_every_recipe():
         assert file.name == "README.md" or f"({file.name})" in page, file.name
 
 
+def share(preset: str, dtype: torch.dtype, tokens: int) -> float:
+    """The bytes of a cache with so many tokens of the bundled model, as a part of the dense cache's."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
+    cache = hf_kvquant.QuantizedCache(model.config, preset)
+    with torch.no_grad(), hf_kvquant.attention(model):
+        model(torch.ones(1, tokens, dtype=torch.long), cache=cache)
+    report = cache.memory_report()
+    return (report["total"] - report["slack"]) / report["dense_equivalent"]
+
+
+def test_the_bytes_that_the_page_names():
+    """The README names the 58 %, too."""
+    for tokens in (30, 1000):
+        assert round(share("int8-plain", torch.bfloat16, tokens), 2) == 0.52
+        assert round(share("int8-plain", torch.float32, tokens), 2) == 0.26
+    assert round(share("int8", torch.bfloat16, 1000), 2) == 0.58
+    assert share("int8", torch.bfloat16, 129) > 1 > share("int8", torch.bfloat16, 133)
+
+
 def test_peft():
     needs("peft")
     found = run("peft_adapters")

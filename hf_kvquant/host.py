@@ -296,14 +296,18 @@ def cache_argument(model: torch.nn.Module) -> str | None:
     return CACHE if CACHE in named else next(iter(named), None)
 
 
-def loses_soft_prompts(model: torch.nn.Module) -> bool:
+def loses_soft_prompts(model: PreTrainedModel) -> bool:
     """Whether PEFT's prompt or prefix tuning prepares the model's inputs, and knows the cache by another name only.
 
     Then it takes every step for the first one: it adds the prompt again, or replaces the prefix by an empty cache.
     """
     prepare: Any = model.prepare_inputs_for_generation
-    config = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
-    return getattr(config, "is_prompt_learning", False) and CACHE not in inspect.unwrap(prepare).__code__.co_consts
+    config: Any = getattr(getattr(prepare, "__self__", None), "active_peft_config", None)
+    # An encoder takes these before generation begins.
+    taken = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") if model.config.is_encoder_decoder else ()
+    if not getattr(config, "is_prompt_learning", False) or config.peft_type in taken:
+        return False
+    return CACHE not in inspect.unwrap(prepare).__code__.co_consts
 
 
 def cross_attention_layers(config: PreTrainedConfig) -> set[int]:

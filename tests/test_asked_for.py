@@ -199,6 +199,15 @@ class TestSoftPrompts:
         assert layer.padding[1, 13:22].all()
         assert not layer.padding[:, :13].any()
 
+    def test_an_encoder_takes_them_before_generation(self):
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=13)
+        model = peft.get_peft_model(families.build("t5"), config).eval()
+        inputs = {"input_ids": families.prompt(1, 20), **GREEDY}
+        out = model.generate(**inputs, cache_implementation="kvquant", cache_config=EXACT)
+        assert cache_of(out).self_attention_cache.routes["decode_fused"] > 0
+        assert_equal_logits(out, model.generate(**inputs))
+
 
 class TestChoice:
     """A name that was saved with the model is a default; a name in the call is a demand."""

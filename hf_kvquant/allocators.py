@@ -277,6 +277,11 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[nam
     def device(self) -> torch.device:
         return self._copy_view.device
 
+    @property
+    def trash_block(self) -> int:
+        """A block that nobody reads."""
+        return self.blocks_per_sector
+
     def exact_block(self, layer_idx: int) -> int:
         """Which of a request's exact blocks holds the exact copies of a layer."""
         return self.layer_indices.index(layer_idx) // self.layers_per_exact_block
@@ -355,6 +360,10 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[nam
         """The blocks of a request from page `first` of its sequence on."""
         return self.block_table[request_id][first:]
 
+    def numbered_pages(self, request_id: str) -> dict[int, int]:
+        """The blocks of a request by which page of its sequence they are."""
+        return dict(enumerate(self.block_table.get(request_id, [])))
+
     def first_column(self, request_id: str) -> int:
         """The position of the first column in a request's tables: what came before has been given back."""
         return 0
@@ -425,7 +434,7 @@ class SlidingAllocator(QuantizedAllocator):
 
     def _allocate_pages(self, request_id: str, past_length: int, query_length: int) -> None:
         needed = self._needed(past_length, query_length)
-        held = dict(zip(self.numbers.get(request_id, []), self.block_table.get(request_id, [])))
+        held = self.numbered_pages(request_id)
         free = [held.pop(number) for number in list(held) if number not in needed]
         missing = [number for number in needed if number not in held]
         free += self.pool.get_free_blocks(self.index, max(0, len(missing) - len(free)))
@@ -446,6 +455,9 @@ class SlidingAllocator(QuantizedAllocator):
 
     def pages_of(self, request_id: str, first: int) -> list[int]:
         return self.block_table[request_id][self.numbers[request_id].index(first) :]
+
+    def numbered_pages(self, request_id: str) -> dict[int, int]:
+        return dict(zip(self.numbers.get(request_id, []), self.block_table.get(request_id, [])))
 
     def first_column(self, request_id: str) -> int:
         return self.numbers[request_id][0] * self.tokens_per_page

@@ -234,6 +234,8 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     """
     text_config = model.config.get_text_config()
     attention = attn_implementation(text_config)
+    # None is as much memory as there is.
+    has_pool = model.device.type == "cpu" and options.cpu_offload_space != 0
     graphs = options.use_cuda_graph if isinstance(options.use_cuda_graph, tuple) else (options.use_cuda_graph,)
     obstacles = {
         "static": kv_config.static and "a static cache",
@@ -242,7 +244,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
         "device": model.device.type not in ("cpu", "cuda") and model.device.type,
         "attn_implementation": attention not in ("sdpa", "eager", "paged|eager") and attention,
         "use_async_batching": options.use_async_batching,
-        "cpu_offload_space": options.cpu_offload_space,
+        "cpu_offload_space": has_pool and repr(options.cpu_offload_space),
         "use_cuda_graph": any(graphs),
         "varlen_compile_config": options.varlen_compile_config,
         "decode_compile_config": options.decode_compile_config,
@@ -272,6 +274,9 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
 _SERVED = {
     "offload": "false",
     "window_length": repr(ALL),
+    "use_async_batching": "False, because a step waits for the one before it when it copies its tables to the device",
+    "cpu_offload_space": "0 on a CPU, where pages are in the main memory",
+    "use_cuda_graph": "False, because a graph would read the tables of the step that it was captured in",
     "device": "'cpu' or 'cuda'",
     "attn_implementation": "'sdpa' or 'eager'",
 }

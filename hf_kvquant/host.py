@@ -114,6 +114,10 @@ CONTINUOUS_BATCHING_NEEDS = (
     Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator._after_cache_tensor_init", ("pool",)),
     Need(f"{_CONTINUOUS}.cache_allocators:FullAttentionCacheAllocator.get_write_indices", ("request_id",)),
     Need(f"{_CONTINUOUS}.continuous_api:PagedAttentionCache", ("continuous_batching_config",)),
+    Need(f"{_CONTINUOUS}.continuous_api:OffloadingManager", ("cache", "cpu_offload_space_gib")),
+    Need(f"{_CONTINUOUS}.offloading_manager:OffloadingManager._offload_to_cpu", ("victims", "victim_block_tables")),
+    Need(f"{_CONTINUOUS}.offloading_manager:OffloadingManager.restore_scheduled_requests", ("requests_in_batch",)),
+    Need(f"{_CONTINUOUS}.offloading_manager:OffloadingManager.free_request_cpu_cache", ("state",)),
     Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._run_generation_loop"),
     Need(f"{_CONTINUOUS}.continuous_api:ContinuousBatchingManager._create_batch_processor"),
     Need(f"{_CONTINUOUS}.utils:find_head_dim", ("config",)),
@@ -135,6 +139,7 @@ def continuous_batching() -> SimpleNamespace:
         need.check()
     cache: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.cache")
     api: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.continuous_api")
+    offloading: Any = importlib.import_module(f"transformers.{_CONTINUOUS}.offloading_manager")
 
     @contextmanager
     def replaced(allocators: dict[str, Any], handler: type) -> Iterator[None]:
@@ -153,6 +158,7 @@ def continuous_batching() -> SimpleNamespace:
         api=api,
         manager=api.ContinuousBatchingManager,
         options=configuration_utils.ContinuousBatchingConfig,
+        OffloadingManager=offloading.OffloadingManager,
         PagedAttentionCache=cache.PagedAttentionCache,
         PagedAttentionMemoryHandler=cache.PagedAttentionMemoryHandler,
         FullAttentionCacheAllocator=cache.FullAttentionCacheAllocator,

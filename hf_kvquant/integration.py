@@ -736,6 +736,16 @@ def _wrap_paged_cache(cache_class: Callable) -> Callable:
     return make
 
 
+def _wrap_offloading(manager_class: Callable) -> Callable:
+    @functools.wraps(manager_class, updated=())
+    def make(*args: Any, **kwargs: Any) -> Any:
+        from . import waiting
+
+        return waiting.offloading_manager(*args, **kwargs)
+
+    return make
+
+
 _WRAPPERS = {
     (host.GenerationMixin, "generate"): _wrap_generate,
     (host.GenerationMixin, "_prepare_cache_for_generation"): _wrap_prepare_cache,
@@ -754,4 +764,5 @@ else:
         (_batching.manager, "_create_batch_processor"): _with_paged_attention,
         (_batching.manager, "_run_generation_loop"): _with_paged_attention,
         (_batching.api, "PagedAttentionCache"): _wrap_paged_cache,
+        (_batching.api, "OffloadingManager"): _wrap_offloading,
     }

@@ -3,7 +3,8 @@
     python eval/bench_serving.py --blocks 16 --out results.json
     python eval/bench_serving.py --mix chat --rate 4 --prefix 512 --presets int8,int4 --out results.json
 
-The model is a Llama of the given shape with random weights (see `measure.step`). `--blocks` blocks of BF16 pages are
+The model is a Llama of the given shape with random weights (see `measure.step`), or with `--window` a Mistral, whose
+layers see that many tokens, so that pages are given back. `--blocks` blocks of BF16 pages are
 the budget of every cache. Requests have seeded lengths (`--mix long`: prompts of 1024 to 3072 tokens and answers of 32
 to 96; `chat`: 32 to 384 and 32 to 160), and arrive all at once, or `--rate` per second as a Poisson stream. With
 `--prefix` all prompts begin with the same tokens, and requests share their pages where the cache can. Before anything
@@ -17,6 +18,7 @@ the run adds to the process, and the tokens of prompts that were not computed, b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import sys
 
@@ -35,7 +37,8 @@ DENSE = "dense"
 def same_alone(model, args: argparse.Namespace, config) -> bool:
     """Whether a few short requests get the same answers together as one by one."""
     rng = random.Random(1)
-    todo = [Request([rng.randrange(1, 256) for _ in range(n)], 12) for n in (3, 64, 150)]
+    lengths = (3, 64, 150) if args.window is None else (3, 64, args.window + 100)
+    todo = [Request([rng.randrange(1, 256) for _ in range(n)], 12) for n in lengths]
     pages = Pages(16, args.page_size, args.batch_tokens)
     together = [result.generated_tokens for result in serving.serve(model, config, todo, pages)]
     alone = [serving.serve(model, config, [one], pages)[0].generated_tokens for one in todo]
@@ -52,13 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--rate", type=float, default=0.0, help="requests per second; 0: all at once")
     parser.add_argument("--prefix", type=int, default=0, help="tokens with which all prompts begin")
+    parser.add_argument("--window", type=int, help="tokens that a query sees in every layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(presets="int8,int4,int4-small")
     args = parser.parse_args(argv)
     args.batch = 1
     choose(parser, args)
     benchmark = Benchmark("serving", sys.argv[1:] if argv is None else argv, args, ("rows",))
-    shape, todo = shape_of(args), serving.requests(args.mix, args.requests, args.rate, args.prefix, args.seed)
+    shape = dataclasses.replace(shape_of(args), window=args.window)
+    todo = serving.requests(args.mix, args.requests, args.rate, args.prefix, args.seed)
     pages = Pages(args.blocks, args.page_size, args.batch_tokens, shared=args.prefix > 0)
     longest = max(len(request.prompt) + request.answer for request in todo)
     exact = step.build_model(shape, longest, torch.float32)

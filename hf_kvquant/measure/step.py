@@ -1,4 +1,4 @@
-"""A whole decode step: a Llama of a given shape with random weights, through any cache.
+"""A whole decode step: a Llama, or with a window a Mistral, of a given shape with random weights, through any cache.
 
 The residual stream, MLP and vocabulary may be small on purpose: a step is timed for its cache, and in a real model the
 rest of it takes longer. Every cache is given the same random K and V in one update, as a prefill would. Caches are
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ..cache import QuantizedCache
 from ..host import CACHE
@@ -41,6 +43,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     device: torch.device | str = "cpu"
     tied: bool = False  # input and output embedding are one
+    window: int | None = None  # tokens that a query sees in every layer; None: all
 
     @property
     def elements_per_token(self) -> int:
@@ -48,8 +51,10 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def model_config(shape: Shape, max_length: int) -> LlamaConfig:
-    return LlamaConfig(
+def model_config(shape: Shape, max_length: int) -> Any:
+    """A `LlamaConfig`, or with a window a `MistralConfig`."""
+    kind: Any = LlamaConfig if shape.window is None else partial(MistralConfig, sliding_window=shape.window)
+    return kind(
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -61,15 +66,16 @@ def model_config(shape: Shape, max_length: int) -> LlamaConfig:
         max_position_embeddings=max_length,
         # Every projection keeps the size of its input, so that attention matters in the logits.
         initializer_range=shape.hidden**-0.5,
-        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by its base class
+        attn_implementation="sdpa",
     )
 
 
-def build_model(shape: Shape, max_length: int, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+def build_model(shape: Shape, max_length: int, dtype: torch.dtype | None = None) -> Any:
     """Random weights that the shape's dtype can hold, stored as `dtype`; the same for every candidate."""
     torch.manual_seed(0)
     with torch.device(shape.device):
-        model = LlamaForCausalLM(model_config(shape, max_length)).eval()
+        kind: Any = LlamaForCausalLM if shape.window is None else MistralForCausalLM
+        model = kind(model_config(shape, max_length)).eval()
     for parameter in model.parameters():
         # Only parameters change: the frequencies of the position embedding stay float32, as in a loaded model.
         parameter.data = parameter.data.to(shape.dtype).to(dtype or shape.dtype)

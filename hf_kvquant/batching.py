@@ -96,7 +96,7 @@ class _Update:
         self.allocator, self.batch, self.layer_idx, self.routes = allocator, batch, layer_idx, routes
         self.layer = allocator.layers[layer_idx]
         self.exact_block = allocator.exact_block(layer_idx)
-        self.is_stored = False
+        self.backend, self.is_stored = allocator.kv_config.backend, False
 
     def append(self, key: torch.Tensor, value: torch.Tensor, rows: Rows) -> None:
         key, value = (x[:, :, rows.unseen :] for x in (key, value))
@@ -183,6 +183,7 @@ def attend(
     # transformers' eager attention is causal by its mask only.
     config: Any = getattr(module, "config", None)
     is_eager = str(attn_implementation(config)).endswith("eager")
+    has_kernel = not (is_eager or softcap or s_aux is not None) and ops.takes_prompts(query, update.backend)
     output = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
 
     for each, has_past in ((update.batch.first, False), (update.batch.long, True)):
@@ -190,12 +191,17 @@ def attend(
             q, k, v = (x[:, :, rows.at] for x in (query, keys, values))
             new, mask = (k, v), None
             if has_past:
-                past = update.layer.past(rows.before(update.exact_block), 0)
-                k, v = (torch.cat(x, dim=2) for x in zip(past, new))
-            if has_past or is_eager or rows.hides_columns():
-                mask = rows.mask(query.dtype)
+                n = q.shape[2]
+                k, v = update.layer.past(rows.before(update.exact_block), 0, n)
+                k[:, :, -n:], v[:, :, -n:] = new
             update.routes.count("decode_dequantized" if has_past else "prefill_dense")
-            output[:, rows.at] = dense_attention(module, q, k, v, mask, **dense_kwargs)[0]
+            if has_kernel:
+                attended = ops.prompt_attention(q, k, v, update.allocator.window, scaling=float(scaling))
+            else:
+                if has_past or is_eager or rows.hides_columns():
+                    mask = rows.mask(query.dtype)
+                attended = dense_attention(module, q, k, v, mask, **dense_kwargs)[0]
+            output[:, rows.at] = attended
             update.append(*new, rows)
     for rows in update.batch.short:
         # [1, heads, tokens, head_dim] -> [requests, heads, 1, head_dim]

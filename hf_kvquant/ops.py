@@ -322,6 +322,45 @@ def paged_attention(
     return backend.paged_attention(query, keys, values, s_aux, scaling=scaling, softcap=softcap)
 
 
+def paged_past(states: PagedStates, row: int, more: int = 0) -> torch.Tensor:
+    """Same as `PagedStates.past`, by the CPU backend if the states name it."""
+    read = None
+    if states.data.device.type == "cpu" and not states.spec.is_dense:
+        sizes = states.head_dim, states.spec.group_size
+        backend = _implementation(states.backend, states.data.device, states.dtype, sizes)
+        read = getattr(backend, "paged_read", None)
+    return states.past(row, more, read)
+
+
+def takes_prompts(query: torch.Tensor, backend: str) -> bool:
+    """Whether `prompt_attention` runs for these queries: BF16, on a CPU with AVX-512 BF16."""
+    head_dim = query.shape[3]
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or head_dim % COMPILED_MULTIPLE:
+        return False
+    module: Any = _implementation(backend, query.device, query.dtype, (head_dim,))
+    return module is not reference and module.takes_prompts()
+
+
+def prompt_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None, *, scaling: float
+) -> torch.Tensor:
+    """Exact causal attention of the last tokens of one sequence, where `takes_prompts` is true.
+
+    torch's own kernel multiplies BF16 about as fast as FP32 on some processors. This one skips what causal order or
+    the window hides, and reads keys and values as they are, without a copy for each query head.
+
+    Args:
+        query: `[1, num_heads, n, head_dim]`, BF16.
+        key, value: `[1, num_kv_heads, kv_len, head_dim]`; query i is at position `kv_len - n + i`.
+        window: how many columns a query sees, its own among them; None: all up to its own.
+
+    Returns:
+        `[1, n, num_heads, head_dim]`, as attention functions of transformers do.
+    """
+    cpu: Any = _implementation("cpu", query.device, query.dtype, ())
+    return cpu.prompt_attention(query, key, value, window, scaling=scaling)
+
+
 def paged_append(
     key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
 ) -> None:

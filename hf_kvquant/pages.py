@@ -173,10 +173,10 @@ class PagedLayer:
         """Store new tokens `[rows, num_kv_heads, n, head_dim]` behind the `lengths` of the table."""
         ops.paged_append(key, value, *self.states(table), faults)
 
-    def past(self, table: PageTable, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """De-quantized keys and values of one row, `[1, num_kv_heads, length, head_dim]`, as the query after its last
-        token reads them."""
-        keys, values = (states.past(row) for states in self.states(table))
+    def past(self, table: PageTable, row: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """De-quantized keys and values of one row, `[1, num_kv_heads, length + more, head_dim]`, as the query after
+        its last token reads them, with room for `more` tokens behind them."""
+        keys, values = (ops.paged_past(states, row, more) for states in self.states(table))
         return keys, values
 
 

@@ -437,26 +437,39 @@ class PagedStates(HasStored):
             self.spec, stored, sinks, length, self.recent_length, self.head_dim, self.dtype, self.backend
         )
 
-    def past(self, row: int) -> torch.Tensor:
-        """What the query behind a row's last column reads, `[1, num_kv_heads, length, head_dim]`: `row(row).read(0)`.
+    def past(self, row: int, more: int = 0, read: Callable[..., None] | None = None) -> torch.Tensor:
+        """What the query behind a row's last column reads, `[1, num_kv_heads, length + more, head_dim]`:
+        `row(row).read(0)`, and room for `more` columns behind it.
 
-        It is made page by page: de-quantizing takes many operations, and a page stays in the processor's cache.
+        Args:
+            read: a faster function than `PagedStates.read`.
         """
-        length, exact = int(self.table.lengths[row]), torch.promote_types(self.dtype, torch.float32)
-        past = torch.empty((1, self.num_kv_heads, length, self.head_dim), dtype=self.dtype, device=self.data.device)
-        for index, first in enumerate(range(0, length, self.page_length)):
-            columns = past[:, :, first : first + self.page_length]
-            columns.copy_(self.page(row, index).body(exact, slice(columns.shape[2])))
+        length = int(self.table.lengths[row])
+        past = torch.empty(
+            (1, self.num_kv_heads, length + more, self.head_dim), dtype=self.dtype, device=self.data.device
+        )
+        (PagedStates.read if read is None else read)(self, row, past[:, :, :length])
         if self.spec.is_dense or self.table.exact is None:
             return past
         area = int(self.table.exact[row])
         if self.recent is not None:
             first = int(dense_from(length, self.spec, self.recent_length))
-            past[:, :, first:] = self.recent[area][:, torch.arange(first, length) % self.recent.shape[2]]
+            past[:, :, first:length] = self.recent[area][:, torch.arange(first, length) % self.recent.shape[2]]
         gone = self.table.dropped_of(row)
         if self.sink is not None and gone < self.sink_length:
-            past[:, :, : self.sink_length - gone] = self.sink[area][:, gone : gone + length]
+            held = min(self.sink_length - gone, length)
+            past[:, :, :held] = self.sink[area][:, gone : gone + held]
         return past
+
+    def read(self, row: int, output: torch.Tensor) -> None:
+        """De-quantize the stored columns of a row to `output` `[1, num_kv_heads, length, head_dim]`.
+
+        This is done page by page: it takes many operations, and a page stays in the processor's cache.
+        """
+        exact = torch.promote_types(self.dtype, torch.float32)
+        for index, first in enumerate(range(0, output.shape[2], self.page_length)):
+            columns = output[:, :, first : first + self.page_length]
+            columns.copy_(self.page(row, index).body(exact, slice(columns.shape[2])))
 
     def page(self, row: int, index: int) -> QuantizedStates:
         """Page `index` of a row as storage of its own, whose column 0 is the page's first."""

@@ -1,9 +1,11 @@
 """Pages: bytes and attention over them are those of contiguous storage, on every backend."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from levels import LEVELS
 
 from hf_kvquant import KVQuantConfig, ops
 from hf_kvquant.backends import cpu
@@ -104,6 +106,32 @@ def filled(config, dtype, backend, lengths=LENGTHS, steps=3):
         )
         append(key, value, *pool.layer.states(pool.table(starts, alive)), faults)
     return pool, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_instruction_set_reads_the_numbers_of_the_definition(name, dtype):
+    pool, _ = filled(CONFIGS[name], dtype, "cpu")
+    table = pool.table(LENGTHS)
+    for states in pool.layer.states(table):
+        if states.spec.is_dense:
+            continue
+        for row, length in enumerate(LENGTHS):
+            expected = states.past(row)
+            for level in LEVELS:
+                room = states.past(row, 5, functools.partial(cpu.paged_read, isa=level))
+                assert room.shape[2] == length + 5 and torch.equal(room[:, :, :length], expected), level
+            assert torch.equal(ops.paged_past(states, row), expected)
+
+
+def test_a_read_to_another_place_is_refused():
+    pool, _ = filled(CONFIGS["int8"], torch.float32, "cpu")
+    keys, _ = pool.layer.states(pool.table(LENGTHS))
+    for shape, dtype in (((1, HEADS, 64, DIM), torch.float32), ((1, HEADS, 63, DIM), torch.float16)):
+        with pytest.raises(ValueError, match="output: .* is not allowed"):
+            cpu.paged_read(keys, 1, torch.empty(shape, dtype=dtype))
+    with pytest.raises(ValueError, match="output: .* is not allowed"):
+        cpu.paged_read(keys, 1, torch.empty(1, 63, HEADS, DIM).transpose(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

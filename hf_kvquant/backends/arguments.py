@@ -85,6 +85,20 @@ class Append(ctypes.Structure):
     alive: Sequence[Any]
 
 
+class Prompt(ctypes.Structure):
+    _fields_ = _fields(
+        "query key value output",
+        "query_head query_row key_head key_row value_head value_row num_heads num_kv_heads n kv_len head_dim window "
+        "isa threads",
+        "scaling",
+    )
+
+
+class Read(ctypes.Structure):
+    _fields_ = _fields("output", "output_head dtype num_kv_heads length isa threads", side=Side, pages=Pages)
+    alive: Sequence[Any]
+
+
 # A side's addresses change from call to call, and its other fields, from `data_batch` on, do not.
 _ADDRESSES = Side.data_batch.offset // 8
 _SIDE_CONSTANTS = Struct(f"={len(Side._fields_) - _ADDRESSES}q")
@@ -99,7 +113,7 @@ def _packing(struct: Any) -> str:
 
 
 # Filled in one call: setting the fields of a nested structure one by one takes as long as a short kernel.
-_ATTENTION, _APPEND = (Struct("=" + _packing(struct)) for struct in (Attention, Append))
+_ATTENTION, _APPEND, _READ = (Struct("=" + _packing(struct)) for struct in (Attention, Append, Read))
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -535,6 +549,37 @@ def paged_attention(
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, s_aux, positions, *table[:5]
     return arguments, output, logsumexp
+
+
+def paged_read(states: PagedStates, row: int, output: torch.Tensor, isa: int, threads: int) -> Read:
+    """The arguments for de-quantizing the columns of one row to `output` `[1, num_kv_heads, length, head_dim]`.
+
+    Raises:
+        ValueError: the output does not fit.
+    """
+    length, code = int(states.table.lengths[row]), _dtype_code(states.dtype)
+    expected = (1, states.num_kv_heads, length, states.head_dim)
+    rows = (states.head_dim, 1)
+    if tuple(output.shape) != expected or output.dtype != states.dtype or output.stride()[2:] != rows:
+        raise ValueError(
+            f"output: {tuple(output.shape)} of {output.dtype} with strides {output.stride()} is not allowed; expected "
+            f"{expected} of {states.dtype}, with contiguous rows"
+        )
+    table = states.table._replace(
+        pages=states.table.pages[row : row + 1], lengths=states.table.lengths[row : row + 1], seen=None
+    )
+    num_pages, num_kv_heads = states.data.shape[:2]
+    side = _side(
+        "states", states, states.dtype, states.data.get_device(), num_pages, num_kv_heads, states.page_length,
+        states.sink_length,
+    )  # fmt: skip
+    packed = _READ.pack(
+        output.data_ptr(), output.stride(1) * output.itemsize, code, states.num_kv_heads, length, isa, threads, *side,
+        table.pages.data_ptr(), 0, table.lengths.data_ptr(), table.pages.shape[1], states.page_length,
+    )  # fmt: skip
+    call = Read.from_buffer_copy(packed)
+    call.alive = (table, output, states)
+    return call
 
 
 def paged_append(

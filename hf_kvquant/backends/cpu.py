@@ -34,7 +34,13 @@ def _path() -> str:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(_path())
     library.kvquant_level_name.restype = ctypes.c_char_p
-    for function, struct in (("attention", arguments.Attention), ("append", arguments.Append)):
+    structs = {
+        "attention": arguments.Attention,
+        "append": arguments.Append,
+        "prompt": arguments.Prompt,
+        "read": arguments.Read,
+    }
+    for function, struct in structs.items():
         size = getattr(library, f"kvquant_{function}_size")
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(struct):
@@ -201,3 +207,50 @@ def paged_append(
     """Same as `reference.paged_append`."""
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
     _call(_library().kvquant_quantize_append, arguments.paged_append(key, value, keys, values, faults, index, threads))
+
+
+def paged_read(states: PagedStates, row: int, output: torch.Tensor, *, isa: str | None = None) -> None:
+    """Same as `PagedStates.read`."""
+    index, threads = _index(isa or _from_environment), torch.get_num_threads()
+    _call(_library().kvquant_paged_read, arguments.paged_read(states, row, output, index, threads))
+
+
+@lru_cache(maxsize=None)
+def takes_prompts(isa: str | None = None) -> bool:
+    """Whether `prompt_attention` runs: on processors with AVX-512 BF16. `isa` as in `decode_attention`."""
+    return bool(_library().kvquant_level_takes_prompts(ctypes.c_int64(_index(isa or _from_environment))))
+
+
+def prompt_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None, *, scaling: float
+) -> torch.Tensor:
+    """Same as `ops.prompt_attention`.
+
+    Raises:
+        ValueError: a dtype, a shape or strides that the kernel does not take.
+        RuntimeError: the processor has no AVX-512 BF16.
+    """
+    batch, num_heads, n, head_dim = query.shape
+    num_kv_heads, kv_len = key.shape[1:3]
+    expected = (1, num_kv_heads, kv_len, head_dim)
+    for name, states in (("query", query), ("key", key), ("value", value)):
+        fits = batch == 1 if name == "query" else tuple(states.shape) == expected
+        if not fits or states.dtype != torch.bfloat16 or states.stride(3) != 1 or states.device.type != "cpu":
+            raise ValueError(
+                f"{name}: {tuple(states.shape)} of {states.dtype} on {states.device} is not allowed; expected "
+                f"{expected if name != 'query' else '[1, num_heads, n, head_dim]'} of torch.bfloat16 on cpu"
+            )
+    if head_dim % 16 or num_heads % num_kv_heads or not 0 < n <= kv_len:
+        raise ValueError(
+            f"query: {tuple(query.shape)} does not fit keys {tuple(key.shape)}; expected a head_dim that is a "
+            "multiple of 16, whole groups of query heads, and no more tokens than keys"
+        )
+    output = torch.empty((1, n, num_heads, head_dim), dtype=query.dtype)
+    strides = [x.stride(i) * x.itemsize for x in (query, key, value) for i in (1, 2)]
+    index, threads = _index(_from_environment), torch.get_num_threads()
+    call = arguments.Prompt(
+        *(x.data_ptr() for x in (query, key, value, output)), *strides, num_heads, num_kv_heads, n, kv_len, head_dim,
+        window or 0, index, threads, scaling,
+    )  # fmt: skip
+    _call(_library().kvquant_prompt_attention, call)
+    return output

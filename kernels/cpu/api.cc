@@ -111,9 +111,17 @@ KVQUANT_API const char* kvquant_level_name(int64_t i) {
 // Whether this processor has instruction set i.
 KVQUANT_API int kvquant_level_runs(int64_t i) { return level(i) != nullptr; }
 
+// Whether this processor has instruction set i, and it has a kernel for prompts.
+KVQUANT_API int kvquant_level_takes_prompts(int64_t i) {
+  const Level* chosen = level(i);
+  return chosen != nullptr && chosen->prompt_attention != nullptr;
+}
+
 // Sizes of the structs, for the host to compare with its own.
 KVQUANT_API int64_t kvquant_attention_size() { return sizeof(KvquantAttention); }
 KVQUANT_API int64_t kvquant_append_size() { return sizeof(KvquantAppend); }
+KVQUANT_API int64_t kvquant_prompt_size() { return sizeof(KvquantPrompt); }
+KVQUANT_API int64_t kvquant_read_size() { return sizeof(KvquantRead); }
 
 // From now on the operators run on the threads of the OpenMP runtime whose `GOMP_parallel` is
 // given; null: on threads of our own.
@@ -142,4 +150,16 @@ KVQUANT_API int kvquant_quantize_append(const KvquantAppend* a) {
     }
   }
   return chosen->quantize_append(known) ? kDone : kNoMemory;
+}
+
+KVQUANT_API int kvquant_prompt_attention(const KvquantPrompt* a) {
+  const Level* chosen = level(a->isa);
+  if (chosen == nullptr || chosen->prompt_attention == nullptr) return kNoLevel;
+  return chosen->prompt_attention(*a) ? kDone : kNoMemory;
+}
+
+KVQUANT_API int kvquant_paged_read(const KvquantRead* a) {
+  const Level* chosen = level(a->isa);
+  if (chosen == nullptr) return kNoLevel;
+  return chosen->paged_read(*a) ? kDone : kNoMemory;
 }

@@ -10,6 +10,9 @@ namespace kvquant {
 struct Level {
   bool (*decode_attention)(const KvquantAttention&);  // false: out of memory
   bool (*quantize_append)(const KvquantAppend&);
+  bool (*paged_read)(const KvquantRead&);
+  // Null if the instruction set has no kernel for it.
+  bool (*prompt_attention)(const KvquantPrompt&) = nullptr;
 };
 
 extern const Level kScalarLevel, kAvx2Level, kAvx2VnniLevel, kAvx512Level, kAvx512VnniLevel,

@@ -3,6 +3,7 @@
 #include "cpu/level.h"
 
 #include "cpu/decode_attention.h"
+#include "cpu/paged_read.h"
 #include "cpu/quantize_append.h"
 #include "cpu/whole_tile.h"
 
@@ -14,6 +15,6 @@ static bool attend_or_leave(const KvquantAttention& a) {
   return attend<float_key_method, float_value_method>(a);
 }
 
-const Level kAvx512Level = {attend_or_leave, quantize_append};
+const Level kAvx512Level = {attend_or_leave, quantize_append, paged_read};
 
 }  // namespace kvquant

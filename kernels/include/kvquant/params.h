@@ -111,3 +111,27 @@ typedef struct KvquantAppend {
   KvquantNewTokens keys, values;
   KvquantPages pages;  // with a table, sink i is column i, and there is no padding
 } KvquantAppend;
+
+// Exact attention of a prompt's last n tokens to all kv_len, causal, in BF16: query
+// `[num_heads, n, head_dim]`, key and value `[num_kv_heads, kv_len, head_dim]`, output
+// `[n, num_heads, head_dim]`, contiguous.
+typedef struct KvquantPrompt {
+  const uint8_t *query, *key, *value;
+  uint8_t* output;
+  int64_t query_stride[2], key_stride[2], value_stride[2];  // of head and token
+  int64_t num_heads, num_kv_heads, n, kv_len, head_dim;
+  int64_t window;  // columns that a query sees, itself among them; 0: all before it
+  int64_t isa, threads;
+  double scaling;
+} KvquantPrompt;
+
+// The stored columns of one batch row of pages, de-quantized: output `[num_kv_heads, length,
+// head_dim]` of the dtype. Exact copies are left out.
+typedef struct KvquantRead {
+  uint8_t* output;
+  int64_t output_stride;  // of head
+  int64_t dtype, num_kv_heads, length;
+  int64_t isa, threads;
+  KvquantSide side;
+  KvquantPages pages;
+} KvquantRead;

@@ -6,8 +6,10 @@ keys and values of every head. A decode step does not need the expansion:
     score = q_nope . (W_key c) + q_rope . r = (q_nope W_key) . c + q_rope . r
     output = W_value (sum of weights x c)
 
-So the operator attends with `q_nope W_key` to the latents, which are its keys and its values. The scores of the rotary
-keys, a ninth of the stored elements, are added to its mask. Source: https://arxiv.org/abs/2405.04434, section 2.1.
+So the operator attends with `q_nope W_key` to the latents, which are its keys and its values, and with `q_rope` to the
+rotary keys, the second part of its keys (`ops.latent_attention`).
+
+Source: https://arxiv.org/abs/2405.04434, section 2.1.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import torch
 
 from . import ops
 from .recorded import RecordedStates
-from .reference import mask_rows
 from .route import layer_of_fresh, say_dequantized, tagged
 from .states import QuantizedStates
 
@@ -228,33 +229,10 @@ def attend(
     Returns:
         `[batch, num_heads, q_len, v_head_dim]`.
     """
-    latents, rotary = states.latents, states.rotary
-    if not torch.compiler.is_compiling():
-        latents, rotary = latents.known(), rotary.known()
-    q_len, nope = query.shape[2], module.qk_nope_head_dim
-    compute = torch.promote_types(query.dtype, torch.float32)
-    weight, first = _up_projection(module), latents.position(q_len)
-    rotated = query[..., nope:].to(compute) * scaling
-    # Heads are rows of one product: a product for each head takes ten times as long.
-    scores = [rotated[:, :, j] @ rotary.dequantize(first + j)[:, 0].to(compute).mT for j in range(q_len)]
-    bias = torch.stack(scores, dim=2)
-    if mask is not None or q_len > 1 or latents.device_length is not None:
-        hidden, added = _mask_of(mask, latents, q_len, compute)
-        bias = (bias + added).masked_fill(hidden, torch.finfo(compute).min)
+    weight, nope = _up_projection(module), module.qk_nope_head_dim
     absorbed = query[..., :nope] @ weight[:, :nope]
-    output, _ = ops.decode_attention(absorbed, latents, latents, bias, s_aux, scaling=scaling)
+    output, _ = ops.latent_attention(
+        absorbed, query[..., nope:], states.latents, states.rotary, mask, s_aux, scaling=scaling
+    )
     # The weight's rows as they are stored: with the weight transposed, the product takes four times as long.
     return (weight[:, nope:] @ output.mT).mT
-
-
-def _mask_of(
-    mask: torch.Tensor | None, latents: QuantizedStates, q_len: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden columns of the newest `q_len` queries, and the term to add to their scores, as in `mask_rows`."""
-    kv_len, device = latents.length, latents.device
-    mask = None if mask is None else mask[..., :kv_len]
-    if mask is None or mask.ndim == 2:
-        columns, rows = torch.arange(kv_len, device=device), torch.arange(q_len, device=device)
-        seen = (columns <= latents.position(q_len) + rows[:, None])[None, None]
-        mask = seen if mask is None else seen & (mask != 0)[:, None, None]
-    return mask_rows(mask, 0, q_len, q_len, kv_len, dtype, device)

@@ -1,8 +1,10 @@
 """The operators of the cache, `kvquant::decode_attention` and `kvquant::quantize_append`, and their backends.
 
+`kvquant::latent_attention` is `decode_attention` over latents, whose keys have a second part (see `latent`).
+
 This is the only file that names `torch.ops.kvquant`. The schemas take plain tensors, so that torch.compile and CUDA
 graphs see every storage that is read or written. Python calls the operators through the functions at the bottom, which
-call the backend without torch's dispatcher where nobody watches it: it takes as long as a short kernel. (A third
+call the backend without torch's dispatcher where nobody watches it: it takes as long as a short kernel. (Another
 operator, `kvquant::retire`, makes room in the static storage of a sliding layer.)
 """
 
@@ -62,6 +64,11 @@ _library.define(
     f"decode_attention(Tensor query, {_side('k')}, {_side('v')}, Tensor? sink_positions, Tensor? length, "
     "Tensor? mask, Tensor? s_aux, str k_spec, str v_spec, SymInt kv_len, int recent_length, float scaling, "
     "float softcap, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"latent_attention(Tensor query, Tensor rotary_query, {_side('latent')}, {_side('rotary')}, "
+    "Tensor? sink_positions, Tensor? length, Tensor? mask, Tensor? s_aux, str latent_spec, str rotary_spec, "
+    "SymInt kv_len, int recent_length, float scaling, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     f"quantize_append(Tensor key, Tensor value, {_side('k', 'abcde')}, {_side('v', 'fghij')}, "
@@ -180,6 +187,40 @@ def _decode_attention(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, to
     return chosen.decode_attention(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
 
 
+def _latent_attention(
+    query: torch.Tensor, rotary_query: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    l_stored, r_stored, others = _sides(args)
+    sink_positions, length, mask, s_aux, l_spec, r_spec, kv_len, recent_length, scaling, backend = others
+    latents, rotary = (
+        QuantizedStates.of(
+            spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=kv_len,
+            recent_length=recent_length, head_dim=x.shape[-1], dtype=x.dtype, device_length=length, backend=backend,
+        )
+        for spec, stored, x in ((l_spec, l_stored, query), (r_spec, r_stored, rotary_query))
+    )  # fmt: skip
+    return _attend_latents(query, rotary_query, latents, rotary, mask, s_aux, scaling)
+
+
+def _attend_latents(
+    query: torch.Tensor,
+    rotary_query: torch.Tensor,
+    latents: QuantizedStates,
+    rotary: QuantizedStates,
+    mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = _backend(query, latents, latents, latents.backend)
+    if backend.reads_rotary_keys(latents, rotary):
+        return backend.latent_attention(query, rotary_query, latents, rotary, mask, s_aux, scaling=scaling)
+    # Asking a GPU for the length would wait for it.
+    if latents.device.type == "cpu":
+        latents, rotary = latents.known(), rotary.known()
+    mask = reference.rotary_mask(rotary_query, rotary, mask, scaling)
+    return backend.decode_attention(query, latents, latents, mask, s_aux, scaling=scaling)
+
+
 def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
     k_stored, v_stored, others = _sides(args)
     sink_positions, faults, padding, length, appends, k_spec, v_spec, start, backend = others
@@ -239,6 +280,7 @@ def _head_dim(spec: str, data: torch.Tensor) -> int:
 
 
 _library.impl("decode_attention", _decode_attention, "CompositeExplicitAutograd")
+_library.impl("latent_attention", _latent_attention, "CompositeExplicitAutograd")
 _library.impl("quantize_append", _quantize_append, "CompositeExplicitAutograd")
 _library.impl("retire", _retire, "CompositeExplicitAutograd")
 
@@ -248,6 +290,11 @@ def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     _, v_stored, (*_, v_spec, _, _, _, _, _) = _sides(args)
     shape = (*query.shape[:-1], _head_dim(v_spec, v_stored.data))
     return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvquant::latent_attention", lib=_library)
+def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("kvquant::quantize_append", lib=_library)
@@ -278,6 +325,44 @@ def decode_attention(
     return torch.ops.kvquant.decode_attention.default(
         query, *keys.stored, *values.stored, keys.sink_positions, keys.device_length, mask, s_aux,
         keys.spec.code, values.spec.code, keys.length, keys.recent_length, scaling, softcap, keys.backend,
+    )  # fmt: skip
+
+
+def latent_attention(
+    query: torch.Tensor,
+    rotary_query: torch.Tensor,
+    latents: QuantizedStates,
+    rotary: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over latents, which are keys and values of all heads; keys have a second part, rotary keys.
+
+        scores = scaling * (query . latents + rotary_query . rotary)
+
+    Kernels that do not read rotary keys get their scores as a mask (`reference.rotary_mask`).
+
+    Args:
+        query: `[batch, num_heads, q_len, rank]` in the space of latents.
+        rotary_query: `[batch, num_heads, q_len, rotary head_dim]`.
+        latents, rotary: states of one head and of the same columns.
+        mask, s_aux: as in `reference.decode_attention`.
+
+    Returns:
+        Output `[batch, num_heads, q_len, rank]` and the log-sum-exp of the scores, float32.
+
+    Raises:
+        ValueError: a shape, dtype or length does not fit the others; it is named.
+    """
+    _check(query, latents, latents, mask, s_aux)
+    _check_rotary(query, rotary_query, latents, rotary)
+    if not _is_watched(query):
+        return _attend_latents(query, rotary_query, latents, rotary, mask, s_aux, scaling)
+    return torch.ops.kvquant.latent_attention.default(
+        query, rotary_query, *latents.stored, *rotary.stored, latents.sink_positions, latents.device_length, mask,
+        s_aux, latents.spec.code, rotary.spec.code, latents.length, latents.recent_length, scaling, latents.backend,
     )  # fmt: skip
 
 
@@ -411,6 +496,21 @@ def _check(
     # An integer mask of 0 and 1 would be added to the scores.
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask: dtype {mask.dtype} is not allowed in a 4-D mask; expected bool or a floating dtype")
+
+
+def _check_rotary(
+    query: torch.Tensor, rotary_query: torch.Tensor, latents: QuantizedStates, rotary: QuantizedStates
+) -> None:
+    expected = (*query.shape[:3], rotary.head_dim)
+    if rotary_query.shape != expected or rotary_query.dtype != query.dtype:
+        raise ValueError(
+            f"rotary_query: {tuple(rotary_query.shape)} of {rotary_query.dtype} does not fit the cached rotary keys; "
+            f"expected {expected} of {query.dtype}"
+        )
+    if rotary.length != latents.length or rotary.data.shape[:2] != latents.data.shape[:2]:
+        raise ValueError(
+            f"rotary: {tuple(rotary.shape)} does not fit the cached latents; expected {tuple(latents.shape[:3])} rows"
+        )
 
 
 def _misfit(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> str:

@@ -75,6 +75,11 @@ def decode_attention(
     return torch.stack(outputs, 2).to(query.dtype), torch.stack(logsumexps, 2).float()
 
 
+def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
+    """No: their scores are a mask of `decode_attention`; see `ops.latent_attention`."""
+    return False
+
+
 def mask_rows(
     mask: torch.Tensor | None, start: int, end: int, q_len: int, kv_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,6 +94,35 @@ def mask_rows(
     if rows.dtype == torch.bool:
         return ~rows, no_bias
     return rows <= torch.finfo(rows.dtype).min, rows.to(dtype)
+
+
+def rotary_mask(
+    query: torch.Tensor, rotary: QuantizedStates, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """The mask that adds the scores of rotary queries and keys to those of latents.
+
+    Args:
+        query: `[batch, num_heads, q_len, head_dim]` of the rotary keys.
+        mask: as in `decode_attention`.
+
+    Returns:
+        A complete additive mask `[batch, num_heads, q_len, kv_len]`, in float32 at least.
+    """
+    q_len, kv_len, first = query.shape[2], rotary.length, rotary.position(query.shape[2])
+    compute = torch.promote_types(query.dtype, torch.float32)
+    rotated = query.to(compute) * scaling
+    # Heads are rows of one product: a product for each head takes ten times as long.
+    scores = [rotated[:, :, j] @ rotary.dequantize(first + j)[:, 0].to(compute).mT for j in range(q_len)]
+    bias = torch.stack(scores, dim=2)
+    if mask is None and q_len == 1 and rotary.device_length is None:
+        return bias
+    mask = None if mask is None else mask[..., :kv_len]
+    if mask is None or mask.ndim == 2:
+        columns, rows = torch.arange(kv_len, device=query.device), torch.arange(q_len, device=query.device)
+        seen = (columns <= first + rows[:, None])[None, None]
+        mask = seen if mask is None else seen & (mask != 0)[:, None, None]
+    hidden, added = mask_rows(mask, 0, q_len, q_len, kv_len, compute, query.device)
+    return (bias + added).masked_fill(hidden, torch.finfo(compute).min)
 
 
 def quantize_append(

@@ -87,7 +87,7 @@ MAY_IMPORT = {
         "static_sliding",
     },
     "export": {"cache", "host", "static"},
-    "latent": {"backends.arguments", "backends.specialisation", "ops", "recorded", "reference", "route", "states"},
+    "latent": {"backends.arguments", "backends.specialisation", "ops", "recorded", "route", "states"},
     "attention": {"axes", "calls", "host", "latent", "ops", "recorded", "route", "states"},
     "allocators": {"config", "host", "ops", "pages", "states"},
     "batching": {"allocators", "config", "host", "ops", "route"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from stored import KEY_SPECS, VALUE_SPECS, left_padding, make_states, problem, random_states, replaced
 
-from hf_kvquant import reference
+from hf_kvquant import QuantSpec, reference
 from hf_kvquant.backends import cuda, specialisation
 
 # The largest error of an output, relative to the largest value, and of a log-sum-exp. 16-bit attention itself rounds
@@ -76,9 +76,13 @@ def attend(*arguments, split=SPLIT, blocks=specialisation.BLOCKS, device=None, c
 def check(query, keys, values, mask=None, s_aux=None, *, softcap=0.0, scaling=None, **how):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = dict(scaling=scaling, softcap=softcap)
-    expected, expected_lse = reference.decode_attention(query, keys, values, mask, s_aux, **settings)
-    output, lse = attend(query, keys, values, mask, s_aux, **how, **settings)
-    tolerance, lse_tolerance = TOLERANCE[query.dtype]
+    expected = reference.decode_attention(query, keys, values, mask, s_aux, **settings)
+    return close(attend(query, keys, values, mask, s_aux, **how, **settings), expected)
+
+
+def close(got, wanted):
+    (output, lse), (expected, expected_lse) = got, wanted
+    tolerance, lse_tolerance = TOLERANCE[output.dtype]
     assert torch.equal(output.isnan(), expected.isnan())
     seen = expected.float().nan_to_num()
     error = (output.float().nan_to_num() - seen).abs().max().item()
@@ -331,3 +335,114 @@ def test_query_with_gaps():
 def test_a_copy_of_values_only():
     """Dense keys have no ring and no sinks; quantized values beside them have."""
     check(*of(CASES[5], kv_len=150, q_len=5, recent_length=20, sink_length=3))
+
+
+# -- latents and rotary keys --------------------------------------------------------------------------
+
+# The formats of latents and of rotary keys, their head_dims and dtype.
+LATENTS = {
+    "int8": ("int8-channel", "int8-channel", 512, 64, BFLOAT),
+    "int8-plain": ("int8", "int8", 512, 64, HALF),
+    "fp8": ("fp8", "fp8", 64, 64, BFLOAT),
+    "int4": ("int4-channel", "int4-channel", 64, 64, HALF),
+    "int4-small": ("int4-rotated", "int4-rotated", 128, 64, BFLOAT),
+    "fp8-channel": ("fp8-channel32", "fp8-channel32", 256, 32, HALF),
+    "groups": ("int8-group16", "int8-group16", 64, 64, BFLOAT),
+    "groups of int4": ("fp8", "int4", 64, 96, HALF),
+    "half a chunk": ("int4-channel", "int4-channel", 80, 80, BFLOAT),
+    "other formats": ("int8-channel16", "int4-channel16", 64, 128, HALF),
+    "dense": ("dense", "dense", 64, 64, BFLOAT),
+}
+KEY_SPECS_OF_ROTARY = KEY_SPECS | {"int4-channel16": QuantSpec("int4", "channel", block_length=16)}
+every_latent = pytest.mark.parametrize("case", LATENTS.values(), ids=LATENTS)
+few_latents = pytest.mark.parametrize("case", [LATENTS["fp8"], LATENTS["int4"]], ids=["token", "channel"])
+
+
+def latents(case, *, batch=1, kv_len=150, q_per_kv=16, q_len=1, padding=None, **windows):
+    """Queries of latents and of rotary keys, and both states."""
+    latent, rotary, rank, rotary_dim, dtype = case
+    generator = torch.Generator().manual_seed(0)
+    states = []
+    for name, head_dim in ((latent, rank), (rotary, rotary_dim)):
+        x = random_states(generator, batch, 1, kv_len, head_dim, dtype)
+        states.append(make_states(x, KEY_SPECS_OF_ROTARY[name], padding=padding, **windows))
+    # Both parts of a score are equally large, so that neither hides an error of the other.
+    queries = (
+        torch.randn(batch, q_per_kv, q_len, d, generator=generator) * (rank / d) ** 0.5 for d in (rank, rotary_dim)
+    )
+    return *(q.to(dtype) for q in queries), *states
+
+
+def of_latents(query, rotary_query, states, rotary, mask=None, s_aux=None, *, scaling):
+    """The reference: the scores of rotary keys are a mask."""
+    added = reference.rotary_mask(rotary_query, rotary, mask, scaling)
+    return reference.decode_attention(query, states, states, added, s_aux, scaling=scaling)
+
+
+def check_latents(query, rotary_query, states, rotary, mask=None, s_aux=None, **how):
+    assert cuda.reads_rotary_keys(states, rotary)
+    arguments, settings = (
+        (query, rotary_query, states, rotary, mask, s_aux),
+        dict(scaling=(2 * query.shape[-1]) ** -0.5),
+    )
+    got = attend(*arguments, call=cuda.latent_attention, **how, **settings)
+    return close(got, of_latents(*arguments, **settings))
+
+
+@every_latent
+def test_rotary_keys(case):
+    check_latents(*latents(case, kv_len=330))
+    check_latents(*latents(case, q_len=3, recent_length=20, sink_length=3))
+
+
+@few_latents
+def test_rotary_keys_at_other_lengths(case):
+    for kv_len in (1, 63, 64, 130, 1000):
+        check_latents(*latents(case, kv_len=kv_len, batch=2))
+    check_latents(*latents(case, kv_len=71, q_len=16, q_per_kv=1, recent_length=10, sink_length=4))
+    check_latents(*latents(case, kv_len=600, q_per_kv=20))
+
+
+@few_latents
+def test_rotary_keys_under_masks(case):
+    padding = left_padding(170, 70, 3)
+    window = dict(kv_len=170, recent_length=16, sink_length=4)
+    check_latents(*latents(case, batch=2, q_len=2, padding=padding, **window), ~padding)
+    hidden = torch.rand(1, 16, 3, 170, generator=torch.Generator().manual_seed(1)) < 0.4
+    states = latents(case, q_len=3, **window)
+    check_latents(*states, ~hidden)
+    bias = torch.randn(1, 16, 3, 170).masked_fill(hidden, torch.finfo(torch.float32).min)
+    check_latents(*states, bias, torch.linspace(-3, 6, 16))
+
+
+@few_latents
+def test_hidden_rotary_keys_may_hold_anything(case):
+    query, rotary_query, states, rotary = latents(case, recent_length=30)
+    hidden = torch.zeros(150, dtype=torch.bool)
+    hidden[[0, 5, 60, 100, 125, 149]] = True
+    mask, call = ~hidden[None, None, None], dict(call=cuda.latent_attention, scaling=0.1)
+    clean, _ = attend(query, rotary_query, states, rotary, mask, **call)
+    output, _ = attend(query, rotary_query, states, poisoned(rotary, hidden), mask, **call)
+    assert torch.equal(output, clean)
+
+
+@few_latents
+def test_rotary_keys_whose_number_the_device_knows(case):
+    query, rotary_query, *both = latents(case, kv_len=130, recent_length=16, sink_length=4)
+    expected, _ = attend(query, rotary_query, *both, call=cuda.latent_attention, scaling=0.1)
+    capacity, length = both[0].data.shape[2], torch.tensor(130)
+    limits = [dataclasses.replace(s, length=capacity, device_length=length) for s in both]
+    output, _ = attend(query, rotary_query, *limits, call=cuda.latent_attention, scaling=0.1)
+    assert torch.equal(output, expected)
+
+
+def test_rotary_keys_with_other_copies_are_not_read():
+    """Their scores are a mask: the queries would read exact copies of one where they read codes of the other."""
+    *_, channel, token = latents(("int8-channel", "int8", 64, 64, BFLOAT))
+    *_, longer, _ = latents(("int4-channel256", "int8", 64, 64, BFLOAT))
+    *_, dense, wide = latents(("dense", "dense", 64, 512, BFLOAT))
+    for one, other in ((channel, token), (channel, longer), (dense, token), (channel, wide)):
+        assert not cuda.reads_rotary_keys(one, other)
+    *_, without = latents(("int8", "int8", 64, 64, BFLOAT))
+    *_, copied = latents(("int8", "int8", 64, 64, BFLOAT), recent_length=4)
+    assert cuda.reads_rotary_keys(without, without) and not cuda.reads_rotary_keys(without, copied)

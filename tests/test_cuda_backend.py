@@ -46,6 +46,12 @@ def emulated(monkeypatch, device) -> Recorder:
     """The operators run on the emulator for CPU states with backend "cpu"."""
 
     class Backend:
+        reads_rotary_keys = staticmethod(cuda.reads_rotary_keys)
+
+        @staticmethod
+        def latent_attention(*args, **options):
+            return cuda.latent_attention(*args, **options, device=device)
+
         @staticmethod
         def decode_attention(*args, **options):
             return cuda.decode_attention(*args, **options, device=device)
@@ -185,7 +191,8 @@ def test_latents_of_512_elements(preset, dtype, emulated):
 
     output, ours = step()
     assert [launch[0] for launch in emulated.launches][-2:] == ["decode_attention_kernel", "merge_splits_kernel"]
-    assert emulated.launches[-2][2][2] == 4  # blocks of the shares of a row
+    _, kind, (_, _, shares) = emulated.launches[-2]
+    assert (kind["KVQUANT_R_HEAD_DIM"], shares) == (64, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_implementation", lambda *_: reference)
         expected, theirs = step()

@@ -18,7 +18,7 @@ import pytest
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.backends import disk_cache, nvrtc
 from hf_kvquant.backends.arguments import DTYPES, FORMATS
-from hf_kvquant.backends.specialisation import Specialisation, specialisation
+from hf_kvquant.backends.specialisation import RotaryKeys, Specialisation, specialisation
 from hf_kvquant.measure.gpu import forecast, machine_code
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -53,10 +53,23 @@ pytestmark = pytest.mark.skipif(ptxas.missing() is not None, reason=f"{ptxas.mis
 
 
 def kind_of(
-    k: QuantSpec, v: QuantSpec, head_dim: int, v_head_dim: int, dtype: str = "bfloat16", rows: int = 8, pages: int = 0
+    k: QuantSpec,
+    v: QuantSpec,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: str = "bfloat16",
+    rows: int = 8,
+    pages: int = 0,
+    rotary: RotaryKeys | None = None,
 ) -> Specialisation:
     number = next(number for known, number in DTYPES.items() if str(known) == f"torch.{dtype}")
-    return specialisation(number, k.resolve(head_dim), v.resolve(v_head_dim), head_dim, v_head_dim, rows, pages)
+    specs = k.resolve(head_dim), v.resolve(v_head_dim)
+    return specialisation(number, *specs, head_dim, v_head_dim, rows, pages, rotary)
+
+
+def of_latents(spec: QuantSpec, rotary: QuantSpec, dtype: str = "bfloat16") -> Specialisation:
+    """Attention over latents of 512 elements and rotary keys of 64."""
+    return kind_of(spec, spec, 512, 512, dtype, 16, rotary=RotaryKeys(rotary.resolve(64), 64))
 
 
 def preset(name: str, head_dim: int, dtype: str = "bfloat16", rows: int = 8, pages: int = 0) -> Specialisation:
@@ -87,13 +100,14 @@ def kinds() -> list[Specialisation]:
         *(preset(*choice, "float16", 16, pages=192) for choice in (("int4", 64), ("int4", 128), ("int8", 256))),
         kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float16", 16, pages=128),
         kind_of(dense, fp8, 192, 192, pages=64),
-        # Latents, and their cache: with rotary keys of 64 elements.
+        # Latents without and with rotary keys of 64 elements, and their cache.
         kind_of(channel, channel, 512, 512, rows=16),
-        kind_of(QuantSpec("int8"), QuantSpec("int8"), 512, 512, "float16", 16),
-        kind_of(QuantSpec("fp8"), QuantSpec("fp8"), 512, 512, rows=16),
-        kind_of(QuantSpec("int4", "channel"), QuantSpec("int4", "channel"), 512, 512, rows=16),
-        kind_of(int4, int4, 512, 512, "float16", 16),
-        kind_of(dense, dense, 512, 512, rows=16),
+        of_latents(channel, channel),
+        of_latents(QuantSpec("int8"), QuantSpec("int8"), "float16"),
+        of_latents(QuantSpec("fp8"), QuantSpec("fp8")),
+        of_latents(QuantSpec("int4", "channel"), QuantSpec("int4", "channel")),
+        of_latents(int4, int4, "float16"),
+        of_latents(dense, dense),
         kind_of(QuantSpec("int4", "channel"), int4, 512, 64, rows=16),
     ]
 

@@ -50,6 +50,20 @@ def check(problem, *rest, device=None, **settings):
     return test_cuda_attention.check(*problem, *rest, device=device or Device(), **settings)
 
 
+def latents(store, preset, *, rank=512, kv_len=71, num_heads=16, q_len=1):
+    """Queries of latents and of rotary keys, and both states as the preset's cache stores them."""
+    config = KVQuantConfig.preset(preset)
+    keys, values = ((torch.randn(1, 1, kv_len, d) + torch.randn(d)).to(BFLOAT) for d in (rank, 64))
+    specs = config.keys, config.keys if config.rotary_keys == "keys" else config.values
+    window = dict(recent_length=config.recent_length, sink_length=config.sink_length)
+    states = store(keys, values, *specs, append=reference.quantize_append, backend="cuda", **window)
+    return *(torch.randn(1, num_heads, q_len, d).to(BFLOAT) for d in (rank, 64)), *states
+
+
+def check_latents(problem, **how):
+    test_cuda_attention.check_latents(*problem, device=Device(), **how)
+
+
 class TestAttention:
     @pytest.mark.parametrize("preset", PRESETS)
     @pytest.mark.parametrize(("head_dim", "dtype"), [(64, BFLOAT), (128, HALF)], ids=["64-bf16", "128-fp16"])
@@ -71,10 +85,17 @@ class TestAttention:
     def test_head_dims(self, store, preset, head_dim):
         check(problem(store, preset, head_dim=head_dim, kv_len=300))
 
-    @pytest.mark.parametrize("preset", ["int8", "int8-plain", "fp8", "int4"])
-    def test_latents(self, store, preset):
-        """Latents are keys and values at once. The scores of rotary keys are a mask, another one for each head."""
-        query, latents, _ = problem(store, preset, head_dim=512, kv_len=71, q_per_kv=16)
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_latents_and_rotary_keys(self, store, preset):
+        check_latents(latents(store, preset))
+
+    def test_latents_of_128_heads(self, store):
+        """Eight blocks of 16 rows each."""
+        check_latents(latents(store, "int8", num_heads=128))
+
+    def test_latents_under_a_mask_for_each_head(self, store):
+        """As the scores of rotary keys that the kernel does not read are given to it."""
+        query, latents, _ = problem(store, "int8", head_dim=512, kv_len=71, q_per_kv=16)
         check((query, latents, latents), torch.randn(1, 32, 1, 71))
 
     @pytest.mark.parametrize("preset", ["int4", "fp8"])
@@ -168,6 +189,26 @@ PLANTED_IN_PAGES = {
     "the length of a row": ("columns.h", "a.pages.lengths + batch", "a.pages.lengths", None),
     "fields of a table in another order": ("params.h", "table_stride, page_length", "page_length, table_stride", None),
 }
+# The same, in what only rotary keys have.
+PLANTED_IN_ROTARY = {
+    "the next block": ("rotary.h", "is_first || column % S::kGroup == 0", "is_first", None),
+    "the next tile": ("rotary.h", "next += RowTile::kTileBytes;", "", None),
+    "the factors of queries": ("rotary.h", "queries.factors[Lanes::row(r)]", "1.0f", None),
+    "the exact copies": (
+        "rotary.h",
+        "Copies::of<StoredRotary>(p.a.rotary.side",
+        "Copies::of<StoredKeys>(p.a.keys",
+        None,
+    ),
+    "the scales": ("rotary.h", "scales(p.a.rotary.side, p,", "scales(p.a.keys, p,", None),
+    "another query": ("pass.h", "rotary.prepare();", "", "nobody wrote"),
+    "fields in another order": (
+        "params.h",
+        "int64_t query_stride[3];  // of batch, head and query\n  KvquantSide side;",
+        "KvquantSide side;\n  int64_t query_stride[3];",
+        None,
+    ),
+}
 
 
 @pytest.fixture
@@ -204,6 +245,15 @@ def test_planted_faults_in_pages_are_found(planted, fault):
     expected = reference.paged_attention(query, *states, scaling=0.2)
     with pytest.raises((Fault, AssertionError), match=said):
         test_cuda_pages.close(test_cuda_pages.paged(query, *states, scaling=0.2, device=Device()), expected)
+
+
+@pytest.mark.parametrize("fault", PLANTED_IN_ROTARY)
+def test_planted_faults_in_rotary_keys_are_found(store, planted, fault):
+    *change, said = PLANTED_IN_ROTARY[fault]
+    planted(*change)
+    preset = "int8-plain" if fault == "the scales" else "int8"
+    with pytest.raises((Fault, AssertionError), match=said):
+        check_latents(latents(store, preset, rank=128, kv_len=500, q_len=2), split=512, blocks=1)
 
 
 @pytest.mark.parametrize(("macro", "value"), [("KVQUANT_K_ROTATE", 0), ("KVQUANT_DTYPE", 1)])

@@ -39,6 +39,20 @@ def setting(outlier, store):
     return make
 
 
+@pytest.fixture
+def latents(outlier, store):
+    """Queries of 4 heads for latents of 32 elements and for rotary keys of 16, and states of 40 columns."""
+
+    def make(on_device=False):
+        specs = QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=16)
+        states = store(outlier(2, 1, 40, 32), outlier(2, 1, 40, 16), *specs, sink_length=2, recent_length=5)
+        if on_device:
+            states = [dataclasses.replace(s, device_length=torch.tensor(33)) for s in states]
+        return torch.randn(2, 4, 2, 32), torch.randn(2, 4, 2, 16), *states
+
+    return make
+
+
 def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
     """The operator's arguments, as the schema lists them."""
     return (
@@ -46,6 +60,13 @@ def attention_arguments(query, keys, values, mask=None, s_aux=None) -> tuple:
         *(keys.sink_positions, keys.device_length, mask, s_aux, keys.spec.code, values.spec.code),
         *(keys.length, keys.recent_length),
         *(0.2, 0.0, keys.backend),
+    )
+
+
+def latent_arguments(query, rotary_query, latents, rotary, mask=None) -> tuple:
+    return (
+        *(query, rotary_query, *latents.stored, *rotary.stored, latents.sink_positions, latents.device_length, mask),
+        *(None, latents.spec.code, rotary.spec.code, latents.length, latents.recent_length, 0.2, latents.backend),
     )
 
 
@@ -90,6 +111,13 @@ class TestSchema:
             torch.ops.kvquant.decode_attention.default,
             attention_arguments(query, keys, values, masks[mask], s_aux),
         )
+
+    @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
+    @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+    def test_opcheck_latent_attention(self, mask, on_device, latents):
+        arguments, masks = latents(on_device), {"padding": torch.ones(2, 40, dtype=torch.long)}
+        masks |= {"none": None, "additive": torch.zeros(2, 1, 2, 40)}
+        torch.library.opcheck(torch.ops.kvquant.latent_attention.default, latent_arguments(*arguments, masks[mask]))
 
     @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
     @by_pair
@@ -165,6 +193,32 @@ class TestCalls:
         expected = reference.decode_attention(*arguments, scaling=0.3, softcap=4.0)
         for a, e in zip(actual, expected):
             assert torch.equal(a, e)
+
+    @pytest.mark.parametrize("on_device", [False, True], ids=["length-known", "length-on-device"])
+    @pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+    def test_rotary_keys_are_a_second_part_of_the_keys(self, mask, on_device, watch, latents):
+        """Each query over the numbers that it reads, in one softmax over both parts."""
+        query, rotary_query, states, rotary = latents(on_device)
+        length = 33 if on_device else 40
+        masks = {"none": None, "padding": torch.rand(2, 40) < 0.5, "additive": torch.randn(2, 4, 2, 40)}
+        with watch():
+            output, lse = ops.latent_attention(
+                query, rotary_query, states, rotary, masks[mask], torch.full((4,), 1.5), scaling=0.3
+            )
+        for j in range(2):
+            at = length - 2 + j
+            a, b = (x.dequantize(at)[:, :, : at + 1] for x in (states, rotary))
+            scores = 0.3 * (query[:, :, j, None] @ a.mT + rotary_query[:, :, j, None] @ b.mT)[:, :, 0]
+            if mask == "padding":
+                scores = scores.masked_fill(~masks[mask][:, None, : at + 1], -torch.inf)
+            if mask == "additive":
+                if j == 0:
+                    continue  # a complete mask has no causal order
+                scores = scores + masks[mask][:, :, j, : at + 1]
+            weights = torch.cat([scores, torch.full((2, 4, 1), 1.5)], -1)
+            expected = (weights.softmax(-1)[..., None, :-1] @ a)[:, :, 0]
+            torch.testing.assert_close(lse[:, :, j], weights.logsumexp(-1), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(output[:, :, j], expected, rtol=1e-5, atol=1e-3)
 
     @by_pair
     def test_append_passes_everything_on(self, pair, watch, outlier, store):
@@ -358,6 +412,15 @@ class TestClearErrors:
     def test_s_aux(self, shape, setting):
         with pytest.raises(ValueError, match=r"s_aux: shape .* expected \(4,\)"):
             ops.decode_attention(*setting(), None, torch.zeros(shape), scaling=0.2)
+
+    def test_rotary_keys_that_do_not_fit(self, latents):
+        query, rotary_query, states, rotary = latents()
+        with pytest.raises(ValueError, match=r"rotary_query: \(2, 4, 1, 16\) .*; expected \(2, 4, 2, 16\)"):
+            ops.latent_attention(query, rotary_query[:, :, :1], states, rotary, scaling=0.2)
+        with pytest.raises(ValueError, match="rotary_query: .* torch.float16 .*; expected .* torch.float32"):
+            ops.latent_attention(query, rotary_query.half(), states, rotary, scaling=0.2)
+        with pytest.raises(ValueError, match=r"rotary: \(2, 1, 39, 16\) .*; expected \(2, 1, 40\) rows"):
+            ops.latent_attention(query, rotary_query, states, dataclasses.replace(rotary, length=39), scaling=0.2)
 
 
 class TestBackends:

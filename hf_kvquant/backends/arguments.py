@@ -47,6 +47,10 @@ class Pages(ctypes.Structure):
     _fields_ = _fields("table exact lengths", "table_stride page_length")
 
 
+class Rotary(ctypes.Structure):
+    _fields_ = _fields("query", "query_batch query_head query_row", side=Side)
+
+
 _NO_PAGES = (0,) * len(Pages._fields_)
 
 
@@ -59,6 +63,7 @@ class Attention(ctypes.Structure):
         keys=Side,
         values=Side,
         pages=Pages,
+        rotary=Rotary,
     )
     dtype: int
     num_kv_heads: int
@@ -102,6 +107,10 @@ class Read(ctypes.Structure):
 # A side's addresses change from call to call, and its other fields, from `data_batch` on, do not.
 _ADDRESSES = Side.data_batch.offset // 8
 _SIDE_CONSTANTS = Struct(f"={len(Side._fields_) - _ADDRESSES}q")
+
+
+# Text that is shorter than its field is packed with zeros behind it.
+_NO_ROTARY: tuple[int | bytes, ...] = (*(0,) * (len(Rotary._fields_) - 1), *(0,) * _ADDRESSES, b"")
 
 
 def _packing(struct: Any) -> str:
@@ -308,8 +317,10 @@ def attention(
     softcap: float,
     isa: int = 0,
     threads: int = 0,
+    rotary: tuple[torch.Tensor, QuantizedStates] | None = None,
 ) -> tuple[Attention, torch.Tensor, torch.Tensor]:
-    """The argument of `decode_attention`, and the output and log-sum-exp that the kernel will write.
+    """The argument of `decode_attention`, or of `latent_attention` with rotary queries and keys, and the output and
+    log-sum-exp that the kernel will write.
 
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
@@ -355,6 +366,20 @@ def attention(
     if s_aux is not None:
         _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
+    second = _NO_ROTARY
+    if rotary is not None:
+        rotary_query, rotary_keys = rotary
+        expected = (*query.shape[:3], rotary_keys.head_dim)
+        if rotary_query.shape != expected or rotary_query.dtype is not dtype or rotary_keys.length != kv_len:
+            told = f"{tuple(rotary_query.shape)} of {rotary_query.dtype} over {rotary_keys.length} keys"
+            raise ValueError(f"rotary_query: {told} does not fit; expected {expected} of {dtype} over {kv_len}")
+        if rotary_query.stride(3) != 1:
+            rotary_query = rotary_query.contiguous()
+        second = (
+            rotary_query.data_ptr(), *(stride * itemsize for stride in rotary_query.stride()[:3]),
+            *_side("rotary keys", rotary_keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
+        )  # fmt: skip
+        rotary = rotary_query, rotary_keys
     packed = _ATTENTION.pack(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), 0 if mask is None else mask.data_ptr(),
         0 if s_aux is None else s_aux.data_ptr(), positions, 0 if length is None else length.data_ptr(),
@@ -362,10 +387,10 @@ def attention(
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
         kv_len, keys.recent_length, isa, threads, scaling, softcap,
         *_side("keys", keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
-        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks), *_NO_PAGES,
+        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks), *_NO_PAGES, *second,
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
-    arguments.alive = query, mask, s_aux
+    arguments.alive = query, mask, s_aux, None if rotary is None else rotary[0]
     return arguments, output, logsumexp
 
 
@@ -544,7 +569,7 @@ def paged_attention(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(seen), _address(s_aux),
         _address(positions), 0, batch_stride, head_stride, row_stride, *mask_strides, positions_stride, num_sinks,
         kind, 0 if seen is None else 1, code, batch, num_heads, num_kv_heads, 1, longest, keys.recent_length, isa,
-        threads, scaling, softcap, *chain(*_paged_sides(keys, values, query)), *pages,
+        threads, scaling, softcap, *chain(*_paged_sides(keys, values, query)), *pages, *_NO_ROTARY,
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, s_aux, positions, *table[:5]

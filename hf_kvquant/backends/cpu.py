@@ -152,6 +152,11 @@ def decode_attention(
     return output, logsumexp
 
 
+def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
+    """No: their scores are a mask of `decode_attention`; see `ops.latent_attention`."""
+    return False
+
+
 def quantize_append(
     key: torch.Tensor,
     value: torch.Tensor,

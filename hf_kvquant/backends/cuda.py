@@ -17,6 +17,7 @@ from . import arguments, disk_cache, gpu, nvrtc
 from .specialisation import (
     ROWS,
     THREADS,
+    RotaryKeys,
     Specialisation,
     most_splits,
     rows_of_block,
@@ -80,6 +81,35 @@ def decode_attention(
     return output, logsumexp
 
 
+def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
+    """Whether `latent_attention` reads these rotary keys beside the latents."""
+    copies = [(states.recent is None, states.sink is None) for states in (latents, rotary)]
+    return copies[0] == copies[1] and RotaryKeys(rotary.spec, rotary.head_dim).go_with(latents.spec)
+
+
+def latent_attention(
+    query: torch.Tensor,
+    rotary_query: torch.Tensor,
+    latents: QuantizedStates,
+    rotary: QuantizedStates,
+    mask: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    device: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same as `ops.latent_attention`, for states of which `reads_rotary_keys` is true.
+
+    Raises:
+        ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
+        nvrtc.CompileError: a kernel does not compile.
+    """
+    both = rotary_query, rotary
+    call, output, logsumexp = arguments.attention(query, latents, latents, mask, s_aux, scaling, 0.0, rotary=both)
+    _attend(call, output, logsumexp, latents, latents, (query, mask, s_aux, rotary_query), device, rotary)
+    return output, logsumexp
+
+
 def paged_attention(
     query: torch.Tensor,
     keys: PagedStates,
@@ -109,16 +139,20 @@ def _attend(
     values: _States,
     given: tuple[torch.Tensor | None, ...],
     device: Any,
+    rotary: QuantizedStates | None = None,
 ) -> None:
     """Launch the kernels of an attention call; `given`: the caller's tensors besides states, of which queries are the
-    first."""
+    first; `rotary`: the rotary keys beside keys that are latents."""
     batch, num_heads, q_len, v_head_dim = output.shape
     num_kv_heads = call.num_kv_heads
     rows = num_heads // num_kv_heads * q_len
-    of_block = rows_of_block(rows, rows_taken(values.spec.is_channel, max(keys.head_dim, v_head_dim)))
-    kind = _kind(call, keys, values, of_block)
+    taken = rows_taken(values.spec.is_channel, max(keys.head_dim, v_head_dim), rotary is not None)
+    of_block = rows_of_block(rows, taken)
+    kind = _kind(call, keys, values, of_block, rotary)
     _check_alignment("keys", call, _KEYS, keys)
     _check_alignment("values", call, _VALUES, values)
+    if rotary is not None:
+        _check_alignment("rotary keys", call, _ROTARY, rotary)
     copies = _has_copies(keys, values)
     slices = copies + most_splits(call.kv_len, num_kv_heads)
     # Every slice has the sum of values, the largest score and the sum of weights.
@@ -127,7 +161,7 @@ def _attend(
     if device is None:
         device = gpu.of(*given, keys.stored.data, values.stored.data)
     else:
-        reads = (*call.alive, *_tensors(keys), *_tensors(values))
+        reads = (*call.alive, *_tensors(keys), *_tensors(values), *(() if rotary is None else _tensors(rotary)))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
     shares = value_shares(v_head_dim)
     grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch * shares), (q_len, num_heads, batch)
@@ -203,10 +237,17 @@ def _append(
 
 
 def _kind(
-    call: arguments.Attention | arguments.Append, keys: _States, values: _States, rows: int = ROWS[0]
+    call: arguments.Attention | arguments.Append,
+    keys: _States,
+    values: _States,
+    rows: int = ROWS[0],
+    rotary: QuantizedStates | None = None,
 ) -> Specialisation:
     page_length = keys.page_length if isinstance(keys, PagedStates) else 0
-    return specialisation(call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, rows, page_length)
+    second = None if rotary is None else RotaryKeys(rotary.spec, rotary.head_dim)
+    return specialisation(
+        call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, rows, page_length, second
+    )
 
 
 def _append_blocks(n: int, states: _States) -> int:
@@ -251,6 +292,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 # The offsets of the sides in the structs, in words of 8 bytes.
 _KEYS, _VALUES = (getattr(arguments.Attention, side).offset // 8 for side in ("keys", "values"))
+_ROTARY = (arguments.Attention.rotary.offset + arguments.Rotary.side.offset) // 8
 _NEW_KEYS, _NEW_VALUES = (
     (getattr(arguments.Append, side).offset + arguments.NewTokens.side.offset) // 8 for side in ("keys", "values")
 )

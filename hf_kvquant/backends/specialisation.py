@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from ..quantization import QuantSpec
 from . import GPU_FORMATS, gpu_refusal
@@ -53,9 +54,9 @@ def splits_of(columns: int) -> Iterator[None]:
         _made.update(made)
 
 
-def rows_taken(channel_values: bool, head_dim: int) -> tuple[int, ...]:
+def rows_taken(channel_values: bool, head_dim: int, has_rotary: bool = False) -> tuple[int, ...]:
     """The query rows that a block may have; `head_dim`: the larger one of keys and values."""
-    if head_dim == WIDE_HEAD_DIM:
+    if head_dim == WIDE_HEAD_DIM or has_rotary:
         return ROWS[1:]
     return ROWS[:1] if channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS else ROWS
 
@@ -95,6 +96,8 @@ class Specialisation(dict):
         k, v = self["KVQUANT_HEAD_DIM"], self["KVQUANT_V_HEAD_DIM"]
         dtype = ("float32", "float16", "bfloat16")[self["KVQUANT_DTYPE"]]
         sides = f"keys {self._side('K')}, values {self._side('V')}"
+        if "KVQUANT_R_HEAD_DIM" in self:
+            sides += f", rotary keys of {self['KVQUANT_R_HEAD_DIM']} {self._side('R')}"
         pages = f", pages of {self['KVQUANT_PAGE_LENGTH']}" if "KVQUANT_PAGE_LENGTH" in self else ""
         return f"{dtype}, head_dim {k if k == v else f'{k}/{v}'}, {sides}, {self['KVQUANT_ROWS']} rows{pages}"
 
@@ -111,9 +114,25 @@ class Specialisation(dict):
 def for_source(source: str, kind: Specialisation) -> list[Specialisation]:
     """The specialisations of a source file that calls with any number of query rows need: `kind`, then others."""
     head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
-    taken = rows_taken(bool(kind["KVQUANT_V_GRID"]), head_dim)
+    taken = rows_taken(bool(kind["KVQUANT_V_GRID"]), head_dim, "KVQUANT_R_HEAD_DIM" in kind)
     rows = taken if source == "decode_attention.cu" else (kind["KVQUANT_ROWS"],)
     return [kind if kind["KVQUANT_ROWS"] == n else Specialisation({**kind, "KVQUANT_ROWS": n}) for n in rows]
+
+
+class RotaryKeys(NamedTuple):
+    """How the rotary keys of latent attention are stored."""
+
+    spec: QuantSpec
+    head_dim: int
+
+    def go_with(self, latents: QuantSpec) -> bool:
+        """Whether the kernels read them beside latents of this spec: where a query reads exact copies of one, it has
+        to read those of the other."""
+        return (
+            self.head_dim <= MAX_HEAD_DIM
+            and takes_head_dim(self.head_dim)
+            and (self.spec.is_dense, self.spec.block_length) == (latents.is_dense, latents.block_length)
+        )
 
 
 _made: dict[tuple, Specialisation] = {}
@@ -127,22 +146,31 @@ def specialisation(
     v_head_dim: int,
     rows: int = ROWS[0],
     page_length: int = 0,
+    rotary: RotaryKeys | None = None,
 ) -> Specialisation:
     """The macros for these specs; `dtype` is a value of `arguments.DTYPES`, and `rows`, which only attention depends
-    on, is one of `ROWS`; `page_length`: 0 for storage without pages. Equal arguments give the same object.
+    on, is one of `ROWS`; `page_length`: 0 for storage without pages; `rotary`: of attention that reads rotary keys
+    beside latents, which are its keys and its values. Equal arguments give the same object.
 
     Raises:
         ValueError: the kernels do not support this head_dim, format or dtype; the message names it.
     """
-    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length)
+    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length, rotary)
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length)
+        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length, rotary)
     return found
 
 
 def _make(
-    dtype: int, k_spec: QuantSpec, v_spec: QuantSpec, k_head_dim: int, v_head_dim: int, rows: int, page_length: int
+    dtype: int,
+    k_spec: QuantSpec,
+    v_spec: QuantSpec,
+    k_head_dim: int,
+    v_head_dim: int,
+    rows: int,
+    page_length: int,
+    rotary: RotaryKeys | None,
 ) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
         if not takes_head_dim(head_dim):
@@ -161,19 +189,23 @@ def _make(
             "KVQUANT_DTYPE": dtype,
             "KVQUANT_HEAD_DIM": k_head_dim,
             "KVQUANT_V_HEAD_DIM": v_head_dim,
-            "KVQUANT_K_FORMAT": FORMATS[k_spec.format],
-            "KVQUANT_K_GRID": int(k_spec.is_channel),
-            "KVQUANT_K_GROUP": k_spec.block_length or k_spec.group_size or k_head_dim,
-            "KVQUANT_K_ROTATE": int(k_spec.rotate),
-            "KVQUANT_V_FORMAT": FORMATS[v_spec.format],
-            "KVQUANT_V_GRID": int(v_spec.is_channel),
-            "KVQUANT_V_GROUP": v_spec.block_length or v_spec.group_size or v_head_dim,
-            "KVQUANT_V_ROTATE": int(v_spec.rotate),
+            **_side_macros("K", k_spec, k_head_dim),
+            **_side_macros("V", v_spec, v_head_dim),
             "KVQUANT_SPLIT": SPLIT,
             "KVQUANT_UNIT": UNIT,
             "KVQUANT_BLOCKS": BLOCKS,
             "KVQUANT_THREADS": THREADS,
             "KVQUANT_ROWS": rows,
             **({"KVQUANT_PAGE_LENGTH": page_length} if page_length else {}),
+            **({"KVQUANT_R_HEAD_DIM": rotary.head_dim, **_side_macros("R", *rotary)} if rotary else {}),
         }
     )
+
+
+def _side_macros(side: str, spec: QuantSpec, head_dim: int) -> dict[str, int]:
+    return {
+        f"KVQUANT_{side}_FORMAT": FORMATS[spec.format],
+        f"KVQUANT_{side}_GRID": int(spec.is_channel),
+        f"KVQUANT_{side}_GROUP": spec.block_length or spec.group_size or head_dim,
+        f"KVQUANT_{side}_ROTATE": int(spec.rotate),
+    }

@@ -26,6 +26,8 @@
 // Which ones is known before the loop, from one load of the mask. The other tiles look again, column
 // by column.
 //
+// Keys of latent attention have a second part, whose scores are added at the same stages (rotary.h).
+//
 // A hidden column has weight 0, whatever is stored there: its scores and scales are replaced, not
 // changed. Codes are finite in every codec. Dense values that are not finite are taken out of the
 // product and added one by one (NonFinite).
@@ -35,6 +37,7 @@
 #include "cuda/non_finite.h"
 #include "cuda/partials.h"
 #include "cuda/queries.h"
+#include "cuda/rotary.h"
 #include "cuda/scales.h"
 #include "cuda/softmax.h"
 #include "cuda/tiles.h"
@@ -63,6 +66,7 @@ struct Pass {
   static constexpr bool kHasOffset = Values::kTokenScaled && V::kOffset != 0.0f;
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
+  using Rotary = typename RotaryPart<kCopiedKeysHere, kTile, kStages, kWarps>::Type;
   using Weights = uint32_t[kTile / 16][Lanes::kQueryWords];
   static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
   // Values on the channel grid: `of_block` has the sums of a block until it ends.
@@ -73,13 +77,15 @@ struct Pass {
   static constexpr int kWords = kInOrder ? kMostTiles / kWordTiles : 0;
 
   // Shared memory of the block, in bytes from its beginning.
-  static constexpr int kSlot = KeyTile::kBytes + ValueTile::kBytes;
+  static constexpr int kRotaryRowsAt = KeyTile::kBytes + ValueTile::kBytes;  // in a slot
+  static constexpr int kSlot = kRotaryRowsAt + Rotary::kSlot;
   static constexpr int kTreeBytes = kWarps / 2 * kSums * 512;
   static constexpr int kTilesBytes =
       kStages * kWarps * kSlot > kTreeBytes ? kStages * kWarps * kSlot : kTreeBytes;
   static constexpr int kKeyHeadersAt = kTilesBytes;
   static constexpr int kValueHeadersAt = kKeyHeadersAt + kStages * kWarps * kHeaderBytes<Keys>;
-  static constexpr int kQueriesAt = kValueHeadersAt + kStages * kWarps * kHeaderBytes<Values>;
+  static constexpr int kRotaryAt = kValueHeadersAt + kStages * kWarps * kHeaderBytes<Values>;
+  static constexpr int kQueriesAt = kRotaryAt + Rotary::kBytes;
   static constexpr int kScalesAt = kQueriesAt + Queries<Keys>::kBytes;
   // Of a warp: the scales of a tile, and in the end the state of its rows.
   static constexpr int kScales = larger_of(KeyScales::kBytes + ValueScales::kBytes, kRows * 8);
@@ -92,6 +98,7 @@ struct Pass {
   const Mask& mask;
   const SharedPtr<uint8_t> memory;
   const Queries<Keys> queries;
+  Rotary rotary;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
 
   const uint8_t* const key_scale_rows = kPaged ? nullptr : scale_rows(p.a.keys, 0);
@@ -109,7 +116,12 @@ struct Pass {
 
   KVQUANT_DEVICE Pass(const Place& p, const Columns<!kInOrder>& columns, const Mask& mask,
                       SharedPtr<uint8_t> memory)
-      : p(p), columns(columns), mask(mask), memory(memory), queries(memory + kQueriesAt) {}
+      : p(p),
+        columns(columns),
+        mask(mask),
+        memory(memory),
+        queries(memory + kQueriesAt),
+        rotary(p, memory + kRotaryAt) {}
 
   // Where the next tile that is copied lies in memory (Tile::place), if columns are in order.
   const uint8_t *next_keys = nullptr, *next_values = nullptr;
@@ -150,11 +162,13 @@ struct Pass {
       next_keys = KeyTile::place(key_rows, columns.begin + begin * kTile);
       next_values = ValueTile::place(value_rows, columns.begin + begin * kTile);
     }
+    rotary.begin(columns, begin * kTile);
     for (int i = 0; i < kStages - 1; ++i) {
       issue(begin + i, slot(i), begin, end, key_rows, value_rows);
     }
     if (begin < end) {
       key_scales.fetch(columns, begin * kTile);
+      rotary.fetch(columns, begin * kTile);
       value_scales.fetch(columns, begin * kTile);
     }
     const auto plain_words = shared_cast<uint32_t>(memory + kPlainAt) + warp * kWords;
@@ -162,8 +176,10 @@ struct Pass {
       const uint32_t tiles = plain_tiles(first);
       if (lane == 0) plain_words[(first - begin) / kWordTiles] = tiles;
     }
-    queries.template prepare<kWarps>(p);
+    queries.template prepare<kWarps>(p, {p.a.query, p.a.query_stride});
+    rotary.prepare();
     block_barrier();
+    rotary.take_factors();
 
     float factor[2];
 #pragma unroll
@@ -250,6 +266,7 @@ struct Pass {
       }
       next_keys += KeyTile::kTileBytes;
       next_values += ValueTile::kTileBytes;
+      rotary.issue(to + kRotaryRowsAt, columns, tile * kTile, tile == begin);
       if constexpr (Keys::kChannelGrid) {
         if (tile == begin || column % Keys::kGroup == 0) {
           copy_header<Keys>(p, p.a.keys, kPaged ? scale_rows(p.a.keys, column) : key_scale_rows,
@@ -292,16 +309,21 @@ struct Pass {
                     warp_any(taken && biased));
     const bool bigger = value_scales.exceed(bits, reference);
     key_scales.store(bits);
+    rotary.store(bits);
     if (warp_any(bigger)) raise_reference(value_scales.largest(bits));
     value_scales.store(bits, reference);
     if (has_next) {
       key_scales.fetch(columns, first + kTile);
+      rotary.fetch(columns, first + kTile);
       value_scales.fetch(columns, first + kTile);
     }
     const int at = columns.begin + first;
     const bool new_block = Keys::kChannelGrid && (is_first || at % Keys::kGroup == 0);
     if constexpr (Keys::kChannelGrid) {
-      if (new_block) order_header<Keys>(shared_cast<Words4>(key_header(at / Keys::kGroup)));
+      if (new_block) {
+        order_header<Keys>(shared_cast<Words4>(key_header(at / Keys::kGroup)));
+        rotary.order(at);
+      }
     }
     warp_barrier();  // the scales are written
     if constexpr (Lanes::kHoldsQueries) {
@@ -316,6 +338,7 @@ struct Pass {
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[m][e] *= factor[Lanes::row_of(e)];
     }
+    rotary.template add<kPlain>(rows + kRotaryRowsAt, at, x);
     if (!kPlain && p.a.softcap != 0.0) {
       const ScoreRule rule(p.a);
 #pragma unroll
@@ -388,7 +411,9 @@ struct Pass {
           for (int i = 0; i < Lanes::kQueryWords; ++i) q[i] = query[step][i];
         } else {
           queries.fragment(step, q);
-          if constexpr (Keys::kChannelGrid) to_block(step, block, q, zero, other_zero);
+          if constexpr (Keys::kChannelGrid) {
+            to_block<Keys>(key_header(block), step, q, zero, other_zero);
+          }
         }
 #pragma unroll
         for (int m = 0; m < kProducts; ++m) {
@@ -420,7 +445,7 @@ struct Pass {
         for (int e = 0; e < 4; ++e) {
           x[m][e] = sum[m][e];
           if constexpr (Keys::kHasZeroPoint && !Lanes::kHoldsQueries) {
-            x[m][e] += of_zero_points(zero[e], other_zero[e]);
+            x[m][e] += of_zero_points<K>(zero[e], other_zero[e]);
           }
         }
       }
@@ -446,36 +471,12 @@ struct Pass {
 #pragma unroll
     for (int step = 0; step < Queries<Keys>::kSteps; ++step) {
       queries.fragment(step, query[step]);
-      if constexpr (Keys::kChannelGrid) to_block(step, block, query[step], zero, other_zero);
+      if constexpr (Keys::kChannelGrid) {
+        to_block<Keys>(key_header(block), step, query[step], zero, other_zero);
+      }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) zero_points[r] = of_zero_points(zero[r], other_zero[r]);
-  }
-  // The products of queries and zero points, in the unit of scores.
-  static KVQUANT_DEVICE float of_zero_points(float zero, float other_zero) {
-    constexpr float kUnit = 1.0f / K::unit(0);
-    constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
-    return (zero + kOther * other_zero) * kUnit;
-  }
-
-  // Multiplies the queries of one step by the scales of a block of the channel grid; adds queries x
-  // zero points to `zero`, or to `other_zero` if the step has another unit.
-  KVQUANT_DEVICE void to_block(int step, int block, uint32_t (&q)[Lanes::kQueryWords],
-                               float (&zero)[4], float (&other_zero)[4]) const {
-    // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
-    // channels read those of another lane; their queries are zeros.
-    const int lane_channel =
-        K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
-    const auto words = shared_cast<Words2>(key_header(block));
-    const Words2 scale = words[lane_channel / 4];
-    if constexpr (Keys::kHasZeroPoint) {
-      const Words2 points = words[(kHeadDim + lane_channel) / 4];
-      Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
-    }
-#pragma unroll
-    for (int i = 0; i < Lanes::kQueryWords; ++i) {
-      q[i] = hmul2(q[i], i < Lanes::kQueryWords / 2 ? scale.x : scale.y);
-    }
+    for (int r = 0; r < 2; ++r) zero_points[r] = of_zero_points<K>(zero[r], other_zero[r]);
   }
 
   KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,

@@ -44,15 +44,21 @@ struct Queries {
     b[0] = words.x, b[1] = words.y;
   }
 
+  // `[batch, num_heads, q_len, head_dim]`, with the strides of all axes but the last.
+  struct Source {
+    const uint8_t* data;
+    const int64_t (&stride)[3];
+  };
+
   // All threads of the block call this; the queries are complete after a block_barrier().
   template <int kWarps>
-  KVQUANT_DEVICE void prepare(const Place& p) const {
+  KVQUANT_DEVICE void prepare(const Place& p, const Source& from) const {
     constexpr int kEach = (kRows + kWarps - 1) / kWarps;
     // A warp's rows are all in flight at once, unless they take too many registers.
     constexpr int kAtOnce = kDim <= 256 || kEach < 4 ? kEach : 4;
     const QueryRows block_rows(p);
     WarpRow<kDim> rows[kAtOnce];
-    load_rows<kWarps>(p, block_rows, 0, rows);
+    load_rows<kWarps>(p, from, block_rows, 0, rows);
     // Rows that do not exist, and elements that belong to no channel, are zeros.
     const auto words = shared_cast<Words4>(fragments);
     for (int i = thread_index(); i < kBytes / 16; i += 32 * kWarps)
@@ -61,7 +67,7 @@ struct Queries {
     store_rows<kWarps>(p, block_rows, 0, rows);
 #pragma unroll 1
     for (int first = kAtOnce; first < kEach; first += kAtOnce) {
-      load_rows<kWarps>(p, block_rows, first, rows);
+      load_rows<kWarps>(p, from, block_rows, first, rows);
       store_rows<kWarps>(p, block_rows, first, rows);
     }
   }
@@ -69,12 +75,13 @@ struct Queries {
  private:
   // Of the rows of this warp, those from `first` on.
   template <int kWarps, int kAtOnce>
-  static KVQUANT_DEVICE void load_rows(const Place& p, const QueryRows& block_rows, int first,
+  static KVQUANT_DEVICE void load_rows(const Place& p, const Source& from,
+                                       const QueryRows& block_rows, int first,
                                        WarpRow<kDim> (&rows)[kAtOnce]) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int row = warp_index() + (first + i) * kWarps;
-      if (block_rows.exists(row)) load(p, block_rows, row, rows[i]);
+      if (block_rows.exists(row)) load(p, from, block_rows, row, rows[i]);
     }
   }
   template <int kWarps, int kAtOnce>
@@ -86,12 +93,11 @@ struct Queries {
       if (block_rows.exists(row)) store(p, row, rows[i]);
     }
   }
-  static KVQUANT_DEVICE void load(const Place& p, const QueryRows& rows, int row,
-                                  WarpRow<kDim>& x) {
-    const KvquantAttention& a = p.a;
-    const auto* q = reinterpret_cast<const uint16_t*>(a.query + p.batch() * a.query_stride[0] +
-                                                      rows.head(row) * a.query_stride[1] +
-                                                      rows.query(row) * a.query_stride[2]);
+  static KVQUANT_DEVICE void load(const Place& p, const Source& from, const QueryRows& rows,
+                                  int row, WarpRow<kDim>& x) {
+    const auto* q = reinterpret_cast<const uint16_t*>(from.data + p.batch() * from.stride[0] +
+                                                      rows.head(row) * from.stride[1] +
+                                                      rows.query(row) * from.stride[2]);
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {
 #pragma unroll

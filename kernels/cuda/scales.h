@@ -128,4 +128,35 @@ KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
   }
 }
 
+// Multiplies the queries of one step by the scales of a block of keys; adds queries x zero points to
+// `zero`, or to `other_zero` if the step has another unit.
+template <class S>
+KVQUANT_DEVICE void to_block(SharedPtr<uint8_t> header, int step,
+                             uint32_t (&q)[Layout<kRows>::kQueryWords], float (&zero)[4],
+                             float (&other_zero)[4]) {
+  using K = typename S::Codec;
+  using Lanes = Layout<kRows>;
+  // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
+  // channels read those of another lane; their queries are zeros.
+  const int t = lane_index() % 4;
+  const int lane_channel = K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
+  const auto words = shared_cast<Words2>(header);
+  const Words2 scale = words[lane_channel / 4];
+  if constexpr (S::kHasZeroPoint) {
+    const Words2 points = words[(K::kChannels + lane_channel) / 4];
+    Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
+  }
+#pragma unroll
+  for (int i = 0; i < Lanes::kQueryWords; ++i) {
+    q[i] = hmul2(q[i], i < Lanes::kQueryWords / 2 ? scale.x : scale.y);
+  }
+}
+// The products of queries and zero points, in the unit of scores.
+template <class K>
+KVQUANT_DEVICE float of_zero_points(float zero, float other_zero) {
+  constexpr float kUnit = 1.0f / K::unit(0);
+  constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
+  return (zero + kOther * other_zero) * kUnit;
+}
+
 }  // namespace kvquant

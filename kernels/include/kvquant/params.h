@@ -63,6 +63,15 @@ typedef struct KvquantPages {
   int64_t table_stride, page_length;
 } KvquantPages;
 
+// A second part of every key of latent attention, whose product with a second part of the query is
+// added to that of the keys. Its columns have exact copies where those of the keys have. Only the
+// CUDA kernels take it; elsewhere its scores are a mask.
+typedef struct KvquantRotary {
+  const uint8_t* query;     // `[batch, num_heads, q_len, side.head_dim]`, or null: there is none
+  int64_t query_stride[3];  // of batch, head and query
+  KvquantSide side;
+} KvquantRotary;
+
 typedef struct KvquantAttention {
   const uint8_t* query;  // `[batch, num_heads, q_len, head_dim]`
   uint8_t* output;   // `[batch, num_heads, q_len, values.head_dim]`, contiguous, the query's dtype
@@ -82,6 +91,7 @@ typedef struct KvquantAttention {
   double scaling, softcap;
   KvquantSide keys, values;
   KvquantPages pages;  // with a table, kv_len is that of the longest row, and q_len is 1
+  KvquantRotary rotary;
 } KvquantAttention;
 
 // New tokens of keys or values: x `[batch, num_kv_heads, n, head_dim]`, for the columns start to

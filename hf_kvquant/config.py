@@ -131,9 +131,13 @@ class KVQuantConfig:
         return override.keys or self.keys, override.values or self.values
 
     def for_model(self, model_config: Any) -> KVQuantConfig:
-        """The config of a cache for this model: if it has latent attention, `values` are the spec of rotary keys."""
+        """The config of a cache for this model: if it has latent attention, that `for_latents`."""
         is_latent = isinstance(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None), int)
-        if not is_latent or self.rotary_keys == "values":
+        return self.for_latents() if is_latent else self
+
+    def for_latents(self) -> KVQuantConfig:
+        """The config whose `keys` are the spec of latents, and whose `values` are that of rotary keys."""
+        if self.rotary_keys == "values":
             return self
         layers = tuple((i, replace(layer, values=layer.values or layer.keys)) for i, layer in self.layers)
         return replace(self, values=self.keys, rotary_keys="values", layers=layers)

@@ -5,6 +5,7 @@ The kernels here are stand-ins in a temporary folder, so that a test can break o
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
 from typer.testing import CliRunner
 
-from hf_kvquant import KVQuantConfig, QuantSpec
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops
 from hf_kvquant.backends import cuda, disk_cache, nvrtc
 from hf_kvquant.backends.specialisation import for_source, specialisation, value_shares
 from hf_kvquant.cli import app
@@ -269,6 +271,43 @@ class TestBuild:
         assert str(kind) in text and str(kind).endswith("8 rows, pages of 128")
         assert compiled(kind).cached
 
+    @pytest.mark.parametrize("preset", ["int8", "fp8", "other grids"])
+    def test_latents_are_compiled_too(self, preset, monkeypatch, tmp_path):
+        """The kinds that a step over latents and rotary keys asks for, and no others."""
+        if preset == "other grids":
+            config = KVQuantConfig.from_dict(KVQuantConfig.preset("int8").to_dict() | {"rotary_keys": "values"})
+            preset = str(tmp_path / "mine.yaml")
+            config.to_yaml(preset)
+        text = run_build(preset, "--arch", "sm_90", "--latents", "64/32")
+        compiled_kernels = len(kept())
+        model = DeepseekV3Config(num_hidden_layers=1, kv_lora_rank=64, qk_rope_head_dim=32)
+        cache = QuantizedCache(model, preset, max_length=80)
+        asked = []
+
+        class Device:
+            @staticmethod
+            def launch(kernel, kind, *_, **__):
+                asked.append((kernel, kind))
+
+        class Backend:
+            reads_rotary_keys = staticmethod(cuda.reads_rotary_keys)
+            decode_attention, latent_attention, quantize_append = (
+                staticmethod(functools.partial(call, device=Device))
+                for call in (cuda.decode_attention, cuda.latent_attention, cuda.quantize_append)
+            )
+
+        monkeypatch.setattr(ops, "_implementation", lambda *_: Backend)
+        latents, rotary = torch.randn(1, 1, 71, 64).bfloat16(), torch.randn(1, 1, 71, 32).bfloat16()
+        cache.update(latents[:, :, :70], rotary[:, :, :70], 0)
+        cache.enable_fused()
+        states = cache.update(latents[:, :, 70:], rotary[:, :, 70:], 0)
+        query = torch.randn(1, 16, 1, 96).bfloat16()
+        ops.latent_attention(query[..., :64], query[..., 64:], *states, scaling=0.1)
+        assert {kernel for kernel, _ in asked} == set(nvrtc.KERNELS)
+        for kernel, kind in asked:
+            assert nvrtc.compiled(nvrtc.KERNELS[kernel], kind, "sm_90").cached
+        assert len(kept()) == compiled_kernels and f"{compiled_kernels} compiled" in text
+
     def test_it_fits_80_columns(self):
         arguments = ("int8", "int4-small", "--arch", "sm_120", "--head-dim", "128")
         text = run_build(*arguments, columns=80)
@@ -305,6 +344,8 @@ class TestBuild:
             (["--head-dim", "56", "--arch", "sm_90"], "head_dim: 56 is not supported by the CUDA kernels"),
             (["--head-dim", "272", "--arch", "sm_90"], "head_dim: 272 is not supported by the CUDA kernels"),
             (["--dtype", "float32", "--arch", "sm_90"], "--dtype: 'float32' is not supported"),
+            (["--latents", "512", "--arch", "sm_90"], "--latents: '512' is not allowed; expected two numbers"),
+            (["--latents", "520/64", "--arch", "sm_90"], "head_dim: 520 is not supported by the CUDA kernels"),
         ],
     )
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..backends import disk_cache, nvrtc
 from ..backends.arguments import DTYPES
-from ..backends.specialisation import Specialisation, for_source, specialisation
+from ..backends.specialisation import ROWS, RotaryKeys, Specialisation, for_source, specialisation
 from ..config import KVQuantConfig
 from ..quantization import QuantSpec
 
@@ -44,6 +44,10 @@ def build(
         list[str] | None, typer.Option("--arch", help="Such as sm_90; repeat for more.", show_default="the GPUs here")
     ] = None,
     head_dims: Annotated[list[int] | None, typer.Option("--head-dim", help="Repeat for more.")] = None,
+    latents: Annotated[
+        list[str] | None,
+        typer.Option("--latents", help="Of latent attention, such as 512/64: elements of latents and of rotary keys."),
+    ] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="Dtype of the model; repeat for more.")] = None,
     page_sizes: Annotated[
         list[int] | None,
@@ -54,15 +58,10 @@ def build(
     """Compile the CUDA kernels ahead of time (default: head_dim 64 and 128, bfloat16)."""
     if reason := nvrtc.missing():
         raise typer.BadParameter(reason)
-    units = [
-        Unit(arch, source, one)
-        for arch in _archs(archs)
-        for kind in kinds(
-            configs or KVQuantConfig.preset_names(), head_dims or [64, 128], dtypes or ["bfloat16"], page_sizes or []
-        )
-        for source in nvrtc.SOURCES
-        for one in for_source(source, kind)
-    ]
+    sizes = [_sizes_of_latents(one) for one in latents or []]
+    head_dims = head_dims or ([] if sizes else [64, 128])
+    needed = kinds(configs or KVQuantConfig.preset_names(), head_dims, dtypes or ["bfloat16"], page_sizes or [], sizes)
+    units = [Unit(arch, source, one) for arch in _archs(archs) for source, one in needed]
     console = Console()
     done: dict[Unit, nvrtc.Compiled] = {}
     failed: list[str] = []
@@ -91,27 +90,64 @@ def build(
         raise typer.Exit(1)
 
 
-def kinds(configs: list[str], head_dims: list[int], dtypes: list[str], page_sizes: list[int]) -> list[Specialisation]:
-    """The different specialisations that these configs need, their layers' overrides included, without pages and with
-    pages of these sizes.
+def kinds(
+    configs: list[str],
+    head_dims: list[int],
+    dtypes: list[str],
+    page_sizes: list[int],
+    latents: list[tuple[int, int]],
+) -> list[tuple[str, Specialisation]]:
+    """The source files and specialisations that these configs need, their layers' overrides included: without pages,
+    with pages of these sizes, and for latents and rotary keys of these sizes.
 
     Raises:
         typer.BadParameter: a config, head_dim or dtype is unknown.
     """
-    found: dict[Specialisation, None] = {}
+    found: dict[tuple[str, Specialisation], None] = {}
     for dtype in dtypes:
         if dtype not in _DTYPES:
             raise typer.BadParameter(f"--dtype: {dtype!r} is not supported; expected one of {list(_DTYPES)}")
-        for head_dim in head_dims:
-            for name in configs:
-                try:
-                    for keys, values in _sides(KVQuantConfig.load(name)):
-                        sides = keys.resolve(head_dim), values.resolve(head_dim)
-                        for size in (0, *page_sizes):
-                            found[specialisation(_DTYPES[dtype], *sides, head_dim, head_dim, page_length=size)] = None
-                except ValueError as error:
-                    raise typer.BadParameter(f"{name}: {error}") from error
+        for name in configs:
+            try:
+                config = KVQuantConfig.load(name)
+                of_config = [
+                    *(
+                        one
+                        for head_dim in head_dims
+                        for one in _of_heads(config, _DTYPES[dtype], head_dim, page_sizes)
+                    ),
+                    *(one for sizes in latents for one in _of_latents(config, _DTYPES[dtype], *sizes)),
+                ]
+            except ValueError as error:
+                raise typer.BadParameter(f"{name}: {error}") from error
+            found |= dict.fromkeys((source, one) for source, kind in of_config for one in for_source(source, kind))
     return list(found)
+
+
+def _of_heads(
+    config: KVQuantConfig, dtype: int, head_dim: int, page_sizes: list[int]
+) -> Iterator[tuple[str, Specialisation]]:
+    for keys, values in _sides(config):
+        sides = keys.resolve(head_dim), values.resolve(head_dim)
+        for size in (0, *page_sizes):
+            kind = specialisation(dtype, *sides, head_dim, head_dim, page_length=size)
+            yield from ((source, kind) for source in nvrtc.SOURCES)
+
+
+def _of_latents(config: KVQuantConfig, dtype: int, rank: int, rotary_dim: int) -> Iterator[tuple[str, Specialisation]]:
+    """Latents are stored beside rotary keys, and read as keys and as values."""
+    for keys, values in _sides(config.for_latents()):
+        latents, rotary = keys.resolve(rank), RotaryKeys(values.resolve(rotary_dim), rotary_dim)
+        yield "quantize_append.cu", specialisation(dtype, latents, rotary.spec, rank, rotary_dim)
+        second = rotary if rotary.go_with(latents) else None
+        yield "decode_attention.cu", specialisation(dtype, latents, latents, rank, rank, ROWS[-1], rotary=second)
+
+
+def _sizes_of_latents(text: str) -> tuple[int, int]:
+    rank, _, rotary_dim = text.partition("/")
+    if not (rank.isdecimal() and rotary_dim.isdecimal()):
+        raise typer.BadParameter(f"--latents: {text!r} is not allowed; expected two numbers such as 512/64")
+    return int(rank), int(rotary_dim)
 
 
 def _sides(config: KVQuantConfig) -> Iterator[tuple[QuantSpec, QuantSpec]]:

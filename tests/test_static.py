@@ -707,9 +707,11 @@ def test_beside_a_cross_attention_cache_of_its_own():
 @pytest.mark.parametrize(
     "kv_config", [*(f"{name}-static" for name in PRESETS), dataclasses.replace(WINDOWS, static=True)], ids=str
 )
-def test_a_captured_step_asks_nothing_of_the_device(kv_config, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_captured_step_asks_nothing_of_the_device(name, kv_config, monkeypatch):
     """A whole step of the model, hooks included, as torch.cuda.graph(..) captures it without torch.compile."""
-    model = build().eval()
+    # Experts ask the device which of them have tokens.
+    model = build(name, **{"first_k_dense_replace": 2} if name == "deepseek_v3" else {}).eval()
     cache = QuantizedCache(config=model.config, kv_config=kv_config, max_length=60)
     token = torch.tensor([[3]])
     with torch.no_grad(), hf_kvquant.attention(model):

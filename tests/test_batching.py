@@ -21,6 +21,9 @@ from hf_kvquant import batching
 
 PRESETS = KVQuantConfig.preset_names()
 PAGE = 256
+# Rounding decides between two tokens whose logits differ by less than this share of their standard deviation: in
+# float32 a sum in a matrix product depends on the batch.
+TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,8 @@ def check_alone(model, preset, tokens, num_prompt, chunks, held=None):
             logits = model(new, **host.cache_inputs(model, cache)).logits[0, -1]
         end = past + n
         if num_prompt <= end < len(tokens):
-            assert int(logits.argmax()) == tokens[end], f"token {end} of {num_prompt} + {len(tokens) - num_prompt}"
+            behind = logits.max() - logits[tokens[end]]
+            assert behind <= TIE * logits.std(), f"token {end} of {num_prompt} + {len(tokens) - num_prompt}"
     if held is not None:
         assert sorted(held) == list(range(len(cache.layers)))
         for index, layer in enumerate(cache.layers):

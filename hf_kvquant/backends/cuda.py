@@ -7,6 +7,7 @@ and specialisations as the kernels run.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -267,14 +268,23 @@ def _has_copies(keys: _States, values: _States) -> int:
     Raises:
         ValueError: one side lacks the copies of columns that the other side has, and has to have them (partials.h).
     """
-    for name, side, others, other in (("keys", keys, "values", values), ("values", values, "keys", keys)):
-        lacks_recent = side.recent is None and other.recent is not None and not _reaches_farther(other.spec, side.spec)
-        lacks_sink = side.sink is None and other.sink is not None and not side.spec.is_dense
+    k, v = keys.stored, values.stored
+    there = k.recent is not None, k.sink is not None, v.recent is not None, v.sink is not None
+    return _copy_slices(keys.spec.code, values.spec.code, *there)
+
+
+@lru_cache(maxsize=None)
+def _copy_slices(k_code: str, v_code: str, k_recent: bool, k_sink: bool, v_recent: bool, v_sink: bool) -> int:
+    """The same for specs of these codes, and copies that are there or not."""
+    keys = "keys", QuantSpec.from_code(k_code), k_recent, k_sink
+    values = "values", QuantSpec.from_code(v_code), v_recent, v_sink
+    for (name, spec, recent, sink), (others, other_spec, other_recent, other_sink) in ((keys, values), (values, keys)):
+        lacks_recent = not recent and other_recent and not _reaches_farther(other_spec, spec)
+        lacks_sink = not sink and other_sink and not spec.is_dense
         if lacks_recent or lacks_sink:
             what = "recent" if lacks_recent else "sink"
             raise ValueError(f"{name} {what}: None is not allowed; expected copies of tokens as the {others} have")
-    copies = (keys.recent, keys.sink, values.recent, values.sink)
-    return COPY_SLICES if any(tensor is not None for tensor in copies) else 0
+    return COPY_SLICES if k_recent or k_sink or v_recent or v_sink else 0
 
 
 def _reaches_farther(a: QuantSpec, b: QuantSpec) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -72,22 +71,24 @@ class Gpu:
         """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address (None:
         null)."""
         index = self._index
-        with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
-            function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
-            # These need not outlive the call: the driver copies the arguments before the launch returns.
-            held = [
-                v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v if v is None else v.data_ptr())
-                for v in values
-            ]
-            addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            block = (needs.threads, 1, 1, needs.shared_bytes)
-            launch = (function, *grid, *block, stream, ctypes.addressof(addresses), 0)
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return self.launch(kernel, kind, grid, *values)
+        function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
+        # These need not outlive the call: the driver copies the arguments before the launch returns.
+        held = [
+            v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v if v is None else v.data_ptr()) for v in values
+        ]
+        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        launch = function, *grid, needs.threads, 1, 1, needs.shared_bytes, stream, ctypes.addressof(addresses), 0
+        (status,) = _driver().cuLaunchKernel(*launch)
+        if not status:
+            return
+        if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # This thread has not yet called the CUDA runtime.
+            self._enter()
             (status,) = _driver().cuLaunchKernel(*launch)
-            if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
-                # This thread has not yet called the CUDA runtime.
-                self._enter()
-                (status,) = _driver().cuLaunchKernel(*launch)
         if status:
             raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {_name(status)}, grid {grid}")
 

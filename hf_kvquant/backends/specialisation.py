@@ -73,7 +73,7 @@ def takes_head_dim(head_dim: int) -> bool:
 
 def rows_of_block(rows: int, taken: tuple[int, ...]) -> int:
     """The query rows of a block where there are `rows` for each KV head: one of those that are `rows_taken`."""
-    return next((n for n in taken if rows <= n), taken[-1])
+    return taken[0] if rows <= taken[0] else taken[-1]
 
 
 def _enough(num_kv_heads: int) -> int:

@@ -32,11 +32,8 @@ _States = QuantizedStates | PagedStates
 # The longest update that is read as stored: decode, speculative verify, short chunks. The cache's definition has this
 # limit.
 MAX_Q_LEN = 32
-# The dtypes of queries and exact copies that each compiled backend takes; the reference takes every dtype.
-DTYPES = {
-    "cpu": (torch.float32, torch.float16, torch.bfloat16),
-    "cuda": (torch.float16, torch.bfloat16),
-}
+# The dtypes of queries and exact copies that the compiled backends take; the reference takes every dtype.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of head_dim and group_size; the reference takes every one that can be quantized.
 COMPILED_MULTIPLE = 16
 
@@ -114,7 +111,7 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype, small: 
     if requested == AUTO:
         if compiled is None or backend_status(compiled) is not None or dtype == torch.float64:
             return "reference"
-        states, taken = _not_taken(compiled, dtype, small)
+        states, taken = _not_taken(dtype, small)
         if states is None:
             return compiled
         warnings.warn(
@@ -128,17 +125,17 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype, small: 
         if requested != compiled:
             reason = f"the states are on device type {device_type!r}"
         else:
-            states, taken = _not_taken(compiled, dtype, small)
+            states, taken = _not_taken(dtype, small)
             reason = None if states is None else f"{states} need backend 'reference'; {requested!r} takes {taken}"
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run: {reason}")
     return requested
 
 
-def _not_taken(compiled: str, dtype: torch.dtype, small: int) -> tuple[str | None, str]:
-    """What of the states a compiled backend does not take, and what it takes instead."""
-    if dtype not in DTYPES[compiled]:
-        return f"{_names((dtype,))} states", _names(DTYPES[compiled])
+def _not_taken(dtype: torch.dtype, small: int) -> tuple[str | None, str]:
+    """What of the states compiled backends do not take, and what they take instead."""
+    if dtype not in DTYPES:
+        return f"{_names((dtype,))} states", _names(DTYPES)
     if small:
         return f"states with a head_dim or group_size of {small}", f"multiples of {COMPILED_MULTIPLE}"
     return None, ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from ptx_memory import Fault
 from ptx_text import SIZES, Instruction
 
 TYPES = {"pred": np.bool_, "f16": np.uint16, "f32": np.float32, "f64": np.float64, "f16x2": np.uint32}
@@ -276,6 +277,8 @@ def _movmatrix(opcode, operands):
 
 
 def _mma(opcode, operands):
+    if opcode[3] == "m16n8k8" and opcode[4:] == ("row", "col", "f32", "tf32", "tf32", "f32"):
+        return _mma_tf32(*operands)
     if opcode[3] != "m16n8k16" or opcode[4:6] != ("row", "col") or opcode[6] != "f32" or opcode[9] != "f32":
         raise Unknown(".".join(opcode))
     value, _ = HALVES[opcode[7]]
@@ -301,6 +304,34 @@ def _mma(opcode, operands):
         result = threads.multiply_matrices(a, b, c).astype(np.float32)
         for i, name in enumerate(to):
             threads.write(name, result[:, g + 8 * (i // 2), t + i % 2].reshape(-1))
+
+    return multiply
+
+
+def _mma_tf32(to, a_names, b_names, c_names):
+    g, t = LANES // 4, LANES % 4
+
+    def multiply(threads):
+        def each(name):
+            return threads.read(name, "f32", spread=True).reshape(-1, 32)
+
+        def tf32(name):
+            x = each(name)
+            if (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0x1FFF)).any():
+                raise Fault(f"multiplies {name}, which holds no TF32 number")
+            return x
+
+        warps = each(a_names[0]).shape[0]
+        a, b, c = np.empty((warps, 16, 8)), np.empty((warps, 8, 8)), np.empty((warps, 16, 8))
+        for i, name in enumerate(a_names):
+            a[:, g + 8 * (i % 2), t + 4 * (i // 2)] = tf32(name)
+        for i, name in enumerate(b_names):
+            b[:, t + 4 * i, g] = tf32(name)
+        for i, name in enumerate(c_names):
+            c[:, g + 8 * (i // 2), 2 * t + i % 2] = each(name)
+        result = threads.multiply_matrices(a, b, c).astype(np.float32)
+        for i, name in enumerate(to):
+            threads.write(name, result[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1))
 
     return multiply
 

@@ -292,10 +292,10 @@ class TestRefusals:
                 scaling=1.0, device=device,
             )  # fmt: skip
 
-    def test_float32(self, device):
-        keys, values = filled("fp8", torch.float32, kv_len=70, batch=1)
-        with pytest.raises(ValueError, match=r"dtype: torch\.float32 is not supported by the CUDA kernels"):
-            cuda.decode_attention(torch.randn(1, 2, 1, 64), keys, values, scaling=1.0, device=device)
+    def test_float64(self, device):
+        keys, values = filled("fp8", torch.float64, kv_len=70, batch=1)
+        with pytest.raises(ValueError, match=r"dtype: torch\.float64 is not supported; expected one of"):
+            cuda.decode_attention(torch.randn(1, 2, 1, 64).double(), keys, values, scaling=1.0, device=device)
 
     @pytest.mark.parametrize("lacking", ["recent", "sink"])
     @pytest.mark.parametrize("side", ["keys", "values"])

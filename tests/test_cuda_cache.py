@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops
 from hf_kvquant.backends import cuda, disk_cache, nvrtc
+from hf_kvquant.backends.arguments import DTYPES
 from hf_kvquant.backends.specialisation import for_source, specialisation, value_shares
 from hf_kvquant.cli import app
 
@@ -343,7 +344,7 @@ class TestBuild:
             (["int9", "--arch", "sm_90"], "int9"),
             (["--head-dim", "56", "--arch", "sm_90"], "head_dim: 56 is not supported by the CUDA kernels"),
             (["--head-dim", "272", "--arch", "sm_90"], "head_dim: 272 is not supported by the CUDA kernels"),
-            (["--dtype", "float32", "--arch", "sm_90"], "--dtype: 'float32' is not supported"),
+            (["--dtype", "float64", "--arch", "sm_90"], "--dtype: 'float64' is not supported"),
             (["--latents", "512", "--arch", "sm_90"], "--latents: '512' is not allowed; expected two numbers"),
             (["--latents", "520/64", "--arch", "sm_90"], "head_dim: 520 is not supported by the CUDA kernels"),
         ],
@@ -429,4 +430,5 @@ class TestSpecialisation:
     def test_wide_heads_have_16_rows_and_shares(self):
         kind = some_kind(head_dim=512)
         assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", kind)] == [16]
-        assert [value_shares(head_dim) for head_dim in (256, 512)] == [1, 4]
+        shares = {dtype: [value_shares(DTYPES[dtype], d) for d in (192, 256, 512)] for dtype in DTYPES}
+        assert shares == {torch.float16: [1, 1, 4], torch.bfloat16: [1, 1, 4], torch.float32: [1, 4, 8]}

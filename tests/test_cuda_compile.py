@@ -14,6 +14,7 @@ from itertools import product
 
 import ptxas
 import pytest
+import torch
 
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.backends import disk_cache, nvrtc
@@ -46,6 +47,8 @@ SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
 # presets, and for both sides on the channel grid, without the end of a block.
 INSTRUCTIONS = {"int8": 252, "fp8": 255, "int4": 189, "int8-channel-values": 229, "int4-channel-values": 188}
+# Models in float32: two terms of queries and of weights, codes without their offset, and sums of each tile apart.
+INSTRUCTIONS_IN_FLOAT32 = {"int8": 343, "fp8": 318, "int4": 269}
 # With pages: a tile asks whether its page is another one, and where its scales are.
 INSTRUCTIONS_OF_PAGES = {"int8": 262, "fp8": 262, "int4": 196, "int8-channel-values": 238, "int4-channel-values": 193}
 
@@ -109,6 +112,14 @@ def kinds() -> list[Specialisation]:
         of_latents(int4, int4, "float16"),
         of_latents(dense, dense),
         kind_of(QuantSpec("int4", "channel"), int4, 512, 64, rows=16),
+        # Models in float32: every codec where registers are scarcest, and the usual heads.
+        *(preset(name, 128, "float32") for name in ("int8", "fp8", "int4", "int4-small")),
+        *(preset(*choice, "float32", 16) for choice in (("int8", 64), ("int4", 128), ("int8", 256), ("fp8", 256))),
+        *(preset(name, 256, "float32") for name in ("int8", "int4")),
+        kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float32", 16),
+        kind_of(dense, dense, 256, 256, "float32", 16),
+        preset("int4", 128, "float32", pages=256),
+        kind_of(channel, channel, 512, 512, "float32", 16),
     ]
 
 
@@ -126,7 +137,7 @@ def test_no_spills_and_within_the_budget(source, kind):
     largest = next(limit for limit in (128, 192, 256, 512) if head_dim <= limit)
     two_blocks = largest == 128 and kind in kinds()[: len(PRESETS) * (len(HEAD_DIMS) + len(COMMON) + 1)]
     budget = {kernel: limits[largest] for kernel, limits in BUDGET.items()}
-    if kind["KVQUANT_V_GRID"] and kind["KVQUANT_ROWS"] == 16:
+    if (kind["KVQUANT_V_GRID"] and kind["KVQUANT_ROWS"] == 16) or kind["KVQUANT_DTYPE"] == DTYPES[torch.float32]:
         budget["decode_attention_kernel"] = 255
     for archs in same_ptx(source, kind):
         text = ptxas.ptx(source, kind, archs[0])
@@ -149,13 +160,24 @@ def test_instructions_of_a_plain_tile(name, pages):
     """A branch for each score, or a question about the mask in each tile, would not be within the limit."""
     both = QuantSpec(name.split("-")[0], "channel")
     config = KVQuantConfig.preset(name) if name in PRESETS else KVQuantConfig(keys=both, values=both)
-    kind = kind_of(config.keys, config.values, 128, 128, pages=pages)
+    assert instructions(config, pages=pages) <= (INSTRUCTIONS_OF_PAGES if pages else INSTRUCTIONS)[name]
+
+
+@pytest.mark.skipif(machine_code.missing() is not None, reason=f"{machine_code.missing()}")
+@pytest.mark.parametrize("name", INSTRUCTIONS_IN_FLOAT32)
+def test_instructions_of_a_plain_tile_in_float32(name):
+    assert instructions(KVQuantConfig.preset(name), "float32") <= INSTRUCTIONS_IN_FLOAT32[name]
+
+
+def instructions(config: KVQuantConfig, dtype: str = "bfloat16", pages: int = 0) -> float:
+    """The instructions of a warp for 16 columns of a plain tile, head_dim 128, on sm_90."""
+    kind = kind_of(config.keys, config.values, 128, 128, dtype, pages=pages)
     text = ptxas.ptx("decode_attention.cu", kind, "sm_90")
     code = machine_code.disassembled(ptxas.assemble(text, "sm_90")[0], "decode_attention_kernel")
     loop = machine_code.paths(code, forecast.TILE, forecast.is_product).loop
     columns = forecast.tile_columns(loop, config.keys.row_bytes(128) + config.values.row_bytes(128))
     assert columns in (16, 32)
-    assert len(loop) * 16 / columns <= (INSTRUCTIONS_OF_PAGES if pages else INSTRUCTIONS)[name]
+    return len(loop) * 16 / columns
 
 
 class TestTheShortWay:

@@ -445,17 +445,20 @@ class TestBackends:
             best = device if ops.backend_status(device) is None else "reference"
             assert ops.choose_backend(AUTO, device, torch.bfloat16) == best
 
-    def test_auto_says_so_where_the_compiled_backend_does_not_take_the_dtype(self, monkeypatch):
+    def test_auto_says_so_where_the_compiled_backend_does_not_take_the_states(self, monkeypatch):
         monkeypatch.setattr(ops, "backend_status", lambda name: None)
-        with pytest.warns(RuntimeWarning, match="float32 states on 'cuda' run on the slow .* takes float16, bfloat16"):
-            assert ops.choose_backend.__wrapped__(AUTO, "cuda", torch.float32) == "reference"
+        with pytest.warns(
+            RuntimeWarning, match="head_dim .* of 24 on 'cuda' run on the slow .* takes multiples of 16"
+        ):
+            assert ops.choose_backend.__wrapped__(AUTO, "cuda", torch.float16, 24) == "reference"
 
     @pytest.mark.parametrize("runs", [True, False])
     def test_auto_picks_a_compiled_backend_where_it_runs(self, runs, monkeypatch):
         monkeypatch.setattr(ops, "backend_status", lambda name: None if runs else "no compiler")
         choose = ops.choose_backend.__wrapped__
-        assert choose(AUTO, "cuda", torch.float16) == ("cuda" if runs else "reference")
-        assert choose(AUTO, "cpu", torch.float32) == ("cpu" if runs else "reference")
+        for device in ("cpu", "cuda"):
+            for dtype in ops.DTYPES:
+                assert choose(AUTO, device, dtype) == (device if runs else "reference")
 
     @pytest.mark.parametrize(
         ("device", "dtype"),
@@ -477,7 +480,7 @@ class TestBackends:
             ("cuda", "cpu", torch.float32, "device type 'cpu'"),
             ("cpu", "meta", torch.float32, "device type 'meta'"),
             ("cpu", "cpu", torch.float64, "float64 states need backend 'reference'"),
-            ("cuda", "cuda", torch.float32, "float32 states need backend 'reference'; 'cuda' takes float16, bfloat16"),
+            ("cuda", "cuda", torch.float64, "float64 .* need backend 'reference'; 'cuda' takes float32, float16"),
         ],
     )
     def test_a_backend_that_runs_but_not_for_these_states(self, name, device, dtype, reason, monkeypatch):

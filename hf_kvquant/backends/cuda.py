@@ -85,7 +85,8 @@ def decode_attention(
 def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
     """Whether `latent_attention` reads these rotary keys beside the latents."""
     copies = [(states.recent is None, states.sink is None) for states in (latents, rotary)]
-    return copies[0] == copies[1] and RotaryKeys(rotary.spec, rotary.head_dim).go_with(latents.spec)
+    beside = arguments.DTYPES.get(latents.dtype, -1), latents.spec
+    return copies[0] == copies[1] and RotaryKeys(rotary.spec, rotary.head_dim).go_with(*beside)
 
 
 def latent_attention(
@@ -147,7 +148,7 @@ def _attend(
     batch, num_heads, q_len, v_head_dim = output.shape
     num_kv_heads = call.num_kv_heads
     rows = num_heads // num_kv_heads * q_len
-    taken = rows_taken(values.spec.is_channel, max(keys.head_dim, v_head_dim), rotary is not None)
+    taken = rows_taken(call.dtype, values.spec.is_channel, max(keys.head_dim, v_head_dim), rotary is not None)
     of_block = rows_of_block(rows, taken)
     kind = _kind(call, keys, values, of_block, rotary)
     _check_alignment("keys", call, _KEYS, keys)
@@ -164,7 +165,7 @@ def _attend(
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values), *(() if rotary is None else _tensors(rotary)))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    shares = value_shares(v_head_dim)
+    shares = value_shares(call.dtype, v_head_dim)
     grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch * shares), (q_len, num_heads, batch)
     launch = device.launch
     launch("decode_attention_kernel", kind, grid, call, partial, **touched)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+
 from ..quantization import QuantSpec
 from . import GPU_FORMATS, gpu_refusal
-from .arguments import FORMATS
+from .arguments import DTYPES, FORMATS
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
 # would have fewer than BLOCKS blocks. Neither the GPU nor the batch decides, so results do not depend on them.
@@ -23,8 +25,10 @@ THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
 ROWS = (8, 16)
 MAX_HEAD_DIM, WIDE_HEAD_DIM = 256, 512  # all multiples of 16 up to the first, and the second
-# Above this head_dim, 16 rows and values on the channel grid need more registers than a thread has.
+# Above this head_dim, and in float32 always, 16 rows and values on the channel grid need more registers than a thread
+# has.
 _MAX_HEAD_DIM_OF_BLOCKS = 192
+_FLOAT32 = DTYPES[torch.float32]
 HEAD_DIMS = f"a multiple of 16 up to {MAX_HEAD_DIM}, or {WIDE_HEAD_DIM}"
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
@@ -54,15 +58,19 @@ def splits_of(columns: int) -> Iterator[None]:
         _made.update(made)
 
 
-def rows_taken(channel_values: bool, head_dim: int, has_rotary: bool = False) -> tuple[int, ...]:
-    """The query rows that a block may have; `head_dim`: the larger one of keys and values."""
+def rows_taken(dtype: int, channel_values: bool, head_dim: int, has_rotary: bool = False) -> tuple[int, ...]:
+    """The query rows that a block may have; `dtype`: a value of `arguments.DTYPES`; `head_dim`: the larger one of keys
+    and values."""
     if head_dim == WIDE_HEAD_DIM or has_rotary:
         return ROWS[1:]
-    return ROWS[:1] if channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS else ROWS
+    few = dtype == _FLOAT32 or head_dim > _MAX_HEAD_DIM_OF_BLOCKS
+    return ROWS[:1] if channel_values and few else ROWS
 
 
-def value_shares(v_head_dim: int) -> int:
+def value_shares(dtype: int, v_head_dim: int) -> int:
     """The blocks among which the channels of a row of values are divided (`kShares` in specialisation.h)."""
+    if dtype == _FLOAT32:
+        return {MAX_HEAD_DIM: 4, WIDE_HEAD_DIM: 8}.get(v_head_dim, 1)
     return 4 if v_head_dim == WIDE_HEAD_DIM else 1
 
 
@@ -114,7 +122,8 @@ class Specialisation(dict):
 def for_source(source: str, kind: Specialisation) -> list[Specialisation]:
     """The specialisations of a source file that calls with any number of query rows need: `kind`, then others."""
     head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
-    taken = rows_taken(bool(kind["KVQUANT_V_GRID"]), head_dim, "KVQUANT_R_HEAD_DIM" in kind)
+    has_rotary = "KVQUANT_R_HEAD_DIM" in kind
+    taken = rows_taken(kind["KVQUANT_DTYPE"], bool(kind["KVQUANT_V_GRID"]), head_dim, has_rotary)
     rows = taken if source == "decode_attention.cu" else (kind["KVQUANT_ROWS"],)
     return [kind if kind["KVQUANT_ROWS"] == n else Specialisation({**kind, "KVQUANT_ROWS": n}) for n in rows]
 
@@ -125,11 +134,12 @@ class RotaryKeys(NamedTuple):
     spec: QuantSpec
     head_dim: int
 
-    def go_with(self, latents: QuantSpec) -> bool:
+    def go_with(self, dtype: int, latents: QuantSpec) -> bool:
         """Whether the kernels read them beside latents of this spec: where a query reads exact copies of one, it has
-        to read those of the other."""
+        to read those of the other. Not in float32 (`dtype`, a value of `arguments.DTYPES`)."""
         return (
-            self.head_dim <= MAX_HEAD_DIM
+            dtype != _FLOAT32
+            and self.head_dim <= MAX_HEAD_DIM
             and takes_head_dim(self.head_dim)
             and (self.spec.is_dense, self.spec.block_length) == (latents.is_dense, latents.block_length)
         )
@@ -182,8 +192,6 @@ def _make(
     for name, spec in (("keys", k_spec), ("values", v_spec)):
         if not spec.is_dense and spec.format not in GPU_FORMATS:
             raise ValueError(gpu_refusal(name, spec.format))
-    if dtype == 0:
-        raise ValueError("dtype: torch.float32 is not supported by the CUDA kernels; expected float16 or bfloat16")
     return Specialisation(
         {
             "KVQUANT_DTYPE": dtype,

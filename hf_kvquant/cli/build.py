@@ -24,7 +24,7 @@ from ..backends.specialisation import ROWS, RotaryKeys, Specialisation, for_sour
 from ..config import KVQuantConfig
 from ..quantization import QuantSpec
 
-_DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES.items() if number}
+_DTYPES = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _of_latents(config: KVQuantConfig, dtype: int, rank: int, rotary_dim: int) -
     for keys, values in _sides(config.for_latents()):
         latents, rotary = keys.resolve(rank), RotaryKeys(values.resolve(rotary_dim), rotary_dim)
         yield "quantize_append.cu", specialisation(dtype, latents, rotary.spec, rank, rotary_dim)
-        second = rotary if rotary.go_with(latents) else None
+        second = rotary if rotary.go_with(dtype, latents) else None
         yield "decode_attention.cu", specialisation(dtype, latents, latents, rank, rank, ROWS[-1], rotary=second)
 
 

@@ -28,9 +28,14 @@
 //   E4M3Bytes      16                    even, odd bytes, shifted by 1    6
 //                                        converted, from sm_89 on         3
 //   Dense16        8                     the word                         0
+//   Dense32        4                     keys: the word, channel t of a   0
+//                                        pair of four
+//
+// Models in float32 have Dense32 in place of Dense16; codes of the token grid are then without
+// their offset (Centred): sums of codes that are 128 too large have lost bits that are wanted.
 #pragma once
 
-#include "cuda/primitives.h"
+#include "cuda/float32.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
@@ -154,6 +159,40 @@ struct Dense16 {
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[1]) { pairs[0] = word; }
 };
 
+// Float32 elements. A step along head_dim (kStepsOf) takes 8 channels, two chunks; float_values.h
+// has the products of values, whose pairs are those of Dense16.
+template <int kDim>
+struct Dense32 {
+  static constexpr bool kIsDense = true;
+  static constexpr int kChannels = kDim, kRowBytes = 4 * kDim, kPairsOfWord = 1;
+  static constexpr int kPairs = kDim / 8;
+  static constexpr float kOffset = 0.0f;
+  static KVQUANT_FN constexpr int channel(int pair, int n) { return 8 * pair + n; }
+  static KVQUANT_FN constexpr int pair_of(int channel) { return channel / 8; }
+  static KVQUANT_FN constexpr int n_of(int channel) { return channel % 8; }
+  static KVQUANT_FN constexpr float unit(int) { return 1.0f; }
+  static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[1]) { pairs[0] = word; }
+};
+
+// Codes without their offset.
+template <class Codec>
+struct Centred : Codec {
+  static constexpr float kOffset = 0.0f;
+  static KVQUANT_FN constexpr float unit(int pair) { return Codec::unit_centred(pair); }
+  static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[Codec::kPairsOfWord]) {
+    Codec::split_centred(word, pairs);
+  }
+};
+
+template <class Codec>
+constexpr bool kIsFloats = false;
+template <int kDim>
+constexpr bool kIsFloats<Dense32<kDim>> = true;
+
+// The products along head_dim of a row of keys.
+template <class Codec>
+constexpr int kStepsOf = kIsFloats<Codec> ? Codec::kPairs : Codec::kPairs / 2;
+
 template <class Codec>
 constexpr bool kIsE4M3 = false;
 template <int kDim>
@@ -177,10 +216,12 @@ struct IsBFloat16<Dense16<kDim, true>> {
   static constexpr bool kValue = true;
 };
 
-// Multiplies operands of a codec, in BF16 if its elements are BF16, else in FP16.
+// Multiplies operands of a codec, in float32 or BF16 if its elements are, else in FP16.
 template <class Codec>
 KVQUANT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (IsBFloat16<Codec>::kValue) {
+  if constexpr (kIsFloats<Codec>) {
+    multiply_float32(c, a, b);
+  } else if constexpr (IsBFloat16<Codec>::kValue) {
     mma_m16n8k16_bf16(c, a, b);
   } else {
     mma_m16n8k16_f16(c, a, b);

@@ -105,7 +105,7 @@ struct Copies {
 
   template <class Stored>
   static KVQUANT_DEVICE Copies of(const KvquantSide& side, const Place& p) {
-    constexpr int kShareBytes = 2 * Stored::Codec::kChannels;
+    constexpr int kShareBytes = kElementBytes * Stored::Codec::kChannels;
     const int offset = p.part<Stored>() * kShareBytes;
     Copies c;
     c.ring = side.recent && Stored::kScaled ? p.of_copies(side.recent, side.recent_stride) + offset

@@ -87,9 +87,10 @@ static_assert(page_holds(StoredPass::kTile) &&
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
 // for a thread, two get 255. The sums of values take kShareDim * kRows / 32 of them, those of a tile
-// on the channel grid a few more, and rows that are divided their shares' addresses.
+// on the channel grid a few more, rows that are divided their shares' addresses, and models in
+// float32 the second terms of queries.
 constexpr int kMostValueDim = StoredValues::kChannelGrid && kRows == 16 ? 64 : 128;
-constexpr int kBlocks = kShares == 1 && kShareDim <= kMostValueDim ? 3 : 2;
+constexpr int kBlocks = kShares == 1 && kShareDim <= kMostValueDim && !kIsFloat32 ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>
 KVQUANT_DEVICE void attend(const Place& p, const Columns<kIsList>& columns, const Mask& mask,

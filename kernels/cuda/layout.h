@@ -83,6 +83,23 @@ struct Layout<16> {
     return i % 2 ? Floats2{half_high(two.x), half_high(two.y)}
                  : Floats2{half_low(two.x), half_low(two.y)};
   }
+  // Column c of a product of scores: the lane that has its score for row(r), and its element.
+  static KVQUANT_DEVICE int score_lane(int c) { return lane_index() / 4 * 4 + c / 2; }
+  static KVQUANT_FN constexpr int element_of(int r, int c) { return 2 * r + c % 2; }
+  // w[k]: the operand of eight columns in float32; values: see float_values.h.
+  template <int kProducts>
+  static KVQUANT_DEVICE void float_weights(const float (&x)[kProducts][4],
+                                           uint32_t (&w)[kProducts][4]) {
+#pragma unroll
+    for (int m = 0; m < kProducts; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[m][i] = float_bits(x[m][i % 2 * 2 + i / 2]);
+    }
+  }
+  static KVQUANT_DEVICE void multiply_floats(float (&sums)[4], const uint32_t (&weights)[4],
+                                             const uint32_t (&values)[2]) {
+    multiply_float32(sums, weights, values);
+  }
   // w[k]: the operand of sixteen columns, from the weights of products 2k and 2k + 1.
   template <class V, int kProducts>
   static KVQUANT_DEVICE void pack_weights(const float (&x)[kProducts][4],
@@ -141,6 +158,21 @@ struct Layout<8> {
     const int g = lane_index() / 4, n = V::channel(2 * i, 7) < 0 ? g % 4 : g;
     const uint32_t two = shared_cast<uint32_t>(numbers)[V::channel(2 * i, n) / 2];
     return {half_low(two), half_high(two)};
+  }
+  static KVQUANT_DEVICE int score_lane(int c) { return c % 8 * 4 + lane_index() % 4; }
+  static KVQUANT_FN constexpr int element_of(int r, int c) { return r + c / 8 * 2; }
+  template <int kProducts>
+  static KVQUANT_DEVICE void float_weights(const float (&x)[kProducts][4],
+                                           uint32_t (&w)[2 * kProducts][2]) {
+#pragma unroll
+    for (int m = 0; m < kProducts; ++m) {
+      transpose_8x8_floats(x[m][0], x[m][1], w[2 * m]);
+      transpose_8x8_floats(x[m][2], x[m][3], w[2 * m + 1]);
+    }
+  }
+  static KVQUANT_DEVICE void multiply_floats(float (&sums)[4], const uint32_t (&weights)[2],
+                                             const uint32_t (&values)[4]) {
+    multiply_float32(sums, values, weights);
   }
   template <class V, int kProducts>
   static KVQUANT_DEVICE void pack_weights(const float (&x)[kProducts][4],

@@ -272,7 +272,7 @@ struct RowMerge {
       ours = total.merge(sink).ours;
     }
     const float norm = ours * total.finish();
-    auto* output = reinterpret_cast<uint16_t*>(a.output) + row * kValueDim;
+    uint8_t* const output = a.output + row * (kElementBytes * kValueDim);
 #pragma unroll
     for (int r = 0; r < Row::kRounds; ++r) {
       const int c = Row::channel(r);
@@ -280,9 +280,14 @@ struct RowMerge {
       float x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = (stored.x[r][i] + copied.x[r][i]) * norm;
-      using Output = Dense16<kValueDim, kIsBFloat16>;
-      global_store(reinterpret_cast<Words2*>(output + c),
-                   Words2{pack<Output>(x[0], x[1]), pack<Output>(x[2], x[3])});
+      if constexpr (kIsFloat32) {
+        store_16(output + 4 * c,
+                 {float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])});
+      } else {
+        using Output = Dense16<kValueDim, kIsBFloat16>;
+        global_store(reinterpret_cast<Words2*>(output + 2 * c),
+                     Words2{pack<Output>(x[0], x[1]), pack<Output>(x[2], x[3])});
+      }
     }
     if (lane_index() == 0) global_store(a.logsumexp + row, total.logsumexp());
   }

@@ -33,6 +33,7 @@
 // product and added one by one (NonFinite).
 #pragma once
 
+#include "cuda/float_values.h"
 #include "cuda/masks.h"
 #include "cuda/non_finite.h"
 #include "cuda/partials.h"
@@ -67,10 +68,16 @@ struct Pass {
   using KeyScales = TokenScales<Keys, kTile>;
   using ValueScales = TokenScales<Values, kTile>;
   using Rotary = typename RotaryPart<kCopiedKeysHere, kTile, kStages, kWarps>::Type;
-  using Weights = uint32_t[kTile / 16][Lanes::kQueryWords];
+  static constexpr int kTerms = kTermsOf<K>, kWeightTerms = kTermsOf<V>;
+  using Query = uint32_t[kTerms][Lanes::kQueryWords];
+  using Scores = float[kTerms][kProducts][4];
+  using Weights = uint32_t[kWeightTerms][kTile / 16][Lanes::kQueryWords];
   static constexpr bool kCentred = kHasOffset && ValueScales::kGroups > 1;
   // Values on the channel grid: `of_block` has the sums of a block until it ends.
   static constexpr bool kSumsBlocks = Values::kChannelGrid && kRows == 8;
+  // Sums of a tile are added to those before by float additions. In float32 always: tensor cores
+  // cut sums off, and many of these errors in a row would show.
+  static constexpr bool kSumsTiles = (Values::kChannelGrid || kIsFloat32) && !kSumsBlocks;
   // Which tiles of a warp are plain is kept in words of kWordTiles bits, kWords of them.
   static constexpr int kMostTiles = kMostColumns / kWarps / kTile;
   static constexpr int kWordTiles = kMostTiles < 512 / kTile ? kMostTiles : 512 / kTile;
@@ -105,7 +112,7 @@ struct Pass {
 
   // Layouts that hold the queries: multiplied by the scales of a block on the channel grid, and
   // what its zero points add to the products of a row.
-  uint32_t query[Lanes::kHoldsQueries ? Queries<Keys>::kSteps : 1][Lanes::kQueryWords];
+  Query query[Lanes::kHoldsQueries ? Queries<Keys>::kSteps : 1];
   float zero_points[2] = {0.0f, 0.0f};
 
   RowsSoftmax softmax;
@@ -380,10 +387,10 @@ struct Pass {
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kProducts][4]) const {
     constexpr int kAtOnce = larger_of(kChunksOfStep<K>, KeyTile::kAtOnce);
-    constexpr int kGroups = KeyScales::kGroups, kSteps = K::kPairs / 2;
+    constexpr int kGroups = KeyScales::kGroups, kSteps = kStepsOf<K>;
     // Queries x zero points, for the steps whose unit is unit(0), and for the others.
-    float zero[4] = {}, other_zero[4] = {};
-    float sum[kProducts][4];
+    float zero[kTerms][4] = {}, other_zero[kTerms][4] = {};
+    Scores sum;
     begin_group(0, sum);
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
     // Wide heads have more steps than the compiler finds registers for at once.
@@ -405,19 +412,22 @@ struct Pass {
       for (int s = 0; s < kAtOnce * K::kPairsOfWord / 2; ++s) {
         const int step = chunk * K::kPairsOfWord / 2 + s;
         if (step >= kSteps) continue;
-        uint32_t q[Lanes::kQueryWords];
+        Query q;
         if constexpr (Lanes::kHoldsQueries) {
 #pragma unroll
-          for (int i = 0; i < Lanes::kQueryWords; ++i) q[i] = query[step][i];
-        } else {
-          queries.fragment(step, q);
-          if constexpr (Keys::kChannelGrid) {
-            to_block<Keys>(key_header(block), step, q, zero, other_zero);
+          for (int i = 0; i < kTerms * Lanes::kQueryWords; ++i) {
+            q[i / Lanes::kQueryWords][i % Lanes::kQueryWords] =
+                query[step][i / Lanes::kQueryWords][i % Lanes::kQueryWords];
           }
+        } else {
+          load_query(step, block, q, zero, other_zero);
         }
 #pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-          Lanes::template add_scores<K>(sum[m], q, pairs[2 * s], pairs[2 * s + 1], m);
+        for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+          for (int m = 0; m < kProducts; ++m) {
+            Lanes::template add_scores<K>(sum[term][m], q[term], pairs[2 * s], pairs[2 * s + 1], m);
+          }
         }
         if constexpr (Keys::kTokenScaled) {
           const int group = K::channel(2 * step, 0) / Keys::kGroup;
@@ -429,7 +439,7 @@ struct Pass {
               const Floats2 scale = scales.two_columns(group, m);
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                const float one = sum[m][e] * (Lanes::column_of(e) ? scale.y : scale.x);
+                const float one = joined(sum, m, e) * (Lanes::column_of(e) ? scale.y : scale.x);
                 x[m][e] = group == 0 ? one : x[m][e] + one;
               }
             }
@@ -443,16 +453,16 @@ struct Pass {
       for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[m][e] = sum[m][e];
+          x[m][e] = joined(sum, m, e);
           if constexpr (Keys::kHasZeroPoint && !Lanes::kHoldsQueries) {
-            x[m][e] += of_zero_points<K>(zero[e], other_zero[e]);
+            x[m][e] += joined_zero_points(zero, other_zero, e);
           }
         }
       }
     }
   }
 
-  KVQUANT_DEVICE void begin_group(int group, float (&sum)[kProducts][4]) const {
+  KVQUANT_DEVICE void begin_group(int group, Scores& sum) const {
     float start[2] = {zero_points[0], zero_points[1]};
     if constexpr (Queries<Keys>::kHasOffset) {
 #pragma unroll
@@ -461,22 +471,52 @@ struct Pass {
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[m][e] = start[Lanes::row_of(e)];
+      for (int e = 0; e < 4; ++e) {
+        sum[0][m][e] = start[Lanes::row_of(e)];
+        if constexpr (kTerms == 2) sum[1][m][e] = 0.0f;
+      }
     }
+  }
+  // The sum of both terms' products, if there are two.
+  static KVQUANT_DEVICE float joined(const Scores& sum, int m, int e) {
+    if constexpr (kTerms == 2) return sum[0][m][e] + sum[1][m][e] * (1.0f / kSecondTerm);
+    return sum[0][m][e];
   }
 
   // Loads the queries into registers, for a block if the keys are on the channel grid.
   KVQUANT_DEVICE void take_queries(int block) {
-    float zero[4] = {}, other_zero[4] = {};
+    float zero[kTerms][4] = {}, other_zero[kTerms][4] = {};
 #pragma unroll
     for (int step = 0; step < Queries<Keys>::kSteps; ++step) {
-      queries.fragment(step, query[step]);
-      if constexpr (Keys::kChannelGrid) {
-        to_block<Keys>(key_header(block), step, query[step], zero, other_zero);
-      }
+      load_query(step, block, query[step], zero, other_zero);
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) zero_points[r] = of_zero_points<K>(zero[r], other_zero[r]);
+    for (int r = 0; r < 2; ++r) zero_points[r] = joined_zero_points(zero, other_zero, r);
+  }
+  // Loads the queries of one step; keys on the channel grid: for a block, as to_block() says.
+  KVQUANT_DEVICE void load_query(int step, int block, Query& q, float (&zero)[kTerms][4],
+                                 float (&other_zero)[kTerms][4]) const {
+    uint32_t words[kTerms * Lanes::kQueryWords];
+    queries.fragment(step, words);
+    if constexpr (Keys::kChannelGrid && kTerms == 2) {
+      floats_to_block<Keys>(key_header(block), step, words, q, zero, other_zero);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kTerms * Lanes::kQueryWords; ++i) {
+      q[i / Lanes::kQueryWords][i % Lanes::kQueryWords] = words[i];
+    }
+    if constexpr (Keys::kChannelGrid) {
+      to_block<Keys>(key_header(block), step, q[0], zero[0], other_zero[0]);
+    }
+  }
+  static KVQUANT_DEVICE float joined_zero_points(const float (&zero)[kTerms][4],
+                                                 const float (&other_zero)[kTerms][4], int e) {
+    const float sum = of_zero_points<K>(zero[0][e], other_zero[0][e]);
+    if constexpr (kTerms == 2) {
+      return sum + of_zero_points<K>(zero[1][e], other_zero[1][e]) * (1.0f / kSecondTerm);
+    }
+    return sum;
   }
 
   KVQUANT_DEVICE void hide(uint32_t bits, bool by_row, int lane_column, int first,
@@ -503,6 +543,12 @@ struct Pass {
   template <bool kPlain>
   KVQUANT_DEVICE void weigh(SharedPtr<uint8_t> tile, int column, const ValueScales& scales,
                             bool plain, const float (&x)[kProducts][4]) {
+    if constexpr (kIsFloats<V>) {
+      float weights[kProducts][4];
+      scaled_weights(scales, 0, plain, x, weights);
+      FloatValues<V, kTile>::weigh(tile, weights, acc);
+      return;
+    }
     constexpr int kAtOnce = larger_of(kChunksOfStep<V>, ValueTile::kAtOnce);
     Weights w;
     NonFinite<V> found;
@@ -535,16 +581,24 @@ struct Pass {
           group = pair_group;
           weights(scales, group, plain, x, w);
         }
-        constexpr bool kSumsTiles = Values::kChannelGrid && !kSumsBlocks;
         constexpr int kHere = 2 / Lanes::kPairsOfProduct;
         const int product = pair / Lanes::kPairsOfProduct;
         float of_tile[kHere][4] = {};
         float (*sums)[4] = kSumsTiles ? of_tile : kSumsBlocks ? &of_block[product] : &acc[product];
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) {
-          Lanes::template add_values<V>(sums, w[k], pairs[i], pairs[i + 1], k);
+#pragma unroll
+          for (int term = 0; term < kWeightTerms; ++term) {
+            Lanes::template add_values<V>(sums, w[term][k], pairs[i], pairs[i + 1], k);
+          }
         }
-        if constexpr (kSumsTiles) {
+        if constexpr (kSumsTiles && !Values::kChannelGrid) {
+#pragma unroll
+          for (int j = 0; j < kHere; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[product + j][e] += of_tile[j][e];
+          }
+        } else if constexpr (kSumsTiles) {
           const auto scale_row = shared_cast<Words2>(value_header(column / Values::kGroup));
 #pragma unroll
           for (int j = 0; j < kHere; ++j) add_scaled(product + j, of_tile[j], scale_row);
@@ -553,9 +607,12 @@ struct Pass {
     }
     if constexpr ((kHasOffset && !kCentred) || Values::kHasZeroPoint) {
 #pragma unroll
-      for (int k = 0; k < kTile / 16; ++k) Lanes::add_ones(weight_sum, w[k]);
+      for (int k = 0; k < kTile / 16; ++k) {
+#pragma unroll
+        for (int term = 0; term < kWeightTerms; ++term) Lanes::add_ones(weight_sum, w[term][k]);
+      }
     }
-    found.template add<kTile>(tile, w, acc);
+    found.template add<kTile>(tile, w[0], acc);
   }
 
   // Channel grid: adds sums of weighted codes, times the scales of their channels.
@@ -596,6 +653,20 @@ struct Pass {
   KVQUANT_DEVICE void weights(const ValueScales& scales, int group, bool plain,
                               const float (&x)[kProducts][4], Weights& w) const {
     float scaled[kProducts][4];
+    scaled_weights(scales, group, plain, x, scaled);
+    Lanes::template pack_weights<V>(scaled, w[0]);
+    if constexpr (kWeightTerms == 2) {
+#pragma unroll
+      for (int m = 0; m < kProducts; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scaled[m][e] -= half_low(pack_half2(scaled[m][e], 0.0f));
+      }
+      Lanes::template pack_weights<V>(scaled, w[1]);
+    }
+  }
+  KVQUANT_DEVICE void scaled_weights(const ValueScales& scales, int group, bool plain,
+                                     const float (&x)[kProducts][4],
+                                     float (&scaled)[kProducts][4]) const {
 #pragma unroll
     for (int m = 0; m < kProducts; ++m) {
       Floats2 scale = {kWeightUnit, kWeightUnit};
@@ -606,7 +677,6 @@ struct Pass {
         if (!plain && float_bits(x[m][e]) == 0x80000000u) scaled[m][e] = -0.0f;
       }
     }
-    Lanes::template pack_weights<V>(scaled, w);
   }
 
   // Puts the pairs of a word from index `pair` on, for the eighth m of the columns.

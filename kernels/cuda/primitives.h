@@ -217,6 +217,19 @@ KVQUANT_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4],
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// c += a b, a `[16, 8]`, b `[8, 8]`, c `[16, 8]` in FP32. Elements of a and b are TF32: floats whose
+// lowest 13 bits are 0.
+//   a[i]  row g + 8 (i % 2), column t + 4 (i / 2)
+//   b[i]  row t + 4 i, column g
+//   c[i]  row g + 8 (i / 2), column 2t + i % 2
+KVQUANT_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 // -- words ---------------------------------------------------------------------------------------
 

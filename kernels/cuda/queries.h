@@ -2,7 +2,8 @@
 //
 //   fragments   [step][lane][4 words, or 2]: lane 4g + t multiplies them by pairs 2 step and
 //               2 step + 1 of the keys: rows g and g + 8, or row g alone, at the channels of the
-//               first pair, then of the second
+//               first pair, then of the second. In float32 (float32.h): as many words of each term;
+//               floats if scales of the channel grid come first, or if the keys are floats
 //   factors     [kRows]: turns products of fragments and pairs into scores in units of log2
 //   sums        [groups][kRows]: minus the amount that the keys' offset adds to a row's products
 //
@@ -21,7 +22,8 @@ namespace kvquant {
 template <class Keys>
 struct Queries {
   using K = typename Keys::Codec;
-  static constexpr int kSteps = K::kPairs / 2, kDim = K::kChannels, kWords = kRows / 4;
+  static constexpr int kSteps = kStepsOf<K>, kDim = K::kChannels;
+  static constexpr int kTerms = kTermsOf<K>, kWords = kTerms * kRows / 4;
   static constexpr int kGroups = larger_of(Keys::kGroups, 1);
   static constexpr bool kHasOffset = Keys::kTokenScaled && K::kOffset != 0.0f;
   static constexpr int kFragments = 128 * kWords * kSteps;
@@ -35,6 +37,12 @@ struct Queries {
         factors(shared_cast<float>(memory + kFragments)),
         sums(factors + kRows) {}
 
+  KVQUANT_DEVICE void fragment(int step, uint32_t (&a)[8]) const {
+    const auto all = shared_cast<Words4>(fragments) + (32 * step + lane_index()) * 2;
+    const Words4 x = all[0], y = all[1];
+    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
+    a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
+  }
   KVQUANT_DEVICE void fragment(int step, uint32_t (&a)[4]) const {
     const Words4 words = shared_cast<Words4>(fragments)[32 * step + lane_index()];
     a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
@@ -95,16 +103,19 @@ struct Queries {
   }
   static KVQUANT_DEVICE void load(const Place& p, const Source& from, const QueryRows& rows,
                                   int row, WarpRow<kDim>& x) {
-    const auto* q = reinterpret_cast<const uint16_t*>(from.data + p.batch() * from.stride[0] +
-                                                      rows.head(row) * from.stride[1] +
-                                                      rows.query(row) * from.stride[2]);
+    using Element = typename Choose<kIsFloat32, uint32_t, uint16_t>::Type;
+    const auto* q = reinterpret_cast<const Element*>(from.data + p.batch() * from.stride[0] +
+                                                     rows.head(row) * from.stride[1] +
+                                                     rows.query(row) * from.stride[2]);
 #pragma unroll
     for (int r = 0; r < x.kRounds; ++r) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = x.channel(r) + i;
         const uint32_t bits = c < kDim ? uint32_t(global_load(q + c)) : 0u;
-        x.x[r][i] = kIsBFloat16 ? bfloat16_low(bits) : half_low(bits);
+        x.x[r][i] = kIsFloat32    ? bits_float(bits)
+                    : kIsBFloat16 ? bfloat16_low(bits)
+                                  : half_low(bits);
       }
     }
   }
@@ -136,6 +147,10 @@ struct Queries {
       for (int i = 0; i < 4; ++i) {
         const int pair = K::pair_of(c + i), n = K::n_of(c + i);
         const float relative = K::unit(pair) / K::unit(0);
+        if constexpr (kIsFloat32) {
+          store_float(row, c + i, x.x[r][i] * (up * relative));
+          continue;
+        }
         const uint32_t half = pack<K>(x.x[r][i] * (up * relative), 0.0f);
         const int lane = 4 * (row % 8) + n / 2;
         const int word = (32 * (pair / 2) + lane) * kWords + row / 8 + kWords / 2 * (pair % 2);
@@ -156,6 +171,29 @@ struct Queries {
     }
     if (lane_index() == 0) {
       factors[row] = down * K::unit(0) * float(p.a.scaling) * kLog2e;
+    }
+  }
+  // Models in float32: one element of a fragment, which has 4 words, or 2, of each term.
+  KVQUANT_DEVICE void store_float(int row, int channel, float x) const {
+    constexpr int kOfTerm = kRows / 4;
+    const auto words = shared_cast<float>(fragments);
+    if constexpr (kIsFloats<K>) {
+      const int lane = 4 * (row % 8) + channel % 4,
+                word = row / 8 + kOfTerm / 2 * (channel / 4 % 2);
+      words[(32 * (channel / 8) + lane) * kWords + word] = x;
+    } else {
+      const int pair = K::pair_of(channel), n = K::n_of(channel);
+      const int at = (32 * (pair / 2) + 4 * (row % 8) + n / 2) * kWords,
+                word = row / 8 + kOfTerm / 2 * (pair % 2);
+      if constexpr (Keys::kChannelGrid) {
+        words[at + 2 * word + n % 2] = x;
+      } else {
+        uint32_t first, second;
+        split_halves(x, 0.0f, kSecondTerm, first, second);
+        const auto halves = shared_cast<uint16_t>(fragments);
+        halves[2 * (at + word) + n % 2] = uint16_t(first);
+        halves[2 * (at + kOfTerm + word) + n % 2] = uint16_t(second);
+      }
     }
   }
 };

@@ -33,6 +33,7 @@ constexpr bool kHasRotary = kRotaryDim > 0;
 static_assert(!kHasRotary || (is_head_dim(kRotaryDim) && kRotaryDim <= 256),
               "KVQUANT_R_HEAD_DIM: a multiple of 16 up to 256");
 static_assert(!kHasRotary || kRows == 16, "KVQUANT_ROWS: 16 with rotary keys");
+static_assert(!kHasRotary || !kIsFloat32, "KVQUANT_DTYPE: FP16 or BF16 with rotary keys");
 static_assert(!kHasRotary || !kPaged, "KVQUANT_PAGE_LENGTH: 0 with rotary keys");
 
 using StoredRotary =
@@ -48,15 +49,6 @@ static_assert(!kHasRotary ||
 static_assert(
     !kHasRotary || (!kHasCopiedKeys && !kHasCopiedValues),
     "KVQUANT_V_GRID, KVQUANT_V_GROUP: beside rotary keys, values have the blocks of keys");
-
-template <bool kFirst, class A, class B>
-struct Choose {
-  using Type = A;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-  using Type = B;
-};
 
 // kCopied: rows come from exact copies, and the columns are a list.
 template <bool kCopied, int kTile, int kStages, int kWarps>

@@ -74,7 +74,8 @@ struct TokenScales {
   KVQUANT_DEVICE void store(uint32_t bits) const { store_times(bits, 1.0f); }
   KVQUANT_DEVICE void store(uint32_t bits, float reference) const {
     // kWeightUnit / reference, both powers of two; if the reference is 0, so is every scale.
-    const uint32_t quotient = 2 * 0x3f800000u + 0x03800000u - float_bits(reference);
+    const uint32_t quotient =
+        2 * 0x3f800000u + (uint32_t(kLogWeightUnit) << 23) - float_bits(reference);
     store_times(bits, reference > 0.0f ? bits_float(quotient) : 0.0f);
   }
   // Of the two columns of this lane in product m.
@@ -128,6 +129,20 @@ KVQUANT_DEVICE void order_header(SharedPtr<Words4> header) {
   }
 }
 
+// Scales and zero points of this lane's channels of a step.
+template <class S>
+KVQUANT_DEVICE void load_header(SharedPtr<uint8_t> header, int step, Words2& scale,
+                                Words2& points) {
+  using K = typename S::Codec;
+  // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
+  // channels read those of another lane; their queries are zeros.
+  const int t = lane_index() % 4;
+  const int lane_channel = K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
+  const auto words = shared_cast<Words2>(header);
+  scale = words[lane_channel / 4];
+  if constexpr (S::kHasZeroPoint) points = words[(K::kChannels + lane_channel) / 4];
+}
+
 // Multiplies the queries of one step by the scales of a block of keys; adds queries x zero points to
 // `zero`, or to `other_zero` if the step has another unit.
 template <class S>
@@ -136,19 +151,44 @@ KVQUANT_DEVICE void to_block(SharedPtr<uint8_t> header, int step,
                              float (&other_zero)[4]) {
   using K = typename S::Codec;
   using Lanes = Layout<kRows>;
-  // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
-  // channels read those of another lane; their queries are zeros.
-  const int t = lane_index() % 4;
-  const int lane_channel = K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
-  const auto words = shared_cast<Words2>(header);
-  const Words2 scale = words[lane_channel / 4];
+  Words2 scale, points;
+  load_header<S>(header, step, scale, points);
   if constexpr (S::kHasZeroPoint) {
-    const Words2 points = words[(K::kChannels + lane_channel) / 4];
     Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
   }
 #pragma unroll
   for (int i = 0; i < Lanes::kQueryWords; ++i) {
     q[i] = hmul2(q[i], i < Lanes::kQueryWords / 2 ? scale.x : scale.y);
+  }
+}
+// The same for queries in float32, of which `floats` has two elements for each word of a term.
+template <class S>
+KVQUANT_DEVICE void floats_to_block(SharedPtr<uint8_t> header, int step,
+                                    const uint32_t (&floats)[2 * Layout<kRows>::kQueryWords],
+                                    uint32_t (&q)[2][Layout<kRows>::kQueryWords],
+                                    float (&zero)[2][4], float (&other_zero)[2][4]) {
+  using K = typename S::Codec;
+  using Lanes = Layout<kRows>;
+  constexpr int kWords = Lanes::kQueryWords;
+  Words2 scale, points;
+  load_header<S>(header, step, scale, points);
+  if constexpr (S::kHasZeroPoint) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      split_halves(bits_float(floats[2 * i]), bits_float(floats[2 * i + 1]), kSecondTerm, q[0][i],
+                   q[1][i]);
+    }
+#pragma unroll
+    for (int term = 0; term < 2; ++term) {
+      float (&sum)[4] = K::unit(2 * step) == K::unit(0) ? zero[term] : other_zero[term];
+      Lanes::add_points(sum, q[term], points);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t two = i < kWords / 2 ? scale.x : scale.y;
+    split_halves(bits_float(floats[2 * i]) * half_low(two),
+                 bits_float(floats[2 * i + 1]) * half_high(two), kSecondTerm, q[0][i], q[1][i]);
   }
 }
 // The products of queries and zero points, in the unit of scores.

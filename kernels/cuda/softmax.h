@@ -3,7 +3,8 @@
 // It is the state of kvquant/softmax_state.h, in units of log2. A row's maximum is raised only when
 // a score exceeds it by more than kHeadroom, so most tiles need neither an exchange between lanes
 // nor rescaling. Weights are therefore at most 2^8, and finite in FP16 when multiplied by
-// kWeightUnit.
+// kWeightUnit. In float32 there is no headroom, so that the smallest weights are exact, too: two
+// FP16 terms leave 2^-25.
 #pragma once
 
 #include "cuda/layout.h"
@@ -13,7 +14,9 @@
 
 namespace kvquant {
 
-constexpr float kHeadroom = 8.0f, kWeightUnit = 128.0f;
+constexpr float kHeadroom = kIsFloat32 ? 0.0f : 8.0f;
+constexpr int kLogWeightUnit = kIsFloat32 ? 15 : 7;
+constexpr float kWeightUnit = float(1 << kLogWeightUnit);
 
 struct RowsSoftmax {
   using Lanes = Layout<kRows>;

@@ -1,6 +1,6 @@
 // The macros that a compilation is specialised by, as types and constants.
 //
-//   KVQUANT_DTYPE                      of queries, exact copies and output: FP16 or BF16
+//   KVQUANT_DTYPE                      of queries, exact copies and output (KvquantDtype)
 //   KVQUANT_HEAD_DIM, .._V_HEAD_DIM    channels of keys and of values
 //   KVQUANT_K_FORMAT, .._K_GRID        KvquantFormat and KvquantGrid of the keys
 //   KVQUANT_K_GROUP                    channels (token grid) or tokens (channel grid) of a scale
@@ -20,14 +20,16 @@ constexpr int kHeadDim = KVQUANT_HEAD_DIM, kValueDim = KVQUANT_V_HEAD_DIM;
 //
 //   512 channels of values       0           128          256          384          512
 //     blocks                     | block z   | block z + 1| block z + 2| block z + 3|
-constexpr int kShareDim = kValueDim <= 256 ? kValueDim : 128;
+//
+// In float32 there are registers for fewer: 256 channels have 4 shares, and 512 have 8.
+constexpr bool kIsFloat32 = KVQUANT_DTYPE == kFloat32;
+constexpr int kShareDim = kValueDim < (kIsFloat32 ? 256 : 512) ? kValueDim : kIsFloat32 ? 64 : 128;
 constexpr int kShares = kValueDim / kShareDim;
 constexpr int kMostColumns = KVQUANT_SPLIT, kUnit = KVQUANT_UNIT, kEnoughBlocks = KVQUANT_BLOCKS;
 constexpr int kRows = KVQUANT_ROWS;
 constexpr bool kIsBFloat16 = KVQUANT_DTYPE == kBFloat16;
+constexpr int kElementBytes = kIsFloat32 ? 4 : 2;  // of queries, exact copies and output
 
-static_assert(KVQUANT_DTYPE == kFloat16 || KVQUANT_DTYPE == kBFloat16,
-              "KVQUANT_DTYPE: FP16 or BF16; there is no MMA for float32");
 static_assert(kRows == 8 || kRows == 16, "KVQUANT_ROWS: 8 or 16");
 KVQUANT_FN constexpr bool is_head_dim(int dim) {
   return dim == 512 || (dim % 16 == 0 && dim <= 256);
@@ -39,13 +41,22 @@ static_assert(kRows == 16 || (kHeadDim <= 256 && kValueDim <= 256),
 
 KVQUANT_FN constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
+template <bool kIsFirst, class First, class Second>
+struct Choose {
+  using Type = First;
+};
+template <class First, class Second>
+struct Choose<false, First, Second> {
+  using Type = Second;
+};
+
 template <int kFormat, int kGrid, int kDim>
 struct CodecOf {
-  using Type = Dense16<kDim, kIsBFloat16>;
+  using Type = typename Choose<kIsFloat32, Dense32<kDim>, Dense16<kDim, kIsBFloat16>>::Type;
 };
 template <int kDim>
 struct CodecOf<kInt8, kTokenGrid, kDim> {
-  using Type = SignedBytes<kDim>;
+  using Type = typename Choose<kIsFloat32, Centred<SignedBytes<kDim>>, SignedBytes<kDim>>::Type;
 };
 template <int kDim>
 struct CodecOf<kInt8, kChannelGrid, kDim> {
@@ -55,10 +66,17 @@ template <int kGrid, int kDim>
 struct CodecOf<kFp8, kGrid, kDim> {
   using Type = E4M3Bytes<kDim>;
 };
-template <int kGrid, int kDim>
-struct CodecOf<kInt4, kGrid, kDim> {
+template <int kDim>
+struct CodecOf<kInt4, kTokenGrid, kDim> {
+  using Type = typename Choose<kIsFloat32, Centred<Nibbles<kDim>>, Nibbles<kDim>>::Type;
+};
+template <int kDim>
+struct CodecOf<kInt4, kChannelGrid, kDim> {
   using Type = Nibbles<kDim>;
 };
+// The terms of a query's, or a weight's, operand (float32.h). Products of floats split both.
+template <class Codec>
+constexpr int kTermsOf = kIsFloat32 && !Codec::kIsDense ? 2 : 1;
 
 // How the keys, or the values, of one kind of column (columns.h) are stored: the codec, and the
 // scales.
@@ -84,7 +102,8 @@ using StoredValues =
     RowForm<CodecOf<KVQUANT_V_FORMAT, KVQUANT_V_GRID, kShareDim>::Type,
             KVQUANT_V_GRID == kChannelGrid && KVQUANT_V_FORMAT != kDense,
             KVQUANT_V_FORMAT == kDense ? 0 : KVQUANT_V_GROUP, KVQUANT_V_ROTATE != 0, kShares>;
-using CopiedKeys = RowForm<Dense16<kHeadDim, kIsBFloat16>, false, 0, false>;
-using CopiedValues = RowForm<Dense16<kShareDim, kIsBFloat16>, false, 0, false, kShares>;
+using CopiedKeys = RowForm<CodecOf<kDense, kTokenGrid, kHeadDim>::Type, false, 0, false>;
+using CopiedValues =
+    RowForm<CodecOf<kDense, kTokenGrid, kShareDim>::Type, false, 0, false, kShares>;
 
 }  // namespace kvquant

@@ -234,6 +234,10 @@ inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
                               KVQUANT_SITE) {
   emulator::mma_m16n8k16(c, a, b, true, site);
 }
+inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             KVQUANT_SITE) {
+  emulator::mma_m16n8k8_tf32(c, a, b, site);
+}
 
 inline uint32_t transpose_8x8(uint32_t x, KVQUANT_SITE) {
   const int row = 2 * (lane_index() % 4), column = lane_index() / 4;

@@ -90,6 +90,38 @@ void perform_mma(void* const operands[32], Site) {
   }
 }
 
+struct MultiplyTf32 {
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+// Words i of a: row g + 8 (i % 2), column t + 4 (i / 2); words i of b: row t + 4 i, column g.
+void perform_mma_tf32(void* const operands[32], Site site) {
+  double a[16][8], b[8][8];
+  const auto element = [&](uint32_t bits) {
+    if (bits & 0x1fffu) fault(site, "mma_m16n8k8_tf32 of 0x%08x, which is no TF32 number", bits);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* from = static_cast<MultiplyTf32*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = element(from->a[i]);
+    for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = element(from->b[i]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* to = static_cast<MultiplyTf32*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      double sum = to->c[i];
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+      to->c[i] = float(sum);
+    }
+  }
+}
+
 }  // namespace
 
 uint32_t shuffle(const char* name, uint32_t x, int from_lane, Site site) {
@@ -113,6 +145,11 @@ void ldmatrix(uint32_t* tiles, bool transposed, uint32_t row_address, Site site)
 void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site) {
   Multiply operand = {c, a, b, bfloat16};
   collective("mma_m16n8k16", &operand, perform_mma, site);
+}
+
+void mma_m16n8k8_tf32(float* c, const uint32_t* a, const uint32_t* b, Site site) {
+  MultiplyTf32 operand = {c, a, b};
+  collective("mma_m16n8k8_tf32", &operand, perform_mma_tf32, site);
 }
 
 }  // namespace kvquant::emulator

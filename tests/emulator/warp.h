@@ -13,5 +13,7 @@ uint32_t ballot(const char* name, bool x, Site site);
 void ldmatrix(uint32_t* tiles, bool transposed, uint32_t row_address, Site site);
 // Multiplies FP16 or BF16 elements.
 void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site);
+// Multiplies TF32 elements; a fault if the bits that they do not have are set.
+void mma_m16n8k8_tf32(float* c, const uint32_t* a, const uint32_t* b, Site site);
 
 }  // namespace kvquant::emulator

@@ -419,8 +419,8 @@ def takes_prompts(query: torch.Tensor, backend: str) -> bool:
     head_dim = query.shape[3]
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or head_dim % COMPILED_MULTIPLE:
         return False
-    module: Any = _implementation(backend, query.device, query.dtype, (head_dim,))
-    return module is not reference and module.takes_prompts()
+    taken = getattr(_implementation(backend, query.device, query.dtype, (head_dim,)), "takes_prompts", None)
+    return taken is not None and taken()
 
 
 def prompt_attention(

@@ -126,29 +126,30 @@ KVQUANT_INLINE void expand_chunks(const uint8_t* low, const uint8_t* high, int c
   _mm512_mask_storeu_epi64(nibbles, twice, expanded<kHigh>(_mm256_maskz_loadu_epi64(rest, low), h));
 }
 #elif defined(__AVX2__)
+// Expands two chunks: x has the low bits of each twice, y the high bits of each four times.
+template <bool kHigh>
+KVQUANT_INLINE __m256i expanded(__m256i x, __m256i y) {
+  const __m256i n = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 2, 0, 2)),
+                                     _mm256_set1_epi8(0x33));
+  if (!kHigh) return n;
+  const __m256i h = _mm256_and_si256(
+      _mm256_srlv_epi32(y, _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3)), _mm256_set1_epi8(0x11));
+  return _mm256_or_si256(n, _mm256_slli_epi32(h, 2));
+}
 template <bool kHigh>
 KVQUANT_INLINE void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks,
                                   uint8_t* nibbles) {
-  const __m256i shift = _mm256_setr_epi64x(0, 2, 0, 2), low_mask = _mm256_set1_epi8(0x33);
-  const __m256i four_times = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  const __m256i left = _mm256_setr_epi32(2, 1, 0, 0, 2, 1, 0, 0);
-  const auto expanded = [&](__m256i n, __m256i h) {
-    n = _mm256_and_si256(_mm256_srlv_epi64(n, shift), low_mask);
-    if (!kHigh) return n;
-    h = _mm256_blend_epi32(_mm256_sllv_epi32(h, left), _mm256_srli_epi32(h, 1), 0x88);
-    return _mm256_or_si256(n, _mm256_and_si256(h, _mm256_set1_epi8(0x44)));
+  const auto four_times = [&](int i) {
+    return _mm256_set1_epi32(kHigh ? int32_t(load_word<uint32_t>(high + i)) : 0);
   };
   for (; chunks >= 2; chunks -= 2, low += 16, high += 8, nibbles += 32) {
     const __m256i x = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low));
-    const __m256i y =
-        _mm256_castsi128_si256(kHigh ? _mm_loadl_epi64((const __m128i*)high) : _mm_setzero_si128());
-    _mm256_storeu_si256((__m256i*)nibbles, expanded(_mm256_permute4x64_epi64(x, 0x50),
-                                                    _mm256_permutevar8x32_epi32(y, four_times)));
+    const __m256i y = _mm256_blend_epi32(four_times(0), four_times(4), 0xf0);
+    _mm256_storeu_si256((__m256i*)nibbles, expanded<kHigh>(_mm256_permute4x64_epi64(x, 0x50), y));
   }
   if (chunks == 0) return;
   const __m256i x = _mm256_set1_epi64x(int64_t(load_word<uint64_t>(low)));
-  const __m256i y = _mm256_set1_epi32(kHigh ? int32_t(load_word<uint32_t>(high)) : 0);
-  _mm_storeu_si128((__m128i*)nibbles, _mm256_castsi256_si128(expanded(x, y)));
+  _mm_storeu_si128((__m128i*)nibbles, _mm256_castsi256_si128(expanded<kHigh>(x, four_times(0))));
 }
 #else
 template <bool kHigh>

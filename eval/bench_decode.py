@@ -9,7 +9,7 @@ SDPA with `enable_gqa=True` (slower on a CPU), which transformers calls when the
 First everything is checked (see `measure.operator`); if one check fails, nothing is timed. Then all candidates are
 timed in interleaved rounds, each next to a plain read of the same number of bytes.
 
-As if the processor had nothing newer than AVX2, which the README shows in a table of its own:
+As if the processor had nothing newer than AVX2, which the README shows in tables of their own:
 
     KVQUANT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python eval/bench_decode.py \\
         --presets int8,int8-plain,fp8,int4,int4-small --prompt 0 --threads 2 --rounds 31 --seconds 30 \\
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -39,8 +39,10 @@ from hf_kvquant.measure.tables import markdown, print_table, put_between
 
 BASELINE_TOLERANCE = {"sdpa-bfloat16": 0.01, "sdpa-bfloat16-gqa": 0.01, "sdpa-float32": 1e-5}
 BASELINE = "sdpa-bfloat16"
-RESULT = Path(__file__).resolve().parent / "results" / "bench_decode_avx2.json"
-README = RESULT.parent / "README.md"
+FOLDER = Path(__file__).resolve().parent / "results"
+# With AVX2 only, on an Intel and on an AMD processor.
+RESULTS = FOLDER / "bench_decode_avx2.json", FOLDER / "bench_decode_avx2_zen4.json"
+README = FOLDER / "README.md"
 BEGIN, END = "<!-- avx2: written by eval/bench_decode.py -->", "<!-- avx2: end -->"
 # The number of tokens appended one by one in a sample, so that it completes a block of keys.
 APPEND_RUN = 64
@@ -59,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=60, help="stop a group of timings after so long")
     parser.add_argument("--warm", action="store_true", help="no flush before a call: at short length, its overhead")
-    parser.add_argument("--readme", action="store_true", help="only write the table of AVX2 in eval/results/README.md")
+    parser.add_argument("--readme", action="store_true", help="only write AVX2's tables in eval/results/README.md")
     args = parser.parse_args(argv)
     if min(args.lengths + args.mha_lengths, default=0) < 2:
         parser.error("--lengths: every length must be at least 2")
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.readme:
-        README.write_text(with_table(README.read_text(encoding="utf-8"), read_json(RESULT)), encoding="utf-8")
+        README.write_text(with_tables(README.read_text(encoding="utf-8"), map(read_json, RESULTS)), encoding="utf-8")
         return 0
     benchmark = Benchmark("decode", argv, args, ("decode", "append", "prompt", "plain_read"))
     mha = argparse.Namespace(**vars(args) | {"kv_heads": args.heads})
@@ -215,12 +217,16 @@ def main(argv: list[str] | None = None) -> int:
     return benchmark.finish(show, tolerance=tolerance)
 
 
-def with_table(readme: str, result: dict) -> str:
-    """`readme` with a table of `result` between its two markers: times as fast as SDPA, and shares of a plain read.
+def with_tables(readme: str, results: Iterable[dict]) -> str:
+    """`readme` with a table of each result between its two markers: times as fast as SDPA, and shares of a plain read.
 
     Raises:
         ValueError: the markers are missing.
     """
+    return put_between(readme, BEGIN, END, "".join(map(table, results)))
+
+
+def table(result: dict) -> str:
     found = {(row["length"], row["name"]): row for row in result["decode"]}
     names = list(result["configs"])
     lines = []
@@ -230,7 +236,7 @@ def with_table(readme: str, result: dict) -> str:
         lines.append([f"{length:,}", f"{found[length, BASELINE]['ms']['median']:.2f}", *shares])
     machine = result["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads, instruction set `{result['instruction_set']}`:"
-    return put_between(readme, BEGIN, END, f"\n{where}\n\n{markdown(['cached tokens', 'SDPA ms', *names], lines)}\n")
+    return f"\n{where}\n\n{markdown(['cached tokens', 'SDPA ms', *names], lines)}\n"
 
 
 def show(result: dict) -> None:

@@ -130,13 +130,13 @@ def test_the_tables_of_the_laptop(bench):
     assert laptop.with_tables(readme, facts.read_json(laptop.RESULT)) == readme, "bench_laptop.py --readme"
 
 
-def test_the_table_of_avx2(bench):
-    """Copies of the result's figures, measured with the instruction set that the command forces."""
+def test_the_tables_of_avx2(bench):
+    """Copies of the results' figures, measured with the instruction set that the command forces."""
     decode = bench("bench_decode")
-    result = facts.read_json(decode.RESULT)
-    assert result["instruction_set"] == "avx2"
+    results = [facts.read_json(file) for file in decode.RESULTS]
+    assert [result["instruction_set"] for result in results] == ["avx2"] * 2
     readme = decode.README.read_text(encoding="utf-8")
-    assert decode.with_table(readme, result) == readme, "bench_decode.py --readme"
+    assert decode.with_tables(readme, results) == readme, "bench_decode.py --readme"
 
 
 def test_decode_table(bench):
@@ -153,12 +153,12 @@ def test_decode_table(bench):
         "machine": {"cpu": "a processor", "threads": 2},
         "instruction_set": "avx2",
     }
-    page = decode.with_table(f"# Page\n{decode.BEGIN}\nold\n{decode.END}\nend\n", result)
+    page = decode.with_tables(f"# Page\n{decode.BEGIN}\nold\n{decode.END}\nend\n", [result, result])
     assert page.startswith(f"# Page\n{decode.BEGIN}\n") and page.endswith(f"\n{decode.END}\nend\n")
-    assert "a processor, 2 threads, instruction set `avx2`:" in page and "old" not in page
+    assert page.count("a processor, 2 threads, instruction set `avx2`:") == 2 and "old" not in page
     assert "| 4,096 | 6.00 | 4.0 (25%) | 3.0 (25%) |" in page
     with pytest.raises(ValueError, match="expected the lines"):
-        decode.with_table("# Page\n", result)
+        decode.with_tables("# Page\n", [result])
 
 
 def test_decode_with_as_many_kv_heads_as_heads(run, tmp_path):

@@ -21,7 +21,7 @@ inline Vec exp_of(Vec x) {
   y = Vec::fma(y, r, Vec(1.6666665459e-1f));
   y = Vec::fma(y, r, Vec(5.0000001201e-1f));
   y = Vec::fma(y, r * r, r) + Vec(1.0f);
-  return Vec::where(Vec::less(x, Vec(-87.0f)), Vec(0.0f), Vec::scale(y, n));
+  return Vec::zero_where_less(x, Vec(-87.0f), Vec::scale(y, n));
 }
 
 }  // namespace KVQUANT_ISA

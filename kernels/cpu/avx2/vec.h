@@ -105,6 +105,10 @@ struct Vec {
     return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   static uint32_t less(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
+  // 0 where a < b, else y.
+  static Vec zero_where_less(Vec a, Vec b, Vec y) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), y.v);
+  }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }
   static uint32_t not_nan(Vec a) { return bits(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q)); }
   static Vec where(uint32_t bits, Vec a, Vec b) {

@@ -21,7 +21,7 @@ from hf_kvquant.attention import attend
 from hf_kvquant.backends import arguments, cuda
 from hf_kvquant.states import QuantizedStates
 
-LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008}
+LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008, torch.float32: 2**-16}
 
 
 class Recorder(emulator.Device):
@@ -363,14 +363,19 @@ class TestOnAGpu:
     """Streams, graphs and threads, which the emulator does not have; eval/gpu_suite.py checks every specialisation."""
 
     @staticmethod
-    def moved(preset: str, kv_len: int):
-        states = filled(preset, torch.bfloat16, kv_len=kv_len)
+    def moved(preset: str, kv_len: int, dtype: torch.dtype = torch.bfloat16):
+        states = filled(preset, dtype, kv_len=kv_len)
         return [dataclasses.replace(s.to("cuda"), backend="cuda") for s in states]
 
     @pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
     def test_attention(self, preset):
         keys, values = self.moved(preset, 600)
         check(torch.randn(2, 8, 2, 64).bfloat16().cuda(), keys, values, device=None)
+
+    @pytest.mark.parametrize("preset", KVQuantConfig.preset_names())
+    def test_attention_in_float32(self, preset):
+        keys, values = self.moved(preset, 600, torch.float32)
+        check(torch.randn(2, 8, 2, 64).cuda(), keys, values, device=None)
 
     def test_a_captured_call_reads_what_its_tensors_hold_then(self):
         keys, values = self.moved("int8", 300)

@@ -427,6 +427,10 @@ class TestSpecialisation:
         with pytest.raises(ValueError, match=r"values head_dim: 256 on the channel grid .* 512; expected at most 192"):
             specialisation(2, QuantSpec("dense"), channel, 512, 256)
 
+    def test_float32_has_8_rows(self):
+        kind = specialisation(DTYPES[torch.float32], QuantSpec("dense"), QuantSpec("dense"), 64, 64)
+        assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", kind)] == [8]
+
     def test_wide_heads_have_16_rows_and_shares(self):
         kind = some_kind(head_dim=512)
         assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", kind)] == [16]

@@ -114,10 +114,9 @@ def kinds() -> list[Specialisation]:
         kind_of(QuantSpec("int4", "channel"), int4, 512, 64, rows=16),
         # Models in float32: every codec where registers are scarcest, and the usual heads.
         *(preset(name, 128, "float32") for name in ("int8", "fp8", "int4", "int4-small")),
-        *(preset(*choice, "float32", 16) for choice in (("int8", 64), ("int4", 128), ("int8", 256), ("fp8", 256))),
         *(preset(name, 256, "float32") for name in ("int8", "int4")),
-        kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float32", 16),
-        kind_of(dense, dense, 256, 256, "float32", 16),
+        kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float32"),
+        kind_of(dense, dense, 256, 256, "float32"),
         preset("int4", 128, "float32", pages=256),
         kind_of(channel, channel, 512, 512, "float32", 16),
     ]

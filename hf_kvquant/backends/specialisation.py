@@ -25,8 +25,8 @@ THREADS = 128
 # The query rows (queries of the heads that share a KV head) of one block: the kernels are compiled for either.
 ROWS = (8, 16)
 MAX_HEAD_DIM, WIDE_HEAD_DIM = 256, 512  # all multiples of 16 up to the first, and the second
-# Above this head_dim, and in float32 always, 16 rows and values on the channel grid need more registers than a thread
-# has.
+# Above this head_dim, 16 rows and values on the channel grid need more registers than a thread has; so do 16 rows in
+# float32.
 _MAX_HEAD_DIM_OF_BLOCKS = 192
 _FLOAT32 = DTYPES[torch.float32]
 HEAD_DIMS = f"a multiple of 16 up to {MAX_HEAD_DIM}, or {WIDE_HEAD_DIM}"
@@ -63,8 +63,8 @@ def rows_taken(dtype: int, channel_values: bool, head_dim: int, has_rotary: bool
     and values."""
     if head_dim == WIDE_HEAD_DIM or has_rotary:
         return ROWS[1:]
-    few = dtype == _FLOAT32 or head_dim > _MAX_HEAD_DIM_OF_BLOCKS
-    return ROWS[:1] if channel_values and few else ROWS
+    few = dtype == _FLOAT32 or (channel_values and head_dim > _MAX_HEAD_DIM_OF_BLOCKS)
+    return ROWS[:1] if few else ROWS
 
 
 def value_shares(dtype: int, v_head_dim: int) -> int:

@@ -116,7 +116,7 @@ def kinds() -> list[Specialisation]:
         *(preset(name, 128, "float32") for name in ("int8", "fp8", "int4", "int4-small")),
         *(preset(name, 256, "float32") for name in ("int8", "int4")),
         kind_of(QuantSpec("int4", "channel"), channel, 128, 128, "float32"),
-        kind_of(dense, dense, 256, 256, "float32"),
+        kind_of(dense, dense, 128, 128, "float32"),
         preset("int4", 128, "float32", pages=256),
         kind_of(channel, channel, 512, 512, "float32", 16),
     ]

@@ -192,12 +192,20 @@ class TestTuner:
         with pytest.raises(ValueError, match="documents_sha256"):
             tuner(documents.flip(0), folder).run()
 
-    def test_formats_of_fewer_bits_take_part_where_the_budget_needs_them(self, documents, finished, tmp_path):
-        """Beside 4 bits and more, so a side that bears little may keep them."""
-        formats = {spec.format for specs in finished[0].choices.values() for spec in specs}
-        assert formats == {"int8", "int4", "dense"}
-        search = tuner(documents, tmp_path, bits=4.2)
-        assert {spec.format for specs in search.choices.values() for spec in specs} >= {"int4", "int3", "dense"}
+    def test_formats_of_fewer_bits_take_part_in_small_budgets(self, documents, finished, tmp_path, monkeypatch):
+        """Beside 4 bits and more, so a side that bears little may keep them. A GPU does not take them yet."""
+
+        def formats(search: Tuner) -> set[str]:
+            return {spec.format for specs in search.choices.values() for spec in specs}
+
+        usual = {"int8", "int4", "dense"}
+        assert formats(finished[0]) == usual
+        for options in ({"bits": 4.9}, {"narrow": True}):
+            assert formats(tuner(documents, tmp_path, **options)) == {*usual, "int3"}, options
+        assert formats(tuner(documents, tmp_path, bits=4.5, narrow=False)) == usual
+        monkeypatch.setattr(tuning, "_NARROW_BELOW", 0.0)
+        assert formats(tuner(documents, tmp_path, bits=4.3)) == usual
+        assert formats(tuner(documents, tmp_path, bits=4.2)) == {*usual, "int3"}
 
     def test_too_few_bits_name_the_smallest(self, documents, tmp_path):
         with pytest.raises(ValueError, match=r"bits: 3.2 is not allowed; expected at least 3.25, the smallest"):
@@ -206,7 +214,7 @@ class TestTuner:
             tuner(documents, tmp_path, bits=float("nan"))
 
     def test_the_smallest_budget_is_possible(self, documents, finished, folder):
-        result = tuner(documents, folder, bits=4.25, rounds=1).run()
+        result = tuner(documents, folder, bits=4.25, rounds=1, narrow=False).run()
         assert result["chosen_bits"] == 4.25
 
     def test_a_base_with_overrides_is_refused(self, documents, tmp_path):

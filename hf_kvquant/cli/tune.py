@@ -50,6 +50,10 @@ def tune(
         int | None, typer.Option(min=1, help="Tokens of a piece to prefill.", show_default="a quarter of it")
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="The most rounds of changes inside of the whole cache.")] = 2,
+    narrow: Annotated[
+        bool | None,
+        typer.Option(help="Try int3 and int2, which a GPU does not take.", show_default="below 5 bits on a CPU"),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
     ] = Dtype.float32,
@@ -81,7 +85,7 @@ def tune(
     try:
         ids, source = read_documents(tokenizer, text, 2 * documents, window)
         facts = {"model": name, "text": source, "versions": versions()}
-        tuner = Tuner(lm, ids[:documents], ids[documents:], bits, context, start, out, facts, rounds)
+        tuner = Tuner(lm, ids[:documents], ids[documents:], bits, context, start, out, facts, rounds, narrow=narrow)
         console.print(f"{len(tuner.choices)} sides, {sum(map(len, tuner.choices.values()))} choices in all; about "
                       f"{_duration(tuner.seconds())} here.", highlight=False)  # fmt: skip
         result = tuner.run()

@@ -5,7 +5,8 @@
     result = tuner.run()             # result["config"] is what `KVQuantConfig.from_dict` takes
 
 1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out. Formats of
-   less than 4 bits take part only if the budget is too small for all others.
+   less than 4 bits, which a GPU does not take, take part if the budget is too small for all others. For a model on a
+   CPU they take part below 5 bits: what they save in some layers pays for 8 bits in others.
 2. Each remaining one is scored decode-faithfully, alone, with all other sides dense.
 3. As if these losses added up, the best choice for every number of bits is known; a few of them are measured as whole
    caches. So are the best uniform configs: the same spec of keys, and of values, in all layers.
@@ -49,6 +50,8 @@ _SLACK = 1.5
 _ERROR_DOCUMENTS = 2
 # Points of the curve, and uniform configs of the smallest estimated loss, that are measured as whole caches.
 _POINTS, _UNIFORM = 8, 6
+# Below these bits, formats of less than 4 bits take part for a model on a CPU.
+_NARROW_BELOW = 5.0
 # The curve ends here: more bits than the 8-bit formats have are not worth a search.
 _MOST_BITS = 9.0
 # In a round every side is changed to its neighbours by bits: this many with fewer, and with more.
@@ -70,6 +73,7 @@ class Tuner:
         folder: where measurements are kept.
         facts: other data that defines the run; see `compare`.
         rounds: the most repetitions of step 4.
+        narrow: whether formats of less than 4 bits take part; None: as in step 1.
 
     Raises:
         ValueError: `bits` is less than any config of this model has (the message names the smallest), or `base` has
@@ -88,6 +92,7 @@ class Tuner:
         facts: Mapping | None = None,
         rounds: int = 2,
         progress: bool = True,
+        narrow: bool | None = None,
     ):
         if base.layers:
             raise ValueError(f"base: overrides of the layers {[i for i, _ in base.layers]}; expected a uniform config")
@@ -97,12 +102,16 @@ class Tuner:
         self.folder, self.facts, self.progress = folder, dict(facts or {}), progress
         self.shapes = sides(model, base)
         self._elements = {side: heads * head_dim for side, (heads, head_dim) in self.shapes.items()}
-        self.narrow = not bits >= fewest_usual_bits(self.shapes)
+        self.narrow = self._needs_narrow() if narrow is None else narrow
         free = self._knapsack({side: dict.fromkeys(specs, 0.0) for side, specs in self.choices.items()})
         smallest = free.smallest / sum(self._elements.values())
         if not bits >= smallest:
             raise ValueError(f"bits: {bits} is not allowed; expected at least {smallest:g}, the smallest that the "
                              "formats store of this model")  # fmt: skip
+
+    def _needs_narrow(self) -> bool:
+        pays = self.budget < _NARROW_BELOW and self.model.device.type == "cpu"
+        return pays or not self.budget >= fewest_usual_bits(self.shapes)
 
     # ---- what is measured -----------------------------------------------------------------------------------------
 

@@ -158,7 +158,9 @@ def loads_on_macos(data: bytes) -> None:
     assert library.needs and all(name.startswith("/usr/lib/") for name in library.needs)
     assert library.is_signed, "macOS ends processes that load unsigned code for ARM"
     source = (ROOT / "kernels" / "cpu" / "api.cc").read_text(encoding="utf-8")
-    assert library.symbols == set(re.findall(r"^KVQUANT_API .*?(\w+)\(", source, re.MULTILINE))
+    functions = set(re.findall(r"^KVQUANT_API .*?(\w+)\(", source, re.MULTILINE))
+    # The linker adds symbols of its own.
+    assert {name for name in library.symbols if name.startswith("kvquant")} == functions
 
 
 @pytest.mark.skipif("WHEELS" not in os.environ, reason="WHEELS is not set; `make wheels` sets it")

@@ -1,18 +1,23 @@
 """Which scheme at which bits? Our formats and other people's schemes with the same exact tokens, in one table.
 
     python eval/schemes.py                                            # the bundled model
-    python eval/schemes.py --model MODEL --text FILE
+    python eval/schemes.py --model MODEL --text FILE --seen OTHER
+    python eval/schemes.py --again                                    # measure the rows of its JSON again, too
     python eval/schemes.py --table                                    # only write the table again
 
 Every scheme is scored decode-faithfully twice: without exact tokens, and with the first 4 and the last 32 tokens
 exact. The JSON goes to eval/results/schemes/<model>.json, and the table of all models to the README beside it. `bits`
 leave out exact tokens.
+
+With `--seen`, another text, two kinds of rows come with it: the configs that `hf-kvquant tune --text` found on it for
+4 and 32 exact tokens, as eval/tuned.py has published them, and codes with error feedback measured on it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +26,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.measure import Preset, Settings, compare
-from hf_kvquant.measure.caches import DENSE
 from hf_kvquant.measure.facts import machine, rounded, versions, write_json
+from hf_kvquant.measure.feedback import Compensated, Feedback
 from hf_kvquant.measure.schemes import SCHEMES, Scheme
 from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 from hf_kvquant.measure.text import bundled_model, file_windows, windows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "schemes"
+TUNINGS = RESULTS.parent / "tuning"
 README = RESULTS / "README.md"
 BEGIN, END = "<!-- schemes: written by eval/schemes.py -->", "<!-- schemes: end -->"
+# Rows of tuned configs, and their budgets.
+TUNED = {"tuned-4.5": 4.5, "tuned-3.3": 3.3}
+# Rows of feedback, and the config whose bits and exact tokens each has.
+FEEDBACK = {
+    "int4-feedback-32": "int4-both-channel-32",
+    "int4-feedback": "int4-both-channel",
+    "int3-feedback": "int3-both-channel",
+}
 # Tokens at both ends that are read exactly.
 WINDOWS = {"none": (0, 0), "4 and 32": (4, 32)}
 _DIGITS = 4
@@ -41,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default=str(bundled_model()), help="a folder or hub id (default: the bundled model)"
     )
     parser.add_argument("--text", type=Path, help="a text file (default: source of Python's standard library)")
+    parser.add_argument("--seen", type=Path, help="the text that configs were tuned on, for feedback too")
     parser.add_argument("--documents", type=int, default=8, help="pieces of text (default 8)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a piece (default 512)")
     parser.add_argument("--context", type=int, default=128, help="tokens of a piece to prefill (default 128)")
+    parser.add_argument("--again", action="store_true", help="measure every row again, not only those that are new")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     args = parser.parse_args(argv)
     if not args.table:
@@ -55,13 +71,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ours() -> dict[str, KVQuantConfig]:
-    """The presets, int3 and int2 on the grids of `int4`, and integers with both sides on the channel grid."""
+    """The presets, int3 and int2 on the grids of `int4`, and integers with both sides on the channel grid; int4 also
+    in blocks of 32, which have the bits of KIVI's groups."""
     found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
     for name in ("int3", "int2"):
         found[name] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, rotate=True))
     for name in ("int8", "int4", "int3", "int2"):
         found[f"{name}-both-channel"] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, "channel"))
+    short = QuantSpec("int4", "channel", block_length=32)
+    found["int4-both-channel-32"] = KVQuantConfig(short, short)
     return found
+
+
+def tuned(model: str) -> dict[str, dict]:
+    """The published results of `hf-kvquant tune` for the model, by the names of their rows."""
+    files = {name: TUNINGS / f"{model}-first4-last32-{bits:g}.json" for name, bits in TUNED.items()}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
 def candidates(sink_length: int, recent_length: int) -> list[Preset]:
@@ -69,6 +94,16 @@ def candidates(sink_length: int, recent_length: int) -> list[Preset]:
     exact = {"sink_length": sink_length, "recent_length": recent_length}
     configs = [Preset(name, replace(config, **exact)) for name, config in ours().items()]
     return [*configs, *(Scheme(name, **exact) for name in SCHEMES)]
+
+
+def after_seeing(results: Mapping[str, dict], feedback: Feedback, exact: tuple[int, int]) -> list[Preset]:
+    """The candidates that know another text: tuned configs from their `results`, and feedback."""
+    lengths = dict(zip(("sink_length", "recent_length"), exact))
+    tunings = {name: KVQuantConfig.from_dict(result["config"]) for name, result in results.items()}
+    return [
+        *(Preset(name, replace(config, **lengths)) for name, config in tunings.items()),
+        *(Compensated(name, replace(ours()[base], **lengths), feedback) for name, base in FEEDBACK.items()),
+    ]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -79,29 +114,40 @@ def measure(args: argparse.Namespace) -> dict:
         documents, _ = windows(tokenizer, args.documents, args.window)
     else:
         documents = file_windows(tokenizer, args.text, args.documents, args.window)
-    found = {}
-    for name, exact in WINDOWS.items():
-        result = compare(
-            model,
-            documents,
-            candidates(*exact),
-            Settings(args.context, greedy_tokens=0),
-            {},
-            by_layer=False,
-            weigh=False,
-        )
-        found[name] = {cache: figures["kl"] for cache, figures in result["caches"].items() if cache != DENSE}
-    head_dim = model.config.head_dim
-    plan = result["plan"]
+    name = Path(args.model).name
+    file = RESULTS / f"{name}.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not args.again else {}
+    found: dict[str, dict] = known.get("kl", {window: {} for window in WINDOWS})
+    results = tuned(name) if args.seen else {}
+    if args.seen:
+        feedback = Feedback.of(model, file_windows(tokenizer, args.seen, args.documents, args.window))
+    bits = known.get("bits", {})
+    for window, exact in WINDOWS.items():
+        rows = candidates(*exact) + (after_seeing(results, feedback, exact) if args.seen else [])
+        bits |= {each.name: bits_of(each, model.config.head_dim) for each in rows}
+        # A config of the same name may have been tuned again.
+        rows = [each for each in rows if each.name in TUNED or each.name not in found[window]]
+        settings = Settings(args.context, greedy_tokens=0)
+        result = compare(model, documents, rows, settings, {}, by_layer=False, weigh=False)
+        found[window] |= {each.name: result["caches"][each.name]["kl"] for each in rows}
+    plan = {
+        field: result["plan"][field]
+        for field in ("weights", "documents", "document_length", "documents_sha256", "settings")
+    }
+    other = [field for field in plan if known and known[field] != plan[field]]
+    if other:
+        raise SystemExit(f"{file} has rows with another {other[0]}; measure all of them with --again")
+    where = {"machine": machine(), "versions": versions()}
     return rounded({
-        "machine": machine(),
-        "versions": versions(),
-        "model": Path(args.model).name,
+        **({field: known[field] for field in where} if known else where),
+        "model": name,
         "text": "held-out source of Python's standard library" if args.text is None else args.text.name,
-        **{name: plan[name] for name in ("weights", "documents", "document_length", "documents_sha256", "settings")},
-        "head_dim": head_dim,
-        "bits": {each.name: bits_of(each, head_dim) for each in candidates(0, 0)},
+        "seen": args.seen.name if args.seen else known.get("seen"),
+        **plan,
+        "head_dim": model.config.head_dim,
+        "bits": bits | {name: result["chosen_bits"] for name, result in results.items()},
         "kl": found,
+        "added": {"rows": [each.name for each in rows], **where} if known and rows else known.get("added"),
     }, _DIGITS)  # fmt: skip
 
 
@@ -117,13 +163,20 @@ def published() -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: bits, and KL divergence (0.001 nats) without and with exact tokens, on each model; by falling bits."""
-    names = sorted(results[0]["bits"], key=lambda name: -results[0]["bits"][name])
+    """Markdown: bits (of tuned configs the most of all models), and KL divergence (0.001 nats) without and with exact
+    tokens, on each model; by falling bits."""
     widths = sorted({result["head_dim"] for result in results})
-    bits = {result["head_dim"]: result["bits"] for result in results}
+    bits = {
+        width: {
+            name: max(result["bits"][name] for result in results if result["head_dim"] == width)
+            for name in results[0]["bits"]
+        }
+        for width in widths
+    }
+    names = sorted(bits[widths[0]], key=lambda name: -bits[widths[0]][name])
     head = ["scheme", *(f"bits at {width}" for width in widths), *(result["model"] for result in results)]
     lines = []
-    our_names = list(ours())
+    our_names = [*ours(), *TUNED]
     for name in names:
         cells = [f"{bits[width][name]:.3f}" for width in widths]
         cells += [

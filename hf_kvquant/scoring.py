@@ -56,6 +56,8 @@ _MAX_SCORES = 2**24
 _MAX_ROWS = 256
 # The arguments and the result of `quantize`.
 Quantizer = Callable[[torch.Tensor, QuantSpec, torch.Tensor | None], Any]
+# Of the keys and of the values of a layer.
+Quantizers = Callable[[int], tuple[Quantizer, Quantizer]]
 
 
 def score(
@@ -138,8 +140,8 @@ def score_chunks(
     model is free for other use between two chunks. Layers other than full and sliding attention (linear ones) carry a
     state that transformers cannot continue by several tokens, so such a model takes the whole text as one chunk.
 
-    `quantizers` take the place of `quantize` for keys and for values, so that other schemes can be scored with the
-    config's exact tokens. What they return has a method `dequantize(dtype)`.
+    `quantizers(layer_idx)` take the place of `quantize` for keys and for values, so that other schemes can be scored
+    with the config's exact tokens. What they return has a method `dequantize(dtype)`.
     """
     arguments = (model, input_ids, context_lengths, kv_config, attention_mask)
     return _score_chunks(lambda start, logits: logits, *arguments, **options)
@@ -156,7 +158,7 @@ def _score_chunks(
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
     first_row: int = 0,
-    quantizers: tuple[Quantizer, Quantizer] = (quantize, quantize),
+    quantizers: Quantizers = lambda layer_idx: (quantize, quantize),
     straight_through: bool = False,
     **model_kwargs: Any,
 ) -> Iterator[tuple[int, Any]]:
@@ -537,13 +539,14 @@ class _ScoringCache(DynamicCache):
         config: KVQuantConfig,
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
-        quantizers: tuple[Quantizer, Quantizer],
+        quantizers: Quantizers,
     ):
         # A query reads the same from static storage.
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
         for i, layer in enumerate(layers):
             if isinstance(layer, QuantizedLayer):
                 evicts = isinstance(layer, EvictingQuantizedLayer)
-                arguments = (layer.kv_config.for_layer(i), config, contexts, padding, quantizers, layer.sliding_window)
+                specs = layer.kv_config.for_layer(i)
+                arguments = (specs, config, contexts, padding, quantizers(i), layer.sliding_window)
                 layers[i] = _ScoringLayer(*arguments, config.window(i) if evicts else None)
         Cache.__init__(self, layers=layers)

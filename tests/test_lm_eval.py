@@ -361,7 +361,7 @@ def broken_keys(monkeypatch) -> None:
     append, quantize = ops.quantize_append, scoring.quantize
     monkeypatch.setattr(ops, "quantize_append", lambda key, *args, **kwargs: append(2 * key, *args, **kwargs))
     defaults = scoring._score_chunks.__kwdefaults__
-    monkeypatch.setitem(defaults, "quantizers", (lambda x, *args: quantize(2 * x, *args), defaults["quantizers"][1]))
+    monkeypatch.setitem(defaults, "quantizers", lambda _: (lambda x, *args: quantize(2 * x, *args), quantize))
 
 
 # Keys and values of different formats, and nothing read exactly.

@@ -109,12 +109,25 @@ class TestPublished:
 
     @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["model"])
     def test_every_scheme_is_there_with_its_bits(self, result):
-        names = {*SCHEMES, *KVQuantConfig.preset_names(), *schemes.ours()}
+        names = {*SCHEMES, *KVQuantConfig.preset_names(), *schemes.ours(), *schemes.TUNED, *schemes.FEEDBACK}
         assert set(result["bits"]) == names
         for kl in result["kl"].values():
             assert set(kl) == names and all(0 < each["mean"] < math.inf for each in kl.values())
         bits = {each.name: schemes.bits_of(each, result["head_dim"]) for each in schemes.candidates(0, 0)}
+        bits |= {name: bits[base] for name, base in schemes.FEEDBACK.items()}
+        bits |= {name: each["chosen_bits"] for name, each in schemes.tuned(result["model"]).items()}
         assert result["bits"] == pytest.approx(bits, rel=1e-3)
+        assert all(bits[name] <= budget for name, budget in schemes.TUNED.items())
+
+    @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["model"])
+    def test_what_the_readme_says_of_equal_bits(self, result):
+        """With the same exact tokens."""
+        kl = {name: each["mean"] for name, each in result["kl"]["4 and 32"].items()}
+        assert kl["int4-both-channel-32"] < kl["kivi-4"]
+        assert max(kl["int4"], kl["tuned-4.5"]) < kl["quanto-4"]
+        assert kl["tuned-4.5"] < 0.8 * kl["int4"]
+        assert kl["int4-feedback"] < 0.8 * kl["int4-both-channel"]
+        assert kl["int3-feedback"] > 2 * kl["int4"]
 
     def test_the_bundled_model_is_the_shipped_one(self):
         (result,) = [result for result in RESULTS if result["model"] == "stdlib-nano"]

@@ -32,19 +32,22 @@ class Rule:
     bits: Callable[[int], float]
     block_length: int | None = None
 
-    def read_back(self, x: torch.Tensor) -> _ReadBack:
-        return _ReadBack(self.stored(x.float()))
+    def read_back(self, x: torch.Tensor) -> ReadBack:
+        return ReadBack(self.stored(x.float()))
 
 
 @dataclass(frozen=True)
-class _ReadBack:
+class ReadBack:
+    """States as a scheme reads them back."""
+
     x: torch.Tensor
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return self.x.to(dtype)
 
 
-def _fp16(x: torch.Tensor) -> torch.Tensor:
+def fp16(x: torch.Tensor) -> torch.Tensor:
+    """`x` rounded to FP16."""
     return x.to(torch.float16).float()
 
 
@@ -62,8 +65,8 @@ def affine(bits: int, group: int | None, per_channel: bool = False, rotated: boo
 
     def quantized(x: torch.Tensor) -> torch.Tensor:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        zero = _fp16(low)
-        scale = _fp16((high - zero) / (2**bits - 1))
+        zero = fp16(low)
+        scale = fp16((high - zero) / (2**bits - 1))
         codes = ((x - zero) / torch.where(scale != 0, scale, 1.0)).round().clamp(0, 2**bits - 1)
         return zero + codes * scale
 
@@ -80,7 +83,7 @@ def symmetric(bits: int, group: int) -> Rule:
     most = 2 ** (bits - 1) - 1
 
     def quantized(x: torch.Tensor) -> torch.Tensor:
-        scale = _fp16(x.abs().amax(-1, keepdim=True) / most)
+        scale = fp16(x.abs().amax(-1, keepdim=True) / most)
         return (x / torch.where(scale > 0, scale, 1.0)).round().clamp(-most, most) * scale
 
     return Rule(lambda x: _in_groups(x, group, quantized), lambda d: bits + 16 / group)
@@ -93,7 +96,7 @@ def signed_peak(bits: int, rotated: bool = False) -> Rule:
     def quantized(x: torch.Tensor) -> torch.Tensor:
         peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
         inverse = torch.where(peak != 0, -half / peak, 0.0)
-        return ((x * inverse + half + 0.5).floor().clamp(0, 2 * half - 1) - half) * _fp16(peak / -half)
+        return ((x * inverse + half + 0.5).floor().clamp(0, 2 * half - 1) - half) * fp16(peak / -half)
 
     def stored(x: torch.Tensor) -> torch.Tensor:
         return _in_groups(x, 32, quantized)
@@ -118,7 +121,7 @@ def gaussian(bits: int) -> Rule:
 
     def quantized(x: torch.Tensor) -> torch.Tensor:
         levels = torch.tensor(gaussian_levels(bits), device=x.device)
-        size = _fp16(x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+        size = fp16(x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
         codes = torch.bucketize(x / torch.where(size > 0, size, 1.0), (levels[1:] + levels[:-1]) / 2)
         return levels[codes] * size
 
@@ -169,4 +172,4 @@ class Scheme(Preset):
 
     def rows(self, model, ids, context, first):
         quantizers = tuple(lambda x, *_, rule=rule: rule.read_back(x) for rule in (self.keys, self.values))
-        yield one_pass(model, ids, context, self.config, first, quantizers=quantizers)
+        yield one_pass(model, ids, context, self.config, first, quantizers=lambda layer_idx: quantizers)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig
 
 from hf_kvquant import KVQuantConfig, QuantizedCache, host, ops, reference
 from hf_kvquant.backends import cpu
-from hf_kvquant.measure import caches, clock, facts, operator, process_memory, serving, step
+from hf_kvquant.measure import caches, clock, facts, operator, padded, process_memory, serving, step
 from hf_kvquant.measure.report import style
 from hf_kvquant.measure.weighing import tensor_bytes
 
@@ -282,6 +282,32 @@ def test_serving_counts_what_is_shared(bench, name, hits):
     found = serving.measure(shape, 1024, KVQuantConfig.preset(name), todo, serving.Pages(32, shared=True), 1)
     assert found["shared_tokens"] == hits and found["prompt_tokens"] == sum(len(x.prompt) for x in todo)
     assert found["peak_mb"] is None or 0 < found["peak_mb"] < 1000
+
+
+def test_padded(bench, tmp_path):
+    """Rows are as many as the bytes hold, and one more would not fit."""
+    out = tmp_path / "padded.json"
+    arguments = [*SHAPE, "--layers", "1", "--hidden", "32", "--head-dim", "64", "--blocks", "6"]
+    assert bench("bench_padded").main([*arguments, "--presets", "int8,int4-small", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["batches"]}
+    # 6 blocks of 256 tokens; a row has 384 tokens and an answer of 160, whose last token is not stored.
+    assert rows["dense"]["rows"] == 6 * 256 // (384 + 159) == 2
+    assert rows["dense"]["rows"] < rows["int8"]["rows"] < rows["int4-small"]["rows"]
+    for row in rows.values():
+        assert row["cache_bytes"] <= result["budget_bytes"] < row["cache_bytes"] * (row["rows"] + 1) / row["rows"]
+        assert row["new_tokens"] == 160 * row["rows"]
+        assert min(row["first_token_s"], row["step_s"], row["tokens_per_s"]) > 0
+    assert {check["check"] for check in result["checks"] if check["name"] == "int8"} == {
+        "the cache stays within the budget",
+        "every step took the fused route",
+        "memory_report counts every tensor",
+    }
+
+
+def test_padded_needs_a_row():
+    with pytest.raises(ValueError, match="budget: 1000 bytes hold no row; one needs"):
+        padded.measure(step.Shape(1, 32, 2, 1, 64, 32), None, "chat", 1000, 0, 1)
 
 
 def test_serving_refuses_wrong_answers(bench, monkeypatch, capsys):

@@ -195,11 +195,15 @@ PLANTED = {
 }
 
 
+def check_presets(store):
+    for preset in ("int8", "int4"):  # int4 has exact copies of values
+        check(*stored_problem(store, preset, dtype=FLOAT, kv_len=150), device=ptx_machine.Device())
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults_are_found(store, planted, fault):  # noqa: F811
     file, before, after, said = PLANTED[fault]
     planted(file, before, after)
     with pytest.raises(Fault if said else AssertionError, match=said):
-        for preset in ("int8", "int4"):  # int4 has exact copies of values
-            check(*stored_problem(store, preset, dtype=FLOAT, kv_len=150), device=ptx_machine.Device())
+        check_presets(store)

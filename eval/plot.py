@@ -6,6 +6,9 @@
 dotted line is a plain read of a BF16 cache: no attention over one can be faster.
 
 `bench_cpu_field.png`: the same beside other packages, from results of bench_cpu_field.py.
+
+`bench_serving.png`: tokens per second of continuous batching, as multiples of dense pages, from results of
+bench_serving.py.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ LINES = {
     "quanto-int4": ("quanto-int4", COLORS[7], "-"),
     "int8": ("kvquant-int8", COLORS[1], "-"),
     "int4": ("kvquant-int4", COLORS[4], "-"),
+}
+# What is served, by the name of the result.
+MIXES = {
+    "bench_serving": "short prompts (chat)",
+    "bench_serving_long": "long prompts",
+    "bench_serving_window": "long prompts,\nwindow of 1,024 tokens",
 }
 
 
@@ -113,7 +122,32 @@ def draw_decode(rows: list[dict], title: str) -> Figure:
     return figure
 
 
+def draw_serving(results: dict[str, dict]) -> Figure:
+    """One group of bars per mix: tokens per second of each cache, as multiples of the dense one's."""
+    figure = new_figure(PRINT, (WIDE, 3.6))
+    axes = figure.subplots()
+    places, place = {}, 0.0
+    for name, mix in MIXES.items():
+        rows = results[name]["rows"]
+        speeds = [row["tokens_per_s"] for row in rows]
+        places[place - (len(rows) - 1) / 2] = mix
+        for row, speed in zip(rows, speeds):
+            ratio = speed / speeds[0]
+            axes.barh(place, ratio, 0.8, color=PRESET_COLORS.get(row["name"], PRINT.muted))
+            label = "dense" if row["name"] == "dense" else f"kvquant-{row['name']}"
+            axes.text(ratio + 0.05, place, f"{label}: {speed:.0f} tokens/s", va="center", color=PRINT.ink, fontsize=9)
+            place -= 1.0
+        place -= 0.7
+    axes.set_yticks(list(places), list(places.values()))
+    axes.set(xlabel="tokens per second of all requests, as a multiple of dense pages of the same bytes")
+    axes.set_xlim(0, 1.3 * axes.get_xlim()[1])
+    dress(axes, PRINT)
+    axes.grid(False, axis="y")
+    return figure
+
+
 def main() -> None:
+    draw_serving({name: read(name) for name in MIXES}).savefig(RESULTS / "bench_serving.png", dpi=130)
     draw_overview(read("bench_overview")).savefig(RESULTS / "overview.png", dpi=130)
     for name, kind in (("bench_decode", "decode"), ("bench_cpu_field", "field")):
         result = read(name)

@@ -634,6 +634,17 @@ class TestPlots:
         assert len(labels) == len({row["name"] for row in rows})
         assert any(label.startswith("onnxruntime-int8: ") for label in labels)
 
+    def test_serving(self, bench):
+        plot = bench("plot")
+        results = {name: plot.read(name) for name in plot.MIXES}
+        rows = [row for result in results.values() for row in result["rows"]]
+        figure = plot.draw_serving(results)
+        names = ["dense" if row["name"] == "dense" else f"kvquant-{row['name']}" for row in rows]
+        assert self.labels(figure) == [f"{n}: {row['tokens_per_s']:.0f} tokens/s" for n, row in zip(names, rows)]
+        first = [result["rows"][0] for result in results.values() for _ in result["rows"]]
+        expected = [row["tokens_per_s"] / dense["tokens_per_s"] for row, dense in zip(rows, first)]
+        assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx(expected)
+
     def test_labels_at_the_ends_keep_apart_and_their_order(self):
         figure = style.new_figure(style.PRINT, (4, 3))
         axes = figure.subplots()

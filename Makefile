@@ -17,7 +17,7 @@ demo: .venv-demo/installed
 
 # The number of test processes, each of 1.5 GB at most. Half of the work is compiling every CUDA specialisation.
 JOBS ?= 2
-PYTEST := pytest -q -rs -n $(JOBS) --dist worksteal
+PYTEST := pytest -q -rs --durations=30 -n $(JOBS) --dist worksteal
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/$(PYTEST)

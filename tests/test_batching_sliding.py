@@ -97,7 +97,7 @@ def test_every_number_in_the_pages(log, name):  # noqa: F811
     model, config = build("qwen2 130").double(), preset(name, 8)
     prompts = random_prompts(2, [3, 100, 270, 420])
     size = page_size(model, config)
-    results = generate(model, config, prompts, max_batch_tokens=450, new=50, page_size=size)
+    results = generate(model, config, prompts, max_batch_tokens=450, new=50, page_size=size, num_blocks=16)
     check_all_alone(model, config, prompts, results, log)
 
 

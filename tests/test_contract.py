@@ -50,7 +50,7 @@ PROMPT, STEPS = 60, 6
 TOLERANCE = {"int8": 0.03, "int8-plain": 0.03, "fp8": 0.2, "int4": 0.3, "int4-small": 0.45}
 ROUNDING = 1e-4
 # The change of the logits if a code rounds the other way, because the products of a batch sum in another order.
-ONE_CODE = {"int8": 0.005, "int8-plain": 0.005, "fp8": 0.05, "int4": 0.05, "int4-small": 0.05}
+ONE_CODE = {"int8": 0.02, "int8-plain": 0.02, "fp8": 0.05, "int4": 0.05, "int4-small": 0.05}
 OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
 pytestmark = pytest.mark.usefixtures("narrow_windows")

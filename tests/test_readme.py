@@ -234,6 +234,20 @@ class TestSpeed:
         said = re.search(r"give ([\d.]+) times \(int8\) and ([\d.]+) times \(int4\)", text).groups()
         assert [float(x) for x in said] == pytest.approx([x / dense for x in ours], abs=0.051)
 
+    def test_a_padded_batch(self):
+        result = json.loads((RESULTS / "bench_padded.json").read_text(encoding="utf-8"))
+        assert f"`{result['command']}`" in " ".join(self.text.split())
+        table = rows(self.text, "## A padded batch")
+        dense = result["batches"][0]["tokens_per_s"]
+        for cells, row in zip(table.values(), result["batches"], strict=True):
+            assert cells == [
+                str(row["rows"]),
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['tokens_per_s'] / dense:.1f}",
+                f"{row['first_token_s']:.1f}",
+                f"{row['step_s'] * 1e3:.0f}",
+            ]
+
     def test_a_stream_of_requests(self):
         result = json.loads((RESULTS / "bench_serving_stream.json").read_text(encoding="utf-8"))
         assert f"`{result['command']}`" in " ".join(self.text.split())

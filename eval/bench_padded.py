@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     shape = shape_of(args)
     budget = args.blocks * BLOCK * shape.elements_per_token * shape.dtype.itemsize
     for name, config in {DENSE: None, **args.configs}.items():
-        threads = torch.get_num_threads()
-        found = in_process(padded.measure, shape, config, args.mix, budget, args.seed, threads)
+        found = in_process(padded.measure, shape, config, args.mix, budget, args.seed, torch.get_num_threads())
         checks = [check | {"name": name} for check in found.pop("checks")]
         if not benchmark.add({"checks": checks, "batches": [{"name": name, **found}]}):
             return 1

@@ -89,10 +89,10 @@ class Speed:
         return median(self.rounds) if self.spread is not None and self.spread <= NOISE_BOUND else None
 
 
-class _Clock(BaseStreamer):
-    """Records the time at which `generate` passes the prompt, and then each token."""
+class Clock(BaseStreamer):
+    """Records the time at which `generate` passes the prompts, and then each token of theirs."""
 
-    def __init__(self, on_tokens: Callable[[torch.Tensor], None] | None):
+    def __init__(self, on_tokens: Callable[[torch.Tensor], None] | None = None):
         self.times, self._on_tokens = [], on_tokens
 
     def put(self, value: torch.Tensor) -> None:
@@ -116,7 +116,7 @@ def run(
 
     `on_tokens` gets the prompt first, then each new token; `options` are `generate`'s.
     """
-    clock = _Clock(on_tokens)
+    clock = Clock(on_tokens)
     if config is not None:
         options |= {"cache_implementation": NAME, "cache_config": config}
     output = model.generate(  # type: ignore[operator]  # of GenerationMixin

@@ -9,27 +9,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig
 from ..host import cache_of
 from ..integration import NAME
 from .checks import is_true
+from .generation import Clock
 from .serving import MIXES, requests
 from .step import Shape, all_fused, build_model
 from .weighing import held_bytes, tensor_bytes
-
-
-class _Clock(StoppingCriteria):
-    """Records the time of each new token, and never stops."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def measure(shape: Shape, config: KVQuantConfig | None, mix: str, budget: int, seed: int, threads: int) -> dict:
@@ -77,7 +66,7 @@ def _generate(model: Any, config: KVQuantConfig | None, prompts: list[list[int]]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     asked = {} if config is None else {"cache_implementation": NAME, "cache_config": config}
-    clock = _Clock()
+    clock = Clock()
     output = model.generate(
         ids,
         attention_mask=(ids != 0).long(),
@@ -85,8 +74,8 @@ def _generate(model: Any, config: KVQuantConfig | None, prompts: list[list[int]]
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([clock]),
+        streamer=clock,
         return_dict_in_generate=True,
         **asked,
     )
-    return cache_of(output), clock.times
+    return cache_of(output), clock.times[1:]

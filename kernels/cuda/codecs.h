@@ -145,11 +145,12 @@ struct Nibbles {
   }
 };
 
-// FP16 or BF16 elements: a body that is not quantized, and the exact copies.
-template <int kDim, bool kBFloat16>
-struct Dense16 {
-  static constexpr bool kIsDense = true, kIsBFloat16 = kBFloat16;
-  static constexpr int kChannels = kDim, kRowBytes = 2 * kDim, kPairsOfWord = 1;
+// Elements that are not quantized, of kBytes each. A step along head_dim (kStepsOf) takes 16 channels
+// of FP16 or BF16, and 8 of float32.
+template <int kDim, int kBytes>
+struct DenseRow {
+  static constexpr bool kIsDense = true;
+  static constexpr int kChannels = kDim, kRowBytes = kBytes * kDim, kPairsOfWord = 1;
   static constexpr int kPairs = kDim / 8;
   static constexpr float kOffset = 0.0f;
   static KVQUANT_FN constexpr int channel(int pair, int n) { return 8 * pair + n; }
@@ -159,20 +160,15 @@ struct Dense16 {
   static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[1]) { pairs[0] = word; }
 };
 
-// Float32 elements. A step along head_dim (kStepsOf) takes 8 channels, two chunks; float_values.h
-// has the products of values, whose pairs are those of Dense16.
-template <int kDim>
-struct Dense32 {
-  static constexpr bool kIsDense = true;
-  static constexpr int kChannels = kDim, kRowBytes = 4 * kDim, kPairsOfWord = 1;
-  static constexpr int kPairs = kDim / 8;
-  static constexpr float kOffset = 0.0f;
-  static KVQUANT_FN constexpr int channel(int pair, int n) { return 8 * pair + n; }
-  static KVQUANT_FN constexpr int pair_of(int channel) { return channel / 8; }
-  static KVQUANT_FN constexpr int n_of(int channel) { return channel % 8; }
-  static KVQUANT_FN constexpr float unit(int) { return 1.0f; }
-  static KVQUANT_DEVICE void split(uint32_t word, uint32_t (&pairs)[1]) { pairs[0] = word; }
+// FP16 or BF16 elements: a body that is not quantized, and the exact copies.
+template <int kDim, bool kBFloat16>
+struct Dense16 : DenseRow<kDim, 2> {
+  static constexpr bool kIsBFloat16 = kBFloat16;
 };
+
+// The same of models in float32. float_values.h has the products of values.
+template <int kDim>
+struct Dense32 : DenseRow<kDim, 4> {};
 
 // Codes without their offset.
 template <class Codec>

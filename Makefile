@@ -9,13 +9,13 @@ LOCK := .ci/constraints.txt
 OLDEST_LOCK := .ci/constraints-oldest.txt
 SOURCES := pyproject.toml $(shell git ls-files --cached --others --exclude-standard hf_kvquant kernels configs 2>/dev/null)
 
-.PHONY: demo test test-oldest smoke recipes newest lock sanitize soak arm wheels matrix lint format clean
+.PHONY: demo test whole test-oldest smoke recipes newest lock sanitize soak arm wheels matrix lint format clean
 
 # Threads that sleep while they wait: the demo stays fast beside other programs.
 demo: .venv-demo/installed
 	OMP_WAIT_POLICY=passive .venv-demo/bin/hf-kvquant demo
 
-# The number of test processes, each of 1.5 GB at most. Half of the work is compiling every CUDA specialisation.
+# The number of test processes, each of 1.5 GB at most.
 JOBS ?= 2
 PYTEST := pytest -q -rs --durations=30 -n $(JOBS) --dist worksteal
 
@@ -29,6 +29,11 @@ MIXES ?= 200
 soak: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python tests/test_batching_mixes.py --mixes $(MIXES) --requests 10000
 	OMP_NUM_THREADS=1 .venv/bin/python tests/test_stateful.py --minutes $(MINUTES)
+
+# The whole products of parameters, of which `make test` has a part: every specialisation for every architecture, and every
+# family with every preset. For changes of kernels/cuda, and before a release.
+whole: .venv/installed
+	WHOLE=1 OMP_NUM_THREADS=1 .venv/bin/$(PYTEST) $$(grep -l 'import WHOLE' tests/test_*.py)
 
 # The core tests on the oldest supported transformers.
 test-oldest: .venv-oldest/installed

@@ -27,6 +27,7 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation.streamers import BaseStreamer
+from whole import WHOLE
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache
@@ -55,8 +56,16 @@ OLDEST = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 
 pytestmark = pytest.mark.usefixtures("narrow_windows")
 every_family = pytest.mark.parametrize("name", NAMES)
-every_family_that_rolls_back = pytest.mark.parametrize("name", ROLLS_BACK)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
+_tests = itertools.count()
+
+
+def every_family_with_two_presets(names: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
+    """The presets move on from family to family and from test to test: in each test is every preset, and each family
+    meets each preset in some tests, besides those of both products at the top."""
+    first, count = next(_tests), len(PRESETS) if WHOLE else 2
+    pairs = [(name, PRESETS[(first + i + 2 * n) % len(PRESETS)]) for i, name in enumerate(names) for n in range(count)]
+    return pytest.mark.parametrize(("name", "preset"), pairs)
 
 
 @pytest.fixture(autouse=True)
@@ -299,8 +308,7 @@ def test_logits_are_the_dense_caches_within_the_tolerance(name, preset):
     assert 0 < distance(logits[1:], with_cache[1:]) <= TOLERANCE[preset]
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_sampling_and_num_return_sequences(name, preset):
     out, calls = held(name, preset, host(name).inputs(2), do_sample=True, num_return_sequences=2)
     assert out.sequences.shape == (4, PROMPT + STEPS)
@@ -308,8 +316,7 @@ def test_sampling_and_num_return_sequences(name, preset):
     assert len(calls) == STEPS
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_custom_generate(name, preset):
     """A user's own loop, like the recipes on the hub, finds the cache among its arguments."""
     seen = []
@@ -332,8 +339,7 @@ def test_custom_generate(name, preset):
     assert len(calls) == STEPS
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_streaming(name, preset):
     class Kept(BaseStreamer):
         def __init__(self):
@@ -351,8 +357,7 @@ def test_streaming(name, preset):
     assert streamer.ended == 1
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_inputs_embeds(name, preset):
     subject = host(name)
     if subject.is_encoder_decoder:
@@ -368,8 +373,7 @@ def test_inputs_embeds(name, preset):
     assert torch.equal(out.sequences, by_ids.sequences[:, PROMPT:])
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_prefill_in_chunks(name, preset):
     result = held(name, preset, host(name).inputs(), prefill_chunk_size=16)
     if result is not None:
@@ -387,8 +391,7 @@ def scores_of(subject: Host, cache, sequences: torch.Tensor, start: int) -> torc
     return said.gather(-1, sequences[:, start:, None]).sum((1, 2))
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 @pytest.mark.parametrize("do_sample", [False, True], ids=["beams", "sampled"])
 def test_beams(name, preset, do_sample):
     subject = host(name)
@@ -431,8 +434,7 @@ def assistant_of(name: str, choice: str | None) -> Iterator:
         assistant.generation_config.cache_implementation = None
 
 
-@every_family_that_rolls_back
-@every_preset
+@every_family_with_two_presets(ROLLS_BACK)
 @pytest.mark.parametrize("draft", ["dense", "quantized"])
 def test_assisted_decoding(name, preset, draft):
     if families.DENSE_WINDOWS_FAIL_ASSISTED and name in families.SLIDING:
@@ -452,8 +454,7 @@ def test_assisted_decoding(name, preset, draft):
         assert torch.equal(out.sequences, plain.sequences)
 
 
-@every_family_that_rolls_back
-@every_preset
+@every_family_with_two_presets(ROLLS_BACK)
 def test_prompt_lookup(name, preset):
     subject = host(name)
     inputs = subject.of_ids(families.prompt(1, 15, seed=4).repeat(1, 4))
@@ -470,8 +471,7 @@ def test_prompt_lookup(name, preset):
 # --- batches
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_left_padding(name, preset):
     subject = host(name)
     ids = families.prompt(2, PROMPT, seed=5)
@@ -488,8 +488,7 @@ def test_left_padding(name, preset):
         assert torch.equal(layer.padding, mask == 0)
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_a_row_that_stops_early_does_not_disturb_the_others(name, preset):
     subject = host(name)
     inputs, choice = subject.inputs(2), {"cache_implementation": f"kvquant-{preset}"}
@@ -505,8 +504,7 @@ def test_a_row_that_stops_early_does_not_disturb_the_others(name, preset):
 # --- one cache, many calls
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_three_turns(name, preset):
     """The returned cache goes into the next call, which feeds only the new tokens."""
     subject = host(name)
@@ -528,8 +526,7 @@ def test_three_turns(name, preset):
     assert own(cache).routes["prefill_dense"] == subject.num_full
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_a_prompt_cache_for_many_continuations(name, preset):
     """The cache is filled once; each continuation has a copy, alone or as a row of a batch."""
     subject = host(name)
@@ -559,8 +556,7 @@ def test_a_prompt_cache_for_many_continuations(name, preset):
     torch.testing.assert_close(subject.decode(batch, new[:1, :3]), last, rtol=0, atol=ONE_CODE[preset])
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 @pytest.mark.parametrize("removed", [1, 20, 64])
 def test_crop(name, preset, removed):
     """A crop leaves the cache as if the tokens had never come; if transformers' layers cannot crop, ours fail too."""
@@ -591,8 +587,7 @@ def test_crop(name, preset, removed):
     torch.testing.assert_close(subject.decode(cache, ids[:, PROMPT:]), expected, rtol=0, atol=ROUNDING)
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_reset(name, preset):
     subject = host(name)
     if OLDEST and name in ("gemma2", "gemma3", "gpt_oss", "bart"):
@@ -608,8 +603,7 @@ def test_reset(name, preset):
     torch.testing.assert_close(subject.decode(cache, new), subject.decode(fresh, new), rtol=0, atol=ROUNDING)
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_more_tokens_than_were_allocated(name, preset):
     subject = host(name)
     inputs = subject.inputs()
@@ -624,8 +618,7 @@ def test_more_tokens_than_were_allocated(name, preset):
     torch.testing.assert_close(grown, torch.stack(expected.logits[1:], 1), rtol=0, atol=ROUNDING)
 
 
-@every_family
-@every_preset
+@every_family_with_two_presets()
 def test_offloading_between_steps(name, preset):
     subject = host(name)
     cache, fresh = subject.cache(preset), subject.cache(preset)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import families
+import once
 import pytest
 import stored
 import torch
 
 from hf_kvquant import QuantizedStates, config, route
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Test processes share what one of them has compiled."""
+    base = tmp_path_factory.getbasetemp()
+    once.folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(autouse=True)

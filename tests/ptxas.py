@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from once import once
+
 from hf_kvquant.backends import nvrtc
 
 
@@ -31,7 +33,7 @@ def missing() -> str | None:
 
 def ptx(source: str, specialisation: Mapping[str, int], arch: str, text: str | None = None) -> str:
     """The PTX of `source`, a name in `nvrtc.SOURCES`, for `arch` ("sm_90"), with the package's options;
-    `text` is compiled in its place.
+    `text` is compiled in its place. Once in a session, so a changed header needs a folder of its own.
 
     Raises:
         nvrtc.CompileError: with NVRTC's log.
@@ -46,15 +48,19 @@ def ptx(source: str, specialisation: Mapping[str, int], arch: str, text: str | N
 
     options = nvrtc.options(source, specialisation, arch.replace("sm_", "compute_")).as_bytes("nvrtc", "ptx")
     text = nvrtc.source_text(source) if text is None else text
-    unit = call(library.nvrtcCreateProgram, text.encode(), source.encode(), 0, [], [])
-    if library.nvrtcCompileProgram(unit, len(options), options)[0] != library.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(call(library.nvrtcGetProgramLogSize, unit))
-        call(library.nvrtcGetProgramLog, unit, log)
-        raise nvrtc.CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log.decode()}")
-    code = bytearray(call(library.nvrtcGetPTXSize, unit))
-    call(library.nvrtcGetPTX, unit, code)
-    call(library.nvrtcDestroyProgram, unit)
-    return code.rstrip(b"\0").decode()
+
+    def translate(target: Path) -> None:
+        unit = call(library.nvrtcCreateProgram, text.encode(), source.encode(), 0, [], [])
+        if library.nvrtcCompileProgram(unit, len(options), options)[0] != library.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(call(library.nvrtcGetProgramLogSize, unit))
+            call(library.nvrtcGetProgramLog, unit, log)
+            raise nvrtc.CompileError(f"{source} for {arch} ({specialisation}) does not compile: {log.decode()}")
+        code = bytearray(call(library.nvrtcGetPTXSize, unit))
+        call(library.nvrtcGetPTX, unit, code)
+        call(library.nvrtcDestroyProgram, unit)
+        target.write_bytes(code.rstrip(b"\0"))
+
+    return once(".ptx", [*map(str, options), source, text], translate).read_text()
 
 
 def assemble(text: str, arch: str) -> tuple[bytes, dict[str, nvrtc.Usage]]:

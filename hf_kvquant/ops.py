@@ -474,11 +474,12 @@ def _check(
     s_aux: torch.Tensor | None,
 ) -> None:
     batch, num_heads, q_len, head_dim = query.shape
-    stored, length = keys.stored.data.shape, keys.length
+    rows, num_kv_heads, _, _ = keys.stored.data.shape
+    v_rows, v_heads, _, _ = values.stored.data.shape
     fits = (
-        head_dim == keys.head_dim and query.dtype == keys.dtype and batch == stored[0] and num_heads % stored[1] == 0
-        and 1 <= q_len <= min(MAX_Q_LEN, length) and values.stored.data.shape[:2] == stored[:2]
-        and values.length == length
+        head_dim == keys.head_dim and query.dtype == keys.dtype and batch == rows == v_rows
+        and num_heads % num_kv_heads == 0 and num_kv_heads == v_heads
+        and 1 <= q_len <= MAX_Q_LEN and q_len <= keys.length == values.length
     )  # fmt: skip
     if not fits:
         raise ValueError(_misfit(query, keys, values))

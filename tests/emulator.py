@@ -54,24 +54,28 @@ class Device:
 
     def launch(
         self,
-        kernel: str,
+        kernels: Mapping[str, Sequence[int]],
         specialisation: Mapping[str, int],
-        grid: Sequence[int],
         *arguments: ctypes.Structure | torch.Tensor | None,
         reads: Sequence[torch.Tensor | None] = (),
         writes: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Run a kernel to its end, with the threads and the shared memory that its source asks for.
+        """Run kernels, one after the other, with the threads and the shared memory that their sources ask for.
 
         Args:
+            kernels: the grid of each by name.
             specialisation: macros and their values.
-            arguments: the kernel's parameters: structs are passed by value, tensors by their address.
+            arguments: the parameters of each: structs are passed by value, tensors by their address.
             reads, writes: the tensors whose addresses the structs hold; tensors in `arguments` count as written.
 
         Raises:
             Fault: the kernel broke a rule of the emulator.
             ValueError: no source has this kernel, or several do.
         """
+        for kernel, grid in kernels.items():
+            self._run(kernel, specialisation, grid, arguments, reads, writes)
+
+    def _run(self, kernel, specialisation, grid, arguments, reads, writes) -> None:
         macros = {"KVQUANT_ARCH": self._arch, **specialisation}
         library = _library(self._source_of(kernel), tuple(sorted(macros.items())))
         library.kvquant_emulate_forget()

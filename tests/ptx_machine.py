@@ -18,7 +18,7 @@ which the emulator of the sources finds.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -42,26 +42,20 @@ class Device:
 
     def launch(
         self,
-        kernel: str,
+        kernels: Mapping[str, Sequence[int]],
         kind: Specialisation,
-        grid: Sequence[int],
         *arguments: ctypes.Structure | torch.Tensor | None,
         reads: Sequence[torch.Tensor | None] = (),
         writes: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Runs a kernel to its end; the arguments are those of `emulator.Device.launch`.
+        """Runs kernels, one after the other; the arguments are those of `emulator.Device.launch`.
 
         Raises:
-            Fault: the kernel did what it must not.
+            Fault: a kernel did what it must not.
         """
-        execute(
-            module(nvrtc.KERNELS[kernel], kind, self._arch)[kernel],
-            grid,
-            arguments,
-            reads=reads,
-            writes=writes,
-            multiply=self._multiply,
-        )
+        for kernel, grid in kernels.items():
+            code = module(nvrtc.KERNELS[kernel], kind, self._arch)[kernel]
+            execute(code, grid, arguments, reads=reads, writes=writes, multiply=self._multiply)
 
 
 @lru_cache(maxsize=None)

@@ -34,9 +34,9 @@ class Emulated:
         self.device, self.kinds, self.rows = emulator.Device(), set(), []
         launch = self.device.launch
 
-        def noted(kernel, kind, *rest, **touched):
-            self.kinds.add((kernel, kind["KVQUANT_PAGE_LENGTH"]))
-            launch(kernel, kind, *rest, **touched)
+        def noted(kernels, kind, *rest, **touched):
+            self.kinds.update((kernel, kind["KVQUANT_PAGE_LENGTH"]) for kernel in kernels)
+            launch(kernels, kind, *rest, **touched)
 
         self.device.launch = noted
 

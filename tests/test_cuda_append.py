@@ -93,7 +93,7 @@ def append(key, value, keys, values, faults, padding=None, *, start, appends=Non
     grid = (parts, 2 * call.num_kv_heads, call.batch)
     compiled_for = {**macros(call), "KVQUANT_THREADS": threads}
     emulator.Device(arch).launch(
-        "quantize_append_kernel", compiled_for, grid, call, appends, reads=reads, writes=writes
+        {"quantize_append_kernel": grid}, compiled_for, call, appends, reads=reads, writes=writes
     )
 
 
@@ -282,5 +282,5 @@ def test_nothing_outside_of_the_storage_is_written(store):
     reads, writes = [new], [keys.data, keys.recent, short.data[1], short.scale[1], count]
     with pytest.raises(emulator.Fault, match=r"quantize_append_kernel, .* writes .* bytes at byte"):
         emulator.Device().launch(
-            "quantize_append_kernel", macros(call), (1, 2, 2), call, None, reads=reads, writes=writes
+            {"quantize_append_kernel": (1, 2, 2)}, macros(call), call, None, reads=reads, writes=writes
         )

@@ -19,6 +19,7 @@ from transformers import DeepseekV3Config, LlamaConfig
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, latent, ops, reference, static
 from hf_kvquant.attention import attend
 from hf_kvquant.backends import arguments, cuda
+from hf_kvquant.backends.specialisation import splits_of
 from hf_kvquant.states import QuantizedStates
 
 LIMIT = {torch.float16: 0.002, torch.bfloat16: 0.008, torch.float32: 2**-16}
@@ -31,9 +32,9 @@ class Recorder(emulator.Device):
         super().__init__()
         self.launches = []
 
-    def launch(self, kernel, kind, grid, *values, **touched):
-        self.launches.append((kernel, kind, grid))
-        super().launch(kernel, kind, grid, *values, **touched)
+    def launch(self, kernels, kind, *values, **touched):
+        self.launches += [(kernel, kind, grid) for kernel, grid in kernels.items()]
+        super().launch(kernels, kind, *values, **touched)
 
 
 @pytest.fixture
@@ -319,28 +320,58 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize(
-    ("operator", "side", "said"),
+    ("operator", "what", "said"),
     [
         ("decode_attention", "keys", r"query: \(1, 2, 1, 64\) on cpu does not fit states of 70 keys"),
         ("decode_attention", "values", r"values: the stored tensors do not fit: .*, all on one device"),
+        ("decode_attention", "mask", "mask: .* does not fit"),
+        ("decode_attention", "s_aux", "s_aux: .* does not fit"),
+        ("latent_attention", "rotary_query", "rotary_query: .* does not fit"),
+        ("latent_attention", "rotary", "rotary keys: the stored tensors do not fit"),
         ("quantize_append", "keys", "key: device cpu does not fit"),
         ("quantize_append", "values", "value: device cpu does not fit"),
+        ("quantize_append", "value", "value: device cpu does not fit"),
+        ("quantize_append", "faults", "faults: .* does not fit"),
+        ("quantize_append", "padding", "padding: .* does not fit"),
     ],
 )
-def test_a_cache_on_another_gpu_is_refused(monkeypatch, operator, side, said):
-    """Its addresses would end the process. Here every tensor but those of a side says that it is on the first GPU."""
+def test_a_tensor_on_another_gpu_is_refused(monkeypatch, operator, what, said):
+    """Its address would end the process. Here every tensor but one, or those of a side, says that it is on the first
+    GPU."""
     # Not the states that the cache has used: that theirs fit a device is known.
     made = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
-    states = {name: replaced(states) for name, states in zip(("keys", "values"), made)}
-    elsewhere = {tensor.data_ptr() for tensor in states[side].stored if tensor is not None}
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor.data_ptr() in elsewhere))
-    x = torch.randn(1, 2, 1, 64).bfloat16()
-    calls = {
-        "decode_attention": partial(cuda.decode_attention, x, scaling=1.0),
-        "quantize_append": partial(cuda.quantize_append, x, x, faults=torch.zeros(2, dtype=torch.int64), start=70),
-    }
+    keys, values = (replaced(states) for states in made)
+    latents, rotary = (replaced(states) for states in made)
+    x, y = torch.randn(2, 1, 2, 1, 64).bfloat16()
+    arguments = {
+        "decode_attention": {
+            "query": x, "keys": keys, "values": values, "mask": torch.ones(1, 70, dtype=torch.bool),
+            "s_aux": torch.zeros(2), "scaling": 1.0,
+        },
+        "latent_attention": {"query": x, "rotary_query": y, "latents": latents, "rotary": rotary, "scaling": 1.0},
+        "quantize_append": {
+            "key": x, "value": y, "keys": keys, "values": values, "start": 70,
+            "faults": torch.zeros(2, dtype=torch.int64), "padding": torch.zeros(1, 71, dtype=torch.bool),
+        },
+    }[operator]  # fmt: skip
+    moved = arguments[what]
+    tensors = [moved] if isinstance(moved, torch.Tensor) else [x for x in moved.stored if x is not None]
+    elsewhere = set(map(id, tensors))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(id(tensor) in elsewhere))
     with pytest.raises(ValueError, match=said):
-        calls[operator](**states)
+        getattr(cuda, operator)(**arguments)
+
+
+def test_splits_of_another_length_are_other_kernels(device):
+    """What was found out about the states before, in splits of the usual length, must not be used again."""
+    keys, values = filled("int8-plain", torch.float16, kv_len=1100, batch=1)
+    attend = partial(check, torch.randn(1, 2, 1, 64).half(), keys, values, device=device)
+    attend()
+    with splits_of(512):
+        attend()
+    attend()
+    lengths = [(kind["KVQUANT_UNIT"], grid[0]) for kernel, kind, grid in device.launches if kernel.startswith("dec")]
+    assert lengths == [(256, 5), (512, 3), (256, 5)]
 
 
 def test_places_of_a_side_are_those_of_the_struct():

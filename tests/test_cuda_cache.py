@@ -287,8 +287,8 @@ class TestBuild:
 
         class Device:
             @staticmethod
-            def launch(kernel, kind, *_, **__):
-                asked.append((kernel, kind))
+            def launch(kernels, kind, *_, **__):
+                asked.extend((kernel, kind) for kernel in kernels)
 
         class Backend:
             reads_rotary_keys = staticmethod(cuda.reads_rotary_keys)

@@ -93,7 +93,7 @@ def test_pages_that_would_part_a_tile_or_a_block_do_not_compile(page_length, mat
     spec = QuantSpec("int4", "channel", block_length=256).resolve(64)
     kind = specialisation(2, spec, spec, 64, 64, page_length=page_length)
     with pytest.raises(RuntimeError, match=match):
-        emulator.Device().launch("decode_attention_kernel", kind, (1, 1, 1))
+        emulator.Device().launch({"decode_attention_kernel": (1, 1, 1)}, kind)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])

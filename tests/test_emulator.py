@@ -23,7 +23,7 @@ def launch(kernel, input, output, variant=0, *, grid=1, threads=32, shared_bytes
     probe = Probe(input.data_ptr(), output.data_ptr(), variant)
     device = emulator.Device(arch, sources=[PROBES])
     macros = {"KVQUANT_THREADS": threads, "KVQUANT_SHARED_BYTES": shared_bytes}
-    device.launch(kernel, macros, (grid,), probe, reads=[input], writes=[output])
+    device.launch({kernel: (grid,)}, macros, probe, reads=[input], writes=[output])
     return output
 
 
@@ -232,10 +232,10 @@ def test_launches_that_cannot_be():
     probe = Probe(x.data_ptr(), x.data_ptr(), 0)
     small = {"KVQUANT_THREADS": 128, "KVQUANT_SHARED_BYTES": 0}
     with pytest.raises(ValueError, match="kernel: 'absent_kernel' is in 0 of the sources"):
-        device.launch("absent_kernel", small, (1,), probe)
+        device.launch({"absent_kernel": (1,)}, small, probe)
     with pytest.raises(emulator.Fault, match="48 threads; expected a multiple of 32"):
-        device.launch("exchange_kernel", {**small, "KVQUANT_THREADS": 48}, (1,), probe)
+        device.launch({"exchange_kernel": (1,)}, {**small, "KVQUANT_THREADS": 48}, probe)
     with pytest.raises(emulator.Fault, match="240000 bytes of dynamic shared memory"):
-        device.launch("exchange_kernel", {**small, "KVQUANT_SHARED_BYTES": 240000}, (1,), probe)
+        device.launch({"exchange_kernel": (1,)}, {**small, "KVQUANT_SHARED_BYTES": 240000}, probe)
     with pytest.raises(ValueError, match="cannot be emulated; expected cpu"):
-        device.launch("exchange_kernel", small, (1,), probe, writes=[x.to("meta")])
+        device.launch({"exchange_kernel": (1,)}, small, probe, writes=[x.to("meta")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from struct import Struct
@@ -49,9 +50,6 @@ class Pages(ctypes.Structure):
 
 class Rotary(ctypes.Structure):
     _fields_ = _fields("query", "query_batch query_head query_row", side=Side)
-
-
-_NO_PAGES = (0,) * len(Pages._fields_)
 
 
 class Attention(ctypes.Structure):
@@ -109,20 +107,20 @@ _ADDRESSES = Side.data_batch.offset // 8
 _SIDE_CONSTANTS = Struct(f"={len(Side._fields_) - _ADDRESSES}q")
 
 
-# Text that is shorter than its field is packed with zeros behind it.
-_NO_ROTARY: tuple[int | bytes, ...] = (*(0,) * (len(Rotary._fields_) - 1), *(0,) * _ADDRESSES, b"")
-
-
 def _packing(struct: Any) -> str:
-    """The struct's fields as a format of `struct.Struct`, with the fields of nested structs in their places."""
+    """The struct's fields as a format of `struct.Struct`: those of a side in its place, and as bytes pages and rotary
+    keys, which few calls have (no bytes are packed as zeros)."""
     if struct is Side:
         return f"{_ADDRESSES}q{_SIDE_CONSTANTS.size}s"
     codes = {ctypes.c_void_p: "q", ctypes.c_int64: "q", ctypes.c_double: "d"}
+    codes |= {rare: f"{ctypes.sizeof(rare)}s" for rare in (Pages, Rotary)}
     return "".join(codes.get(type_) or _packing(type_) for _, type_ in struct._fields_)
 
 
 # Filled in one call: setting the fields of a nested structure one by one takes as long as a short kernel.
-_ATTENTION, _APPEND, _READ = (Struct("=" + _packing(struct)) for struct in (Attention, Append, Read))
+_ATTENTION, _APPEND, _READ, _PAGES, _ROTARY = (
+    Struct("=" + _packing(struct)) for struct in (Attention, Append, Read, Pages, Rotary)
+)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -190,24 +188,36 @@ def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dty
     raise ValueError(f"{name}: {found} does not fit; expected {shape} of {dtype} on {like.device}")
 
 
-class _Layout(NamedTuple):
-    """What has been checked about the tensors of a `Stored`: they fit each other, this spec, head_dim and dtype.
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How a side is stored. `_form` makes equal ones one object, so that looking up what they decide is fast."""
 
+    spec: QuantSpec
+    head_dim: int
+    has_recent: bool
+    has_sink: bool
+
+
+_form = lru_cache(maxsize=None)(Form)
+
+
+class _Layout(NamedTuple):
+    """What has been checked about the tensors of a `Stored`: they fit each other.
+
+    what: the spec, head_dim and dtype that they are for.
+    where: the device, batch and num_kv_heads that they are for.
     columns: the number that all of the body has; data has `capacity`.
     num_sinks: None: there is no tensor for them.
     constants: the fields of a `Side` from `data_batch` on, packed.
     """
 
-    spec: QuantSpec
-    head_dim: int
-    dtype: torch.dtype
-    batch: int
-    num_kv_heads: int
+    what: tuple[QuantSpec, int, torch.dtype]
+    where: tuple[int, int, int]
     columns: int
     capacity: int
     num_sinks: int | None
-    device: int
     constants: bytes
+    form: Form
 
 
 def _layout(name: str, states: QuantizedStates | PagedStates, dtype: torch.dtype) -> _Layout | None:
@@ -247,7 +257,9 @@ def _layout(name: str, states: QuantizedStates | PagedStates, dtype: torch.dtype
         capacity, ring_length, *_side_constants(name, spec, head_dim),
     )  # fmt: skip
     packed = _SIDE_CONSTANTS.pack(*constants)
-    return _Layout(spec, head_dim, dtype, batch, num_kv_heads, columns, capacity, num_sinks, device, packed)
+    form = _form(spec, head_dim, recent is not None, sink is not None)
+    what, where = (spec, head_dim, dtype), (device, batch, num_kv_heads)
+    return _Layout(what, where, columns, capacity, num_sinks, packed, form)
 
 
 def _side(
@@ -269,13 +281,11 @@ def _side(
     """
     stored = states.stored
     layout = stored.layout
-    if layout is None or layout[:3] != (states.spec, states.head_dim, dtype):
+    if layout is None or layout.what != (states.spec, states.head_dim, dtype):
         layout = stored.layout = _layout(name, states, dtype)
     if (
         layout is None
-        or layout.device != device
-        or layout.batch != batch
-        or layout.num_kv_heads != num_kv_heads
+        or layout.where != (device, batch, num_kv_heads)
         or layout.columns < (layout.capacity if columns is None else columns)
         or (num_sinks and layout.num_sinks not in (None, num_sinks))
     ):
@@ -340,8 +350,9 @@ def attention(
         _check_small("length", length, query, torch.int64)
     batch_stride, head_stride, row_stride, _ = query.stride()
     itemsize = dtype.itemsize
-    output = query.new_empty((batch, num_heads, q_len, values.head_dim))
-    logsumexp = query.new_empty((batch, num_heads, q_len), dtype=torch.float32)
+    # torch reads sizes faster than a tuple of them.
+    output = query.new_empty(batch, num_heads, q_len, values.head_dim)
+    logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
 
     kind, width = _NO_MASK, 0
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -366,16 +377,16 @@ def attention(
     if s_aux is not None:
         _check_small("s_aux", s_aux, query, s_aux.dtype, num_heads)
         s_aux = s_aux.to(torch.float32).contiguous()
-    second = _NO_ROTARY
+    second = b""
     if rotary is not None:
         rotary_query, rotary_keys = rotary
         expected = (*query.shape[:3], rotary_keys.head_dim)
-        if rotary_query.shape != expected or rotary_query.dtype is not dtype or rotary_keys.length != kv_len:
-            told = f"{tuple(rotary_query.shape)} of {rotary_query.dtype} over {rotary_keys.length} keys"
-            raise ValueError(f"rotary_query: {told} does not fit; expected {expected} of {dtype} over {kv_len}")
+        _check_small("rotary_query", rotary_query, query, dtype, *expected)
+        if rotary_keys.length != kv_len:
+            raise ValueError(f"rotary: {rotary_keys.length} keys do not fit; expected {kv_len}")
         if rotary_query.stride(3) != 1:
             rotary_query = rotary_query.contiguous()
-        second = (
+        second = _ROTARY.pack(
             rotary_query.data_ptr(), *(stride * itemsize for stride in rotary_query.stride()[:3]),
             *_side("rotary keys", rotary_keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
         )  # fmt: skip
@@ -387,7 +398,7 @@ def attention(
         *mask_strides, positions_stride, num_sinks, kind, width, code, batch, num_heads, num_kv_heads, q_len,
         kv_len, keys.recent_length, isa, threads, scaling, softcap,
         *_side("keys", keys, dtype, device, batch, num_kv_heads, kv_len, num_sinks),
-        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks), *_NO_PAGES, *second,
+        *_side("values", values, dtype, device, batch, num_kv_heads, kv_len, num_sinks), b"", second,
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, mask, s_aux, None if rotary is None else rotary[0]
@@ -469,17 +480,15 @@ def append(
     padding_address, padding_stride, padding_length = padding_fields
     packed = _APPEND.pack(
         faults.data_ptr(), padding_address, positions, 0 if length is None else length.data_ptr(), padding_stride,
-        padding_length, positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides,
-        *_NO_PAGES,
+        padding_length, positions_stride, num_sinks, code, batch, num_kv_heads, start, isa, threads, *sides, b"",
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive
     return arguments
 
 
-def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> tuple[int, tuple[int, ...]]:
-    """The columns of the longest of `batch` rows, each with `new` columns behind its length, and the fields of their
-    `Pages`.
+def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> tuple[int, bytes]:
+    """The columns of the longest of `batch` rows, each with `new` columns behind its length, and their `Pages`.
 
     Raises:
         ValueError: they do not fit; `page_table` has checked the numbers of the pages.
@@ -510,7 +519,8 @@ def _pages(keys: PagedStates, values: PagedStates, batch: int, new: int) -> tupl
             raise ValueError(
                 f"table {name}: {x.dtype} on {x.device} is not allowed; expected contiguous int64 on {device}"
             )
-    return longest, (pages.data_ptr(), _address(exact), lengths.data_ptr(), pages.shape[1], keys.page_length)
+    addresses = pages.data_ptr(), _address(exact), lengths.data_ptr()
+    return longest, _PAGES.pack(*addresses, pages.shape[1], keys.page_length)
 
 
 def _paged_sides(keys: PagedStates, values: PagedStates, x: torch.Tensor) -> Iterator[tuple[int | bytes, ...]]:
@@ -569,7 +579,7 @@ def paged_attention(
         query.data_ptr(), output.data_ptr(), logsumexp.data_ptr(), _address(seen), _address(s_aux),
         _address(positions), 0, batch_stride, head_stride, row_stride, *mask_strides, positions_stride, num_sinks,
         kind, 0 if seen is None else 1, code, batch, num_heads, num_kv_heads, 1, longest, keys.recent_length, isa,
-        threads, scaling, softcap, *chain(*_paged_sides(keys, values, query)), *pages, *_NO_ROTARY,
+        threads, scaling, softcap, *chain(*_paged_sides(keys, values, query)), pages, b"",
     )  # fmt: skip
     arguments = Attention.from_buffer_copy(packed)
     arguments.alive = query, s_aux, positions, *table[:5]
@@ -598,9 +608,10 @@ def paged_read(states: PagedStates, row: int, output: torch.Tensor, isa: int, th
         "states", states, states.dtype, states.data.get_device(), num_pages, num_kv_heads, states.page_length,
         states.sink_length,
     )  # fmt: skip
+    pages = _PAGES.pack(table.pages.data_ptr(), 0, table.lengths.data_ptr(), table.pages.shape[1], states.page_length)
     packed = _READ.pack(
         output.data_ptr(), output.stride(1) * output.itemsize, code, states.num_kv_heads, length, isa, threads, *side,
-        table.pages.data_ptr(), 0, table.lengths.data_ptr(), table.pages.shape[1], states.page_length,
+        pages,
     )  # fmt: skip
     call = Read.from_buffer_copy(packed)
     call.alive = (table, output, states)
@@ -640,7 +651,7 @@ def paged_append(
         sides += [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3]), n, *next(fields)]
     packed = _APPEND.pack(
         faults.data_ptr(), 0, 0, 0, 0, 0, 0, keys.sink_length, code, batch, num_kv_heads, 0, isa, threads, *sides,
-        *pages,
+        pages,
     )  # fmt: skip
     arguments = Append.from_buffer_copy(packed)
     arguments.alive = alive

@@ -7,30 +7,16 @@ and specialisations as the kernels run.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ..quantization import QuantSpec
 from ..states import PagedStates, QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
-from .specialisation import (
-    ROWS,
-    THREADS,
-    RotaryKeys,
-    Specialisation,
-    most_splits,
-    rows_of_block,
-    rows_taken,
-    specialisation,
-    value_shares,
-)
+from .specialisation import THREADS, RotaryKeys, append_kind, most_splits, plan
 
 _States = QuantizedStates | PagedStates
 
-# Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
-COPY_SLICES = 3
 MAX_GRID = 65535
 
 
@@ -78,7 +64,7 @@ def decode_attention(
         nvrtc.CompileError: a kernel does not compile.
     """
     call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
-    _attend(call, output, logsumexp, keys, values, (query, mask, s_aux), device)
+    _attend(call, output, logsumexp, keys, values, device)
     return output, logsumexp
 
 
@@ -108,7 +94,7 @@ def latent_attention(
     """
     both = rotary_query, rotary
     call, output, logsumexp = arguments.attention(query, latents, latents, mask, s_aux, scaling, 0.0, rotary=both)
-    _attend(call, output, logsumexp, latents, latents, (query, mask, s_aux, rotary_query), device, rotary)
+    _attend(call, output, logsumexp, latents, latents, device, rotary)
     return output, logsumexp
 
 
@@ -129,7 +115,7 @@ def paged_attention(
         nvrtc.CompileError: a kernel does not compile.
     """
     call, output, logsumexp = arguments.paged_attention(query, keys, values, s_aux, scaling, softcap)
-    _attend(call, output, logsumexp, keys, values, (query, s_aux), device)
+    _attend(call, output, logsumexp, keys, values, device)
     return output, logsumexp
 
 
@@ -139,37 +125,35 @@ def _attend(
     logsumexp: torch.Tensor,
     keys: _States,
     values: _States,
-    given: tuple[torch.Tensor | None, ...],
     device: Any,
     rotary: QuantizedStates | None = None,
 ) -> None:
-    """Launch the kernels of an attention call; `given`: the caller's tensors besides states, of which queries are the
-    first; `rotary`: the rotary keys beside keys that are latents."""
+    """Launch the kernels of an attention call; `rotary`: the rotary keys beside keys that are latents."""
     batch, num_heads, q_len, v_head_dim = output.shape
-    num_kv_heads = call.num_kv_heads
+    num_kv_heads, page_length = call.num_kv_heads, keys.page_length if isinstance(keys, PagedStates) else 0
     rows = num_heads // num_kv_heads * q_len
-    taken = rows_taken(call.dtype, values.spec.is_channel, max(keys.head_dim, v_head_dim), rotary is not None)
-    of_block = rows_of_block(rows, taken)
-    kind = _kind(call, keys, values, of_block, rotary)
-    _check_alignment("keys", call, _KEYS, keys)
-    _check_alignment("values", call, _VALUES, values)
-    if rotary is not None:
+    second = None if rotary is None else rotary.stored.layout.form
+    planned = plan(call.dtype, keys.stored.layout.form, values.stored.layout.form, rows, page_length, second)
+    if not keys.stored.is_aligned:
+        _check_alignment("keys", call, _KEYS, keys)
+    if not values.stored.is_aligned:
+        _check_alignment("values", call, _VALUES, values)
+    if rotary is not None and not rotary.stored.is_aligned:
         _check_alignment("rotary keys", call, _ROTARY, rotary)
-    copies = _has_copies(keys, values)
-    slices = copies + most_splits(call.kv_len, num_kv_heads)
+    slices = planned.copy_slices + most_splits(call.kv_len, num_kv_heads)
     # Every slice has the sum of values, the largest score and the sum of weights.
     partial = output.new_empty(batch * num_heads * q_len * slices * (v_head_dim + 2), dtype=torch.float32)
     touched = {}
     if device is None:
-        device = gpu.of(*given, keys.stored.data, values.stored.data)
+        device = gpu.of(output)
     else:
         reads = (*call.alive, *_tensors(keys), *_tensors(values), *(() if rotary is None else _tensors(rotary)))
         touched = {"reads": reads, "writes": (output, logsumexp, partial)}
-    shares = value_shares(call.dtype, v_head_dim)
-    grid, merged = (slices, num_kv_heads * -(-rows // of_block), batch * shares), (q_len, num_heads, batch)
-    launch = device.launch
-    launch("decode_attention_kernel", kind, grid, call, partial, **touched)
-    launch("merge_splits_kernel", kind, merged, call, partial, **touched)
+    grids = {
+        "decode_attention_kernel": (slices, num_kv_heads * -(-rows // planned.rows), batch * planned.shares),
+        "merge_splits_kernel": (q_len, num_heads, batch),
+    }
+    device.launch(grids, planned.kind, call, partial, **touched)
 
 
 def quantize_append(
@@ -192,7 +176,7 @@ def quantize_append(
     """
     key, value = _aligned(key), _aligned(value)
     call = arguments.append(key, value, keys, values, faults, padding, start, appends=appends)
-    _append(call, keys, values, (key, value, padding, faults), device, appends)
+    _append(call, keys, values, faults, device, appends)
 
 
 def paged_append(
@@ -212,44 +196,33 @@ def paged_append(
     """
     key, value = _aligned(key), _aligned(value)
     call = arguments.paged_append(key, value, keys, values, faults)
-    _append(call, keys, values, (key, value, faults), device)
+    _append(call, keys, values, faults, device)
 
 
 def _append(
     call: arguments.Append,
     keys: _States,
     values: _States,
-    given: tuple[torch.Tensor | None, ...],
+    faults: torch.Tensor,
     device: Any,
     appends: torch.Tensor | None = None,
 ) -> None:
-    """Launch the kernel of an append; `given`: the caller's tensors besides states, new keys first and faults last."""
-    kind = _kind(call, keys, values)
-    _check_alignment("keys", call, _NEW_KEYS, keys)
-    _check_alignment("values", call, _NEW_VALUES, values)
+    """Launch the kernel of an append."""
+    page_length = keys.page_length if isinstance(keys, PagedStates) else 0
+    kind = append_kind(call.dtype, keys.stored.layout.form, values.stored.layout.form, page_length)
+    if not keys.stored.is_aligned:
+        _check_alignment("keys", call, _NEW_KEYS, keys)
+    if not values.stored.is_aligned:
+        _check_alignment("values", call, _NEW_VALUES, values)
     n = call.keys.n
     blocks = max(_append_blocks(n, keys), _append_blocks(n, values))
     touched = {}
     if device is None:
-        device = gpu.of(*given, keys.stored.data, values.stored.data)
+        device = gpu.of(faults)
     else:
-        touched = {"reads": call.alive, "writes": (given[-1], *_tensors(keys), *_tensors(values))}
+        touched = {"reads": call.alive, "writes": (faults, *_tensors(keys), *_tensors(values))}
     grid = (blocks, 2 * call.num_kv_heads, call.batch)
-    device.launch("quantize_append_kernel", kind, grid, call, appends, **touched)
-
-
-def _kind(
-    call: arguments.Attention | arguments.Append,
-    keys: _States,
-    values: _States,
-    rows: int = ROWS[0],
-    rotary: QuantizedStates | None = None,
-) -> Specialisation:
-    page_length = keys.page_length if isinstance(keys, PagedStates) else 0
-    second = None if rotary is None else RotaryKeys(rotary.spec, rotary.head_dim)
-    return specialisation(
-        call.dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, rows, page_length, second
-    )
+    device.launch({"quantize_append_kernel": grid}, kind, call, appends, **touched)
 
 
 def _append_blocks(n: int, states: _States) -> int:
@@ -261,36 +234,6 @@ def _append_blocks(n: int, states: _States) -> int:
     # A row is spread over lanes of 8 channels each, at most 32; a thread has four octets of channels in flight.
     lanes = 8 if states.head_dim <= 64 else 16 if states.head_dim <= 128 else 32 if states.head_dim <= 256 else 64
     return min(-(-n // (4 * THREADS // lanes)), MAX_GRID)
-
-
-def _has_copies(keys: _States, values: _States) -> int:
-    """The number of slices for columns with exact copies.
-
-    Raises:
-        ValueError: one side lacks the copies of columns that the other side has, and has to have them (partials.h).
-    """
-    k, v = keys.stored, values.stored
-    there = k.recent is not None, k.sink is not None, v.recent is not None, v.sink is not None
-    return _copy_slices(keys.spec.code, values.spec.code, *there)
-
-
-@lru_cache(maxsize=None)
-def _copy_slices(k_code: str, v_code: str, k_recent: bool, k_sink: bool, v_recent: bool, v_sink: bool) -> int:
-    """The same for specs of these codes, and copies that are there or not."""
-    keys = "keys", QuantSpec.from_code(k_code), k_recent, k_sink
-    values = "values", QuantSpec.from_code(v_code), v_recent, v_sink
-    for (name, spec, recent, sink), (others, other_spec, other_recent, other_sink) in ((keys, values), (values, keys)):
-        lacks_recent = not recent and other_recent and not _reaches_farther(other_spec, spec)
-        lacks_sink = not sink and other_sink and not spec.is_dense
-        if lacks_recent or lacks_sink:
-            what = "recent" if lacks_recent else "sink"
-            raise ValueError(f"{name} {what}: None is not allowed; expected copies of tokens as the {others} have")
-    return COPY_SLICES if k_recent or k_sink or v_recent or v_sink else 0
-
-
-def _reaches_farther(a: QuantSpec, b: QuantSpec) -> bool:
-    """Whether there may be copies of columns of side `a` alone (`kReachesFarther` in partials.h)."""
-    return not a.is_dense and (b.is_dense or (a.block_length or 1) > (b.block_length or 1))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -315,8 +258,6 @@ _SCALES = {"scale": (1, 7, 8), "zero_point": (2, 7, 8)}
 def _check_alignment(name: str, call: arguments.Attention | arguments.Append, side: int, states: _States) -> None:
     """Check, once for each `Stored`, that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a
     multiple of 16 bytes."""
-    if states.stored.is_aligned:
-        return
     words = memoryview(call).cast("B").cast("Q")
     for tensor, (address, *strides) in (_STORED | _SCALES if states.spec.grid == "channel" else _STORED).items():
         chunk = 8 if tensor == "data" and states.spec.format == "int4" and states.head_dim % 32 else 16

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,8 @@ MIN_CAPABILITY = (8, 0)
 # The shared memory that a kernel may have without asking for more.
 _SHARED_BYTES = 48 << 10
 
+_Parameters = ctypes.c_void_p * 2
+
 _gpus: dict[int, Gpu] = {}
 _lock = threading.RLock()
 
@@ -33,21 +35,16 @@ def too_old(capability: tuple[int, int]) -> str:
     return f"compute capability {found} is too old; expected {expected} or newer"
 
 
-def of(states: torch.Tensor, *others: torch.Tensor | None) -> Gpu:
-    """The GPU of `states`. The other tensors must be on it too: any other address would end the process.
+def of(tensor: torch.Tensor) -> Gpu:
+    """The GPU of a tensor.
 
     Raises:
-        ValueError: a tensor is on another device.
+        ValueError: the tensor is not on a GPU.
         RuntimeError: the GPU is too old.
     """
-    index = states.get_device()
+    index = tensor.get_device()
     if index < 0:
-        raise ValueError(f"states on {states.device} are not allowed; the CUDA backend needs them on a CUDA device")
-    for tensor in others:
-        if tensor is not None and tensor.get_device() != index:
-            raise ValueError(
-                f"a mask, s_aux, padding or cache is on {tensor.device}; expected cuda:{index}, as the new states are"
-            )
+        raise ValueError(f"states on {tensor.device} are not allowed; the CUDA backend needs them on a CUDA device")
     found = _gpus.get(index)
     if found is None:
         with _lock:
@@ -67,30 +64,39 @@ class Gpu:
         # The driver's handle of each kernel, and its threads and shared memory.
         self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
-    def launch(self, kernel: str, kind: Specialisation, grid: Sequence[int], *values: Any) -> None:
-        """Start `kernel` on torch's current stream; `values`: structs, passed by value, or tensors, by address (None:
-        null)."""
+    def launch(
+        self,
+        kernels: Mapping[str, Sequence[int]],
+        kind: Specialisation,
+        struct: ctypes.Structure,
+        memory: torch.Tensor | None,
+    ) -> None:
+        """Start `kernels`, the grid of each by name, one after the other on torch's current stream.
+
+        Every kernel has two parameters: `struct`, passed by value, and the address of `memory` (None: null).
+        """
         index = self._index
         if torch.cuda.current_device() != index:
             with torch.cuda.device(index):
-                return self.launch(kernel, kind, grid, *values)
-        function, needs = self._functions.get((kernel, kind)) or self._load(kernel, kind)
-        # These need not outlive the call: the driver copies the arguments before the launch returns.
-        held = [
-            v if isinstance(v, ctypes.Structure) else ctypes.c_void_p(v if v is None else v.data_ptr()) for v in values
-        ]
-        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        launch = function, *grid, needs.threads, 1, 1, needs.shared_bytes, stream, ctypes.addressof(addresses), 0
-        (status,) = _driver().cuLaunchKernel(*launch)
-        if not status:
-            return
-        if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            # This thread has not yet called the CUDA runtime.
-            self._enter()
-            (status,) = _driver().cuLaunchKernel(*launch)
-        if status:
-            raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {_name(status)}, grid {grid}")
+                return self.launch(kernels, kind, struct, memory)
+        # These need not outlive the call: the driver copies the parameters before a launch returns.
+        address = ctypes.c_void_p(None if memory is None else memory.data_ptr())
+        parameters = _Parameters(ctypes.addressof(struct), ctypes.addressof(address))
+        given = torch._C._cuda_getCurrentRawStream(index), ctypes.addressof(parameters), 0
+        functions, driver = self._functions, _driver()
+        for kernel, grid in kernels.items():
+            function, needs = functions.get((kernel, kind)) or self._load(kernel, kind)
+            launch = function, *grid, needs.threads, 1, 1, needs.shared_bytes, *given
+            (status,) = driver.cuLaunchKernel(*launch)
+            if not status:
+                continue
+            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                # This thread has not yet called the CUDA runtime.
+                self._enter()
+                (status,) = driver.cuLaunchKernel(*launch)
+            if status:
+                told = f"{_name(status)}, grid {grid}"
+                raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {told}")
 
     def _enter(self) -> None:
         nvrtc.cuda_core().Device(self._index).set_current()

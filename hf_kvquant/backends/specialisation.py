@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..quantization import QuantSpec
 from . import GPU_FORMATS, gpu_refusal
-from .arguments import DTYPES, FORMATS
+from .arguments import DTYPES, FORMATS, Form
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
 # would have fewer than BLOCKS blocks. Neither the GPU nor the batch decides, so results do not depend on them.
@@ -29,6 +29,8 @@ MAX_HEAD_DIM, WIDE_HEAD_DIM = 256, 512  # all multiples of 16 up to the first, a
 # float32.
 _MAX_HEAD_DIM_OF_BLOCKS = 192
 _FLOAT32 = DTYPES[torch.float32]
+# Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
+COPY_SLICES = 3
 HEAD_DIMS = f"a multiple of 16 up to {MAX_HEAD_DIM}, or {WIDE_HEAD_DIM}"
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
@@ -145,7 +147,70 @@ class RotaryKeys(NamedTuple):
         )
 
 
-_made: dict[tuple, Specialisation] = {}
+# The results of `plan`, `append_kind` and `specialisation` by their arguments; they depend on SPLIT and UNIT, too.
+_made: dict[tuple, Any] = {}
+
+
+class Plan(NamedTuple):
+    """What of an attention call's kernels is the same at every length.
+
+    rows: the query rows of a block; one of `ROWS`.
+    copy_slices: the number of slices for columns with exact copies.
+    shares: `value_shares`.
+    """
+
+    kind: Specialisation
+    rows: int
+    copy_slices: int
+    shares: int
+
+
+def plan(dtype: int, keys: Form, values: Form, rows: int, page_length: int = 0, rotary: Form | None = None) -> Plan:
+    """The plan for `rows` query rows of each KV head; the other arguments are as in `specialisation`.
+
+    Raises:
+        ValueError: the kernels do not take this, or a side lacks the copies of columns that the other side has.
+    """
+    key = plan, dtype, keys, values, rows, page_length, rotary
+    found = _made.get(key)
+    if found is None:
+        taken = rows_taken(dtype, values.spec.is_channel, max(keys.head_dim, values.head_dim), rotary is not None)
+        of_block = rows_of_block(rows, taken)
+        second = None if rotary is None else RotaryKeys(rotary.spec, rotary.head_dim)
+        kind = specialisation(
+            dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, of_block, page_length, second
+        )
+        shares = value_shares(dtype, values.head_dim)
+        found = _made[key] = Plan(kind, of_block, _copy_slices(keys, values), shares)
+    return found
+
+
+def append_kind(dtype: int, keys: Form, values: Form, page_length: int = 0) -> Specialisation:
+    """The kind of an append; the arguments are as in `specialisation`."""
+    key = append_kind, dtype, keys, values, page_length
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = specialisation(
+            dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, page_length=page_length
+        )
+    return found
+
+
+def _copy_slices(keys: Form, values: Form) -> int:
+    for name, side, others, other in (("keys", keys, "values", values), ("values", values, "keys", keys)):
+        lacks_recent = not side.has_recent and other.has_recent and not _reaches_farther(other.spec, side.spec)
+        lacks_sink = not side.has_sink and other.has_sink and not side.spec.is_dense
+        if lacks_recent or lacks_sink:
+            what = "recent" if lacks_recent else "sink"
+            # The kernels look for such columns on both sides (partials.h).
+            raise ValueError(f"{name} {what}: None is not allowed; expected copies of tokens as the {others} have")
+    has_any = keys.has_recent or keys.has_sink or values.has_recent or values.has_sink
+    return COPY_SLICES if has_any else 0
+
+
+def _reaches_farther(a: QuantSpec, b: QuantSpec) -> bool:
+    """Whether there may be copies of columns of side `a` alone (`kReachesFarther` in partials.h)."""
+    return not a.is_dense and (b.is_dense or (a.block_length or 1) > (b.block_length or 1))
 
 
 def specialisation(
@@ -165,7 +230,7 @@ def specialisation(
     Raises:
         ValueError: the kernels do not support this head_dim, format or dtype; the message names it.
     """
-    key = (dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length, rotary)
+    key = (specialisation, dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length, rotary)
     found = _made.get(key)
     if found is None:
         found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length, rotary)

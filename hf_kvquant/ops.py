@@ -70,7 +70,7 @@ _library.define(
 _library.define(
     f"quantize_append(Tensor key, Tensor value, {_side('k', 'abcde')}, {_side('v', 'fghij')}, "
     "Tensor(k!)? sink_positions, Tensor(l!) faults, Tensor? padding, Tensor(m!)? length, "
-    "Tensor(n!)? appends, str k_spec, str v_spec, int start, str backend) -> ()"
+    "Tensor(n!)? appends, Tensor? k_factors, Tensor? v_factors, str k_spec, str v_spec, int start, str backend) -> ()"
 )
 # `length` and `dropped` are int64 on the device; see `reference.retire`.
 _library.define(
@@ -220,7 +220,7 @@ def _attend_latents(
 
 def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
     k_stored, v_stored, others = _sides(args)
-    sink_positions, faults, padding, length, appends, k_spec, v_spec, start, backend = others
+    sink_positions, faults, padding, length, appends, *factors, k_spec, v_spec, start, backend = others
     keys, values = (
         QuantizedStates.of(
             spec=QuantSpec.from_code(spec), stored=stored, sink_positions=sink_positions, length=start,
@@ -229,7 +229,9 @@ def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None
         for spec, stored, x in ((k_spec, k_stored, key), (v_spec, v_stored, value))
     )  # fmt: skip
     chosen = _backend(key, keys, values, backend)
-    chosen.quantize_append(key, value, keys, values, faults, padding, start=start, appends=appends)
+    chosen.quantize_append(
+        key, value, keys, values, faults, padding, start=start, appends=appends, factors=tuple(factors)
+    )
 
 
 def _retire(*args: Any) -> None:
@@ -373,15 +375,18 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """Same as `reference.quantize_append`, on the backend that the states name."""
     if not _is_watched(key):
         backend = _backend(key, keys, values, keys.backend)
-        backend.quantize_append(key, value, keys, values, faults, padding, start=start, appends=appends)
+        backend.quantize_append(
+            key, value, keys, values, faults, padding, start=start, appends=appends, factors=factors
+        )
         return
     torch.ops.kvquant.quantize_append.default(
         key, value, *keys.stored, *values.stored, keys.sink_positions, faults, padding, keys.device_length,
-        appends, keys.spec.code, values.spec.code, start, keys.backend,
+        appends, *factors, keys.spec.code, values.spec.code, start, keys.backend,
     )  # fmt: skip
 
 
@@ -444,11 +449,16 @@ def prompt_attention(
 
 
 def paged_append(
-    key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    faults: torch.Tensor,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """Same as `reference.paged_append`, on the backend that the states name."""
     backend = _backend(key, keys, values, keys.backend)
-    backend.paged_append(key, value, keys, values, faults)
+    backend.paged_append(key, value, keys, values, faults, factors)
 
 
 def retire(

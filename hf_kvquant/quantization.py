@@ -10,6 +10,12 @@ tokens of one head share, per channel, an FP16 scale and zero point: keys of tra
 channels than between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant,
 https://arxiv.org/abs/2401.18079).
 
+With **error feedback** the channels of a complete block are quantized one after another, and what the error of one
+costs is taken from those after it (see `feedback`). The stored bytes are read as ever. For c = 0 .. head_dim - 1:
+scale, zero point and codes of channel c come from the current rows x as without feedback; e = x[c] - decoded codes,
+and 0 where that is not finite; for each j > c: x[j] = x[j] - factors[c, j] * e, with the product rounded, and then
+the difference.
+
 Layout of the bytes, row-major, one row per token of a head:
 
     int8   head_dim bytes: token grid two's complement -127..127, channel grid unsigned 0..255
@@ -256,22 +262,31 @@ class QuantizedTensor:
         return (rotate(x) if self.spec.rotate else x).to(dtype)
 
 
-def quantize(x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None = None) -> QuantizedTensor:
+def quantize(
+    x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None = None, factors: torch.Tensor | None = None
+) -> QuantizedTensor:
     """Quantize `x` `[batch, num_kv_heads, kv_len, head_dim]` (any float dtype).
 
     On the channel grid a last, shorter block gets its own scales, and tokens marked True in `padding`
     `[batch, kv_len]` do not influence the scales.
 
+    Args:
+        factors: the channel grid's error feedback, float32 `[num_kv_heads, head_dim, head_dim]`, zero on and below the
+            diagonal: what a unit of error of the channel of a row takes from the channel of a column. Channels are
+            quantized from the first to the last, each as those before it have left it.
+
     Raises:
-        ValueError: the spec is dense, or does not fit head_dim.
+        ValueError: the spec is dense, or does not fit head_dim; or the factors do not fit.
     """
     if spec.is_dense:
         raise ValueError("format: 'dense' is not a quantized format; expected one of " + str(list(FORMATS)))
     head_dim = x.shape[-1]
     spec = spec.resolve(head_dim)
     x = x.detach().float()
+    if factors is not None:
+        check_factors("factors", factors, spec, x.shape[1], head_dim)
     if spec.is_channel:
-        codes, scale, zero_point = _quantize_channels(x, spec, padding)
+        codes, scale, zero_point = _quantize_channels(x, spec, padding, factors)
     else:
         codes, scale = _quantize_tokens(rotate(x) if spec.rotate else x, spec)
         zero_point = None
@@ -294,18 +309,54 @@ def _quantize_tokens(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
     return codes.flatten(-2), scale.squeeze(-1)
 
 
+def check_factors(name: str, factors: torch.Tensor, spec: QuantSpec, num_kv_heads: int, head_dim: int) -> None:
+    """Check the factors of error feedback against the side that they belong to.
+
+    Raises:
+        ValueError: the side is not on the channel grid, or the factors have another shape or dtype.
+    """
+    shape = (num_kv_heads, head_dim, head_dim)
+    if not spec.is_channel or factors.shape != shape or factors.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: {tuple(factors.shape)} of {factors.dtype} is not allowed for {spec.code}; expected {shape} of "
+            "torch.float32 on the channel grid"
+        )
+
+
 def _quantize_channels(
-    x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None
+    x: torch.Tensor, spec: QuantSpec, padding: torch.Tensor | None, factors: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes, scales and zero points per channel of each block; they ignore padding and non-finite elements."""
-    form, length = FORMATS[spec.format], spec.block_length
-    kv_len = x.shape[-2]
-    counted = x.isfinite()
-    if padding is not None:
-        counted &= ~padding[:, None, :, None]
+    """Codes, scales and zero points per channel of each block."""
+    length, kv_len = spec.block_length, x.shape[-2]
+    tokens = torch.ones(x.shape[0], kv_len, dtype=torch.bool, device=x.device) if padding is None else ~padding
     pad = -kv_len % length
     blocks = torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, length))
-    counted = torch.nn.functional.pad(counted, (0, 0, 0, pad)).unflatten(-2, (-1, length))
+    tokens = torch.nn.functional.pad(tokens, (0, pad)).unflatten(-1, (-1, length))[:, None, :, :, None]
+    if factors is None:
+        codes, scale, zero_point = _quantize_blocks(blocks, tokens, spec)
+    else:
+        # A copy whose channels are contiguous.
+        blocks, channels = blocks.mT.clone(memory_format=torch.contiguous_format).mT, []
+        for c in range(x.shape[-1]):
+            channel = blocks[..., c, None]
+            code, scale, zero_point = found = _quantize_blocks(channel, tokens, spec)
+            channels.append(found)
+            decoded = code * scale.float()
+            error = channel - (decoded if zero_point is None else zero_point.float() + decoded)
+            error = torch.where(error.isfinite(), error, 0.0)
+            blocks[..., c + 1 :] -= factors[:, None, None, c, c + 1 :] * error
+        codes, scale, zero_point = (None if x[0] is None else torch.cat(x, dim=-1) for x in zip(*channels))
+    codes = codes.flatten(-3, -2)[..., :kv_len, :]
+    return codes, scale.squeeze(-2), None if zero_point is None else zero_point.squeeze(-2)
+
+
+def _quantize_blocks(
+    blocks: torch.Tensor, tokens: torch.Tensor, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes of whole blocks `[.., block_length, channels]`; their scales and zero points `[.., 1, channels]`, which
+    ignore non-finite elements and rows that are False in `tokens`."""
+    form = FORMATS[spec.format]
+    counted = blocks.isfinite() & tokens
     empty = ~counted.any(-2, keepdim=True)
     step = _float32(1 / (form.levels or form.reach))
     if form.levels is None:
@@ -327,9 +378,7 @@ def _quantize_channels(
         scale = ((high - zero_point.float()) * step).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
         r = 1 / scale.float()
         codes = ((blocks - zero_point.float()) * r).round().clamp(0, form.levels)
-    codes = torch.where(r.isfinite() & ~blocks.isnan(), codes, 0.0)
-    codes = codes.flatten(-3, -2)[..., :kv_len, :]
-    return codes, scale.squeeze(-2), None if zero_point is None else zero_point.squeeze(-2)
+    return torch.where(r.isfinite() & ~blocks.isnan(), codes, 0.0), scale, zero_point
 
 
 def _symmetric_codes(ratio: torch.Tensor, format: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .quantization import quantize
+from .quantization import check_factors, quantize
 from .states import PagedStates, QuantizedStates, Stored
 
 
@@ -135,6 +135,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """Write new tokens into the storage of `keys` and `values`, in place.
 
@@ -149,16 +150,19 @@ def quantize_append(
         appends: int64 `[2]` beside a `device_length`, or None. If it is given, the append counts itself: it raises the
             `device_length` by n, with room for the tokens or without, and the second element by one. The first one is
             for kernels, and 0 between calls.
+        factors: the error feedback of keys and of values, as in `quantization.quantize`.
 
     A block of the channel grid is quantized when its last column arrives; its earlier columns come from the ring. The
     first tokens of a row that are not padding become its sinks; a slot that holds a column from `start` on is free.
 
     Raises:
-        ValueError: key or value has another head_dim than its states.
+        ValueError: key or value has another head_dim than its states, or factors do not fit their side.
     """
-    for name, x, states in (("key", key, keys), ("value", value, values)):
+    for name, x, states, feedback in zip(("key", "value"), (key, value), (keys, values), factors):
         if x.shape[3] != states.head_dim:
             raise ValueError(f"{name}: head_dim {x.shape[3]} does not fit the storage; expected {states.head_dim}")
+        if feedback is not None:
+            check_factors(f"{name} factors", feedback, states.spec, x.shape[1], x.shape[3])
     if keys.device_length is not None:
         start = keys.asked_length()
     if appends is not None:
@@ -166,14 +170,14 @@ def quantize_append(
     if any(start + x.shape[2] > states.data.shape[2] for x, states in ((key, keys), (value, values))):
         faults[1] += key.shape[2]
         return
-    for x, states in ((key, keys), (value, values)):
+    for x, states, feedback in zip((key, value), (keys, values), factors):
         n = x.shape[2]
         end = start + n
         faults[0] += (~x.isfinite()).any(-1).sum()
         if states.spec.is_dense:
             states.data[:, :, start:end] = x
         elif states.spec.is_channel:
-            _append_blocks(x, states, padding, start)
+            _append_blocks(x, states, padding, feedback, start)
         else:
             quantized = quantize(x, states.spec)
             states.data[:, :, start:end] = quantized.data
@@ -210,7 +214,12 @@ def paged_attention(
 
 
 def paged_append(
-    key: torch.Tensor, value: torch.Tensor, keys: PagedStates, values: PagedStates, faults: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: PagedStates,
+    values: PagedStates,
+    faults: torch.Tensor,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """`quantize_append` of n tokens per row, `[rows, num_kv_heads, n, head_dim]`, behind the lengths of the table."""
     for i in range(key.shape[0]):
@@ -222,7 +231,7 @@ def paged_append(
             page_keys, page_values = keys.page(i, index), values.page(i, index)
             sinks = page_keys.sink_positions
             sinks[0, : begin - first] = torch.arange(min(begin - first, sinks.shape[1]))
-            quantize_append(new_key, new_value, page_keys, page_values, faults, start=begin - first)
+            quantize_append(new_key, new_value, page_keys, page_values, faults, start=begin - first, factors=factors)
 
 
 def _append_sinks(
@@ -248,7 +257,13 @@ def _append_sinks(
             states.sink[row, :, slot] = x[row, :, column]
 
 
-def _append_blocks(x: torch.Tensor, states: QuantizedStates, padding: torch.Tensor | None, start: int) -> None:
+def _append_blocks(
+    x: torch.Tensor,
+    states: QuantizedStates,
+    padding: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    start: int,
+) -> None:
     """Quantize every block that the columns `start .. start + n` complete."""
     length = states.spec.block_length
     first, last = start // length, (start + x.shape[2]) // length
@@ -259,7 +274,7 @@ def _append_blocks(x: torch.Tensor, states: QuantizedStates, padding: torch.Tens
     if padding is not None:
         padding = padding[:, first * length : last * length]
         padding = torch.nn.functional.pad(padding, (0, blocks.shape[2] - padding.shape[1]))
-    quantized = quantize(blocks, states.spec, padding)
+    quantized = quantize(blocks, states.spec, padding, factors)
     states.data[:, :, first * length : last * length] = quantized.data
     states.scale[:, :, first:last] = quantized.scale
     if quantized.zero_point is not None:

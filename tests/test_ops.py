@@ -70,11 +70,11 @@ def latent_arguments(query, rotary_query, latents, rotary, mask=None) -> tuple:
     )
 
 
-def append_arguments(key, value, keys, values, padding=None, appends=None) -> tuple:
+def append_arguments(key, value, keys, values, padding=None, appends=None, factors=(None, None)) -> tuple:
     return (
         *(key, value, *keys.stored, *values.stored, keys.sink_positions),
-        *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, appends, keys.spec.code, values.spec.code),
-        *(keys.length, keys.backend),
+        *(torch.zeros(2, dtype=torch.int64), padding, keys.device_length, appends, *factors),
+        *(keys.spec.code, values.spec.code, keys.length, keys.backend),
     )
 
 
@@ -127,9 +127,10 @@ class TestSchema:
             keys = dataclasses.replace(keys, device_length=torch.tensor(40))
         appends = torch.zeros(2, dtype=torch.int64) if on_device else None
         padding = torch.zeros(2, 50, dtype=torch.bool)
+        factors = [torch.ones(2, 32, 32).triu(1) if x.spec.is_channel else None for x in (keys, values)]
         torch.library.opcheck(
             torch.ops.kvquant.quantize_append.default,
-            append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding, appends),
+            append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding, appends, factors),
         )
 
 
@@ -161,7 +162,7 @@ class TestFake:
             code = "int8:token:64"
             faults = torch.zeros(2, dtype=torch.int64)
             result = torch.ops.kvquant.quantize_append(
-                x, x, *storage, *storage, None, faults, None, None, None, code, code, 39, "auto"
+                x, x, *storage, *storage, None, faults, None, None, None, None, None, code, code, 39, "auto"
             )
         assert result is None
 

@@ -86,18 +86,18 @@ def tokens(n, dtype, seed):
 APPENDS = {"cpu": cpu.paged_append, "reference": ops.reference.paged_append}
 
 
-def filled(config, dtype, backend, lengths=LENGTHS, steps=3):
+def filled(config, dtype, backend, lengths=LENGTHS, steps=3, factors=(None, None)):
     """A pool with `lengths` tokens in its rows, the last `steps` one by one, and the same in contiguous storage.
     `backend`: a name, or a function that appends."""
     pool, rows, faults = Pool(config, dtype, lengths), [], torch.zeros(2, dtype=torch.int64)
-    append = APPENDS.get(backend, backend)
+    append = functools.partial(APPENDS.get(backend, backend), factors=factors)
     news = [tokens(n, dtype, seed) for seed, n in enumerate(lengths)]
     for row, (key, value) in enumerate(news):
         n = max(key.shape[2] - steps, 0)
         rows.append(contiguous(config, key, value))
         if n:
             append(key[:, :, :n], value[:, :, :n], *pool.layer.states(pool.table([0], [row])), faults)
-        ops.quantize_append(key, value, *rows[-1](0), faults, start=0)
+        ops.quantize_append(key, value, *rows[-1](0), faults, start=0, factors=factors)
     for step in range(steps):
         alive = [row for row, n in enumerate(lengths) if n > step]
         starts = [max(lengths[row] - steps, 0) + step for row in alive]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..quantization import QuantSpec
+from ..quantization import QuantSpec, check_factors
 from ..states import PagedStates, QuantizedStates
 
 MAX_HEAD_DIM = 512
@@ -70,7 +70,7 @@ class Attention(ctypes.Structure):
 
 
 class NewTokens(ctypes.Structure):
-    _fields_ = _fields("x", "batch_stride head_stride row_stride n", side=Side)
+    _fields_ = _fields("x factors", "batch_stride head_stride row_stride n", side=Side)
     side: ClassVar[Any]
 
 
@@ -298,6 +298,17 @@ def _side(
     )  # fmt: skip
 
 
+def _factors(name: str, factors: torch.Tensor, spec: QuantSpec, x: torch.Tensor) -> int:
+    """The address of the error feedback of new tokens `x`."""
+    check_factors(f"{name} factors", factors, spec, x.size(1), x.size(3))
+    if not factors.is_contiguous() or factors.get_device() != x.get_device():
+        raise ValueError(
+            f"{name} factors: strides {factors.stride()} on {factors.device} are not allowed; expected a contiguous "
+            f"tensor on {x.device}"
+        )
+    return factors.data_ptr()
+
+
 def _sink_positions(keys: QuantizedStates, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
     positions = keys.sink_positions
@@ -422,6 +433,7 @@ def append(
     isa: int = 0,
     threads: int = 0,
     appends: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> Append:
     """The argument of `quantize_append`, without `appends`, which is only checked.
 
@@ -457,8 +469,8 @@ def append(
             padding = padding.contiguous()
         padding_fields = padding.data_ptr(), padding.stride(0), padding.size(1)
     sides: list[int | bytes] = []
-    alive = [padding]
-    for name, x, states in (("key", key, keys), ("value", value, values)):
+    alive = [padding, *factors]
+    for name, x, states, feedback in zip(("key", "value"), (key, value), (keys, values), factors):
         _, _, n, head_dim = x.shape
         end, data = start + n, states.stored.data
         if x.dtype is not dtype:
@@ -475,7 +487,8 @@ def append(
         alive.append(x)
         columns = end if length is None else None
         batch_stride, head_stride, row_stride, _ = x.stride()
-        sides += x.data_ptr(), batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize, n
+        address = 0 if feedback is None else _factors(name, feedback, states.spec, x)
+        sides += x.data_ptr(), address, batch_stride * itemsize, head_stride * itemsize, row_stride * itemsize, n
         sides += _side(f"{name}s", states, dtype, device, batch, num_kv_heads, columns, num_sinks)
     padding_address, padding_stride, padding_length = padding_fields
     packed = _APPEND.pack(
@@ -626,6 +639,7 @@ def paged_append(
     faults: torch.Tensor,
     isa: int = 0,
     threads: int = 0,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> Append:
     """As `append`, of n tokens per row into pages."""
     code = _dtype_code(key.dtype)
@@ -634,10 +648,10 @@ def paged_append(
     batch, num_kv_heads, n, _ = key.shape
     _check_small("faults", faults, key, torch.int64, 2)
     _, pages = _pages(keys, values, batch, n)
-    alive: list[Any] = [*keys.table.placed[:5]]
+    alive: list[Any] = [*keys.table.placed[:5], *factors]
     sides: list[int | bytes] = []
     fields = _paged_sides(keys, values, key)
-    for name, x, states in (("key", key, keys), ("value", value, values)):
+    for name, x, states, feedback in zip(("key", "value"), (key, value), (keys, values), factors):
         expected = (batch, states.num_kv_heads, n, states.head_dim)
         if tuple(x.shape) != expected or x.device != states.data.device:
             raise ValueError(
@@ -648,7 +662,8 @@ def paged_append(
         if x.stride(3) != 1:
             x = x.contiguous()
         alive.append(x)
-        sides += [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3]), n, *next(fields)]
+        address = 0 if feedback is None else _factors(name, feedback, states.spec, x)
+        sides += [x.data_ptr(), address, *(s * x.element_size() for s in x.stride()[:3]), n, *next(fields)]
     packed = _APPEND.pack(
         faults.data_ptr(), 0, 0, 0, 0, 0, 0, keys.sink_length, code, batch, num_kv_heads, 0, isa, threads, *sides,
         pages,

@@ -167,6 +167,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     isa: str | None = None,
 ) -> None:
     """Same as `reference.quantize_append`. `isa` names an instruction set; the default is `isa()`.
@@ -175,7 +176,7 @@ def quantize_append(
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
-    call = arguments.append(key, value, keys, values, faults, padding, start, index, threads, appends)
+    call = arguments.append(key, value, keys, values, faults, padding, start, index, threads, appends, factors)
     if keys.device_length is not None:
         _check_length(keys.device_length, 0)
     _call(_library().kvquant_quantize_append, call)
@@ -206,12 +207,14 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     *,
     isa: str | None = None,
 ) -> None:
     """Same as `reference.paged_append`."""
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
-    _call(_library().kvquant_quantize_append, arguments.paged_append(key, value, keys, values, faults, index, threads))
+    call = arguments.paged_append(key, value, keys, values, faults, index, threads, factors)
+    _call(_library().kvquant_quantize_append, call)
 
 
 def paged_read(states: PagedStates, row: int, output: torch.Tensor, *, isa: str | None = None) -> None:

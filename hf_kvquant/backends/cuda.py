@@ -166,6 +166,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     device: Any = None,
 ) -> None:
     """Same as `reference.quantize_append`.
@@ -175,7 +176,7 @@ def quantize_append(
         nvrtc.CompileError: a kernel does not compile.
     """
     key, value = _aligned(key), _aligned(value)
-    call = arguments.append(key, value, keys, values, faults, padding, start, appends=appends)
+    call = arguments.append(key, value, keys, values, faults, padding, start, appends=appends, factors=factors)
     _append(call, keys, values, faults, device, appends)
 
 
@@ -185,6 +186,7 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     *,
     device: Any = None,
 ) -> None:
@@ -195,7 +197,7 @@ def paged_append(
         nvrtc.CompileError: a kernel does not compile.
     """
     key, value = _aligned(key), _aligned(value)
-    call = arguments.paged_append(key, value, keys, values, faults)
+    call = arguments.paged_append(key, value, keys, values, faults, factors=factors)
     _append(call, keys, values, faults, device)
 
 
@@ -208,6 +210,8 @@ def _append(
     appends: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel of an append."""
+    if call.keys.factors or call.values.factors:
+        raise ValueError("factors: error feedback is not allowed on a GPU; expected states on the CPU")
     page_length = keys.page_length if isinstance(keys, PagedStates) else 0
     kind = append_kind(call.dtype, keys.stored.layout.form, values.stored.layout.form, page_length)
     if not keys.stored.is_aligned:

@@ -22,9 +22,15 @@ inline namespace KVQUANT_ISA {
 
 constexpr int kChunk = 64;
 constexpr int kMaxBlock = 256;
+constexpr int kFeedbackTokens = 64;           // of a block, taken at once
 constexpr int64_t kInlineElements = 1 << 17;  // fewer are done before another thread wakes up
 
 inline uint32_t lowest_lanes() { return (1u << Vec::kWidth) - 1; }
+
+// The length of a block in whole kFeedbackTokens.
+inline int padded_length(int count) {
+  return (count + kFeedbackTokens - 1) / kFeedbackTokens * kFeedbackTokens;
+}
 
 // Quantizes one group of the token grid; returns its scale. `codes`: one byte per element.
 template <class Format>
@@ -62,65 +68,146 @@ uint16_t quantize_group(const float* x, int n, uint8_t* codes) {
   return scale;
 }
 
-// Quantizes kWidth channels, from c on, of one block of the channel grid, which has `count` rows of
-// T. Only the rows that are `counted` determine the scales. `codes`: `[count, head_dim]`.
-template <class Format, class T>
-void quantize_channels(const uint8_t* const* rows, const bool* counted, int count, int c,
-                       int head_dim, uint16_t* scale, uint16_t* zero_point, uint8_t* codes) {
-  const Vec nothing(0.0f), infinity(__builtin_inff()), limit(kFp16Max);
-  const auto load = [&](int t) { return Vec::load((const T*)rows[t] + c); };
-  const auto limited = [&](Vec x) { return Vec::max(Vec::min(x, limit), nothing - limit); };
-  Vec zero = nothing, range;
-  if (Format::kLevels == 0.0f) {  // symmetric
-    Vec absmax = nothing;
-    for (int t = 0; t < count; ++t) {
-      if (!counted[t]) continue;
-      Vec x = load(t);
-      absmax = Vec::where(Vec::finite(x), Vec::max(absmax, Vec::abs(x)), absmax);
-    }
-    range = absmax * Vec(float(1.0 / double(Format::kReach)));
-  } else {
-    Vec low = infinity, high = nothing - infinity;
-    for (int t = 0; t < count; ++t) {
-      if (!counted[t]) continue;
-      Vec x = load(t);
-      uint32_t finite = Vec::finite(x);
-      low = Vec::where(finite, Vec::min(low, x), low);
-      high = Vec::where(finite, Vec::max(high, x), high);
-    }
-    const uint32_t any = Vec::finite(low);
-    // Adding 0 turns -0 into +0: the minimum of both zeros may be either one, and the bytes must
-    // not depend on it.
-    low = Vec::where(any, low, nothing) + nothing;
-    high = Vec::where(any, high, nothing) + nothing;
-    if (Format::kChannelSpan < 1.0) {
-      // The difference of two products, because high - low may overflow.
-      const Vec part(float((1.0 - Format::kChannelSpan) / 2.0));
-      const Vec margin = high * part - low * part;
-      low = low + margin;
-      high = high - margin;
-    }
-    alignas(64) Half halves[Vec::kWidth];
-    limited(low).store(halves);
-    zero = Vec::load(halves);
-    std::memcpy(zero_point + c, halves, sizeof(halves));
-    range = (high - zero) * Vec(float(1.0 / double(Format::kLevels)));
+// The smallest and the largest counted element of each lane, infinities where there is none. Where
+// Format is symmetric: `high` is the largest magnitude.
+template <class Format>
+struct Extremes {
+  static constexpr bool kSymmetric = Format::kLevels == 0.0f;
+  Vec low{__builtin_inff()}, high{kSymmetric ? 0.0f : -__builtin_inff()};
+
+  void add(Vec x, uint32_t counted) {
+    counted &= Vec::finite(x);
+    if (kSymmetric) x = Vec::abs(x);
+    if (!kSymmetric) low = Vec::where(counted, Vec::min(low, x), low);
+    high = Vec::where(counted, Vec::max(high, x), high);
   }
-  alignas(64) Half halves[Vec::kWidth];
-  limited(range).store(halves);
-  std::memcpy(scale + c, halves, sizeof(halves));
-  const Vec r = Vec(1.0f) / Vec::load(halves);
-  const uint32_t usable = Vec::finite(r);
-  for (int t = 0; t < count; ++t) {
-    Vec x = load(t), y;
-    if (Format::kLevels == 0.0f) {
+};
+
+// Scales and zero points of the channel grid, a channel in each lane.
+template <class Format>
+struct ChannelGrid {
+  static constexpr bool kSymmetric = Extremes<Format>::kSymmetric;
+  alignas(64) Half scales[Vec::kWidth], zero_points[Vec::kWidth];
+  Vec zero{0.0f}, scale, r;
+  uint32_t usable;
+
+  explicit ChannelGrid(Vec low, Vec high) {
+    const Vec nothing(0.0f), limit(kFp16Max);
+    const auto limited = [&](Vec x) { return Vec::max(Vec::min(x, limit), nothing - limit); };
+    Vec range = high * Vec(float(1.0 / double(Format::kReach)));
+    if (!kSymmetric) {
+      const uint32_t any = Vec::finite(low);
+      // Adding 0 turns -0 into +0: the minimum of both zeros may be either one, and the bytes must
+      // not depend on it.
+      low = Vec::where(any, low, nothing) + nothing;
+      high = Vec::where(any, high, nothing) + nothing;
+      if (Format::kChannelSpan < 1.0) {
+        // The difference of two products, because high - low may overflow.
+        const Vec part(float((1.0 - Format::kChannelSpan) / 2.0));
+        const Vec margin = high * part - low * part;
+        low = low + margin;
+        high = high - margin;
+      }
+      limited(low).store(zero_points);
+      zero = Vec::load(zero_points);
+      range = (high - zero) * Vec(float(1.0 / double(Format::kLevels)));
+    }
+    limited(range).store(scales);
+    scale = Vec::load(scales);
+    r = Vec(1.0f) / scale;
+    usable = Vec::finite(r);
+  }
+
+  // Not rounded where Format is a float: storing rounds it.
+  Vec code(Vec x) const {
+    const Vec nothing(0.0f);
+    Vec y;
+    if (kSymmetric) {
       y = Vec::min(Vec::max(x * r, Vec(-Format::kReach)), Vec(Format::kReach));
     } else {
       y = Vec::round((x - zero) * r);
       y = Vec::min(Vec::max(y, nothing), Vec(Format::kLevels));
     }
-    Vec::where(usable & Vec::not_nan(x), y, nothing)
-        .store_codes(typename Format::Code{}, codes + t * head_dim + c);
+    return Vec::where(usable & Vec::not_nan(x), y, nothing);
+  }
+
+  Vec decoded(Vec code) const { return kSymmetric ? code * scale : zero + code * scale; }
+};
+
+// One block of the channel grid: `count` rows of T, of which those that are `counted` determine the
+// scales. `codes`: `[count, head_dim]`.
+struct Block {
+  const uint8_t* rows[kMaxBlock];
+  bool counted[kMaxBlock];
+  int count, head_dim;
+  uint16_t *scale, *zero_point;
+  uint8_t* codes;
+};
+
+template <class Format, class T>
+void quantize_block(const Block& block) {
+  for (int c = 0; c < block.head_dim; c += Vec::kWidth) {
+    const auto load = [&](int t) { return Vec::load((const T*)block.rows[t] + c); };
+    Extremes<Format> found;
+    for (int t = 0; t < block.count; ++t)
+      if (block.counted[t]) found.add(load(t), lowest_lanes());
+    const ChannelGrid<Format> grid(found.low, found.high);
+    std::memcpy(block.scale + c, grid.scales, sizeof(grid.scales));
+    if (!grid.kSymmetric)
+      std::memcpy(block.zero_point + c, grid.zero_points, sizeof(grid.zero_points));
+    for (int t = 0; t < block.count; ++t)
+      grid.code(load(t)).store_codes(typename Format::Code{}, block.codes + t * block.head_dim + c);
+  }
+}
+
+// The same with error feedback, a token in each lane. `x`: memory for `[head_dim, padded_length]`
+// floats: the elements of channels that are still to come, and the errors of those before.
+//
+// Channel c takes what all channels before it have left for it when its own turn comes, in their
+// order: the same steps as if each of them had changed all later ones, with fewer stores.
+template <class Format, class T>
+void quantize_with_feedback(const Block& block, const float* factors, float* x) {
+  constexpr int W = Vec::kWidth, kGroup = kFeedbackTokens / W;
+  const int length = padded_length(block.count), head_dim = block.head_dim;
+  uint32_t counted[kMaxBlock / W] = {};
+  for (int t = 0; t < length; ++t) {
+    alignas(64) float row[kMaxHeadDim] = {};
+    if (t < block.count) {
+      counted[t / W] |= uint32_t(block.counted[t]) << t % W;
+      for (int c = 0; c < head_dim; c += W) Vec::load((const T*)block.rows[t] + c).store(row + c);
+    }
+    for (int c = 0; c < head_dim; ++c) x[c * length + t] = row[c];
+  }
+  for (int c = 0; c < head_dim; ++c) {
+    float* own = x + c * length;
+    Extremes<Format> found;
+    for (int first = 0; first < length; first += kFeedbackTokens) {
+      Vec v[kGroup];
+      for (int g = 0; g < kGroup; ++g) v[g] = Vec::load(own + first + g * W);
+      for (int i = 0; i < c; ++i) {
+        const Vec factor(factors[i * head_dim + c]);
+        const float* error = x + i * length + first;
+        for (int g = 0; g < kGroup; ++g) v[g] = v[g] - factor * Vec::load(error + g * W);
+      }
+      for (int g = 0; g < kGroup; ++g) {
+        v[g].store(own + first + g * W);
+        found.add(v[g], counted[first / W + g]);
+      }
+    }
+    const Vec low(-Vec::largest(Vec(0.0f) - found.low)), high(Vec::largest(found.high));
+    const ChannelGrid<Format> grid(low, high);
+    block.scale[c] = grid.scales[0].bits;
+    if (!grid.kSymmetric) block.zero_point[c] = grid.zero_points[0].bits;
+    uint8_t codes[kMaxBlock];
+    for (int t = 0; t < length; t += W) {
+      const Vec element = Vec::load(own + t), code = grid.code(element);
+      code.store_codes(typename Format::Code{}, codes + t);
+      // Storing has rounded the code of a float.
+      const Vec stored = Format::kIsFloat ? Vec::decode(E4M3{}, codes, t, head_dim) : code;
+      const Vec error = element - grid.decoded(stored);
+      Vec::where(Vec::finite(error), error, Vec(0.0f)).store(own + t);
+    }
+    for (int t = 0; t < block.count; ++t) block.codes[t * head_dim + c] = codes[t];
   }
 }
 
@@ -251,42 +338,51 @@ struct QuantizeAppend {
     if (bad) nonfinite += bad;
   }
 
-  void write_block(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t block) {
+  void write_block(const KvquantNewTokens& x, int64_t b, int64_t h, int64_t index) {
     const KvquantSide& side = x.side;
     const int length = int(side.group_length), head_dim = int(side.head_dim);
-    const uint8_t* rows[kMaxBlock];
-    bool counted[kMaxBlock];
-    for (int i = 0; i < length; ++i) {
-      const int64_t t = block * length + i;
-      rows[i] = t < start_of(b) ? ring_row(side, b, h, t) : new_row(x, b, h, t);
-      counted[i] = !is_padding(b, t);
-    }
-    auto* codes = static_cast<uint8_t*>(scratch(kTaskScratch, size_t(length) * head_dim));
-    if (codes == nullptr) {
+    const size_t elements = size_t(length) * head_dim;
+    const size_t floats = x.factors ? size_t(padded_length(length)) * head_dim : 0;
+    auto* memory = static_cast<float*>(scratch(kTaskScratch, floats * sizeof(float) + elements));
+    if (memory == nullptr) {
       no_memory = true;
       return;
     }
-    const Place place = place_of(a.pages, b, block * length);
-    const int64_t first = block * length - place.first;
+    const Place place = place_of(a.pages, b, index * length);
+    const int64_t first = index * length - place.first;
     const int64_t at = (place.row * side.scale_stride[0] + h * side.scale_stride[1]) / 2 +
                        first / length * head_dim;
-    uint16_t *scale = side.scale + at, *zero = side.zero_point ? side.zero_point + at : nullptr;
-    for (int c = 0; c < head_dim; c += Vec::kWidth) {
-      if (side.format == kInt8)
-        quantize_channels<Unsigned8, T>(rows, counted, length, c, head_dim, scale, zero, codes);
-      if (side.format == kFp8)
-        quantize_channels<E4M3, T>(rows, counted, length, c, head_dim, scale, zero, codes);
-      if (side.format == kInt4)
-        quantize_channels<Nibble, T>(rows, counted, length, c, head_dim, scale, zero, codes);
-      if (side.format == kInt3)
-        quantize_channels<ThreeBits, T>(rows, counted, length, c, head_dim, scale, zero, codes);
-      if (side.format == kInt2)
-        quantize_channels<TwoBits, T>(rows, counted, length, c, head_dim, scale, zero, codes);
+    Block block;
+    block.count = length;
+    block.head_dim = head_dim;
+    block.scale = side.scale + at;
+    block.zero_point = side.zero_point ? side.zero_point + at : nullptr;
+    block.codes = (uint8_t*)(memory + floats);
+    for (int i = 0; i < length; ++i) {
+      const int64_t t = index * length + i;
+      block.rows[i] = t < start_of(b) ? ring_row(side, b, h, t) : new_row(x, b, h, t);
+      block.counted[i] = !is_padding(b, t);
     }
+    const float* factors = x.factors ? x.factors + h * head_dim * head_dim : nullptr;
+    if (side.format == kInt8) quantize<Unsigned8>(block, factors, memory);
+    if (side.format == kFp8) quantize<E4M3>(block, factors, memory);
+    if (side.format == kInt4) quantize<Nibble>(block, factors, memory);
+    if (side.format == kInt3) quantize<ThreeBits>(block, factors, memory);
+    if (side.format == kInt2) quantize<TwoBits>(block, factors, memory);
     const int64_t bytes = row_bytes(side, a.dtype);
     uint8_t* data =
         side.data + place.row * side.data_stride[0] + h * side.data_stride[1] + first * bytes;
-    for (int i = 0; i < length; ++i) write_codes(side, codes + i * head_dim, data + i * bytes);
+    for (int i = 0; i < length; ++i)
+      write_codes(side, block.codes + i * head_dim, data + i * bytes);
+  }
+
+  template <class Format>
+  static void quantize(const Block& block, const float* factors, float* memory) {
+    if (factors) {
+      quantize_with_feedback<Format, T>(block, factors, memory);
+    } else {
+      quantize_block<Format, T>(block);
+    }
   }
 
   static void write_codes(const KvquantSide& side, const uint8_t* codes, uint8_t* row) {

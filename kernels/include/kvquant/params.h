@@ -98,7 +98,8 @@ typedef struct KvquantAttention {
 // start + n.
 typedef struct KvquantNewTokens {
   const uint8_t* x;
-  int64_t x_stride[3];  // of batch, head and token
+  const float* factors;  // `[num_kv_heads, head_dim, head_dim]`, or null: no error feedback
+  int64_t x_stride[3];   // of batch, head and token
   int64_t n;
   KvquantSide side;
 } KvquantNewTokens;

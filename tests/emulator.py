@@ -32,7 +32,12 @@ class Fault(RuntimeError):
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = [("grid", ctypes.c_int32 * 3), ("threads", ctypes.c_int32), ("dynamic_shared_bytes", ctypes.c_int32)]
+    _fields_ = [
+        ("grid", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("dynamic_shared_bytes", ctypes.c_int32),
+        ("starts_early", ctypes.c_int32),
+    ]
 
 
 class Device:
@@ -41,10 +46,12 @@ class Device:
     Args:
         arch: compute capability times 100, as `__CUDA_ARCH__` has it.
         sources: files with kernels, besides those of kernels/cuda.
+        starts_early: whether kernels of these files start before the ones ahead have ended. Those of kernels/cuda
+            always do here, as gpu.py lets them from sm_90 on.
     """
 
-    def __init__(self, arch: int = 800, sources: Sequence[Path] = ()):
-        self._arch = arch
+    def __init__(self, arch: int = 800, sources: Sequence[Path] = (), *, starts_early: bool = False):
+        self._arch, self._starts_early = arch, starts_early
         self._sources = (*sorted((KERNELS / "cuda").glob("*.cu")), *sources)
         self._allowed: list[tuple[torch.Tensor, bool]] = []
 
@@ -77,7 +84,8 @@ class Device:
 
     def _run(self, kernel, specialisation, grid, arguments, reads, writes) -> None:
         macros = {"KVQUANT_ARCH": self._arch, **specialisation}
-        library = _library(self._source_of(kernel), tuple(sorted(macros.items())))
+        source = self._source_of(kernel)
+        library = _library(source, tuple(sorted(macros.items())))
         library.kvquant_emulate_forget()
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
         for tensor, writable in (
@@ -89,7 +97,8 @@ class Device:
                 library.kvquant_emulate_allow(*_extent(tensor), ctypes.c_int(writable))
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        launch = _Launch((*grid, 1, 1)[:3], *(ctypes.c_int32 * 2).in_dll(library, f"{kernel}_launch"))
+        needs = (ctypes.c_int32 * 2).in_dll(library, f"{kernel}_launch")
+        launch = _Launch((*grid, 1, 1)[:3], *needs, self._starts_early or source.parent == KERNELS / "cuda")
         message = ctypes.create_string_buffer(1000)
         run = getattr(library, f"kvquant_emulate_{kernel}")
         if run(ctypes.byref(launch), pointers, message, ctypes.c_int(len(message))):

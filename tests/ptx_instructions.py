@@ -211,6 +211,11 @@ def _bar(opcode, operands):
     return lambda threads: threads.pass_barrier(opcode[1] != "warp")
 
 
+def _griddepcontrol(opcode, operands):
+    # When the next kernel starts does not matter, since it has to wait.
+    return (lambda threads: threads.wait_for_grids()) if opcode[1] == "wait" else _nothing(opcode, operands)
+
+
 def _nothing(opcode, operands):
     return lambda threads: None
 
@@ -637,6 +642,7 @@ _MAKERS: dict[str, Callable] = {
     "cp": _cp,
     "cvta": _cvta,
     "bar": _bar,
+    "griddepcontrol": _griddepcontrol,
     "membar": _nothing,
     "fence": _nothing,
     "shfl": _shfl,

@@ -9,7 +9,8 @@ a second to a second, less than g++ would need to compile code made from a kerne
     warps      shuffles, votes, ldmatrix, mma and warp barriers wait for all 32 threads; block barriers for the block
     faults     addresses out of range or misaligned; registers and shared memory that nobody wrote; shared memory that
                a copy is on its way to, or that another thread wrote with no barrier between; threads that wait for
-               ever; copies that nobody waited for; parameters of another size than the kernel's
+               ever; copies that nobody waited for; parameters of another size than the kernel's; from sm_90 on,
+               accesses to global memory, or an end, without waiting for the kernels before
 
 Not shown: ptxas, time, the order of global memory, and a write to shared memory before another thread has read there,
 which the emulator of the sources finds.
@@ -28,7 +29,7 @@ import torch
 from ptx_memory import Fault, Global, Shared
 from ptx_text import SIZES, Instruction, Kernel, parse
 
-from hf_kvquant.backends import nvrtc
+from hf_kvquant.backends import gpu, nvrtc
 from hf_kvquant.backends.specialisation import Specialisation
 
 
@@ -55,7 +56,10 @@ class Device:
         """
         for kernel, grid in kernels.items():
             code = module(nvrtc.KERNELS[kernel], kind, self._arch)[kernel]
-            execute(code, grid, arguments, reads=reads, writes=writes, multiply=self._multiply)
+            execute(
+                code, grid, arguments, reads=reads, writes=writes, multiply=self._multiply,
+                starts_early=gpu.starts_early(self._arch),
+            )  # fmt: skip
 
 
 @lru_cache(maxsize=None)
@@ -64,8 +68,17 @@ def module(source: str, kind: Specialisation, arch: str) -> dict[str, Kernel]:
     return parse(ptxas.ptx(source, kind, arch))
 
 
-def execute(kernel: Kernel, grid, arguments, *, reads=(), writes=(), multiply=ptx_instructions.exact_product) -> None:
-    """Runs `kernel`; the module says what `Device` checks."""
+def execute(
+    kernel: Kernel,
+    grid,
+    arguments,
+    *,
+    reads=(),
+    writes=(),
+    multiply=ptx_instructions.exact_product,
+    starts_early=False,
+) -> None:
+    """Runs `kernel`; the module says what `Device` checks. `starts_early`: kernels before it may be running."""
     given = [x for x in arguments if isinstance(x, torch.Tensor)]
     extents = [(*_extent(x), True) for x in (*given, *writes) if x is not None and x.numel()]
     extents += [(*_extent(x), False) for x in reads if x is not None and x.numel()]
@@ -76,7 +89,8 @@ def execute(kernel: Kernel, grid, arguments, *, reads=(), writes=(), multiply=pt
     if len(parameters) != kernel.parameter_bytes:
         raise Fault(f"{kernel.name} has parameters of {kernel.parameter_bytes} bytes; {len(parameters)} were given")
     with np.errstate(all="ignore"):
-        Threads(kernel, tuple(grid), np.frombuffer(parameters, np.uint8), Global(extents), multiply).run()
+        memory = np.frombuffer(parameters, np.uint8), Global(extents)
+        Threads(kernel, tuple(grid), *memory, multiply, starts_early).run()
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
@@ -88,7 +102,7 @@ def _extent(x: torch.Tensor) -> tuple[int, int]:
 class Threads:
     """All threads of a launch: registers, program counters, and those that execute at the moment."""
 
-    def __init__(self, kernel: Kernel, grid, parameters: np.ndarray, memory: Global, multiply):
+    def __init__(self, kernel: Kernel, grid, parameters: np.ndarray, memory: Global, multiply, starts_early: bool):
         self._kernel, self._parameters, self._global = kernel, parameters, memory
         self.multiply_matrices = multiply
         self._threads, dynamic = kernel.launch
@@ -111,6 +125,8 @@ class Threads:
         self._unwritten: dict[str, np.ndarray] = {}
         self._copies: str | None = None
         self._place = np.zeros(self._count, np.int64)
+        # Whether each thread has waited for the kernels before.
+        self._waited = np.full(self._count, not starts_early)
         self._everyone = everyone
         self._now: np.ndarray | slice = slice(None)
 
@@ -137,6 +153,8 @@ class Threads:
                     break
         if pending := self._shared.pending():
             raise Fault(f"{self._kernel.name} ends with {pending} copies that nobody waited for")
+        if not self._waited.all():
+            raise Fault(f"{self._kernel.name}: threads end that did not wait for the kernels before")
 
     def _next(self, waits, end: int) -> int | None:
         """Chooses the threads that go next, and returns their place; None: all have ended."""
@@ -258,20 +276,20 @@ class Threads:
             return self._parameters[at[:, None] + np.arange(size)].view(dtype)
         if space == "shared":
             return self._shared.load(self._everyone[self._now], at, dtype, count)
-        return self._global.load(at, dtype, count)
+        return self._global_now().load(at, dtype, count)
 
     def store(self, space: str, address: str, values: np.ndarray) -> None:
         if space == "shared":
             self._shared.store(self._everyone[self._now], self._addresses(address), values)
         else:
-            self._global.store(self._addresses(address), values)
+            self._global_now().store(self._addresses(address), values)
 
     def add_one_by_one(self, address: str, values: np.ndarray) -> np.ndarray:
         """Adds to global memory, thread after thread; returns what each found."""
-        old = np.empty_like(values)
+        old, memory = np.empty_like(values), self._global_now()
         for i, at in enumerate(self._addresses(address)):
-            old[i] = self._global.load(np.array([at]), values.dtype, 1)[0, 0]
-            self._global.store(np.array([at]), (old[i] + values[i]).reshape(1, 1))
+            old[i] = memory.load(np.array([at]), values.dtype, 1)[0, 0]
+            memory.store(np.array([at]), (old[i] + values[i]).reshape(1, 1))
         return old
 
     def copy(self, to: str, source: str, size: int, valid: str) -> None:
@@ -280,7 +298,7 @@ class Threads:
         if not np.isin(take, (0, size)).all():
             raise ptx_instructions.Unknown(f"cp.async of {take.max()} of {size} bytes")
         values, takes = np.zeros((len(threads), size // 4), np.uint32), take > 0
-        values[takes] = self._global.load(self._addresses(source)[takes], values.dtype, size // 4)
+        values[takes] = self._global_now().load(self._addresses(source)[takes], values.dtype, size // 4)
         self._shared.copy(threads, self._addresses(to), values)
 
     def commit(self) -> None:
@@ -289,10 +307,18 @@ class Threads:
     def wait(self, left: int) -> None:
         self._shared.wait(self._everyone[self._now], left)
 
+    def wait_for_grids(self) -> None:
+        self._waited[self._now] = True
+
     def pass_barrier(self, of_block: bool) -> None:
         self._shared.warp_clock[self._now] += 1
         if of_block:
             self._shared.block_clock[self._now] += 1
+
+    def _global_now(self) -> Global:
+        if not self._waited[self._now].all():
+            raise Fault("accesses global memory before it has waited for the kernels before")
+        return self._global
 
     def _addresses(self, operand: str) -> np.ndarray:
         base, _, offset = operand[1:-1].replace(" ", "").partition("+")

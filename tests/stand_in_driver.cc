@@ -90,6 +90,31 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
   return kSuccess;
 }
 
+// Its attributes are written behind the launch: their numbers, and what they hold.
+struct Attribute {
+  int id;
+  char padding[4];
+  int value;
+  char rest[60];
+};
+static_assert(sizeof(Attribute) == 72, "as in cuda.h");
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const Attribute* attributes;
+  unsigned number;
+};
+int cuLaunchKernelEx(const Config* config, void* function, void** parameters, void** extra) {
+  const auto& [x, y, z] = config->grid;
+  const auto& [threads, one, other] = config->block;
+  const int status = cuLaunchKernel(function, x, y, z, threads, one, other, config->shared,
+                                    config->stream, parameters, extra);
+  for (unsigned i = 0; i < config->number && status == kSuccess; ++i) {
+    note("with attribute %d of %d", config->attributes[i].id, config->attributes[i].value);
+  }
+  return status;
+}
+
 int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
   static void* self = dlopen("libcuda.so.1", RTLD_LAZY);
   *function = dlsym(self, (std::string(name) + "_v2").c_str());

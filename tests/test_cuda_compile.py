@@ -31,8 +31,8 @@ LIKE_SM_80 = ("sm_86", "sm_89")
 PRESETS = KVQuantConfig.preset_names()
 # The architectures, in groups that share their PTX: NVRTC's optimizer does the same for all architectures before
 # sm_100, and the same for all from sm_100 on; there is code of its own for fp8 from sm_89 on, also in the append of
-# other formats.
-SAME_PTX = (("sm_80", "sm_86"), ("sm_89", "sm_90"), ("sm_100", "sm_120"))
+# other formats, and from sm_90 on kernels wait for the ones before them.
+SAME_PTX = (("sm_80", "sm_86"), ("sm_89",), ("sm_90",), ("sm_100", "sm_120"))
 ARCHS = [arch for group in SAME_PTX for arch in group]
 
 # The most registers of a thread, by kernel and largest head_dim. They bound the blocks on an SM: 65536 registers are 5

@@ -21,6 +21,7 @@ from hf_kvquant.backends.specialisation import specialisation
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+EARLY = "with attribute 6 of 1"  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_SHARE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 THREADS = """
 import threading, time
@@ -46,7 +47,7 @@ __constant__ int merge_splits_kernel_launch[2] = {64, 60000};
 """
 
 SCRIPT = """
-import ctypes, sys
+import ctypes, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -56,7 +57,7 @@ from hf_kvquant.backends.specialisation import specialisation
 from cuda.bindings import driver
 
 nvrtc.source_folder = lambda: Path(sys.argv[1])
-state = {"device": 0, "stream": 0x77, "capturing": False}
+state = {"device": 0, "stream": 0x77, "capturing": False, "capability": (9, 0)}
 
 @contextmanager
 def on(index):
@@ -66,7 +67,7 @@ def on(index):
     state["device"] = before
     driver.cuCtxSetCurrent(0x1000 + before)
 
-torch.cuda.get_device_capability = lambda index: (9, 0)
+torch.cuda.get_device_capability = lambda index: state["capability"]
 torch.cuda.current_device = lambda: state["device"]
 torch.cuda.device = on
 torch.cuda.is_current_stream_capturing = lambda: state["capturing"]
@@ -99,11 +100,19 @@ launch(one)
 launch(zero, "merge_splits_kernel")
 state["capturing"] = True
 launch(zero)
+another = threading.Thread(target=launch, args=(zero,))
+another.start()
+another.join()
 driver.cuCtxSetCurrent(0)
 launch(zero)
 state["stream"] = 0xbad
 said(lambda: launch(zero))
-state["capturing"] = False
+state.update(stream=0x77, capturing=False, capability=(8, 0))
+launch(gpu.Gpu(0))
+state["capability"] = (9, 0)
+newer, driver.cuDriverGetVersion = driver.cuDriverGetVersion, lambda: (0, 12020)
+launch(gpu.Gpu(0))
+driver.cuDriverGetVersion = newer
 nvrtc.compiled = lambda *_: nvrtc.Compiled(b"too new for this driver", {}, {}, True, 0.0)
 said(lambda: launch(gpu.Gpu(0)))
 """
@@ -122,7 +131,8 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     nvrtc._sources_hash.cache_clear()
     # Compiled here, because NVRTC looks for a driver too, and would take the stand-in for a complete one.
     fp8 = QuantSpec("fp8").resolve(64)
-    nvrtc.compiled("decode_attention.cu", specialisation(2, fp8, fp8, 64, 64), "sm_90")
+    for arch in ("sm_80", "sm_90"):
+        nvrtc.compiled("decode_attention.cu", specialisation(2, fp8, fp8, 64, 64), arch)
 
     library, trace = tmp_path / "libcuda.so.1", tmp_path / "trace"
     compiler = shutil.which("g++") or shutil.which("c++")
@@ -131,30 +141,37 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "LD_LIBRARY_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
         "STAND_IN_TRACE": str(trace),
     }
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     address, while_capturing, failed, too_new = done.stdout.splitlines()
+    share = f"set 4000, attribute {SHARED_SHARE} to 100"
     first = f"grid 3 2 1 threads 128 shared 0 stream 77: aaa bbb, {int(address, 16):x}"
     lines = [line for line in trace.read_text().splitlines() if line != "unload"]
     assert lines == [
         # Compiled and loaded after the refused capture, in the GPU's own context; then only launched.
-        "context 1000", "kernel decode_attention_kernel", "load 4000, attribute 4", f"launch 4000 {first}",
-        f"launch 4000 {first}",
+        # Kernels may start before the ones ahead have ended, and get all of the shared memory.
+        "context 1000", "kernel decode_attention_kernel", share, "load 4000, attribute 4",
+        f"launch 4000 {first}", EARLY,
+        f"launch 4000 {first}", EARLY,
         # A second GPU has a function and a stream of its own, and the first is current again afterwards.
-        "context 1001", "context 1001", "kernel decode_attention_kernel", "load 4001, attribute 4",
-        f"launch 4001 {first.replace('stream 77', 'stream 78')}", "context 1000",
-        # More than 48 KB of shared memory must be requested, and a kernel with shared memory gets all there is.
+        "context 1001", "context 1001", "kernel decode_attention_kernel", share.replace("4000", "4001"),
+        "load 4001, attribute 4", f"launch 4001 {first.replace('stream 77', 'stream 78')}", EARLY, "context 1000",
+        # More than 48 KB of shared memory must be requested.
         "context 1000", "kernel merge_splits_kernel", f"set 4000, attribute {SHARED_LIMIT} to 60000",
-        f"set 4000, attribute {SHARED_SHARE} to 100",
-        "load 4000, attribute 4", f"launch 4000 {first.replace('threads 128 shared 0', 'threads 64 shared 60000')}",
-        # Loaded kernels may be captured.
-        f"launch 4000 {first}",
+        share, "load 4000, attribute 4",
+        f"launch 4000 {first.replace('threads 128 shared 0', 'threads 64 shared 60000')}", EARLY,
+        # Loaded kernels may be captured, and launched by another thread.
+        f"launch 4000 {first}", EARLY,
+        f"launch 4000 {first}", EARLY,
         # A thread without a context gets one.
-        "context 0", "launch without a context", "context 1000", f"launch 4000 {first}",
+        "context 0", "launch without a context", "context 1000", f"launch 4000 {first}", EARLY,
+        # Before sm_90, and with a driver that cannot capture such launches, a kernel starts after the one ahead.
+        *("context 1000", "kernel decode_attention_kernel", share, "load 4000, attribute 4",
+          f"launch 4000 {first}") * 2,
         # A kernel whose code the driver refuses.
         "context 1000",
     ]  # fmt: skip

@@ -175,6 +175,19 @@ PLANTED = {
     "no block barrier": (PRIMITIVES, "{ __syncthreads(); }", "{ __syncwarp(); }", "nobody wrote|no barrier since"),
     "rows beyond the end": (PRIMITIVES, '"r"(valid ? 16 : 0)', '"r"(16)', "outside of the tensors"),
     "an operand that nobody writes": (PRIMITIVES, '"prmt.b32 %0, %1, %2, %3;"', '""', "which nobody wrote"),
+    "no wait for the kernels before": (PRIMITIVES, '"griddepcontrol.wait;"', '""', "before it has waited"),
+    "a wait of some threads": (
+        "decode_attention.cu",
+        "  wait_for_grids();\n  const Place",
+        "  if (thread_index() < 64) wait_for_grids();\n  const Place",
+        "before it has waited",
+    ),
+    "merging before attention has ended": (
+        "decode_attention.cu",
+        "wait_for_grids();\n  const RowMerge",
+        "\n  const RowMerge",
+        "merge_splits_kernel: `ld.global.* before it has waited",
+    ),
     "another matrix": (PRIMITIVES, "m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16", None),
     "a misaligned row": ("tiles.h", "copy_pieces(mine + i", "copy_pieces(mine + 8 + i", "not aligned"),
     "a field more": ("params.h", "double scaling, softcap;", "double scaling, softcap, spare;", "were given"),
@@ -186,6 +199,12 @@ PLANTED_IN_PAGES = {
     "a column of a page": ("pages.h", "kPaged ? column % kPageLength : column", "column", None),
     "the table of a row": ("pages.h", "batch * pages.table_stride + column", "column", None),
     "the exact copies of a row": ("pages.h", "global_load(pages.exact + batch)", "batch", None),
+    "the length of a row before the wait": (
+        "decode_attention.cu",
+        "wait_for_grids();\n  const Place p(a);",
+        "const Place p(a);\n  wait_for_grids();",
+        "before it has waited",
+    ),
     "the length of a row": ("columns.h", "a.pages.lengths + batch", "a.pages.lengths", None),
     "fields of a table in another order": ("params.h", "table_stride, page_length", "page_length, table_stride", None),
 }

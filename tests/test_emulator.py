@@ -227,6 +227,30 @@ def test_a_fault_names_its_line():
     assert "kSharedBeyond" in PROBES.read_text().splitlines()[line - 1]
 
 
+WAITS = {
+    "in time": None,
+    "after a load": "thread 0, probes.cu.* reads global memory before it has waited for the kernels before",
+    "in a part of the threads": "thread 5, .* writes global memory before it has waited",
+    "in all threads but one that ends": "thread 5, .* ends, and did not wait for the kernels before",
+}
+
+
+@pytest.mark.parametrize("when", WAITS)
+def test_a_kernel_that_starts_early_has_to_wait(when):
+    x, y = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    device, variant = emulator.Device(sources=[PROBES], starts_early=True), list(WAITS).index(when)
+    arguments = dict(reads=[x], writes=[y])
+    macros = {"KVQUANT_THREADS": 32, "KVQUANT_SHARED_BYTES": 0}
+    probe = Probe(x.data_ptr(), y.data_ptr(), variant)
+    if WAITS[when] is None:
+        device.launch("early_kernel", macros, (1,), probe, **arguments)
+        assert torch.equal(x, y)
+    else:
+        with pytest.raises(emulator.Fault, match=WAITS[when]):
+            device.launch("early_kernel", macros, (1,), probe, **arguments)
+    emulator.Device(sources=[PROBES]).launch("early_kernel", macros, (1,), probe, **arguments)
+
+
 def test_launches_that_cannot_be():
     device, x = emulator.Device(sources=[PROBES]), torch.zeros(128, dtype=torch.int32)
     probe = Probe(x.data_ptr(), x.data_ptr(), 0)

@@ -20,6 +20,9 @@ from . import nvrtc
 from .specialisation import Specialisation
 
 MIN_CAPABILITY = (8, 0)
+# From this architecture on a kernel may start before the one ahead of it has ended; the oldest driver, in its own
+# numbers, that captures such launches in CUDA graphs.
+_EARLY_ARCH, _EARLY_DRIVER = 90, 12030
 # The shared memory that a kernel may have without asking for more.
 _SHARED_BYTES = 48 << 10
 
@@ -33,6 +36,12 @@ def too_old(capability: tuple[int, int]) -> str:
     """The message about a GPU that is too old."""
     found, expected = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
     return f"compute capability {found} is too old; expected {expected} or newer"
+
+
+def starts_early(arch: str) -> bool:
+    """Whether kernels compiled for `arch` ("sm_90") wait for the kernel ahead of them, and so may start before it has
+    ended (primitives.h)."""
+    return int(arch[3:]) >= _EARLY_ARCH
 
 
 def of(tensor: torch.Tensor) -> Gpu:
@@ -61,6 +70,8 @@ class Gpu:
             raise RuntimeError(f"cuda:{index}: {too_old(capability)}")
         self._index = index
         self._arch = nvrtc.architecture(*capability)
+        is_new = starts_early(self._arch) and _checked("driver", *_driver().cuDriverGetVersion()) >= _EARLY_DRIVER
+        self._early = _Early() if is_new else None
         # The driver's handle of each kernel, and its threads and shared memory.
         self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
 
@@ -82,21 +93,30 @@ class Gpu:
         # These need not outlive the call: the driver copies the parameters before a launch returns.
         address = ctypes.c_void_p(None if memory is None else memory.data_ptr())
         parameters = _Parameters(ctypes.addressof(struct), ctypes.addressof(address))
-        given = torch._C._cuda_getCurrentRawStream(index), ctypes.addressof(parameters), 0
-        functions, driver = self._functions, _driver()
+        stream, functions = torch._C._cuda_getCurrentRawStream(index), self._functions
         for kernel, grid in kernels.items():
             function, needs = functions.get((kernel, kind)) or self._load(kernel, kind)
-            launch = function, *grid, needs.threads, 1, 1, needs.shared_bytes, *given
-            (status,) = driver.cuLaunchKernel(*launch)
+            launch = function, grid, needs, stream, ctypes.addressof(parameters)
+            status = self._start(*launch)
             if not status:
                 continue
-            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 # This thread has not yet called the CUDA runtime.
                 self._enter()
-                (status,) = driver.cuLaunchKernel(*launch)
+                status = self._start(*launch)
             if status:
                 told = f"{_name(status)}, grid {grid}"
                 raise RuntimeError(f"{kernel} ({kind}) cannot be launched on cuda:{index}: {told}")
+
+    def _start(self, function: object, grid: Sequence[int], needs: nvrtc.Launch, stream: int, parameters: int) -> Any:
+        """The driver's status. `parameters`: the address of their addresses."""
+        if self._early is None:
+            launch = function, *grid, needs.threads, 1, 1, needs.shared_bytes, stream, parameters, 0
+            return _driver().cuLaunchKernel(*launch)[0]
+        config = self._early.config
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.sharedMemBytes, config.hStream = needs.threads, needs.shared_bytes, stream
+        return _driver().cuLaunchKernelEx(config, function, parameters, 0)[0]
 
     def _enter(self) -> None:
         nvrtc.cuda_core().Device(self._index).set_current()
@@ -123,11 +143,10 @@ class Gpu:
                 if needs.shared_bytes > _SHARED_BYTES:
                     limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _checked(kernel, *_driver().cuFuncSetAttribute(function, limit, needs.shared_bytes))
-                if needs.shared_bytes:
-                    # All of a multiprocessor's memory: the driver's own choice may have room for fewer blocks than
-                    # registers have, and another choice for each kernel of a call would make it wait in between.
-                    share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                    _checked(kernel, *_driver().cuFuncSetAttribute(function, share, 100))
+                # All of a multiprocessor's memory: the driver's own choice may have room for fewer blocks than
+                # registers have, and another choice for each kernel of a step would make it wait in between.
+                share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                _checked(kernel, *_driver().cuFuncSetAttribute(function, share, 100))
                 # Reading an attribute loads the code now. The first launch would load it, perhaps in a capture.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
                 self._functions[kernel, kind] = function, needs
@@ -141,6 +160,20 @@ class Gpu:
             f"cuda:{self._index}: {_name(status)}; the driver is for CUDA {known // 1000}.{known % 1000 // 10}. Where "
             f"NVRTC's major version is newer than the driver's: {nvrtc.remedy()}"
         )
+
+
+class _Early(threading.local):
+    """A launch that may start before the kernel ahead of it has ended: one for each thread, filled in for each launch,
+    because making one takes longer than the launch."""
+
+    def __init__(self) -> None:
+        driver = _driver()
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        self.config = driver.CUlaunchConfig()
+        self.config.attrs, self.config.numAttrs = [attribute], 1
+        self.config.blockDimY = self.config.blockDimZ = 1
 
 
 @lru_cache(maxsize=None)

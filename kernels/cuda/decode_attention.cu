@@ -15,6 +15,8 @@
 //     x = 4          stored columns    split .. 2 split                |
 //     ..             (beyond the length: returns at once)              |
 //
+// The merge starts while attention runs, and attention while an append does (primitives.h).
+//
 // Blocks do not communicate, and slices are merged in a fixed order, so the result of a query row
 // does not depend on the other rows of a batch.
 //
@@ -117,6 +119,8 @@ KVQUANT_KERNEL(decode_attention_kernel, 32 * kvquant::kWarps, kvquant::kBlocks,
                kvquant::ThePasses::kBytes, KVQUANT_ARGUMENT KvquantAttention a, float* partial) {
   using namespace kvquant;
   KVQUANT_DYNAMIC_SHARED(uint8_t, memory);
+  let_next_grid_start();
+  wait_for_grids();
   const Place p(a);
   const Partials partials(a, partial);
   const int index = block_index_x(), split = index - partials.extra;
@@ -182,6 +186,7 @@ KVQUANT_KERNEL(merge_splits_kernel, 32 * kvquant::kMergeWarps, 1,
                const float* partial) {
   using namespace kvquant;
   KVQUANT_DYNAMIC_SHARED(float, memory);
+  wait_for_grids();
   const RowMerge<kMergeWarps> merge{a, Partials(a, const_cast<float*>(partial)), memory};
   merge.run(block_index_z(), block_index_y(), block_index_x());
 }

@@ -12,6 +12,7 @@
 //             assigned as a whole (`p[i] = x;`), seen as another type by shared_cast<U>(p)
 //   global    never through a raw `*p`: global_load, load_16, cp_async, global_store, store_16
 //   warps     collectives are called by all 32 lanes from the same line; blocks are whole warps
+//   grids     every thread calls wait_for_grids() before it touches global memory, or ends
 //
 // Packed pairs of 16-bit elements are uint32_t, the first in the low half.
 #pragma once
@@ -76,6 +77,30 @@ KVQUANT_DEVICE int grid_size_y() { return gridDim.y; }
 KVQUANT_DEVICE int grid_size_z() { return gridDim.z; }
 KVQUANT_DEVICE void block_barrier() { __syncthreads(); }
 KVQUANT_DEVICE void warp_barrier() { __syncwarp(); }  // orders shared memory within the warp
+
+// -- kernels of a stream, one after the other ----------------------------------------------------
+// From sm_90 on, a kernel may start while the one before it runs (gpu.py asks for that), which hides
+// the time of a launch. Elsewhere both calls do nothing.
+//
+//     quantize_append    |----------------|
+//     decode_attention     start ~ ~ ~ ~ ~ |-----------------------|         ~  waits
+//     merge_splits                           start ~ ~ ~ ~ ~ ~ ~ ~ ~ |-----|
+//
+// Whoever wrote a byte has ended before it is read, even two kernels earlier, because no kernel ends
+// before the one ahead of it.
+
+// Returns when the kernel ahead has ended, and what it wrote can be read.
+KVQUANT_DEVICE void wait_for_grids() {
+#if KVQUANT_ARCH >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start as soon as all blocks have called this.
+KVQUANT_DEVICE void let_next_grid_start() {
+#if KVQUANT_ARCH >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // -- votes and shuffles: no order of memory ------------------------------------------------------
 

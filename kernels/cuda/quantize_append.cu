@@ -393,6 +393,8 @@ KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT K
                           KVQUANT_K_ROTATE != 0>;
   using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
                             KVQUANT_V_ROTATE != 0>;
+  let_next_grid_start();
+  wait_for_grids();
   const int64_t* const length = kPaged ? a.pages.lengths + block_index_z() : a.length;
   const int64_t start = length ? global_load_relaxed(length) : a.start;
   if (appends) count_append(a, start, appends);

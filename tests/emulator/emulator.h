@@ -138,6 +138,8 @@ inline int grid_size_y() { return emulator::launch().grid[1]; }
 inline int grid_size_z() { return emulator::launch().grid[2]; }
 inline void block_barrier(KVQUANT_SITE) { emulator::block_barrier(site); }
 inline void warp_barrier(KVQUANT_SITE) { emulator::warp_barrier(site); }
+inline void wait_for_grids() { emulator::wait_for_grids(); }
+inline void let_next_grid_start() {}  // whenever the next one starts, it has to wait
 
 // -- votes and shuffles --------------------------------------------------------------------------
 

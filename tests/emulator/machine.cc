@@ -39,6 +39,7 @@ void begin_thread() {
     fault(end, "the thread ends with %zu cp_async copies that it did not wait for",
           thread.copies.size());
   }
+  if (!thread.waited) fault(end, "the thread ends, and did not wait for the kernels before");
   if (m.at_block_barrier) fault(end, "the thread ends while others wait at a block barrier");
   if (m.warps[place.thread / 32].arrived) {
     fault(end, "the thread ends while other lanes of its warp wait in %s",
@@ -59,6 +60,7 @@ void run_block() {
     Thread& thread = m.threads[i];
     thread.state = State::kReady;
     thread.warp_epoch = 0;
+    thread.waited = !m.launch.starts_early;
     thread.groups = 0;
     thread.copies.clear();
     prepare(thread.fiber, begin_thread);
@@ -144,6 +146,8 @@ int run(const char* kernel, const Launch& launch, void (*body)(void* const*),
   end_launch();
   return m.failed;
 }
+
+void wait_for_grids() { self().waited = true; }
 
 void block_barrier(Site site) {
   if (m.exited) fault(site, "a block barrier that a thread of the block ended before");

@@ -24,6 +24,7 @@ struct Launch {
   int32_t grid[3];
   int32_t threads;
   int32_t dynamic_shared_bytes;
+  int32_t starts_early;  // kernels before this one may be running
 };
 
 // Runs `body` once per thread of every block, one block after the other. Returns 0, or 1 with the
@@ -56,6 +57,7 @@ void copy_wait(int groups_in_flight);
 
 // -- together -------------------------------------------------------------------------------------
 
+void wait_for_grids();
 void block_barrier(Site site);
 void warp_barrier(Site site);
 

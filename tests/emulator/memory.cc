@@ -145,6 +145,9 @@ void global_access(const void* address, size_t bytes, Access access, Site site) 
   const char* verb = write ? "writes" : "reads";
   const Range* range = range_of(p, bytes, write);
   if (range == nullptr) fault_outside(p, bytes, verb, site);
+  if (!self().waited) {
+    fault(site, "%s global memory before it has waited for the kernels before", verb);
+  }
   if (uintptr_t(p) % bytes) {
     fault(site, "%s %zu bytes at byte %td of a tensor: not aligned", verb, bytes, p - range->begin);
   }

@@ -267,3 +267,18 @@ KVQUANT_KERNEL(exchange_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES,
   block_barrier();
   global_store(output + n * block + i, sum);
 }
+
+// Starts before the kernel ahead has ended; thread i copies element i. Variants: WAITS in
+// test_emulator.py.
+KVQUANT_KERNEL(early_kernel, KVQUANT_THREADS, 1, KVQUANT_SHARED_BYTES, KVQUANT_ARGUMENT Probe p) {
+  enum { kLoadsBefore = 1, kStoresBefore, kEndsBefore };
+  const int i = thread_index(), variant = int(p.variant);
+  const int32_t* input = reinterpret_cast<const int32_t*>(p.input) + i;
+  int32_t* output = reinterpret_cast<int32_t*>(p.output) + i;
+  let_next_grid_start();
+  if (variant == kLoadsBefore) global_load(input);
+  if (variant == kStoresBefore && i == 5) global_store(output, 0);
+  if (variant == kEndsBefore && i == 5) return;
+  wait_for_grids();
+  global_store(output, global_load(input));
+}

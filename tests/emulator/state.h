@@ -24,6 +24,7 @@ struct Thread {
   State state;
   Site site;  // where it waits
   uint32_t warp_epoch;
+  bool waited;  // for the kernels before this one
   std::vector<Copy> copies;
   int groups;
 };

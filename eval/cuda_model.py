@@ -5,7 +5,8 @@
 Kernels are compiled as the backend compiles them, with NVRTC, and disassembled by the program that `pip install
 'nvidia-cuda-nvdisasm==13.*'` brings. For the loop over plain tiles this prints instructions and wavefronts of shared
 memory per 16 columns, then the cycles of a tile, and the bytes per clock that a multiprocessor takes, with 1 to 4
-blocks on it; for each GPU the bytes per clock that memory delivers; for calls the microseconds beside the goals.
+blocks on it; for each GPU the bytes per clock that memory delivers; for calls the microseconds, alone and behind an
+append in a captured step, beside the goals.
 
 UNCALIBRATED: no figure has been compared with a GPU (hf_kvquant/measure/gpu/warp_timing.py says what is left out).
 """
@@ -71,7 +72,8 @@ def show(result: dict) -> None:
     print_table(title, [*names, *(f"{n} blocks" for n in range(1, 5))], rows, (0, 1))
     rows = [[name, _short(rate)] for name, rate in result["needed"].items()]
     print_table("Bytes per clock and multiprocessor that memory delivers", ["", "needed"], rows)
-    names = ["gpu", "preset", "batch", "context", "us", "limit_us", "over_bf16", "limit_over_bf16", "share_of_copy"]
+    names = ["gpu", "preset", "batch", "context", "us", "us_in_step", "limit_us", "over_bf16", "limit_over_bf16"]
+    names += ["share_of_copy"]
     rows = [[*(_short(row[name]) for name in names), "met" if row["met"] else "NOT MET"] for row in result["calls"]]
     print_table("Calls: predicted microseconds beside the goals", [*names, "goals"], rows, (0, 1))
     print(WARNING)

@@ -131,7 +131,7 @@ class TestWarps:
 class TestForecast:
     def test_waves(self):
         """Blocks alone take 10 cycles, two beside each other 15."""
-        times = [10.0, 15.0]
+        times = lambda beside, running: (10.0, 15.0)[beside - 1]  # noqa: E731
         assert forecast.schedule(3, 1, 4, times) == 10
         assert forecast.schedule(5, 1, 4, times) == 20
         assert forecast.schedule(8, 2, 4, times) == 15
@@ -141,6 +141,12 @@ class TestForecast:
         assert forecast.schedule(9, 2, 4, times) == 25
         # Of four that are left, each is alone.
         assert forecast.schedule(12, 2, 4, times) == 25
+
+    def test_running_blocks_share_the_memory(self):
+        """Each takes as many cycles as blocks run; the last one runs alone."""
+        assert forecast.schedule(4, 1, 4, lambda beside, running: running) == 4
+        assert forecast.schedule(5, 1, 4, lambda beside, running: running) == 5
+        assert forecast.schedule(5, 2, 4, lambda beside, running: running) == 5
 
     def test_columns_of_a_tile(self):
         copy = Instruction("LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64]")
@@ -169,6 +175,11 @@ class TestForecast:
         row = forecast.call_facts("int8", toy, gpu, 1, 65536)
         assert row["us"] == times[1] and row["met"] == (row["us"] <= row["limit_us"] and row["over_bf16"] <= 0.54)
         assert forecast.call_facts("int8", toy, gpu, 1, 1024)["limit_us"] is None
+        hidden = forecast.START_US - forecast.BETWEEN_US + forecast.HIDDEN_US
+        assert row["us_in_step"] == pytest.approx(row["us"] - hidden)
+        before = replace(toy, arch="sm_80")
+        alone, in_step = (forecast.call_us(before, gpu, 1, 65536, in_step=x) for x in (False, True))
+        assert in_step == pytest.approx(alone - forecast.START_US + forecast.BETWEEN_US)
 
 
 @pytest.mark.skipif(forecast.missing() is not None, reason=f"{forecast.missing()}")

@@ -72,6 +72,7 @@ class Attention(ctypes.Structure):
 class NewTokens(ctypes.Structure):
     _fields_ = _fields("x factors", "batch_stride head_stride row_stride n", side=Side)
     side: ClassVar[Any]
+    factors: int | None
 
 
 class Append(ctypes.Structure):

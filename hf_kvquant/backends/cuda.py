@@ -210,10 +210,9 @@ def _append(
     appends: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel of an append."""
-    if call.keys.factors or call.values.factors:
-        raise ValueError("factors: error feedback is not allowed on a GPU; expected states on the CPU")
     page_length = keys.page_length if isinstance(keys, PagedStates) else 0
-    kind = append_kind(call.dtype, keys.stored.layout.form, values.stored.layout.form, page_length)
+    feedback = _has_factors("key", call.keys), _has_factors("value", call.values)
+    kind = append_kind(call.dtype, keys.stored.layout.form, values.stored.layout.form, page_length, feedback)
     if not keys.stored.is_aligned:
         _check_alignment("keys", call, _NEW_KEYS, keys)
     if not values.stored.is_aligned:
@@ -227,6 +226,14 @@ def _append(
         touched = {"reads": call.alive, "writes": (faults, *_tensors(keys), *_tensors(values))}
     grid = (blocks, 2 * call.num_kv_heads, call.batch)
     device.launch({"quantize_append_kernel": grid}, kind, call, appends, **touched)
+
+
+def _has_factors(name: str, new: arguments.NewTokens) -> bool:
+    """Whether new tokens have error feedback, whose rows are copied in chunks of 16 bytes."""
+    address = new.factors
+    if address is not None and address % 16:
+        raise ValueError(f"{name} factors: address {address} is not allowed; expected a multiple of 16 bytes")
+    return address is not None
 
 
 def _append_blocks(n: int, states: _States) -> int:

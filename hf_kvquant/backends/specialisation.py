@@ -31,6 +31,8 @@ _MAX_HEAD_DIM_OF_BLOCKS = 192
 _FLOAT32 = DTYPES[torch.float32]
 # Slices (partials.h) of a query row besides those of stored columns: one for each kind of columns with copies.
 COPY_SLICES = 3
+# The most shared memory of a block of threads on the smallest GPUs.
+_SHARED_BYTES = 99 << 10
 HEAD_DIMS = f"a multiple of 16 up to {MAX_HEAD_DIM}, or {WIDE_HEAD_DIM}"
 _FORMAT_NAMES = {number: name for name, number in FORMATS.items()}
 
@@ -81,6 +83,12 @@ def takes_head_dim(head_dim: int) -> bool:
     return head_dim == WIDE_HEAD_DIM or (head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM)
 
 
+def feedback_bytes(block_length: int, head_dim: int) -> int:
+    """The shared memory in which an append with error feedback holds a block (`kBytes` in feedback.h)."""
+    panel = 4 if block_length > 64 else 8
+    return 4 * (block_length * (head_dim + 4 + panel) + 2 * panel * head_dim)
+
+
 def rows_of_block(rows: int, taken: tuple[int, ...]) -> int:
     """The query rows of a block where there are `rows` for each KV head: one of those that are `rows_taken`."""
     return taken[0] if rows <= taken[0] else taken[-1]
@@ -117,7 +125,7 @@ class Specialisation(dict):
             return name
         grid = "channel" if self.get(f"KVQUANT_{side}_GRID") else "token"
         return f"{name} {grid} {self[f'KVQUANT_{side}_GROUP']}" + (
-            " rotated" if self[f"KVQUANT_{side}_ROTATE"] else ""
+            " rotated" if self[f"KVQUANT_{side}_ROTATE"] else " feedback" if f"KVQUANT_{side}_FEEDBACK" in self else ""
         )
 
 
@@ -185,13 +193,15 @@ def plan(dtype: int, keys: Form, values: Form, rows: int, page_length: int = 0, 
     return found
 
 
-def append_kind(dtype: int, keys: Form, values: Form, page_length: int = 0) -> Specialisation:
+def append_kind(
+    dtype: int, keys: Form, values: Form, page_length: int = 0, feedback: tuple[bool, bool] = (False, False)
+) -> Specialisation:
     """The kind of an append; the arguments are as in `specialisation`."""
-    key = append_kind, dtype, keys, values, page_length
+    key = append_kind, dtype, keys, values, page_length, feedback
     found = _made.get(key)
     if found is None:
         found = _made[key] = specialisation(
-            dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, page_length=page_length
+            dtype, keys.spec, values.spec, keys.head_dim, values.head_dim, page_length=page_length, feedback=feedback
         )
     return found
 
@@ -222,18 +232,23 @@ def specialisation(
     rows: int = ROWS[0],
     page_length: int = 0,
     rotary: RotaryKeys | None = None,
+    feedback: tuple[bool, bool] = (False, False),
 ) -> Specialisation:
     """The macros for these specs; `dtype` is a value of `arguments.DTYPES`, and `rows`, which only attention depends
     on, is one of `ROWS`; `page_length`: 0 for storage without pages; `rotary`: of attention that reads rotary keys
-    beside latents, which are its keys and its values. Equal arguments give the same object.
+    beside latents, which are its keys and its values; `feedback`: of an append, whether keys and whether values have
+    error feedback. Equal arguments give the same object.
 
     Raises:
-        ValueError: the kernels do not support this head_dim, format or dtype; the message names it.
+        ValueError: the kernels do not support this head_dim, format, dtype or block with feedback; the message names
+            it.
     """
-    key = (specialisation, dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length, rotary)
+    key = (
+        specialisation, dtype, k_spec.code, v_spec.code, k_head_dim, v_head_dim, rows, page_length, rotary, feedback,
+    )  # fmt: skip
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length, rotary)
+        found = _made[key] = _make(dtype, k_spec, v_spec, k_head_dim, v_head_dim, rows, page_length, rotary, feedback)
     return found
 
 
@@ -246,6 +261,7 @@ def _make(
     rows: int,
     page_length: int,
     rotary: RotaryKeys | None,
+    feedback: tuple[bool, bool],
 ) -> Specialisation:
     for name, head_dim in (("head_dim", k_head_dim), ("values head_dim", v_head_dim)):
         if not takes_head_dim(head_dim):
@@ -257,6 +273,9 @@ def _make(
     for name, spec in (("keys", k_spec), ("values", v_spec)):
         if not spec.is_dense and spec.format not in GPU_FORMATS:
             raise ValueError(gpu_refusal(name, spec.format))
+    for name, spec, head_dim, has in zip(("keys", "values"), (k_spec, v_spec), (k_head_dim, v_head_dim), feedback):
+        if has:
+            _check_feedback(name, spec, head_dim)
     return Specialisation(
         {
             "KVQUANT_DTYPE": dtype,
@@ -264,6 +283,7 @@ def _make(
             "KVQUANT_V_HEAD_DIM": v_head_dim,
             **_side_macros("K", k_spec, k_head_dim),
             **_side_macros("V", v_spec, v_head_dim),
+            **{f"KVQUANT_{side}_FEEDBACK": 1 for side, has in zip("KV", feedback) if has},
             "KVQUANT_SPLIT": SPLIT,
             "KVQUANT_UNIT": UNIT,
             "KVQUANT_BLOCKS": BLOCKS,
@@ -273,6 +293,20 @@ def _make(
             **({"KVQUANT_R_HEAD_DIM": rotary.head_dim, **_side_macros("R", *rotary)} if rotary else {}),
         }
     )
+
+
+def _check_feedback(name: str, spec: QuantSpec, head_dim: int) -> None:
+    length = spec.block_length
+    if length is None:
+        raise ValueError(f"{name} factors: not allowed for {spec.code}; expected the channel grid")
+    if feedback_bytes(length, head_dim) > _SHARED_BYTES:
+        largest = length
+        while feedback_bytes(largest, head_dim) > _SHARED_BYTES:
+            largest //= 2
+        raise ValueError(
+            f"{name} block_length: {length} with error feedback at head_dim {head_dim} is not supported by the CUDA "
+            f"kernels, which hold a block in shared memory; expected at most {largest}"
+        )
 
 
 def _side_macros(side: str, spec: QuantSpec, head_dim: int) -> dict[str, int]:

@@ -27,6 +27,9 @@ KVQUANT_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(
 KVQUANT_DEVICE float half_of(uint16_t bits) { return half_low(bits); }
 KVQUANT_DEVICE uint16_t to_half_bits(float x) { return uint16_t(pack_half2(x, 0.0f)); }
 
+// In a float of this size the last bit counts 1, so a sum with it is rounded to an integer.
+constexpr float kLastBitIsOne = 12582912.0f;  // 1.5 * 2^23
+
 // Rounds eight floats within the reach of the format, half to even, to a byte each; NaN: any byte.
 template <class Format>
 KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
@@ -43,10 +46,7 @@ KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
       for (int j = 0; j < 4; ++j) words[i] |= uint32_t(float_to_e4m3(y[4 * i + j])) << 8 * j;
 #endif
     } else {
-      // In a float of this size the last bit counts 1, so the sum is rounded to an integer, whose
-      // low byte is the code.
-      constexpr float kLastBitIsOne = 12582912.0f;  // 1.5 * 2^23
-      uint32_t code[4];
+      uint32_t code[4];  // in the low byte
 #pragma unroll
       for (int j = 0; j < 4; ++j) code[j] = float_bits(add_rn(y[4 * i + j], kLastBitIsOne));
       words[i] = prmt(prmt(code[0], code[1], 0x0040), prmt(code[2], code[3], 0x0040), 0x5410);

@@ -19,18 +19,28 @@
 //   KVQUANT_HEAD_DIM, KVQUANT_V_HEAD_DIM
 //   KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP (KvquantSide::group_length), KVQUANT_K_ROTATE
 //   KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP, KVQUANT_V_ROTATE
+//   KVQUANT_K_FEEDBACK, KVQUANT_V_FEEDBACK (feedback.h; not defined: 0)
 //   KVQUANT_PAGE_LENGTH (pages.h)
+#include "cuda/feedback.h"
 #include "cuda/pages.h"
-#include "cuda/quantize.h"
+
+#ifndef KVQUANT_K_FEEDBACK
+#define KVQUANT_K_FEEDBACK 0
+#endif
+#ifndef KVQUANT_V_FEEDBACK
+#define KVQUANT_V_FEEDBACK 0
+#endif
 
 namespace kvquant {
 
-template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_>
+template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_, bool kFeedback_>
 struct AppendSpec {
   static constexpr int kHeadDim = kHeadDim_, kFormat = kFormat_, kGrid = kGrid_, kGroup = kGroup_;
-  static constexpr bool kRotate = kRotate_;
-  static_assert(page_holds(kGrid == kChannelGrid && kFormat != kDense ? kGroup : 1),
+  static constexpr bool kRotate = kRotate_, kFeedback = kFeedback_;
+  static constexpr bool kBlocks = kGrid == kChannelGrid && kFormat != kDense;
+  static_assert(page_holds(kBlocks ? kGroup : 1),
                 "KVQUANT_PAGE_LENGTH: whole blocks of the channel grid");
+  static_assert(kBlocks || !kFeedback, "feedback: on the channel grid");
 };
 
 // Blocks of threads run at the same time. No byte that one of them writes is touched by another,
@@ -44,6 +54,24 @@ struct Append {
   static constexpr int kRowBytes = S::kHeadDim / 8 * Tokens::One::kBytes;  // of an exact copy
   static constexpr int kLoads = 4 / kParts;  // rows in flight per thread
   static constexpr int kRows = kLoads * R::kAtOnce;
+  static constexpr int kSteps = S::kGroup / R::kAtOnce, kAhead = kSteps < kLoads ? kSteps : kLoads;
+
+  // A block of the channel grid, as feedback sees it.
+  struct Block {
+    const Append& append;
+    int base;
+
+    KVQUANT_DEVICE bool is_padding(int t) const { return append.is_padding(base + t); }
+    KVQUANT_DEVICE void store_scale(int channel, uint16_t scale, uint16_t zero_point) const {
+      const KvquantSide& side = append.x.side;
+      global_store(append.template scale_row<S::kGroup, S::kHeadDim>(side.scale, base) + channel,
+                   scale);
+      if (side.zero_point == nullptr) return;
+      global_store(
+          append.template scale_row<S::kGroup, S::kHeadDim>(side.zero_point, base) + channel,
+          zero_point);
+    }
+  };
 
   const KvquantAppend& a;
   const KvquantNewTokens& x;
@@ -64,7 +92,7 @@ struct Append {
 
   KVQUANT_DEVICE void run() {
     if (end == start) return;
-    if constexpr (S::kGrid == kChannelGrid && S::kFormat != kDense) {
+    if constexpr (S::kBlocks) {
       const int first = start / S::kGroup;
       if ((first + 1) * S::kGroup <= end) kept = first * S::kGroup;
       for (int block = first + block_index_x(); block * S::kGroup < end; block += grid_size_x()) {
@@ -179,12 +207,11 @@ struct Append {
   // -- blocks of the channel grid -----------------------------------------------------------------
 
   // Writes the new columns of the block at `base` to the ring and, if the block is complete,
-  // quantizes it. That reads its rows twice: for the statistics, then (most likely from the L2
-  // cache) for the codes.
+  // quantizes it. Without feedback that reads its rows twice: for the statistics, then (most likely
+  // from the L2 cache) for the codes.
   KVQUANT_DEVICE void write_block(int base) {
     using Format = typename FormatOf<S::kFormat>::Channel;
     static_assert(S::kGroup % R::kAtOnce == 0, "a block is read in whole steps");
-    constexpr int kSteps = S::kGroup / R::kAtOnce, kAhead = kSteps < kLoads ? kSteps : kLoads;
     const bool complete = base + S::kGroup <= end;
     Channel<Format> channels[kParts][8];
 #pragma unroll 1
@@ -204,16 +231,35 @@ struct Append {
         const bool finite = is_finite(largest_magnitude(y));
         count_bad(finite || !is_new);
         if (is_new) write_recent(t, rows[i]);
-        if (!complete || is_padding(t)) continue;
+        if constexpr (S::kFeedback) {
+          if (complete && !R::idle()) feedback<Format>().put(t - base, y);
+        } else {
+          if (!complete || is_padding(t)) continue;
 #pragma unroll
-        for (int j = 0; j < 8 * kParts; ++j) {
-          const float one = y[j / 8][j % 8];
-          if (finite || is_finite(fabsf(one))) channels[j / 8][j % 8].count(one);
+          for (int j = 0; j < 8 * kParts; ++j) {
+            const float one = y[j / 8][j % 8];
+            if (finite || is_finite(fabsf(one))) channels[j / 8][j % 8].count(one);
+          }
         }
       }
     }
     if (!complete) return;
+    if constexpr (S::kFeedback) {
+      const float* factors = x.factors + int64_t(head) * S::kHeadDim * S::kHeadDim;
+      feedback<Format>().round(factors, Block{*this, base});
+      write_rounded<Format>(base);
+    } else {
+      write_codes(channels, base);
+    }
+    // Now the next block may use the same shared memory, and the ring slots of the earlier columns
+    // may be overwritten.
+    block_barrier();
+    if (base < start) write_kept_slots();
+  }
 
+  // The codes of a block from its statistics.
+  template <class Format>
+  KVQUANT_DEVICE void write_codes(Channel<Format> (&channels)[kParts][8], int base) {
     float zero[kParts][8], r[kParts][8];
     merge(channels);
 #pragma unroll
@@ -242,10 +288,28 @@ struct Append {
         }
       }
     }
-    // Now the next block may use the same shared memory, and the ring slots of the earlier columns
-    // may be overwritten.
-    block_barrier();
-    if (base < start) write_kept_slots();
+  }
+
+  // The rows of a block that has feedback, in shared memory.
+  template <class Format>
+  static KVQUANT_DEVICE Feedback<Format, S::kHeadDim, S::kGroup> feedback() {
+    KVQUANT_DYNAMIC_SHARED(float, memory);
+    return {memory};
+  }
+  // The codes of a block that feedback has rounded.
+  template <class Format>
+  KVQUANT_DEVICE void write_rounded(int base) const {
+#pragma unroll 1
+    for (int first = 0; first < S::kGroup; first += R::kAtOnce) {
+      const int t = first + R::index();
+      float y[kParts][8] = {};
+      if (!R::idle()) feedback<Format>().get(t, y);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        store_codes<Format, S::kHeadDim>(encode<Format>(y[part]), code_row(base + t), !R::idle(),
+                                         part);
+      }
+    }
   }
 
   // Columns before `start` come from the ring, and only if `early`.
@@ -384,15 +448,33 @@ KVQUANT_DEVICE void count_append(const KvquantAppend& a, int64_t start, int64_t*
   global_store_relaxed(a.length, start + a.keys.n);
 }
 
+using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
+                        KVQUANT_K_ROTATE != 0, KVQUANT_K_FEEDBACK != 0>;
+using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
+                          KVQUANT_V_ROTATE != 0, KVQUANT_V_FEEDBACK != 0>;
+
+// The shared memory that a side needs.
+template <class S>
+KVQUANT_FN constexpr int bytes_of() {
+  if constexpr (S::kFeedback) {
+    return Feedback<typename FormatOf<S::kFormat>::Channel, S::kHeadDim, S::kGroup>::kBytes;
+  }
+  return 0;
+}
+template <class S>
+constexpr bool kLongBlocks = S::kFeedback && S::kGroup > 64;
+constexpr int kKeyBytes = bytes_of<Keys>(), kValueBytes = bytes_of<Values>();
+constexpr int kSharedBytes = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
+// For how many blocks of threads an SM has to have registers. There is shared memory for few that
+// have feedback in wide heads, and long blocks take more registers.
+constexpr int kBlocksOfSm =
+    kLongBlocks<Keys> || kLongBlocks<Values> || kSharedBytes > 48 << 10 ? 3 : 5;
+
 }  // namespace kvquant
 
-KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, 5, 0, KVQUANT_ARGUMENT KvquantAppend a,
-               int64_t* appends) {
+KVQUANT_KERNEL(quantize_append_kernel, KVQUANT_THREADS, kvquant::kBlocksOfSm, kvquant::kSharedBytes,
+               KVQUANT_ARGUMENT KvquantAppend a, int64_t* appends) {
   using namespace kvquant;
-  using Keys = AppendSpec<KVQUANT_HEAD_DIM, KVQUANT_K_FORMAT, KVQUANT_K_GRID, KVQUANT_K_GROUP,
-                          KVQUANT_K_ROTATE != 0>;
-  using Values = AppendSpec<KVQUANT_V_HEAD_DIM, KVQUANT_V_FORMAT, KVQUANT_V_GRID, KVQUANT_V_GROUP,
-                            KVQUANT_V_ROTATE != 0>;
   let_next_grid_start();
   wait_for_grids();
   const int64_t* const length = kPaged ? a.pages.lengths + block_index_z() : a.length;

@@ -554,9 +554,11 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
         `codes` and `scales` (with zero points) of the stored tokens, `dense` (rings, sinks and their positions,
         padding, and everything that is not quantized), `slack` (allocated, unused), their `total`, and
         `dense_equivalent`: the size of the same tokens in the model's dtype. With `offload: true` also `offloaded`:
-        what part of the total is in the main memory now.
+        what part of the total is in the main memory now. With `error_feedback` also `factors`, which all caches of a
+        process share, and which are not in the total.
         """
         names = ["codes", "scales", "dense", "slack", "total", "dense_equivalent", *["offloaded"] * self.offloading]
+        names += ["factors"] * (self.kv_config.error_feedback is not None)
         report = Counter(dict.fromkeys(names, 0))
         for layer in self.layers:
             if isinstance(layer, QuantizedLayer):

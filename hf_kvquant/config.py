@@ -10,6 +10,7 @@ transformers saves a generation config through it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -69,6 +70,9 @@ class KVQuantConfig:
         rotary_keys: in latent attention, whose modules cache latents as keys and rotary keys as values: the side whose
             spec the rotary keys have, "values" or "keys".
         sliding: the narrowest window, in tokens, whose sliding layers are quantized too; "dense": none of them.
+        error_feedback: the path of a file that `hf-kvquant calibrate` wrote (see `feedback`), with which complete
+            blocks of the channel grid are encoded with less loss; None: without. A relative path in a YAML file starts
+            at its folder, elsewhere at the working directory. The file is read when the first tokens come.
         layers: a `LayerOverride` for each layer index that has one; it quantizes a sliding layer of any window.
 
     Raises:
@@ -85,6 +89,7 @@ class KVQuantConfig:
     offload: bool = False
     rotary_keys: str = "values"
     sliding: int | str = 512
+    error_feedback: str | None = None
     layers: tuple[tuple[int, LayerOverride], ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,6 +129,25 @@ class KVQuantConfig:
             if override.window_length is not None:
                 _check_window(f"layers.{layer_idx}.", override.window_length, self.static)
         object.__setattr__(self, "layers", tuple(sorted(layers, key=lambda layer: layer[0])))
+        if self.error_feedback is not None:
+            self._check_feedback()
+            object.__setattr__(self, "error_feedback", os.path.abspath(self.error_feedback))
+
+    def _check_feedback(self) -> None:
+        path = self.error_feedback
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ValueError(f"error_feedback: {told(path)} is not allowed; expected the path of a file, or null")
+        if not self.has_channels:
+            raise ValueError(
+                f"error_feedback: {told(os.fspath(path))} is not allowed without keys or values on the channel grid, "
+                "which alone have error feedback; expected null"
+            )
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether keys or values are on the channel grid in any layer."""
+        specs = (self.keys, self.values, *(s for _, layer in self.layers for s in (layer.keys, layer.values)))
+        return any(spec is not None and spec.is_channel for spec in specs)
 
     def for_layer(self, layer_idx: int) -> tuple[QuantSpec, QuantSpec]:
         """The specs of keys and of values in one layer."""
@@ -131,8 +155,17 @@ class KVQuantConfig:
         return override.keys or self.keys, override.values or self.values
 
     def for_model(self, model_config: Any) -> KVQuantConfig:
-        """The config of a cache for this model: if it has latent attention, that `for_latents`."""
+        """The config of a cache for this model: if it has latent attention, that `for_latents`.
+
+        Raises:
+            ValueError: the model has latent attention, and the config error feedback.
+        """
         is_latent = isinstance(getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None), int)
+        if is_latent and self.error_feedback is not None:
+            raise ValueError(
+                f"error_feedback: {self.error_feedback!r} is not allowed for latent attention, whose latents have no "
+                "calibration; expected null"
+            )
         return self.for_latents() if is_latent else self
 
     def for_latents(self) -> KVQuantConfig:
@@ -266,6 +299,7 @@ class KVQuantConfig:
             "offload": self.offload,
             "rotary_keys": self.rotary_keys,
             "sliding": self.sliding,
+            "error_feedback": self.error_feedback,
             "layers": {index: override(o) for index, o in self.layers},
         }
 
@@ -412,6 +446,8 @@ def _read_yaml(file: Path | Traversable) -> KVQuantConfig:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{file}: is not valid YAML ({error})") from error
     try:
+        if isinstance(data, Mapping) and isinstance(data.get("error_feedback"), str) and isinstance(file, Path):
+            data = {**data, "error_feedback": str(file.absolute().parent / data["error_feedback"])}
         return KVQuantConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -20,6 +20,7 @@ import torch
 from . import ops
 from .config import KVQuantConfig
 from .expected import COUNT, Bounds, meta
+from .feedback import Factors, factors_in
 from .grammar import recorded
 from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
@@ -50,6 +51,8 @@ class QuantizedLayer(DynamicLayer):
         self.padding: torch.Tensor | None = None
         self.padding_is_of_last = False
         self.length = 0
+        # The error feedback, which a restored layer reads at its first append.
+        self.factors: Factors | None = None
         # True while an append writes; if it is still True afterwards, the append was interrupted.
         self.storing = False
         # Whether both sides are in the main memory; see `offloading`.
@@ -117,6 +120,8 @@ class QuantizedLayer(DynamicLayer):
             self.padding = None if self.padding is None else self.padding.to(self.device)
             self.faults = torch.zeros(2, dtype=torch.int64, device=self.device)
             self.sink_positions = torch.full((batch, config.sink_length), -1, dtype=torch.int32, device=self.device)
+        if key_states.shape[2]:
+            self._feedback()
         self.is_initialized = True
 
     def check_formats(self, device: torch.device, dtype: torch.dtype, *head_dims: int) -> None:
@@ -254,7 +259,7 @@ class QuantizedLayer(DynamicLayer):
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[QuantizedStates, QuantizedStates]:
         """Store the tokens; returns keys and values as attention reads them afterwards."""
-        n = key_states.shape[2]
+        n, factors = key_states.shape[2], self._feedback()
         self._make_room(n)
         keys, values = self._views(n)
         self.storing = True
@@ -265,12 +270,25 @@ class QuantizedLayer(DynamicLayer):
             key_states, value_states = key_states.detach(), value_states.detach()
         padding = self._padding_of_columns()
         ops.quantize_append(
-            key_states, value_states, keys, values, self.faults, padding, start=start, appends=self._appends()
-        )
+            key_states, value_states, keys, values, self.faults, padding, start=start, appends=self._appends(),
+            factors=factors,
+        )  # fmt: skip
         self._advance(n)
         self.storing = False
         self._say_nonfinite()
         return keys, values
+
+    def _feedback(self) -> Factors:
+        """The error feedback of keys and of values.
+
+        Raises:
+            ValueError: its file cannot be read, or is not that of this model.
+        """
+        if self.factors is None:
+            path, sides = self.kv_config.error_feedback, (self._keys, self._values)
+            specs, shapes = (self._keys.spec, self._values.spec), tuple(side.shape[1:] for side in sides)
+            self.factors = factors_in(path, self.layer_idx, specs, shapes, self.device)
+        return self.factors
 
     def _appends(self) -> torch.Tensor | None:
         """The counter of appends, if the device counts this one."""
@@ -462,7 +480,7 @@ class QuantizedLayer(DynamicLayer):
         """Empty the layer; the next update allocates anew, for a batch of any size."""
         if self.is_initialized:
             self.max_length = self._keys.capacity
-        self._keys = self._values = self.padding = None
+        self._keys = self._values = self.padding = self.factors = None
         self.length = 0
         self.storing = self.is_initialized = self.is_offloaded = False
 
@@ -541,7 +559,8 @@ class QuantizedLayer(DynamicLayer):
         report = self._keys.memory_report(self.length) + self._values.memory_report(self.length)
         report["offloaded"] = report["total"] if self.is_offloaded else 0
         extra = sum(t.nbytes for t in self._small_tensors() if t is not None)
-        return report + Counter({"dense": extra, "total": extra})
+        factors = sum(t.nbytes for t in self.factors or () if t is not None)
+        return report + Counter({"dense": extra, "total": extra, "factors": factors})
 
     def _small_tensors(self) -> list[torch.Tensor | None]:
         """The tensors that are kept beside the sides."""

@@ -25,6 +25,7 @@ import torch
 
 from . import ops
 from .config import KVQuantConfig
+from .feedback import factors_in
 from .quantization import QuantSpec
 from .states import PagedStates, PageTable, Stored
 
@@ -69,7 +70,9 @@ def _pieces(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[dic
 class LayerPages:
     """The layout of one layer's pages and exact areas."""
 
+    layer_idx: int
     specs: tuple[QuantSpec, QuantSpec]
+    num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     page: dict[str, _Piece]
@@ -122,7 +125,8 @@ class LayerPages:
                 rings[f"{side}.recent"] = (num_kv_heads, _ring_length(window, page_length), head_dim), dtype
             if config.sink_length:
                 sinks[f"{side}.sink"] = (num_kv_heads, config.sink_length, head_dim), dtype
-        return cls((specs[0], specs[1]), head_dim, dtype, *_pieces(page), *_pieces(rings | sinks))
+        fields = (layer_idx, (specs[0], specs[1]), num_kv_heads, head_dim, dtype)
+        return cls(*fields, *_pieces(page), *_pieces(rings | sinks))
 
 
 def _ring_length(window: int, page_length: int) -> int:
@@ -144,6 +148,9 @@ class PagedLayer:
         Args:
             memory: uint8, blocks of `block_bytes` bytes.
             first_page, first_exact: where in a block the layer's page, or its exact area, begins.
+
+        Raises:
+            ValueError: the file of the config's error feedback cannot be read, or is not that of this model.
         """
         stored = []
         for side in ("keys", "values"):
@@ -157,6 +164,8 @@ class PagedLayer:
             stored.append(Stored(**fields))
         self.stored: tuple[Stored, Stored] = (stored[0], stored[1])
         self.layout, self.config, self.page_length = layout, config, page_length
+        shape = layout.num_kv_heads, layout.head_dim
+        self.factors = factors_in(config.error_feedback, layout.layer_idx, layout.specs, (shape, shape), memory.device)
 
     def states(self, table: PageTable) -> tuple[PagedStates, PagedStates]:
         """Keys and values of the requests in a table."""
@@ -171,7 +180,7 @@ class PagedLayer:
 
     def append(self, key: torch.Tensor, value: torch.Tensor, table: PageTable, faults: torch.Tensor) -> None:
         """Store new tokens `[rows, num_kv_heads, n, head_dim]` behind the `lengths` of the table."""
-        ops.paged_append(key, value, *self.states(table), faults)
+        ops.paged_append(key, value, *self.states(table), faults, self.factors)
 
     def past(self, table: PageTable, row: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """De-quantized keys and values of one row, `[1, num_kv_heads, length + more, head_dim]`, as the query after

@@ -39,6 +39,7 @@ from .attention import attend
 from .cache import QuantizedCache
 from .config import KVQuantConfig
 from .evicting import EvictingQuantizedLayer
+from .feedback import factors_in
 from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, keeps_caches, takes
 from .integration import attention
 from .layers import QuantizedLayer
@@ -158,7 +159,7 @@ def _score_chunks(
     decode_tail: int = 0,
     chunk_length: int = CHUNK_LENGTH,
     first_row: int = 0,
-    quantizers: Quantizers = lambda layer_idx: (quantize, quantize),
+    quantizers: Quantizers | None = None,
     straight_through: bool = False,
     **model_kwargs: Any,
 ) -> Iterator[tuple[int, Any]]:
@@ -477,17 +478,19 @@ class _ScoringLayer(DynamicLayer):
         self,
         specs: tuple[QuantSpec, ...],
         config: KVQuantConfig,
+        layer_idx: int,
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
-        quantizers: tuple[Quantizer, Quantizer],
-        sliding_window: int | None = None,
-        window_length: int | None = None,
+        sliding_window: int | None,
+        window_length: int | None,
+        quantizers: tuple[Quantizer, Quantizer] | None,
     ):
         super().__init__()
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self.window_length = window_length
         self.specs, self.contexts, self.padding, self.quantizers = specs, contexts, padding, quantizers
         self.recent_length, self.sink_length = config.recent_length, config.sink_length
+        self.error_feedback, self.layer_idx = config.error_feedback, layer_idx
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -495,7 +498,12 @@ class _ScoringLayer(DynamicLayer):
         self.contexts = self.contexts.to(self.device)
         self.padding = None if self.padding is None else self.padding.to(self.device)
         states = key_states, value_states
-        self.specs = tuple(spec if spec.is_dense else spec.resolve(x.shape[-1]) for spec, x in zip(self.specs, states))
+        keys, values = (spec if spec.is_dense else spec.resolve(x.shape[-1]) for spec, x in zip(self.specs, states))
+        self.specs = keys, values
+        if self.quantizers is None:
+            shapes = tuple((x.shape[1], x.shape[3]) for x in states)
+            factors = factors_in(self.error_feedback, self.layer_idx, (keys, values), shapes, self.device)
+            self.quantizers = partial(quantize, factors=factors[0]), partial(quantize, factors=factors[1])
         # By update, so that the caches before and after it share them.
         self.exact: tuple[tuple[torch.Tensor, ...], ...] = ((), ())
         self.pieces: tuple[tuple[QuantizedTensor, ...], ...] = ((), ())
@@ -509,12 +517,13 @@ class _ScoringLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
         padding = None if self.padding is None else self.padding[:, start : self.length]
-        states = key_states, value_states
+        states, quantizers = (key_states, value_states), self.quantizers
+        assert quantizers is not None
         # Nothing is changed in place: backward needs it as it was.
         self.exact = tuple((*exact, x) for exact, x in zip(self.exact, states))
         self.pieces = tuple(
             pieces if spec.is_dense else (*pieces, stored(x.detach(), spec, padding))
-            for pieces, spec, x, stored in zip(self.pieces, self.specs, states, self.quantizers)
+            for pieces, spec, x, stored in zip(self.pieces, self.specs, states, quantizers)
         )
         return tuple(
             ScoredStates(torch.cat(exact, dim=2), pieces, spec, self)
@@ -539,7 +548,7 @@ class _ScoringCache(DynamicCache):
         config: KVQuantConfig,
         contexts: torch.Tensor,
         padding: torch.Tensor | None,
-        quantizers: Quantizers,
+        quantizers: Quantizers | None,
     ):
         # A query reads the same from static storage.
         layers = QuantizedCache(model.config, replace(config, static=False)).layers
@@ -547,6 +556,7 @@ class _ScoringCache(DynamicCache):
             if isinstance(layer, QuantizedLayer):
                 evicts = isinstance(layer, EvictingQuantizedLayer)
                 specs = layer.kv_config.for_layer(i)
-                arguments = (specs, config, contexts, padding, quantizers(i), layer.sliding_window)
-                layers[i] = _ScoringLayer(*arguments, config.window(i) if evicts else None)
+                arguments = (specs, config, i, contexts, padding, layer.sliding_window)
+                window = config.window(i) if evicts else None
+                layers[i] = _ScoringLayer(*arguments, window, None if quantizers is None else quantizers(i))
         Cache.__init__(self, layers=layers)

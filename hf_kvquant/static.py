@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class StaticQuantizedLayer(QuantizedLayer):
     def _tensors(self) -> list[torch.Tensor]:
         """All tensors that steps read, or write in place."""
         stored = [t for side in (self._keys, self._values) for t in side.stored if t is not None]
-        return [*stored, *self._small_tensors()]
+        return [*stored, *self._small_tensors(), *(t for t in self.factors or () if t is not None)]
 
     def _admitted(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states, after checking them and the room for them.
@@ -279,4 +280,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             self.padding = self._whole_padding(state["padding"])
             for side in (self._keys, self._values):
                 side.grow(self._first_capacity(0), self.length)
+            # A compiled step cannot read the file. If it is missing, the next append says so.
+            with suppress(ValueError):
+                self._feedback()
             keep_in_place(self._tensors())

@@ -129,6 +129,7 @@ class TestRoundTrips:
             "offload": False,
             "rotary_keys": "keys",
             "sliding": 128,
+            "error_feedback": None,
             "layers": {
                 0: {"keys": {"format": "dense"}, "values": {"format": "dense"}},
                 3: {"keys": {"format": "int8"}},

@@ -1,4 +1,4 @@
-"""The command line: `hf-kvquant info | generate | demo | build | eval | check | tune | lm-eval | report | serve`.
+"""The command line: `hf-kvquant info | generate | demo | build | eval | check | ..`.
 
 One file per command.
 
@@ -14,7 +14,7 @@ import warnings
 import typer
 from hf_kvquant_entry import OPTIONS
 
-from . import build, check, demo, evaluate, generate, info, lm_eval, report, serve, tune
+from . import build, calibrate, check, demo, evaluate, generate, info, lm_eval, report, serve, tune
 
 app = typer.Typer(**OPTIONS)
 app.command("info")(info.info)
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("build")(build.build)
 app.command("eval")(evaluate.evaluate)
 app.command("check")(check.check)
+app.command("calibrate")(calibrate.calibrate)
 app.command("tune")(tune.tune)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("report")(report.report)

@@ -39,7 +39,9 @@ def tune(
     text: Annotated[
         Path | None, typer.Option(help="A text file.", show_default="source of Python's standard library")
     ] = None,
-    base: Annotated[str, typer.Option(help="The preset whose exact tokens and other fields the result has.")] = "int4",
+    base: Annotated[
+        str, typer.Option(help="The preset or YAML file whose exact tokens and other fields the result has.")
+    ] = "int4",
     documents: Annotated[
         int, typer.Option(min=2, help="Pieces of the text to choose by, and as many again to judge by.")
     ] = 6,
@@ -74,7 +76,7 @@ def tune(
 ) -> None:
     """Find the config that loses least on a model within a number of bits, and write it as YAML."""
     console = Console()
-    start = load_config(base, None)
+    start = load_config(None, Path(base)) if Path(base).suffix in (".yaml", ".yml") else load_config(base, None)
     if start is None:
         raise typer.BadParameter("the dense cache has no windows; expected a preset", param_hint="--base")
     manager = _known_tasks(tasks, task_folder) if tasks else None

@@ -11,7 +11,8 @@ https://arxiv.org/abs/2210.17323; LDLQ in QuIP, https://arxiv.org/abs/2307.13304
 from the channels as they are when their turn comes. Codes, scales and zero points are read as always, so the kernels
 of attention would stay.
 
-`eval/results/NOTES.md` says what it gains, and how a cache would do it.
+The cache has a simpler one, `hf_kvquant/feedback.py`. This one also orders channels by cost, and fits scales and zero
+points to the codes of values; `eval/results/NOTES.md` says what that gains.
 """
 
 from __future__ import annotations

@@ -109,7 +109,13 @@ def with_specs(config: KVQuantConfig, chosen: Mapping[Side, QuantSpec]) -> KVQua
 def alone(config: KVQuantConfig, side: Side, spec: QuantSpec | None = None) -> KVQuantConfig:
     """The config with every side dense but one, which has `spec` (None: the config's own); windows stay."""
     spec = spec or config.for_layer(side[0])[SIDES.index(side[1])]
-    return with_specs(replace(config, keys=QuantSpec(DENSE), values=QuantSpec(DENSE), layers=()), {side: spec})
+    dense = replace(config, keys=QuantSpec(DENSE), values=QuantSpec(DENSE), layers=(), error_feedback=None)
+    return fed(with_specs(dense, {side: spec}), config.error_feedback)
+
+
+def fed(config: KVQuantConfig, error_feedback: str | None) -> KVQuantConfig:
+    """The config with this error feedback, if a side of it has any."""
+    return replace(config, error_feedback=error_feedback if config.has_channels else None)
 
 
 def promising(

@@ -40,7 +40,7 @@ from .caches import Preset
 from .comparison import Settings, compare
 from .knapsack import Knapsack
 from .layer_errors import SIDES, Side
-from .sides import alone, bits, fewest_usual_bits, losses, promising, sides, total_bits
+from .sides import alone, bits, fed, fewest_usual_bits, losses, promising, sides, total_bits
 from .store import document_file
 
 KIND = "hf_kvquant tuning"
@@ -154,7 +154,8 @@ class Tuner:
             if spec != most[name]:
                 layers.setdefault(layer_idx, {})[name] = spec
         overrides = tuple((layer_idx, LayerOverride(**specs)) for layer_idx, specs in layers.items())
-        return replace(self.base, **most, layers=overrides)
+        config = replace(self.base, **most, layers=overrides, error_feedback=None)
+        return fed(config, self.base.error_feedback)
 
     def bits_of(self, chosen: Assignment) -> float:
         """Stored bits per element, exact tokens left out."""

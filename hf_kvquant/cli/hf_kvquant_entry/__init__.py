@@ -19,6 +19,7 @@ COMMANDS = {
     "build": "Compile the CUDA kernels ahead of time (default: head_dim 64 and 128, bfloat16).",
     "eval": "Compare caches with the dense one: perplexity, KL divergence, agreement, text, bytes.",
     "check": "Check whether a cache is safe for a model; if not, say which layers break, and what to write instead.",
+    "calibrate": "Measure the factors of error feedback of a model, for the field `error_feedback` of a config.",
     "tune": "Find the config that loses least on a model within a number of bits, and write it as YAML.",
     "lm-eval": "Run lm-eval with a quantized cache: --model hf-kvquant --model_args pretrained=...,kv_config=int4 ...",
     "report": "Write a page of comparisons: tables, accuracy against bytes, loss along the text, error by layer.",

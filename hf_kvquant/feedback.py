@@ -12,7 +12,7 @@ https://arxiv.org/abs/2210.17323; LDLQ in QuIP, https://arxiv.org/abs/2307.13304
 `quantization`. Only blocks of the channel grid are encoded so, and what is stored is read as ever.
 
 The file is a safetensors file. `layers.{i}.keys` and `layers.{i}.values` are the factors of layer i, float32
-`[num_kv_heads, head_dim, head_dim]`, zero on and below the diagonal; the metadata says what they were measured on.
+`[num_kv_heads, head_dim, head_dim]`, zero on and above the diagonal; the metadata says what they were measured on.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ NO_FACTORS: Factors = (None, None)
 def factors_of(cost: torch.Tensor) -> torch.Tensor:
     """The factors, float32, for costs H, `[num_kv_heads, head_dim, head_dim]`.
 
-    With U'U the Cholesky decomposition of H's inverse, a unit of error of channel i takes U[i, j] / U[i, i] from
-    channel j > i: what the least cost of all channels after i needs (GPTQ).
+    With the channels in reverse order, and U'U the Cholesky decomposition of H's inverse, a unit of error of channel i
+    takes U[i, j] / U[i, i] from channel j > i: what the least cost of all channels after i needs (GPTQ). Keys lose
+    less from the last channel on, whose rotary embedding turns slowest (eval/results/NOTES.md).
     """
-    cost = cost.double()
+    cost = cost.double().flip(-1, -2)
     mean = cost.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     # A head whose errors cost nothing has no feedback.
     damping = torch.where(mean > 0, _DAMPING * mean, 1.0)
     inverse = torch.linalg.inv(cost + damping * torch.eye(cost.shape[-1], dtype=cost.dtype, device=cost.device))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    return (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).float()
+    return (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).flip(-1, -2).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +107,9 @@ class Feedback:
                 )
             if not x.isfinite().all():
                 raise ValueError(f"{path}: {name}: NaN or infinity is not allowed; expected finite factors")
-            if x.tril().any():
+            if x.triu().any():
                 raise ValueError(
-                    f"{path}: {name}: factors on or below the diagonal are not allowed; expected zeros there"
+                    f"{path}: {name}: factors on or above the diagonal are not allowed; expected zeros there"
                 )
             layers.setdefault(int(match[1]), {})[match[2]] = x
         for i, sides in layers.items():

@@ -10,11 +10,11 @@ tokens of one head share, per channel, an FP16 scale and zero point: keys of tra
 channels than between neighbouring tokens (KIVI, https://arxiv.org/abs/2402.02750; KVQuant,
 https://arxiv.org/abs/2401.18079).
 
-With **error feedback** the channels of a complete block are quantized one after another, and what the error of one
-costs is taken from those after it (see `feedback`). The stored bytes are read as ever. For c = 0 .. head_dim - 1:
-scale, zero point and codes of channel c come from the current rows x as without feedback; e = x[c] - decoded codes,
-and 0 where that is not finite; for each j > c: x[j] = x[j] - factors[c, j] * e, with the product rounded, and then
-the difference.
+With **error feedback** the channels of a complete block are quantized from the last to the first, and what the error
+of one costs is taken from those before it (see `feedback`). The stored bytes are read as ever. From c = head_dim - 1
+to 0: scale, zero point and codes of channel c come from the current rows x as without feedback; e = x[c] - decoded
+codes, and 0 where that is not finite; for each j < c: x[j] = x[j] - factors[c, j] * e, with the product rounded, and
+then the difference.
 
 Layout of the bytes, row-major, one row per token of a head:
 
@@ -271,9 +271,9 @@ def quantize(
     `[batch, kv_len]` do not influence the scales.
 
     Args:
-        factors: the channel grid's error feedback, float32 `[num_kv_heads, head_dim, head_dim]`, zero on and below the
+        factors: the channel grid's error feedback, float32 `[num_kv_heads, head_dim, head_dim]`, zero on and above the
             diagonal: what a unit of error of the channel of a row takes from the channel of a column. Channels are
-            quantized from the first to the last, each as those before it have left it.
+            quantized from the last to the first, each as those after it have left it.
 
     Raises:
         ValueError: the spec is dense, or does not fit head_dim; or the factors do not fit.
@@ -337,15 +337,15 @@ def _quantize_channels(
     else:
         # A copy whose channels are contiguous.
         blocks, channels = blocks.mT.clone(memory_format=torch.contiguous_format).mT, []
-        for c in range(x.shape[-1]):
+        for c in reversed(range(x.shape[-1])):
             channel = blocks[..., c, None]
             code, scale, zero_point = found = _quantize_blocks(channel, tokens, spec)
             channels.append(found)
             decoded = code * scale.float()
             error = channel - (decoded if zero_point is None else zero_point.float() + decoded)
             error = torch.where(error.isfinite(), error, 0.0)
-            blocks[..., c + 1 :] -= factors[:, None, None, c, c + 1 :] * error
-        codes, scale, zero_point = (None if x[0] is None else torch.cat(x, dim=-1) for x in zip(*channels))
+            blocks[..., :c] -= factors[:, None, None, c, :c] * error
+        codes, scale, zero_point = (None if x[0] is None else torch.cat(x, dim=-1) for x in zip(*reversed(channels)))
     codes = codes.flatten(-3, -2)[..., :kv_len, :]
     return codes, scale.squeeze(-2), None if zero_point is None else zero_point.squeeze(-2)
 

@@ -28,6 +28,7 @@ from hf_kvquant import (
     score_by_decoding,
 )
 from hf_kvquant.feedback import FORMAT, VERSION, factors_of
+from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.text import bundled_model, windows
 
 CHANNEL = QuantSpec("int4", "channel", block_length=32)
@@ -39,7 +40,7 @@ MODEL = LlamaConfig(
 
 
 def some_factors(seed: int) -> torch.Tensor:
-    return torch.randn(HEADS, DIM, DIM, generator=torch.Generator().manual_seed(seed)).triu(1) * 0.3
+    return torch.randn(HEADS, DIM, DIM, generator=torch.Generator().manual_seed(seed)).tril(-1) * 0.3
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ class TestFactors:
         assert lost(factors_of(cost), identity) > lost(None, identity)
 
     def test_two_channels_by_hand(self):
-        """The second one makes up for the first one's error e by H01 / H11 e, with the damping on H's diagonal."""
+        """The first one makes up for the second one's error e by H01 / H00 e, with the damping on H's diagonal."""
         found = factors_of(torch.tensor([[[4.0, 1.5], [1.5, 2.0]]]))
-        torch.testing.assert_close(found, torch.tensor([[[0.0, -1.5 / (2.0 + 0.01 * 3.0)], [0.0, 0.0]]]))
+        torch.testing.assert_close(found, torch.tensor([[[0.0, 0.0], [-1.5 / (4.0 + 0.01 * 3.0), 0.0]]]))
 
     @pytest.mark.parametrize("cost", [torch.zeros(1, 8, 8), torch.diag(torch.arange(8.0))[None]], ids=["none", "own"])
     def test_costs_without_correlations_have_none(self, cost):
@@ -172,7 +173,7 @@ class TestFile:
             (lambda x: {**x, "layers.0.keys": x["layers.0.keys"] * torch.nan}, "layers.0.keys: NaN or infinity"),
             (
                 lambda x: {**x, "layers.0.keys": x["layers.0.keys"].mT.contiguous()},
-                "layers.0.keys: factors on or below",
+                "layers.0.keys: factors on or above",
             ),
             (lambda x: {**x, "layers.0.keys": x["layers.0.keys"].half()}, "of torch.float16 is not allowed"),
             (lambda x: {**x, "layers.0.keys": x["layers.0.keys"][0]}, r"\(32, 32\) of torch.float32 is not allowed"),
@@ -340,6 +341,19 @@ def calibrated(tmp_path_factory) -> Path:
 
 
 class TestBundledModel:
+    def test_a_cache_with_feedback_loses_less(self, tmp_path):
+        model, file = broken_models.healthy(), tmp_path / "long.feedback"
+        pieces = windows(AutoTokenizer.from_pretrained(bundled_model()), 9, 512)[0]
+        calibrate(model, pieces[3:]).save(file)
+        spec, exact = QuantSpec("int4", "channel"), {"sink_length": 4, "recent_length": 32}
+        configs = {"plain": KVQuantConfig(spec, spec, **exact)}
+        configs["feedback"] = KVQuantConfig(spec, spec, error_feedback=str(file), **exact)
+        found = compare(
+            model, pieces[:3], [Preset(*item) for item in configs.items()], Settings(128, greedy_tokens=0), {},
+            progress=False, by_layer=False, weigh=False,
+        )["caches"]  # fmt: skip
+        assert found["feedback"]["kl"]["mean"] < 0.9 * found["plain"]["kl"]["mean"]
+
     def test_scoring_in_one_pass_is_decode(self, calibrated):
         model = broken_models.healthy().double()
         ids = windows(AutoTokenizer.from_pretrained(bundled_model()), 1, 150)[0]

@@ -127,7 +127,7 @@ class TestSchema:
             keys = dataclasses.replace(keys, device_length=torch.tensor(40))
         appends = torch.zeros(2, dtype=torch.int64) if on_device else None
         padding = torch.zeros(2, 50, dtype=torch.bool)
-        factors = [torch.ones(2, 32, 32).triu(1) if x.spec.is_channel else None for x in (keys, values)]
+        factors = [torch.ones(2, 32, 32).tril(-1) if x.spec.is_channel else None for x in (keys, values)]
         torch.library.opcheck(
             torch.ops.kvquant.quantize_append.default,
             append_arguments(outlier(2, 2, 10, 32), outlier(2, 2, 10, 32), keys, values, padding, appends, factors),

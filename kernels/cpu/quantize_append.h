@@ -161,10 +161,11 @@ void quantize_block(const Block& block) {
 }
 
 // The same with error feedback, a token in each lane. `x`: memory for `[head_dim, padded_length]`
-// floats: the elements of channels that are still to come, and the errors of those before.
+// floats: the elements of channels that are still to come, and the errors of those done.
 //
-// Channel c takes what all channels before it have left for it when its own turn comes, in their
-// order: the same steps as if each of them had changed all later ones, with fewer stores.
+// The last channel is the first. Channel c takes what all channels after it have left for it when
+// its own turn comes, in their order: the same steps as if each of them had changed all others that
+// are still to come, with fewer stores.
 template <class Format, class T>
 void quantize_with_feedback(const Block& block, const float* factors, float* x) {
   constexpr int W = Vec::kWidth, kGroup = kFeedbackTokens / W;
@@ -178,13 +179,13 @@ void quantize_with_feedback(const Block& block, const float* factors, float* x) 
     }
     for (int c = 0; c < head_dim; ++c) x[c * length + t] = row[c];
   }
-  for (int c = 0; c < head_dim; ++c) {
+  for (int c = head_dim - 1; c >= 0; --c) {
     float* own = x + c * length;
     Extremes<Format> found;
     for (int first = 0; first < length; first += kFeedbackTokens) {
       Vec v[kGroup];
       for (int g = 0; g < kGroup; ++g) v[g] = Vec::load(own + first + g * W);
-      for (int i = 0; i < c; ++i) {
+      for (int i = head_dim - 1; i > c; --i) {
         const Vec factor(factors[i * head_dim + c]);
         const float* error = x + i * length + first;
         for (int g = 0; g < kGroup; ++g) v[g] = v[g] - factor * Vec::load(error + g * W);

@@ -210,7 +210,8 @@ def _attend_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     backend = _backend(query, latents, latents, latents.backend)
     if backend.reads_rotary_keys(latents, rotary):
-        return backend.latent_attention(query, rotary_query, latents, rotary, mask, s_aux, scaling=scaling)
+        both = rotary_query, rotary
+        return backend.decode_attention(query, latents, latents, mask, s_aux, scaling=scaling, rotary=both)
     # Asking a GPU for the length would wait for it.
     if latents.device.type == "cpu":
         latents, rotary = latents.known(), rotary.known()
@@ -411,12 +412,11 @@ def paged_attention(
 
 def paged_past(states: PagedStates, row: int, more: int = 0) -> torch.Tensor:
     """Same as `PagedStates.past`, by the CPU backend if the states name it."""
-    read = None
-    if states.data.device.type == "cpu" and not states.spec.is_dense:
-        sizes = states.head_dim, states.spec.group_size
-        backend = _implementation(states.backend, states.data.device, states.dtype, sizes)
-        read = getattr(backend, "paged_read", None)
-    return states.past(row, more, read)
+    if states.data.device.type != "cpu" or states.spec.is_dense:
+        return states.past(row, more)
+    sizes = states.head_dim, states.spec.group_size
+    backend = _implementation(states.backend, states.data.device, states.dtype, sizes)
+    return states.past(row, more, backend.paged_read)
 
 
 def takes_prompts(query: torch.Tensor, backend: str) -> bool:
@@ -424,8 +424,7 @@ def takes_prompts(query: torch.Tensor, backend: str) -> bool:
     head_dim = query.shape[3]
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or head_dim % COMPILED_MULTIPLE:
         return False
-    taken = getattr(_implementation(backend, query.device, query.dtype, (head_dim,)), "takes_prompts", None)
-    return taken is not None and taken()
+    return _implementation(backend, query.device, query.dtype, (head_dim,)).takes_prompts()
 
 
 def prompt_attention(

@@ -80,6 +80,16 @@ def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool
     return False
 
 
+def takes_prompts() -> bool:
+    """No: there is no `prompt_attention` here."""
+    return False
+
+
+def paged_read(states: PagedStates, row: int, output: torch.Tensor) -> None:
+    """Same as `PagedStates.read`."""
+    states.read(row, output)
+
+
 def mask_rows(
     mask: torch.Tensor | None, start: int, end: int, q_len: int, kv_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,8 @@ class Emulated:
 
         self.device.launch = noted
 
+    paged_read, takes_prompts = staticmethod(reference.paged_read), staticmethod(reference.takes_prompts)
+
     def paged_append(self, *given):
         cuda.paged_append(*given, device=self.device)
 

@@ -379,13 +379,17 @@ def of_latents(query, rotary_query, states, rotary, mask=None, s_aux=None, *, sc
     return reference.decode_attention(query, states, states, added, s_aux, scaling=scaling)
 
 
+def latent_attention(query, rotary_query, states, rotary, *masks, **settings):
+    return cuda.decode_attention(query, states, states, *masks, rotary=(rotary_query, rotary), **settings)
+
+
 def check_latents(query, rotary_query, states, rotary, mask=None, s_aux=None, **how):
     assert cuda.reads_rotary_keys(states, rotary)
     arguments, settings = (
         (query, rotary_query, states, rotary, mask, s_aux),
         dict(scaling=(2 * query.shape[-1]) ** -0.5),
     )
-    got = attend(*arguments, call=cuda.latent_attention, **how, **settings)
+    got = attend(*arguments, call=latent_attention, **how, **settings)
     return close(got, of_latents(*arguments, **settings))
 
 
@@ -420,7 +424,7 @@ def test_hidden_rotary_keys_may_hold_anything(case):
     query, rotary_query, states, rotary = latents(case, recent_length=30)
     hidden = torch.zeros(150, dtype=torch.bool)
     hidden[[0, 5, 60, 100, 125, 149]] = True
-    mask, call = ~hidden[None, None, None], dict(call=cuda.latent_attention, scaling=0.1)
+    mask, call = ~hidden[None, None, None], dict(call=latent_attention, scaling=0.1)
     clean, _ = attend(query, rotary_query, states, rotary, mask, **call)
     output, _ = attend(query, rotary_query, states, poisoned(rotary, hidden), mask, **call)
     assert torch.equal(output, clean)
@@ -429,10 +433,10 @@ def test_hidden_rotary_keys_may_hold_anything(case):
 @few_latents
 def test_rotary_keys_whose_number_the_device_knows(case):
     query, rotary_query, *both = latents(case, kv_len=130, recent_length=16, sink_length=4)
-    expected, _ = attend(query, rotary_query, *both, call=cuda.latent_attention, scaling=0.1)
+    expected, _ = attend(query, rotary_query, *both, call=latent_attention, scaling=0.1)
     capacity, length = both[0].data.shape[2], torch.tensor(130)
     limits = [dataclasses.replace(s, length=capacity, device_length=length) for s in both]
-    output, _ = attend(query, rotary_query, *limits, call=cuda.latent_attention, scaling=0.1)
+    output, _ = attend(query, rotary_query, *limits, call=latent_attention, scaling=0.1)
     assert torch.equal(output, expected)
 
 

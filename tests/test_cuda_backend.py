@@ -50,10 +50,6 @@ def emulated(monkeypatch, device) -> Recorder:
         reads_rotary_keys = staticmethod(cuda.reads_rotary_keys)
 
         @staticmethod
-        def latent_attention(*args, **options):
-            return cuda.latent_attention(*args, **options, device=device)
-
-        @staticmethod
         def decode_attention(*args, **options):
             return cuda.decode_attention(*args, **options, device=device)
 
@@ -322,12 +318,12 @@ class TestRefusals:
 @pytest.mark.parametrize(
     ("operator", "what", "said"),
     [
-        ("decode_attention", "keys", r"query: \(1, 2, 1, 64\) on cpu does not fit states of 70 keys"),
-        ("decode_attention", "values", r"values: the stored tensors do not fit: .*, all on one device"),
+        ("decode_attention", "keys", "keys: the stored tensors do not fit: .*, all on the device of query"),
+        ("decode_attention", "values", "values: the stored tensors do not fit: .*, all on the device of query"),
         ("decode_attention", "mask", "mask: .* does not fit"),
         ("decode_attention", "s_aux", "s_aux: .* does not fit"),
-        ("latent_attention", "rotary_query", "rotary_query: .* does not fit"),
-        ("latent_attention", "rotary", "rotary keys: the stored tensors do not fit"),
+        ("decode_attention", "rotary_query", "rotary_query: .* does not fit"),
+        ("decode_attention", "rotary_keys", "rotary keys: the stored tensors do not fit"),
         ("quantize_append", "keys", "key: device cpu does not fit"),
         ("quantize_append", "values", "value: device cpu does not fit"),
         ("quantize_append", "value", "value: device cpu does not fit"),
@@ -341,20 +337,19 @@ def test_a_tensor_on_another_gpu_is_refused(monkeypatch, operator, what, said):
     # Not the states that the cache has used: that theirs fit a device is known.
     made = filled("fp8", torch.bfloat16, kv_len=70, batch=1)
     keys, values = (replaced(states) for states in made)
-    latents, rotary = (replaced(states) for states in made)
+    rotary_keys = replaced(keys, **{name: x.clone() for name, x in keys.stored._asdict().items() if x is not None})
     x, y = torch.randn(2, 1, 2, 1, 64).bfloat16()
     arguments = {
         "decode_attention": {
             "query": x, "keys": keys, "values": values, "mask": torch.ones(1, 70, dtype=torch.bool),
-            "s_aux": torch.zeros(2), "scaling": 1.0,
+            "s_aux": torch.zeros(2), "rotary": (y, rotary_keys), "scaling": 1.0,
         },
-        "latent_attention": {"query": x, "rotary_query": y, "latents": latents, "rotary": rotary, "scaling": 1.0},
         "quantize_append": {
             "key": x, "value": y, "keys": keys, "values": values, "start": 70,
             "faults": torch.zeros(2, dtype=torch.int64), "padding": torch.zeros(1, 71, dtype=torch.bool),
         },
     }[operator]  # fmt: skip
-    moved = arguments[what]
+    moved = {"rotary_query": y, "rotary_keys": rotary_keys, **arguments}[what]
     tensors = [moved] if isinstance(moved, torch.Tensor) else [x for x in moved.stored if x is not None]
     elsewhere = set(map(id, tensors))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(id(tensor) in elsewhere))

@@ -292,9 +292,9 @@ class TestBuild:
 
         class Backend:
             reads_rotary_keys = staticmethod(cuda.reads_rotary_keys)
-            decode_attention, latent_attention, quantize_append = (
+            decode_attention, quantize_append = (
                 staticmethod(functools.partial(call, device=Device))
-                for call in (cuda.decode_attention, cuda.latent_attention, cuda.quantize_append)
+                for call in (cuda.decode_attention, cuda.quantize_append)
             )
 
         monkeypatch.setattr(ops, "_implementation", lambda *_: Backend)

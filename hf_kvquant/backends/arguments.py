@@ -176,7 +176,7 @@ def _misfit(
     for field, t in states.stored._asdict().items():
         has = "None" if t is None else f"{tuple(t.shape)} of {t.dtype} on {t.device}"
         told.append(f"{field} {has} (expected {expected[field]})")
-    return f"{name}: the stored tensors do not fit: {'; '.join(told)}, all on one device"
+    return f"{name}: the stored tensors do not fit: {'; '.join(told)}, all on the device of query or new tokens"
 
 
 def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
@@ -341,7 +341,7 @@ def attention(
     threads: int = 0,
     rotary: tuple[torch.Tensor, QuantizedStates] | None = None,
 ) -> tuple[Attention, torch.Tensor, torch.Tensor]:
-    """The argument of `decode_attention`, or of `latent_attention` with rotary queries and keys, and the output and
+    """The argument of `decode_attention`, perhaps with rotary queries and keys beside latents, and the output and
     log-sum-exp that the kernel will write.
 
     Raises:
@@ -356,7 +356,7 @@ def attention(
     positions, positions_stride, num_sinks = _sink_positions(keys, batch) if has_sinks else (0, 0, 0)
     kv_len, num_kv_heads, length = keys.length, keys.stored.data.size(1), keys.device_length
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim
-    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len or device != keys.stored.data.get_device():
+    if not fits or not 1 <= q_len <= kv_len or values.length != kv_len:
         raise ValueError(_misfit_of_query(query, keys, values))
     if length is not None:
         _check_small("length", length, query, torch.int64)

@@ -55,47 +55,33 @@ def decode_attention(
     *,
     scaling: float,
     softcap: float = 0.0,
+    rotary: tuple[torch.Tensor, QuantizedStates] | None = None,
     device: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same as `reference.decode_attention`.
+    """Same as `reference.decode_attention`, or as `ops.latent_attention`.
+
+    Args:
+        rotary: queries for the rotary keys beside latents, and those keys, of which `reads_rotary_keys` is true.
 
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
         nvrtc.CompileError: a kernel does not compile.
     """
-    call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap)
-    _attend(call, output, logsumexp, keys, values, device)
+    call, output, logsumexp = arguments.attention(query, keys, values, mask, s_aux, scaling, softcap, rotary=rotary)
+    _attend(call, output, logsumexp, keys, values, device, None if rotary is None else rotary[1])
     return output, logsumexp
 
 
 def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
-    """Whether `latent_attention` reads these rotary keys beside the latents."""
+    """Whether `decode_attention` reads these rotary keys beside the latents."""
     copies = [(states.recent is None, states.sink is None) for states in (latents, rotary)]
     beside = arguments.DTYPES.get(latents.dtype, -1), latents.spec
     return copies[0] == copies[1] and RotaryKeys(rotary.spec, rotary.head_dim).go_with(*beside)
 
 
-def latent_attention(
-    query: torch.Tensor,
-    rotary_query: torch.Tensor,
-    latents: QuantizedStates,
-    rotary: QuantizedStates,
-    mask: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    *,
-    scaling: float,
-    device: Any = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same as `ops.latent_attention`, for states of which `reads_rotary_keys` is true.
-
-    Raises:
-        ValueError: a dtype, head_dim or layout that the kernels do not take; it is named.
-        nvrtc.CompileError: a kernel does not compile.
-    """
-    both = rotary_query, rotary
-    call, output, logsumexp = arguments.attention(query, latents, latents, mask, s_aux, scaling, 0.0, rotary=both)
-    _attend(call, output, logsumexp, latents, latents, device, rotary)
-    return output, logsumexp
+def takes_prompts() -> bool:
+    """No: there is no `prompt_attention` here."""
+    return False
 
 
 def paged_attention(

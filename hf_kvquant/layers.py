@@ -26,7 +26,7 @@ from .host import DynamicLayer, records_attention_weights
 from .lazy import LazyStates
 from .route import KEEPS_WEIGHTS, Routes, attention_is_switched, say_dequantized, say_once, tagged
 from .states import QuantizedStates, Stored, autocast, is_autocast, is_captured, mask_length
-from .storage import HOST, ROLLBACK, Side, to_device, to_host
+from .storage import ROLLBACK, Side, to_device, to_host
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIRST_CAPACITY = 256
@@ -540,18 +540,14 @@ class QuantizedLayer(DynamicLayer):
     def offload(self) -> None:
         """Move the stored keys and values to the main memory; states that were returned stay where they are."""
         if self.is_initialized and not self.is_offloaded:
-            self._move(to_host, torch.device(HOST))
+            self._transform(to_host)
             self.is_offloaded = True
 
     def prefetch(self) -> None:
         """Undo `offload`."""
         if self.is_offloaded:
-            self._move(partial(to_device, device=self.device), self.device)
+            self._transform(partial(to_device, device=self.device))
             self.is_offloaded = False
-
-    def _move(self, copy: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
-        self._transform(copy)
-        self._keys.device = self._values.device = device
 
     def memory_report(self) -> Counter:
         if not self.is_initialized:

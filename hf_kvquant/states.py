@@ -117,6 +117,7 @@ class HasStored:
     """Attributes for the tensors of `stored`."""
 
     stored: Stored
+    device = property(lambda self: self.stored.data.device)
     data = property(lambda self: self.stored.data)
     scale = property(lambda self: self.stored.scale)
     zero_point = property(lambda self: self.stored.zero_point)
@@ -179,10 +180,6 @@ class QuantizedStates(HasStored):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.data.shape[0], self.data.shape[1], self.length, self.head_dim))
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
 
     @property
     def ndim(self) -> int:

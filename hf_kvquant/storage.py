@@ -34,8 +34,9 @@ class Side(HasStored):
     def __init__(self, spec: QuantSpec, states: torch.Tensor, capacity: int, sink_length: int, recent_length: int):
         batch, num_kv_heads, _, self.head_dim = states.shape
         self.spec = spec
-        # The device is that of the storage, and changes when the layer is offloaded.
-        self.dtype, self.device = states.dtype, states.device
+        self.dtype = states.dtype
+        # New storage is on the device of the one before; for the first one the states take its place.
+        self.stored = Stored(states)
         self.recent_start = 0
         window = max(recent_length, spec.block_length or 0)
         self._ring_length = 0 if spec.is_dense or window == 0 else window + ROLLBACK

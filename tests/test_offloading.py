@@ -100,19 +100,19 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", machine.synchronize)
     monkeypatch.setattr(offloading, "check_device", lambda device: None)
     monkeypatch.setattr(hf_kvquant.cache, "check_device", lambda device: None)
-    update, move = QuantizedCache.update, QuantizedLayer._move
+    update, transform = QuantizedCache.update, QuantizedLayer._transform
 
     def noted(self, key_states, value_states, layer_idx, *args, **kwargs):
         machine.working = layer_idx
         machine.events.append(f"layer {layer_idx}")
         return update(self, key_states, value_states, layer_idx, *args, **kwargs)
 
-    def noted_move(self, *args):
+    def noted_transform(self, *args):
         machine.moving = self.layer_idx
-        move(self, *args)
+        transform(self, *args)
 
     monkeypatch.setattr(QuantizedCache, "update", noted)
-    monkeypatch.setattr(QuantizedLayer, "_move", noted_move)
+    monkeypatch.setattr(QuantizedLayer, "_transform", noted_transform)
     return machine
 
 

@@ -78,7 +78,18 @@ class Rows:
         return self._once(("place", exact_block), lambda: self._table(exact_block, self.unseen))
 
     def _table(self, exact_block: int, skip: int = 0) -> PageTable:
-        return self._allocator.table(self.chunks, exact_block, skip).on(self._allocator.device)
+        return self._placed(self._allocator.table(self.chunks, exact_block, skip))
+
+    def _placed(self, table: PageTable) -> PageTable:
+        """The table with its tensors on the device of the pages, too; tables that share a tensor share its copy."""
+        device = self._allocator.device
+        if device.type == "cpu":
+            return table
+
+        def there(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else self._once(("copy", x), lambda: x.to(device))
+
+        return table._replace(on_device=PageTable._make((*map(there, table[:5]), None)))
 
     def after(self, exact_block: int) -> PageTable:
         """The pages with the new tokens in them, as the query of each request's last one sees them."""
@@ -87,7 +98,7 @@ class Rows:
             before = self.before(exact_block)
             new = torch.tensor([chunk.n for chunk in self.chunks])
             after = self._allocator.seen(before._replace(lengths=before.lengths + new))
-            return after.on(self._allocator.device)
+            return self._placed(after)
 
         return self._once(("after", exact_block), make)
 

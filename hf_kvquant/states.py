@@ -375,13 +375,6 @@ class PageTable(NamedTuple):
     seen: torch.Tensor | None = None
     on_device: PageTable | None = None
 
-    def on(self, device: torch.device) -> PageTable:
-        """The table for pages on `device`: with copies of its tensors there, if that is not the CPU."""
-        if device.type == "cpu":
-            return self
-        there = (None if x is None else x.to(device) for x in self[:5])
-        return self._replace(on_device=PageTable._make((*there, None)))
-
     @property
     def placed(self) -> PageTable:
         """The table whose tensors are on the device of the pages."""

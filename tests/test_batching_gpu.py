@@ -161,9 +161,14 @@ def test_every_tensor_of_a_call_is_on_the_device(window, preset, monkeypatch):
     monkeypatch.setattr(route, "_said", set())
     with pytest.warns(UserWarning, match="A NaN or infinity reached the quantized KV cache of a batch"):
         step(a=(803, 1))
+    # A step copies the pages once, and what the appends and the queries of its layers see differs in lengths only.
+    rows = allocator.batch(torch.tensor([0, 1]), torch.tensor([0, 804])).short[0]
+    table, after = rows.before(0), rows.after(0)
+    for name in ("pages", "exact", "lengths"):
+        has_own = getattr(after.on_device, name) is not getattr(table.on_device, name)
+        assert has_own is (name == "lengths")
     # A table that was not brought to the device is refused.
     layer = allocator.layers[0]
-    table = allocator.batch(torch.tensor([0, 1]), torch.tensor([0, 804])).short[0].before(0)
     states = layer.states(table._replace(on_device=None))
     query = torch.empty(len(table.lengths), heads, 1, head_dim, dtype=torch.bfloat16, device=META)
     with pytest.raises(ValueError, match="table pages: torch.int64 on cpu is not allowed; .* int64 on meta"):

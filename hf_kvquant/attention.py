@@ -195,8 +195,8 @@ def _obstacle(
     sinks = kwargs.get("sinks")
     if sinks is not None and (sinks.ndim != 4 or tuple(sinks.shape[1:]) != (*query.shape[1:3], 1)):
         return f"sinks of shape {tuple(sinks.shape)}"
-    for name in sorted(kwargs.keys() - _HARMLESS):
-        if kwargs[name] is not None:
+    for name, given in kwargs.items():
+        if given is not None and name not in _HARMLESS:
             return f"the attention argument {name!r}"
     return None
 

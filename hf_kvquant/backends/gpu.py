@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -72,8 +73,8 @@ class Gpu:
         self._arch = nvrtc.architecture(*capability)
         is_new = starts_early(self._arch) and _checked("driver", *_driver().cuDriverGetVersion()) >= _EARLY_DRIVER
         self._early = _Early() if is_new else None
-        # The driver's handle of each kernel, and its threads and shared memory.
-        self._functions: dict[tuple[str, Specialisation], tuple[object, nvrtc.Launch]] = {}
+        # The driver's handle of each kernel of a kind, and its threads and shared memory.
+        self._functions: dict[Specialisation, dict[str, tuple[object, nvrtc.Launch]]] = defaultdict(dict)
 
     def launch(
         self,
@@ -93,9 +94,9 @@ class Gpu:
         # These need not outlive the call: the driver copies the parameters before a launch returns.
         address = ctypes.c_void_p(None if memory is None else memory.data_ptr())
         parameters = _Parameters(ctypes.addressof(struct), ctypes.addressof(address))
-        stream, functions = torch._C._cuda_getCurrentRawStream(index), self._functions
+        stream, functions = torch._C._cuda_getCurrentRawStream(index), self._functions[kind]
         for kernel, grid in kernels.items():
-            function, needs = functions.get((kernel, kind)) or self._load(kernel, kind)
+            function, needs = functions.get(kernel) or self._load(kernel, kind)
             launch = function, grid, needs, stream, ctypes.addressof(parameters)
             status = self._start(*launch)
             if not status:
@@ -129,7 +130,7 @@ class Gpu:
                 "so that it is compiled and loaded"
             )
         with _lock:
-            if (kernel, kind) not in self._functions:
+            if kernel not in self._functions[kind]:
                 self._enter()
                 compiled = nvrtc.compiled(nvrtc.KERNELS[kernel], kind, self._arch)
                 # Never unloaded: launches may be in flight, or captured, until the process ends.
@@ -149,8 +150,8 @@ class Gpu:
                 _checked(kernel, *_driver().cuFuncSetAttribute(function, share, 100))
                 # Reading an attribute loads the code now. The first launch would load it, perhaps in a capture.
                 _checked(kernel, *_driver().cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-                self._functions[kernel, kind] = function, needs
-        return self._functions[kernel, kind]
+                self._functions[kind][kernel] = function, needs
+        return self._functions[kind][kernel]
 
     def _cannot_load(self, kernel: str, kind: Specialisation, status: Any) -> str:
         """The message for refused machine code: a driver loads none of a newer major version of CUDA than its own."""

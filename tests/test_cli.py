@@ -127,6 +127,13 @@ class TestInfo:
         assert measured.openmp().startswith(said)
         assert said in " ".join(call("info", columns=250).stdout.split())
 
+    def test_the_instruction_set_of_torch(self):
+        program = "from hf_kvquant.measure.facts import machine; print(machine()['torch'])"
+        limits = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+        environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"} | limits
+        done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout == "DEFAULT ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2\n", done.stderr
+
 
 PROGRAM = """
 import sys

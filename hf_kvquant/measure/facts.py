@@ -24,6 +24,8 @@ _CPU_FEATURES = [
     *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16"),
 ]
 _OPENMP_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+# Limits of the instruction sets of torch's own kernels, of oneDNN and of MKL.
+_TORCH_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def document(benchmark: str, argv: list[str], arguments: dict, **fields) -> dict:
@@ -55,8 +57,8 @@ def without_paths(text: str) -> str:
 
 
 def machine() -> dict:
-    """The processor, its features and caches, usable cores, torch's threads and how they wait, the GPU or "none", and
-    how busy all of it was. It has no name or path of the host."""
+    """The processor, its features and caches, usable cores, torch's threads and how they wait, the instruction set of
+    torch's kernels, the GPU or "none", and how busy all of it was. It has no name or path of the host."""
     fields = _proc_cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
@@ -68,6 +70,7 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
+        "torch": torch_instructions(),
         "gpu": _gpu(),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else [],
     }
@@ -84,6 +87,12 @@ def openmp() -> str:
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or os.environ.get("GOMP_SPINCOUNT") == "0":
         return f"{settings}: waiting threads sleep"
     return f"{settings or 'default settings'}: waiting threads spin (OMP_WAIT_POLICY=passive lets them sleep)"
+
+
+def torch_instructions() -> str:
+    """The instruction set of torch's own CPU kernels, and the environment's limits of theirs, oneDNN's and MKL's."""
+    limits = (f"{name}={os.environ[name]}" for name in _TORCH_SETTINGS if name in os.environ)
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 def _proc_cpuinfo() -> dict[str, str]:

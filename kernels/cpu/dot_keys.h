@@ -13,12 +13,13 @@ inline namespace KVQUANT_ISA {
 template <class Operand, bool kChannel>
 struct DotKeys {
   using Format = typename Operand::Format;
+  using Maker = typename Operand::KeyMaker;
   static constexpr bool kHasOffset =
       (!kChannel && Format::kMidpoint != 0.0f) || Operand::kBias != 0.0f;
 
   // A query row as weights; on the channel grid it is first multiplied by the scales of a block.
   struct alignas(32) Row {
-    typename Operand::Weight weights[kMaxDotDim];
+    typename Operand::Weight weights[kMaxDotDim * Maker::kRoom];
     float factor;
     float offset[kMaxGroups];  // subtracted from the dot product of each group
     float zero;                // query x zero points, added to every score of a block
@@ -66,9 +67,8 @@ struct DotKeys {
  private:
   // Makes the weights of group g, of n channels.
   static void set_weights(const Body& keys, const float* x, int g, int n, Row* row) {
-    typename Operand::Maker maker(row->factor);
-    for (int c = g * n; c < (g + 1) * n; c += 16)
-      maker.make(Vec::load(x + c), Vec::load(x + c + 8), row->weights + c);
+    Maker maker(row->factor);
+    maker.make_group(x + g * n, n, row->weights + g * Maker::room(n));
     row->offset[g] = kHasOffset ? (keys.midpoint - Operand::kBias) * maker.sum() : 0.0f;
   }
 
@@ -94,7 +94,8 @@ struct DotKeys {
                                              int channels, const Row* row, int g,
                                              const float* scale, float* scores) {
     Vec totals[kRows];
-    dot_columns<kRows>(Operand{}, columns, row_bytes, channels, row, g * channels, totals);
+    dot_columns<kRows>(Operand{}, columns, row_bytes, channels, row, g * Maker::room(channels),
+                       totals);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r, scores += kTile) {
       const Vec factor(row[r].factor);

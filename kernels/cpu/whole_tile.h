@@ -80,6 +80,21 @@ struct FloatMaker {
   float sum() const { return 0.0f; }
 };
 
+// Makes the weights of a query row in the order of its channels.
+template <class Maker>
+struct InOrder : Maker {
+  using Maker::Maker;
+  static constexpr int kRoom = 1;                 // weights for a channel, at most
+  static constexpr int room(int n) { return n; }  // weights of a group of n channels
+
+  // Makes the weights of a group of n channels.
+  template <class Weight>
+  void make_group(const float* x, int n, Weight* weights) {
+    for (int c = 0; c < n; c += 16)
+      Maker::make(Vec::load(x + c), Vec::load(x + c + 8), weights + c);
+  }
+};
+
 // Channel grid: multiplies kRows queries by the scales of one block of keys, which begin at `at`.
 // Also returns the largest magnitude of each product and, per lane, the sum of each query times the
 // zero points. The rows advance together, because the steps of one row depend on each other.

@@ -38,30 +38,26 @@ struct Words {
   Words high_nibbles() const { return _mm256_srli_epi16(v, 4); }
 };
 
+// Widens the even bytes (i = 0) or the odd ones (i = 1) of a vector to words.
+template <int i>
+inline Words codes_of(Unsigned8, __m256i x) {
+  return i ? _mm256_srli_epi16(x, 8) : _mm256_and_si256(x, _mm256_set1_epi16(255));
+}
+template <int i>
+inline Words codes_of(Signed8, __m256i x) {
+  return _mm256_srai_epi16(i ? x : _mm256_slli_epi16(x, 8), 8);
+}
+// The low nibbles of the even bytes (i = 0), their high nibbles, and those of the odd bytes.
+template <int i>
+inline Words codes_of(Nibble, __m256i x) {
+  const Words high = _mm256_srli_epi16(x, 4 * i);
+  return i == 3 ? high : high.low_nibbles();
+}
+
 // Widens sixteen bytes to words; a byte of two nibbles is unsigned.
 inline Words widen(Signed8, __m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
 inline Words widen(Unsigned8, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 inline Words widen(Nibble, __m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
-
-// Loads 16 or 32 channels (kWords 1 or 2), whose bytes begin at p.
-template <int kWords, class Format>
-inline void load_channels(Format format, const uint8_t* p, Words* out) {
-#pragma GCC unroll 2
-  for (int i = 0; i < kWords; ++i)
-    out[i] = widen(format, _mm_loadu_si128((const __m128i*)(p + i * Words::kWidth)));
-}
-template <int kWords>
-inline void load_channels(Nibble format, const uint8_t* p, Words* out) {
-  const Words bytes = widen(format, kWords == 2 ? _mm_loadu_si128((const __m128i*)p)
-                                                : _mm_loadl_epi64((const __m128i*)p));
-  const Words low = bytes.low_nibbles(), high = bytes.high_nibbles();
-  if (kWords == 2) {
-    out[0] = low;
-    out[1] = high;
-  } else {  // a chunk of 16 channels: eight low nibbles, then eight high ones
-    out[0] = _mm256_inserti128_si256(low.v, _mm256_castsi256_si128(high.v), 1);
-  }
-}
 
 // Pairs each channel of column a with the same channel of column b, eight channels in each of
 // out[0] and out[1]. They are the channels of 16 bytes in order, or the low nibbles and then the
@@ -93,17 +89,6 @@ struct PairSums {
 #endif
   }
   Vec to_floats() const { return _mm256_cvtepi32_ps(v); }
-  // Lane i: the total of the eight sums x[i], i < 8.
-  static Vec totals(const PairSums* x) {
-    __m256i four[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, x += 4) {
-      four[i] =
-          _mm256_hadd_epi32(_mm256_hadd_epi32(x[0].v, x[1].v), _mm256_hadd_epi32(x[2].v, x[3].v));
-    }
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20),
-                                               _mm256_permute2x128_si256(four[0], four[1], 0x31)));
-  }
 };
 
 // Turns n vectors whose 128-bit lanes hold 4 / n floats of each of n query rows, column by column,
@@ -134,12 +119,69 @@ struct WeightMaker {
 
   explicit WeightMaker(float factor) : inverse(factor == 0.0f ? 0.0f : 1.0f / factor) {}
   void make(Vec a, Vec b, int16_t* weights) {
-    const __m256i x = _mm256_cvtps_epi32((a * inverse).v), y = _mm256_cvtps_epi32((b * inverse).v);
-    sums = _mm256_add_epi32(sums, _mm256_add_epi32(x, y));
-    _mm256_storeu_si256((__m256i*)weights,
-                        _mm256_permute4x64_epi64(_mm256_packs_epi32(x, y), 0xd8));
+    _mm256_storeu_si256((__m256i*)weights, _mm256_permute4x64_epi64(
+                                               _mm256_packs_epi32(integers(a), integers(b)), 0xd8));
   }
   float sum() const { return Vec::sum(_mm256_cvtepi32_ps(sums)); }
+
+ protected:
+  __m256i integers(Vec a) {
+    const __m256i x = _mm256_cvtps_epi32((a * inverse).v);
+    sums = _mm256_add_epi32(sums, x);
+    return x;
+  }
+};
+
+// Makes the weights of a query row in the order of the codes that are multiplied at once. Two
+// columns a and b are read 32 bytes at a time, and their quads of bytes interleaved:
+//
+//   bytes of a lane    a0 a1 a2 a3 b0 b1 b2 b3 a4 a5 a6 a7 b4 b5 b6 b7    (then a8 .. b15)
+//   its even bytes     a0    a2    b0    b2    a4    a6    b4    b6       words
+//   weights            w0    w2    w0    w2    w4    w6    w4    w6       words
+//
+// So each pair of words belongs to one column, and a vector has four sums of each. A chunk of int8 is
+// 32 channels and four vectors: the even and the odd bytes of the first, and of the last eight bytes
+// of each lane. One of nibbles is 64 channels and eight vectors. Bytes beyond a group have weights 0.
+template <class F>
+struct KeyWeightMaker : WeightMaker {
+  using WeightMaker::WeightMaker;
+  static constexpr int kOfByte = 16 / kBytesOf16<F>;  // codes
+  static constexpr int kChunk = 32 * kOfByte;         // channels
+  static constexpr int kRoom = 4;                     // weights for a channel, at most
+
+  // How many weights a group of n channels has.
+  static constexpr int room(int n) { return (n + kChunk - 1) / kChunk * 2 * kChunk; }
+
+  // Makes the weights of a group of n channels.
+  void make_group(const float* x, int n, int16_t* weights) {
+    for (; n > 0; n -= kChunk, x += kChunk) {
+      for (int half = 0; half < 2; ++half, weights += 2 * kOfByte * Words::kWidth) {
+        for (int nibble = 0; nibble < kOfByte; ++nibble)
+          make_pairs(eight(x, n, 0, half, nibble), eight(x, n, 1, half, nibble),
+                     weights + nibble * Words::kWidth);
+      }
+    }
+  }
+
+ private:
+  // The channels whose codes are in half of the 16 bytes of a lane. If only eight bytes of nibbles
+  // are left, they hold 16 channels.
+  static Vec eight(const float* x, int n, int lane, int half, int nibble) {
+    const int first = lane * kChunk / 2;
+    if (kOfByte == 2 && n - first == 16)
+      return half ? Vec(0.0f) : Vec::load(x + first + 8 * nibble);
+    return n > first ? Vec::load(x + first + 16 * nibble + 8 * half) : Vec(0.0f);
+  }
+  void make_pairs(Vec a, Vec b, int16_t* weights) {
+    const __m256i x = integers(a), y = integers(b);
+    const __m256i w = _mm256_packs_epi32(_mm256_permute2x128_si256(x, y, 0x20),
+                                         _mm256_permute2x128_si256(x, y, 0x31));
+    const __m256i even = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 8, 9, 12, 13, 8, 9, 12, 13));
+    const __m256i odd = _mm256_add_epi8(even, _mm256_set1_epi8(2));
+    _mm256_storeu_si256((__m256i*)weights, _mm256_shuffle_epi8(w, even));
+    _mm256_storeu_si256((__m256i*)(weights + kOfByte * Words::kWidth), _mm256_shuffle_epi8(w, odd));
+  }
 };
 
 // What keys.h and values.h ask of an operand is drawn here.
@@ -150,17 +192,13 @@ struct IntOperand {
   using Weight = int16_t;  // as stored
   using Sums = PairSums;   // eight
   using Maker = WeightMaker;
+  using KeyMaker = KeyWeightMaker<F>;
   static constexpr int kBytes = kBytesOf16<F>, kKeyRows = 4;
   static constexpr int kColumns = 2;  // whose values are multiplied at once
   static constexpr float kBias = 0.0f;
 
   // The float that all weights are multiples of, for sums over n codes.
   static float factor(const Largest& x, int n) { return x.factor(WeightMaker::largest(n)); }
-  // Loads n vectors of channels, whose bytes begin at p.
-  template <int n>
-  static void load(const uint8_t* p, Words* out) {
-    load_channels<n>(F{}, p, out);
-  }
   // Loads 16 channels of kColumns columns, eight of them in each of out[0] and out[1].
   static void load_columns(const uint8_t* p, int64_t row_bytes, Words* out) {
     load_pairs(F{}, p, p + row_bytes, out);
@@ -193,6 +231,7 @@ struct E4M3Operand {
   using Weight = float;
   using Sums = FloatSums;
   using Maker = FloatMaker;
+  using KeyMaker = InOrder<FloatMaker>;
   static constexpr int kBytes = 16, kKeyRows = 4, kColumns = 1;
   static constexpr float kBias = 0.0f;
 

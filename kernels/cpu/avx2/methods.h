@@ -1,17 +1,21 @@
 // Scores and weighted sums of a tile of columns in dot products of stored codes (dot.h).
 //
-//   score        2 columns x 4 query rows (or 4 x 2, 8 x 1)    eight sums, one vector each
-//                  along head_dim        expand 32 channels (fp8: 16) of each column, multiply with
+//   score        4 columns x 4 query rows (or 8 x 2, 8 x 1)    up to eight vectors, with four sums
+//                                                              of each of two columns
+//                  along head_dim        interleave 32 bytes of two columns, expand, multiply with
 //                                        each row's weights: the query (channel grid: times the
 //                                        scales)
-//                totals                  eight vectors -> eight scores; with 4 rows, four times,
-//                                        for 8 columns of each row
+//                totals                  eight vectors -> 16 scores; with 4 rows, twice, for 8
+//                                        columns of each row
+//     fp8        2 columns x 4 query rows (or 4 x 2, 8 x 1)    eight sums, one vector each
+//                  along head_dim        expand 16 channels of each column
+//                totals                  eight vectors -> eight scores; with 4 rows, four times
 //   accumulate   16 channels x 4 query rows                    eight sums, one vector each
 //                  along the columns     interleave bytes of two columns, widen (fp8: expand those
 //                                        of one), multiply with each row's weights: probabilities
 //                                        (token grid: times the scales of values)
 //
-// Channels stay in their order, so neither weights nor sums have to be rearranged.
+// Sums are in the order of channels. So are weights, but for those of integer keys (KeyWeightMaker).
 #pragma once
 
 #include "cpu/dot_methods.h"

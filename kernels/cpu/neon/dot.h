@@ -62,6 +62,7 @@ struct DotOperand {
   using Format = F;
   using Weight = int16_t;
   using Maker = WeightMaker;
+  using KeyMaker = InOrder<WeightMaker>;
   static constexpr int kKeyRows = 2;
   static constexpr float kBias = std::is_same<F, Unsigned8>::value ? 128.0f : 0.0f;
 
@@ -79,6 +80,7 @@ struct E4M3Operand {
   using Format = E4M3;
   using Weight = float;
   using Maker = FloatMaker;
+  using KeyMaker = InOrder<FloatMaker>;
   static constexpr int kKeyRows = 4;
   static constexpr float kBias = 0.0f;
 

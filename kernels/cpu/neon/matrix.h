@@ -31,6 +31,7 @@ struct MatrixWeightMaker : WeightMaker {
 template <class F>
 struct MatrixOperand : DotOperand<F> {
   using Maker = MatrixWeightMaker;
+  using KeyMaker = InOrder<MatrixWeightMaker>;
   static constexpr int kKeyRows = 4;
 };
 

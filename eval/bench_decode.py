@@ -9,11 +9,12 @@ SDPA with `enable_gqa=True` (slower on a CPU), which transformers calls when the
 First everything is checked (see `measure.operator`); if one check fails, nothing is timed. Then all candidates are
 timed in interleaved rounds, each next to a plain read of the same number of bytes.
 
-As if the processor had nothing newer than AVX2, which the README shows in tables of their own:
+As if the processor had nothing newer than AVX2 (the result's `machine.torch` has these limits), which the README shows
+in tables of their own:
 
-    KVQUANT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python eval/bench_decode.py \\
-        --presets int8,int8-plain,fp8,int4,int4-small --prompt 0 --threads 2 --rounds 31 --seconds 30 \\
-        --out eval/results/bench_decode_avx2.json
+    KVQUANT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python eval/bench_decode.py --presets int8,int8-plain,fp8,int4,int4-small --prompt 0 --threads 2 \\
+        --rounds 31 --seconds 30 --out eval/results/bench_decode_avx2.json
     python eval/bench_decode.py --readme
 """
 
@@ -41,7 +42,7 @@ BASELINE_TOLERANCE = {"sdpa-bfloat16": 0.01, "sdpa-bfloat16-gqa": 0.01, "sdpa-fl
 BASELINE = "sdpa-bfloat16"
 FOLDER = Path(__file__).resolve().parent / "results"
 # With AVX2 only, on an Intel and on an AMD processor.
-RESULTS = FOLDER / "bench_decode_avx2.json", FOLDER / "bench_decode_avx2_zen4.json"
+RESULTS = [FOLDER / f"bench_decode_avx2{name}.json" for name in ("", "_zen4", "_zen4_1thread")]
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- avx2: written by eval/bench_decode.py -->", "<!-- avx2: end -->"
 # The number of tokens appended one by one in a sample, so that it completes a block of keys.
@@ -235,8 +236,11 @@ def table(result: dict) -> str:
         shares = [f"{row['faster_than_sdpa_bfloat16']:.1f} ({row['share_of_plain_read']:.0%})" for row in cells]
         lines.append([f"{length:,}", f"{found[length, BASELINE]['ms']['median']:.2f}", *shares])
     machine = result["machine"]
-    where = f"{machine['cpu']}, {machine['threads']} threads, instruction set `{result['instruction_set']}`:"
-    return f"\n{where}\n\n{markdown(['cached tokens', 'SDPA ms', *names], lines)}\n"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    where = f"{machine['cpu']}, {threads}, instruction set `{result['instruction_set']}`"
+    if "torch" in machine:
+        where += f", torch's `{machine['torch'].partition(' ')[0]}`"
+    return f"\n{where}:\n\n{markdown(['cached tokens', 'SDPA ms', *names], lines)}\n"
 
 
 def show(result: dict) -> None:

@@ -5,7 +5,9 @@
 `bench_decode.png`: the time of decode attention over the length of the cache, from results of bench_decode.py. The
 dotted line is a plain read of a BF16 cache: no attention over one can be faster.
 
-`bench_cpu_field.png`: the same beside other packages, from results of bench_cpu_field.py.
+`bench_decode_avx2_zen4_1thread.png`: the same with AVX2 only.
+
+`bench_cpu_field.png`, `bench_cpu_field_zen4_1thread.png`: beside other packages, from results of bench_cpu_field.py.
 
 `bench_serving.png`: tokens per second of continuous batching, as multiples of dense pages, from results of
 bench_serving.py.
@@ -149,11 +151,16 @@ def draw_serving(results: dict[str, dict]) -> Figure:
 def main() -> None:
     draw_serving({name: read(name) for name in MIXES}).savefig(RESULTS / "bench_serving.png", dpi=130)
     draw_overview(read("bench_overview")).savefig(RESULTS / "overview.png", dpi=130)
-    for name, kind in (("bench_decode", "decode"), ("bench_cpu_field", "field")):
+    decode = ("bench_decode", "bench_decode_avx2_zen4_1thread")
+    field = ("bench_cpu_field", "bench_cpu_field_zen4_1thread")
+    for name, kind in [(name, "decode") for name in decode] + [(name, "field") for name in field]:
         result = read(name)
-        shape = result["arguments"]
+        shape, machine = result["arguments"], result["machine"]
         heads = f"{shape['heads']} query heads, {shape['kv_heads']} KV heads"
-        title = f"One call of decode attention: {heads}, head_dim {shape['head_dim']}, {shape['dtype']}"
+        title = f"One call of decode attention: {heads}, head_dim {shape['head_dim']}, {shape['dtype']}\n"
+        title += f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of an {machine['cpu']}"
+        if "instruction_set" in result:
+            title += f", {result['instruction_set']}"
         rows = [row for row in result[kind] if row.get("kv_heads", shape["kv_heads"]) == shape["kv_heads"]]
         # A peer that cannot run has no figure.
         draw_decode([row for row in rows if "ms" in row], title).savefig(RESULTS / f"{name}.png", dpi=130)

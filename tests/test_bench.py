@@ -134,7 +134,9 @@ def test_the_tables_of_avx2(bench):
     """Copies of the results' figures, measured with the instruction set that the command forces."""
     decode = bench("bench_decode")
     results = [facts.read_json(file) for file in decode.RESULTS]
-    assert [result["instruction_set"] for result in results] == ["avx2"] * 2
+    assert [result["instruction_set"] for result in results] == ["avx2"] * 3
+    limits = "AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2"
+    assert [result["machine"]["torch"] for result in results[2:]] == [limits]
     readme = decode.README.read_text(encoding="utf-8")
     assert decode.with_tables(readme, results) == readme, "bench_decode.py --readme"
 
@@ -153,9 +155,11 @@ def test_decode_table(bench):
         "machine": {"cpu": "a processor", "threads": 2},
         "instruction_set": "avx2",
     }
-    page = decode.with_tables(f"# Page\n{decode.BEGIN}\nold\n{decode.END}\nend\n", [result, result])
+    limited = result | {"machine": {"cpu": "another", "threads": 1, "torch": "AVX2 ATEN_CPU_CAPABILITY=avx2"}}
+    page = decode.with_tables(f"# Page\n{decode.BEGIN}\nold\n{decode.END}\nend\n", [result, result, limited])
     assert page.startswith(f"# Page\n{decode.BEGIN}\n") and page.endswith(f"\n{decode.END}\nend\n")
     assert page.count("a processor, 2 threads, instruction set `avx2`:") == 2 and "old" not in page
+    assert "another, one thread, instruction set `avx2`, torch's `AVX2`:" in page
     assert "| 4,096 | 6.00 | 4.0 (25%) | 3.0 (25%) |" in page
     with pytest.raises(ValueError, match="expected the lines"):
         decode.with_tables("# Page\n", [result])

@@ -267,25 +267,42 @@ class TestSpeed:
     def test_the_field(self):
         files = ("bench_cpu_field", "bench_cpu_field_batch8", "bench_cpu_field_1thread")
         *two, one = [json.loads((RESULTS / f"{file}.json").read_text("utf-8")) for file in files]
-        text = " ".join(self.text.split())
+        text = " ".join(self.text.partition("\n### ")[0].split())
         assert f"`{two[0]['command']}`" in text
         assert [result["arguments"]["threads"] for result in (*two, one)] == [2, 2, 1]
         found = {(r["name"], r["batch"], r["length"]): r for result in two for r in result["field"] if "ms" in r}
         columns = [(1, 1024), (1, 8192), (1, 32768), (1, 65536), (8, 1024), (8, 8192)]
-        table = rows(self.text, "## Beside other packages")
-        names = {"torch SDPA, BF16": "sdpa-bfloat16"}
-        names |= {name: name.lower().replace("kvquant-", "").replace(" ", "-") for name in table if name not in names}
-        assert set(names.values()) == {name for name, *_ in found}
-        for name, (bits, *cells) in table.items():
-            measured = [found[(names[name], *column)] for column in columns]
-            assert float(bits) == pytest.approx(measured[1]["bits_per_element"], abs=0.0051)
-            for cell, row in zip(cells, measured, strict=True):
-                assert float(cell) == pytest.approx(milliseconds(row), abs=0.51 * 10 ** -len(cell.partition(".")[2]))
+        self.check_field(rows(self.text.partition("\n### ")[0], "## Beside other packages"), found, columns)
         for ours in ("int8", "int4"):
             said = re.findall(rf"([\d.]+) to ([\d.]+) times as long as `{ours}`", text)
             for ends, results in zip(said, (two, [one]), strict=True):
                 times = self.times_as_long([r for result in results for r in result["field"] if "ms" in r], ours)
                 assert [float(x) for x in ends] == pytest.approx([min(times), max(times)], abs=0.051)
+
+    def test_the_field_on_a_zen_4(self):
+        result = json.loads((RESULTS / "bench_cpu_field_zen4_1thread.json").read_text("utf-8"))
+        heading = "### Beside them on a Zen 4"
+        section = self.text.partition(f"{heading}\n")[2].partition("\n## ")[0]
+        text = " ".join(section.split())
+        assert f"`{result['command']}`" in text and result["arguments"]["threads"] == 1
+        field = [row for row in result["field"] if "ms" in row]
+        found = {(row["name"], row["batch"], row["length"]): row for row in field}
+        self.check_field(rows(f"{heading}\n{section}", heading), found, [(1, 8192), (1, 32768)])
+        for ours in ("int8", "int4"):
+            times = sorted(self.times_as_long(field, ours))
+            said = re.search(rf"([\d.]+) and ([\d.]+) times as long as `{ours}`", text).groups()
+            assert sorted(map(float, said)) == pytest.approx(times, abs=0.051)
+
+    @staticmethod
+    def check_field(table: dict[str, list[str]], found: dict, columns: list[tuple[int, int]]) -> None:
+        names = {"torch SDPA, BF16": "sdpa-bfloat16"}
+        names |= {name: name.lower().replace("kvquant-", "").replace(" ", "-") for name in table if name not in names}
+        assert set(names.values()) == {name for name, *_ in found}
+        for name, (bits, *cells) in table.items():
+            measured = [found[(names[name], *column)] for column in columns]
+            assert float(bits) == pytest.approx(found[names[name], 1, 8192]["bits_per_element"], abs=0.0051)
+            for cell, row in zip(cells, measured, strict=True):
+                assert float(cell) == pytest.approx(milliseconds(row), abs=0.51 * 10 ** -len(cell.partition(".")[2]))
 
     @staticmethod
     def times_as_long(field: list[dict], ours: str) -> list[float]:

@@ -20,7 +20,7 @@ JOBS ?= 2
 PYTEST := pytest -q -rs --durations=30 -n $(JOBS) --dist worksteal
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/$(PYTEST)
+	DIST=$(CURDIR)/build/dist OMP_NUM_THREADS=1 .venv/bin/$(PYTEST)
 
 # Random operation sequences, and random mixes of requests in continuous batching, for longer than the tests have time:
 # make soak MINUTES=600 MIXES=1000. Prints its seeds.
@@ -137,13 +137,24 @@ format: .venv-lint/installed
 	.venv-lint/bin/ruff format .
 	.venv-lint/bin/clang-format -i $$(git ls-files '*.h' '*.cc' '*.cu')
 
-# The package is installed as a user would have it (a wheel, not the source folder), again whenever a source changes.
-.venv/installed: $(SOURCES) $(LOCK)
-	$(PYTHON) -m venv .venv
-	$(call install,$(LOCK),.venv) '.[dev]'
+# The sdist, and the wheel that is built from it: compiling takes a minute, so all environments of tests take this one.
+build/dist/built: $(SOURCES) README.md $(LOCK)
+	rm -rf $(@D)
+	$(PYTHON) -m venv build/environment
+	$(call install,$(LOCK),build/environment) build
+	PIP_CONSTRAINT=$(CURDIR)/$(LOCK) PIP_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK) build/environment/bin/python -m build --outdir $(@D)
 	touch $@
 
-# Python compiles modules at their first import; the demo imports few of the installed ones.
+# The package is installed as a user would have it (a wheel, not the source folder), again whenever a source changes: pip
+# does not replace an installed wheel by one of the same version. Python compiles modules at their first import; an
+# environment has ten times as many as are imported.
+install_built = $(2)/bin/python -m pip --disable-pip-version-check uninstall -qq --yes hf_kvquant; \
+	$(call install,$(1),$(2)) --no-compile
+.venv/installed: build/dist/built
+	$(PYTHON) -m venv .venv
+	$(call install_built,$(LOCK),.venv) "$$(echo build/dist/*.whl)[dev]"
+	touch $@
+
 .venv-demo/installed: $(SOURCES) $(LOCK)
 	$(PYTHON) -m venv .venv-demo
 	$(call install,$(LOCK),.venv-demo) --no-compile '.[demo]'
@@ -158,14 +169,14 @@ format: .venv-lint/installed
 	$(call install,$(LOCK),.venv) cmake unicorn ziglang
 	touch $@
 
-.venv-oldest/installed: $(SOURCES) $(OLDEST_LOCK) .ci/oldest.in
+.venv-oldest/installed: build/dist/built $(OLDEST_LOCK) .ci/oldest.in
 	$(PYTHON) -m venv .venv-oldest
-	$(call install,$(OLDEST_LOCK),.venv-oldest) . --requirement .ci/oldest.in
+	$(call install_built,$(OLDEST_LOCK),.venv-oldest) build/dist/*.whl --requirement .ci/oldest.in
 	touch $@
 
 .venv-lint/installed: $(LOCK)
 	$(PYTHON) -m venv .venv-lint
-	$(call install,$(LOCK),.venv-lint) ruff clang-format mypy
+	$(call install,$(LOCK),.venv-lint) --no-compile ruff clang-format mypy
 	touch $@
 
 .venv-lock/uv:

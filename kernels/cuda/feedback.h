@@ -1,17 +1,18 @@
-// Error feedback on the channel grid: the channels of a block are rounded one after another, and what
-// the error of one costs is taken from the elements of those behind it. hf_kvquant/quantization.py is
+// Error feedback on the channel grid: the channels of a block are rounded from the last to the first,
+// and what the error of one costs is taken from the elements of those before it. hf_kvquant/quantization.py is
 // the definition.
 //
-// The rows of the block are in shared memory, in float32. Eight or four channels are a panel. A warp rounds
-// them for all tokens, a lane for every 32nd token, in registers; then all warps take the errors from
-// the channels behind the panel, a lane for every 32nd channel. So an element is read and written
-// once for a panel's errors, and it loses them in the order of channels.
+// The rows of the block are in shared memory, in float32. Eight or four channels are a panel; panel 0
+// has the last ones. A warp rounds them for all tokens, a lane for every 32nd token, in registers;
+// then all warps take the errors from the channels before the panel, a lane for every 32nd channel.
+// So an element is read and written once for a panel's errors, and it loses them in the order in
+// which channels are rounded. With 128 channels:
 //
-//   warp 0     | round panel 0 | take from 8 .. |               . | take from 16 .. |
-//   warp 1     |             . | take from 8 .. | round panel 1   | take from 16 .. |
-//   others     |             . | take from 8 .. |               . | take from 16 .. |
-//   copies     | factors of panel 1 ----------> | factors of panel 2 ------------> |
-//              ^ barrier       ^ barrier        ^ barrier         ^ barrier
+//   warp 0     | round panel 0 | take from .. 119 |               . | take from .. 111 |
+//   warp 1     |             . | take from .. 119 | round panel 1   | take from .. 111 |
+//   others     |             . | take from .. 119 |               . | take from .. 111 |
+//   copies     | factors of panel 1 ------------> | factors of panel 2 --------------> |
+//              ^ barrier       ^ barrier          ^ barrier         ^ barrier
 #pragma once
 
 #include "cuda/quantize.h"
@@ -82,18 +83,19 @@ struct Feedback {
   }
 
  private:
+  static KVQUANT_DEVICE int first_of(int panel) { return kHeadDim - (panel + 1) * kPanel; }
   KVQUANT_DEVICE SharedPtr<float> errors(int t) const { return rows + kErrorsAt + t * kPanel; }
   // Row i of the factors of a panel. Two panels have room, one after the other.
   KVQUANT_DEVICE SharedPtr<float> factors(int panel, int i) const {
     return rows + kFactorsAt + (panel % 2 * kPanel + i) * kHeadDim;
   }
 
-  // Begins to copy what the factors of a panel take from its own channels and those behind it.
+  // Begins to copy what the factors of a panel take from its own channels and those before it.
   KVQUANT_DEVICE void copy_factors(const float* all, int panel) const {
 #pragma unroll 1
     for (int i = warp_index(); i < kPanel; i += kWarps) {
-      const float* row = all + (panel * kPanel + i) * kHeadDim;
-      for (int j = panel * kPanel + 4 * lane_index(); j < kHeadDim; j += 4 * 32) {
+      const float* row = all + (first_of(panel) + i) * kHeadDim;
+      for (int j = 4 * lane_index(); j < first_of(panel) + kPanel; j += 4 * 32) {
         cp_async_16(factors(panel, i) + j, row + j);
       }
     }
@@ -104,7 +106,7 @@ struct Feedback {
   template <class Block>
   KVQUANT_DEVICE void round_panel(int panel, uint32_t counted, const Block& block) const {
     constexpr bool kSymmetric = Channel<Format>::kSymmetric;
-    const int first = panel * kPanel;
+    const int first = first_of(panel);
     float y[kTokens][kPanel] = {};  // elements, then errors
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
@@ -112,7 +114,7 @@ struct Feedback {
       if (t < kLength) read(rows + t * kStride + first, y[k]);
     }
 #pragma unroll
-    for (int i = 0; i < kPanel; ++i) {
+    for (int i = kPanel - 1; i >= 0; --i) {
       Channel<Format> channel;
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) {
@@ -137,7 +139,7 @@ struct Feedback {
         if (t < kLength) rows[t * kStride + first + i] = code;
         y[k][i] = is_finite(fabsf(error)) ? error : 0.0f;
 #pragma unroll
-        for (int j = i + 1; j < kPanel; ++j) {
+        for (int j = 0; j < i; ++j) {
           const float factor = factors(panel, i)[first + j];
           y[k][j] = sub_rn(y[k][j], mul_rn(factor, y[k][i]));
         }
@@ -150,10 +152,10 @@ struct Feedback {
     }
   }
 
-  // From the channels behind a panel.
+  // From the channels before a panel.
   KVQUANT_DEVICE void take_errors(int panel) const {
 #pragma unroll 1
-    for (int j = (panel + 1) * kPanel + lane_index(); j < kHeadDim; j += 32) {
+    for (int j = lane_index(); j < first_of(panel); j += 32) {
       float factor[kPanel];
 #pragma unroll
       for (int i = 0; i < kPanel; ++i) factor[i] = factors(panel, i)[j];
@@ -162,7 +164,7 @@ struct Feedback {
         float error[kPanel], x = rows[t * kStride + j];
         read(errors(t), error);
 #pragma unroll
-        for (int i = 0; i < kPanel; ++i) x = sub_rn(x, mul_rn(factor[i], error[i]));
+        for (int i = kPanel - 1; i >= 0; --i) x = sub_rn(x, mul_rn(factor[i], error[i]));
         rows[t * kStride + j] = x;
       }
     }

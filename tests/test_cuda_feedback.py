@@ -21,6 +21,7 @@ from test_cuda_compile import BUDGET, SAME_PTX, SHARED_BYTES, STACK_BYTES
 from hf_kvquant import KVQuantConfig, QuantSpec, quantize, reference
 from hf_kvquant.backends import cuda, nvrtc
 from hf_kvquant.backends.specialisation import feedback_bytes, specialisation
+from hf_kvquant.cli import build
 
 # Registers of a thread: five blocks on an SM, and three of long blocks and wide heads, which have memory for fewer.
 FOR_FIVE_BLOCKS, FOR_FEW_BLOCKS = BUDGET["quantize_append_kernel"][128], 168
@@ -306,3 +307,17 @@ def test_presets_have_blocks_that_fit():
         for head_dim in (64, 96, 128, 192, 256):
             sides = [side.resolve(head_dim) for side in (config.keys, config.values)]
             specialisation(2, *sides, head_dim, head_dim, feedback=tuple(side.is_channel for side in sides))
+
+
+def test_kernels_are_built_ahead_of_time(tmp_path):
+    """The append of a config with error feedback, and attention as without it."""
+    path = tmp_path / "mine.yaml"
+    plain = "{keys: {format: int4, grid: channel}, values: {format: int4, rotate: true}"
+    path.write_text(plain + ", error_feedback: some.feedback}")
+    built = build.kinds([str(path)], [64], ["bfloat16"], [128], [])
+    path.write_text(plain + "}")
+    without = build.kinds([str(path)], [64], ["bfloat16"], [128], [])
+    assert len(built) == len(without)
+    for (source, kind), (_, other) in zip(built, without):
+        added = {"KVQUANT_K_FEEDBACK": 1} if source == "quantize_append.cu" else {}
+        assert kind == {**other, **added}

@@ -131,7 +131,11 @@ def _of_heads(
         sides = keys.resolve(head_dim), values.resolve(head_dim)
         for size in (0, *page_sizes):
             kind = specialisation(dtype, *sides, head_dim, head_dim, page_length=size)
-            yield from ((source, kind) for source in nvrtc.SOURCES)
+            yield "decode_attention.cu", kind
+            if config.error_feedback is not None:
+                feedback = keys.is_channel, values.is_channel
+                kind = specialisation(dtype, *sides, head_dim, head_dim, page_length=size, feedback=feedback)
+            yield "quantize_append.cu", kind
 
 
 def _of_latents(config: KVQuantConfig, dtype: int, rank: int, rotary_dim: int) -> Iterator[tuple[str, Specialisation]]:

@@ -318,7 +318,8 @@ class TestClearErrors:
         with pytest.raises(ValueError, match=f"(?s){file}: .*{message}") as raised:
             KVQuantConfig.from_yaml(file)
         assert len(str(raised.value)) < 1000
-        assert time.process_time() - start < 1
+        # Far from what expanding it would take.
+        assert time.process_time() - start < 20
 
     def test_aliases_are_allowed(self, tmp_path):
         file = tmp_path / "good.yaml"

@@ -10,13 +10,14 @@ exact. The JSON goes to eval/results/schemes/<model>.json, and the table of all 
 leave out exact tokens.
 
 With `--seen`, another text, two kinds of rows come with it: the configs that `hf-kvquant tune --text` found on it for
-4 and 32 exact tokens, as eval/tuned.py has published them, and codes with error feedback measured on it.
+4 and 32 exact tokens, as eval/tuned.py has published them, and configs with error feedback calibrated on it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kvquant import KVQuantConfig, QuantSpec
+from hf_kvquant import KVQuantConfig, QuantSpec, calibrate
 from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.facts import machine, rounded, versions, write_json
-from hf_kvquant.measure.feedback import Compensated, Feedback
 from hf_kvquant.measure.schemes import SCHEMES, Scheme
 from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 from hf_kvquant.measure.text import bundled_model, file_windows, windows
@@ -38,11 +38,12 @@ README = RESULTS / "README.md"
 BEGIN, END = "<!-- schemes: written by eval/schemes.py -->", "<!-- schemes: end -->"
 # Rows of tuned configs, and their budgets.
 TUNED = {"tuned-4.5": 4.5, "tuned-3.3": 3.3}
-# Rows of feedback, and the config whose bits and exact tokens each has.
+# Rows with error feedback, and the row without it of each.
 FEEDBACK = {
     "int4-feedback-32": "int4-both-channel-32",
     "int4-feedback": "int4-both-channel",
     "int3-feedback": "int3-both-channel",
+    "tuned-3.3-feedback": "tuned-3.3",
 }
 # Tokens at both ends that are read exactly.
 WINDOWS = {"none": (0, 0), "4 and 32": (4, 32)}
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default=str(bundled_model()), help="a folder or hub id (default: the bundled model)"
     )
     parser.add_argument("--text", type=Path, help="a text file (default: source of Python's standard library)")
-    parser.add_argument("--seen", type=Path, help="the text that configs were tuned on, for feedback too")
+    parser.add_argument("--seen", type=Path, help="the text that configs were tuned on; error feedback too")
     parser.add_argument("--documents", type=int, default=8, help="pieces of text (default 8)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a piece (default 512)")
     parser.add_argument("--context", type=int, default=128, help="tokens of a piece to prefill (default 128)")
@@ -96,13 +97,14 @@ def candidates(sink_length: int, recent_length: int) -> list[Preset]:
     return [*configs, *(Scheme(name, **exact) for name in SCHEMES)]
 
 
-def after_seeing(results: Mapping[str, dict], feedback: Feedback, exact: tuple[int, int]) -> list[Preset]:
-    """The candidates that know another text: tuned configs from their `results`, and feedback."""
+def after_seeing(results: Mapping[str, dict], feedback: Path, exact: tuple[int, int]) -> list[Preset]:
+    """The candidates that know another text: tuned configs from their `results`, and those with a `feedback` file."""
     lengths = dict(zip(("sink_length", "recent_length"), exact))
     tunings = {name: KVQuantConfig.from_dict(result["config"]) for name, result in results.items()}
+    known = {name: replace(config, **lengths) for name, config in {**ours(), **tunings}.items()}
     return [
-        *(Preset(name, replace(config, **lengths)) for name, config in tunings.items()),
-        *(Compensated(name, replace(ours()[base], **lengths), feedback) for name, base in FEEDBACK.items()),
+        *(Preset(name, known[name]) for name in tunings),
+        *(Preset(name, replace(known[base], error_feedback=str(feedback))) for name, base in FEEDBACK.items()),
     ]
 
 
@@ -119,17 +121,19 @@ def measure(args: argparse.Namespace) -> dict:
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not args.again else {}
     found: dict[str, dict] = known.get("kl", {window: {} for window in WINDOWS})
     results = tuned(name) if args.seen else {}
-    if args.seen:
-        feedback = Feedback.of(model, file_windows(tokenizer, args.seen, args.documents, args.window))
     bits = known.get("bits", {})
-    for window, exact in WINDOWS.items():
-        rows = candidates(*exact) + (after_seeing(results, feedback, exact) if args.seen else [])
-        bits |= {each.name: bits_of(each, model.config.head_dim) for each in rows}
-        # A config of the same name may have been tuned again.
-        rows = [each for each in rows if each.name in TUNED or each.name not in found[window]]
-        settings = Settings(args.context, greedy_tokens=0)
-        result = compare(model, documents, rows, settings, {}, by_layer=False, weigh=False)
-        found[window] |= {each.name: result["caches"][each.name]["kl"] for each in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        feedback = Path(folder) / "feedback"
+        if args.seen:
+            calibrate(model, file_windows(tokenizer, args.seen, args.documents, args.window)).save(feedback)
+        for window, exact in WINDOWS.items():
+            rows = candidates(*exact) + (after_seeing(results, feedback, exact) if args.seen else [])
+            bits |= {each.name: bits_of(each, model.config.head_dim) for each in rows}
+            # A config of the same name may have been tuned or calibrated again.
+            rows = [each for each in rows if each.name in {*TUNED, *FEEDBACK} or each.name not in found[window]]
+            settings = Settings(args.context, greedy_tokens=0)
+            result = compare(model, documents, rows, settings, {}, by_layer=False, weigh=False)
+            found[window] |= {each.name: result["caches"][each.name]["kl"] for each in rows}
     plan = {
         field: result["plan"][field]
         for field in ("weights", "documents", "document_length", "documents_sha256", "settings")
@@ -145,10 +149,16 @@ def measure(args: argparse.Namespace) -> dict:
         "seen": args.seen.name if args.seen else known.get("seen"),
         **plan,
         "head_dim": model.config.head_dim,
-        "bits": bits | {name: result["chosen_bits"] for name, result in results.items()},
+        "bits": bits | chosen_bits(results),
         "kl": found,
         "added": {"rows": [each.name for each in rows], **where} if known and rows else known.get("added"),
     }, _DIGITS)  # fmt: skip
+
+
+def chosen_bits(results: Mapping[str, dict]) -> dict[str, float]:
+    """Those of tuned configs, whose layers differ, with error feedback and without."""
+    names = {name: name for name in results} | {name: base for name, base in FEEDBACK.items() if base in results}
+    return {name: results[base]["chosen_bits"] for name, base in names.items()}
 
 
 def bits_of(candidate: Preset, head_dim: int) -> float:
@@ -176,7 +186,7 @@ def table(results: list[dict]) -> str:
     names = sorted(bits[widths[0]], key=lambda name: -bits[widths[0]][name])
     head = ["scheme", *(f"bits at {width}" for width in widths), *(result["model"] for result in results)]
     lines = []
-    our_names = [*ours(), *TUNED]
+    our_names = [*ours(), *TUNED, *FEEDBACK]
     for name in names:
         cells = [f"{bits[width][name]:.3f}" for width in widths]
         cells += [

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -36,9 +37,15 @@ FORMAT, VERSION = "hf_kvquant error feedback", "1"
 _DAMPING = 0.01
 _NAME = re.compile(r"layers\.(\d{1,6})\.(keys|values)")
 
-# Of keys and of values; None: no feedback.
-Factors = tuple[torch.Tensor | None, torch.Tensor | None]
-NO_FACTORS: Factors = (None, None)
+
+class Factors(NamedTuple):
+    """Those of a layer's keys and of its values; None: no feedback. Copies of a cache share them."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> Factors:
+        return self
 
 
 def factors_of(cost: torch.Tensor) -> torch.Tensor:
@@ -162,7 +169,7 @@ def factors_in(
         ValueError: the file cannot be read, has no such layer, or its factors have another shape.
     """
     if path is None or not any(spec.is_channel for spec in specs) or device.type == "meta":
-        return NO_FACTORS
+        return Factors()
     layers = loaded(path, device).layers
     if layer_idx not in layers:
         raise ValueError(
@@ -177,4 +184,4 @@ def factors_in(
             except ValueError as error:
                 raise ValueError(f"error_feedback: {path}: {error}; calibrate this model") from None
         found.append(factors if spec.is_channel else None)
-    return found[0], found[1]
+    return Factors(*found)

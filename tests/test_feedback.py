@@ -296,6 +296,11 @@ class TestLayers:
             found.append(cache.layers[0]._next_read(cache.layers[0]._keys)[:, :, :32])
         assert not torch.equal(*found)
 
+    def test_copies_share_the_factors(self, file):
+        cache = filled(config_of(file))
+        for layer, other in zip(cache.layers, copy.deepcopy(cache).layers):
+            assert other.factors is layer.factors and layer.factors.keys is not None
+
     def test_crop_and_append_again(self, file):
         cache = filled(config_of(file))
         cache.crop(-40)

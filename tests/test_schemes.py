@@ -114,8 +114,8 @@ class TestPublished:
         for kl in result["kl"].values():
             assert set(kl) == names and all(0 < each["mean"] < math.inf for each in kl.values())
         bits = {each.name: schemes.bits_of(each, result["head_dim"]) for each in schemes.candidates(0, 0)}
+        bits |= schemes.chosen_bits(schemes.tuned(result["model"]))
         bits |= {name: bits[base] for name, base in schemes.FEEDBACK.items()}
-        bits |= {name: each["chosen_bits"] for name, each in schemes.tuned(result["model"]).items()}
         assert result["bits"] == pytest.approx(bits, rel=1e-3)
         assert all(bits[name] <= budget for name, budget in schemes.TUNED.items())
 

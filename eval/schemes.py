@@ -36,14 +36,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "schemes"
 TUNINGS = RESULTS.parent / "tuning"
 README = RESULTS / "README.md"
 BEGIN, END = "<!-- schemes: written by eval/schemes.py -->", "<!-- schemes: end -->"
-# Rows of tuned configs, and their budgets.
-TUNED = {"tuned-4.5": 4.5, "tuned-3.3": 3.3}
+# Rows of tuned configs, and how their files end.
+TUNED = {"tuned-4.5": "4.5", "tuned-3.3": "3.3", "tuned-3.3-feedback": "feedback-3.3"}
 # Rows with error feedback, and the row without it of each.
 FEEDBACK = {
     "int4-feedback-32": "int4-both-channel-32",
     "int4-feedback": "int4-both-channel",
     "int3-feedback": "int3-both-channel",
-    "tuned-3.3-feedback": "tuned-3.3",
 }
 # Tokens at both ends that are read exactly.
 WINDOWS = {"none": (0, 0), "4 and 32": (4, 32)}
@@ -86,7 +85,7 @@ def ours() -> dict[str, KVQuantConfig]:
 
 def tuned(model: str) -> dict[str, dict]:
     """The published results of `hf-kvquant tune` for the model, by the names of their rows."""
-    files = {name: TUNINGS / f"{model}-first4-last32-{bits:g}.json" for name, bits in TUNED.items()}
+    files = {name: TUNINGS / f"{model}-first4-last32-{end}.json" for name, end in TUNED.items()}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
@@ -101,11 +100,10 @@ def after_seeing(results: Mapping[str, dict], feedback: Path, exact: tuple[int, 
     """The candidates that know another text: tuned configs from their `results`, and those with a `feedback` file."""
     lengths = dict(zip(("sink_length", "recent_length"), exact))
     tunings = {name: KVQuantConfig.from_dict(result["config"]) for name, result in results.items()}
-    known = {name: replace(config, **lengths) for name, config in {**ours(), **tunings}.items()}
-    return [
-        *(Preset(name, known[name]) for name in tunings),
-        *(Preset(name, replace(known[base], error_feedback=str(feedback))) for name, base in FEEDBACK.items()),
-    ]
+    fed = {name: ours()[base] for name, base in FEEDBACK.items()}
+    fed |= {name: config for name, config in tunings.items() if config.error_feedback is not None}
+    configs = tunings | {name: replace(config, error_feedback=str(feedback)) for name, config in fed.items()}
+    return [Preset(name, replace(config, **lengths)) for name, config in configs.items()]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -149,16 +147,10 @@ def measure(args: argparse.Namespace) -> dict:
         "seen": args.seen.name if args.seen else known.get("seen"),
         **plan,
         "head_dim": model.config.head_dim,
-        "bits": bits | chosen_bits(results),
+        "bits": bits | {name: result["chosen_bits"] for name, result in results.items()},
         "kl": found,
         "added": {"rows": [each.name for each in rows], **where} if known and rows else known.get("added"),
     }, _DIGITS)  # fmt: skip
-
-
-def chosen_bits(results: Mapping[str, dict]) -> dict[str, float]:
-    """Those of tuned configs, whose layers differ, with error feedback and without."""
-    names = {name: name for name in results} | {name: base for name, base in FEEDBACK.items() if base in results}
-    return {name: results[base]["chosen_bits"] for name, base in names.items()}
 
 
 def bits_of(candidate: Preset, head_dim: int) -> float:

@@ -37,16 +37,17 @@ def publish(result: dict) -> Path:
     text = json.dumps(rounded(result, _DIGITS), indent=1, ensure_ascii=False)
     # A list or mapping without others inside is written on one line.
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda leaf: re.sub(r"\s+", " ", leaf[0]), text)
+    text = re.sub(r'("error_feedback": ")[^"]*/', r"\1", text)
     file = RESULTS / f"{name}.json"
     write_text(file, text + "\n")
     return file
 
 
 def windows(base: dict) -> str:
-    """The exact tokens of a config in words."""
-    if not base["sink_length"] and not base["recent_length"]:
-        return "none"
-    return f"first {base['sink_length']}, last {base['recent_length']}"
+    """The exact tokens of a config in words, and whether it has error feedback."""
+    is_exact = base["sink_length"] or base["recent_length"]
+    exact = f"first {base['sink_length']}, last {base['recent_length']}" if is_exact else "none"
+    return exact + ", feedback" * (base.get("error_feedback") is not None)
 
 
 def published() -> list[dict]:

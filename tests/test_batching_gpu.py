@@ -106,8 +106,9 @@ class Addresses:
     def __init__(self):
         self.calls = []
 
-    def paged_append(self, key, value, keys, values, faults):
-        self.calls.append(arguments.paged_append(key, value, keys, values, faults.to(META)))
+    def paged_append(self, key, value, keys, values, faults, factors):
+        call = arguments.paged_append(key, value, keys, values, faults.to(META), factors=factors)
+        self.calls.append(call)
 
     def paged_attention(self, query, keys, values, s_aux=None, **settings):
         call, *results = arguments.paged_attention(query, keys, values, s_aux, **settings)

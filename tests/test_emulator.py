@@ -243,12 +243,12 @@ def test_a_kernel_that_starts_early_has_to_wait(when):
     macros = {"KVQUANT_THREADS": 32, "KVQUANT_SHARED_BYTES": 0}
     probe = Probe(x.data_ptr(), y.data_ptr(), variant)
     if WAITS[when] is None:
-        device.launch("early_kernel", macros, (1,), probe, **arguments)
+        device.launch({"early_kernel": (1,)}, macros, probe, **arguments)
         assert torch.equal(x, y)
     else:
         with pytest.raises(emulator.Fault, match=WAITS[when]):
-            device.launch("early_kernel", macros, (1,), probe, **arguments)
-    emulator.Device(sources=[PROBES]).launch("early_kernel", macros, (1,), probe, **arguments)
+            device.launch({"early_kernel": (1,)}, macros, probe, **arguments)
+    emulator.Device(sources=[PROBES]).launch({"early_kernel": (1,)}, macros, probe, **arguments)
 
 
 def test_launches_that_cannot_be():

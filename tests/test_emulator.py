@@ -227,6 +227,21 @@ def test_a_fault_names_its_line():
     assert "kSharedBeyond" in PROBES.read_text().splitlines()[line - 1]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of the process's mappings")
+def test_a_launch_gives_the_stacks_of_its_threads_back():
+    """A process may have 65,530 mappings, and each specialisation is a library with an emulator of its own."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    stored = torch.randn(16 * 16 + 16 * 8).half()
+    launch("mma_kernel", stored, torch.empty(16, 8), 0)
+    before = mappings()
+    launch("mma_kernel", stored, torch.empty(16, 8), 0)
+    launch("shuffle_kernel", torch.empty(1), torch.empty(64, 5, dtype=torch.int32), threads=64)
+    assert mappings() < before + 2 * 64
+
+
 WAITS = {
     "in time": None,
     "after a load": "thread 0, probes.cu.* reads global memory before it has waited for the kernels before",

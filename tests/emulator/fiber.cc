@@ -79,6 +79,19 @@ void prepare(Fiber& fiber, void (*entry)()) {
 #endif
 }
 
+void release(Fiber& fiber) {
+  if (fiber.stack == nullptr) return;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, fiber.stack_size);
+#endif
+  munmap(fiber.stack - kGuard, kGuard + kStack);
+  fiber.stack = nullptr;
+#ifndef __x86_64__
+  delete static_cast<ucontext_t*>(fiber.stack_pointer);
+  fiber.stack_pointer = nullptr;
+#endif
+}
+
 #if defined(__SANITIZE_ADDRESS__)
 namespace {
 Fiber* left;  // the fiber that the last resume() came from

@@ -15,6 +15,8 @@ struct Fiber {
 
 // Gives `fiber` a stack (once) and lets it begin at `entry`, which must not return.
 void prepare(Fiber& fiber, void (*entry)());
+// Takes the stack away. Each is two of the mappings of a process, which may have 65,530.
+void release(Fiber& fiber);
 // Leaves `from`, which can be resumed later, and goes on with `to`.
 void resume(Fiber& from, Fiber& to);
 // To be called first in a new fiber, where no resume() returns.

@@ -144,6 +144,7 @@ int run(const char* kernel, const Launch& launch, void (*body)(void* const*),
     }
   }
   end_launch();
+  for (Thread& thread : m.threads) release(thread.fiber);
   return m.failed;
 }
 

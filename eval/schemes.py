@@ -37,7 +37,12 @@ TUNINGS = RESULTS.parent / "tuning"
 README = RESULTS / "README.md"
 BEGIN, END = "<!-- schemes: written by eval/schemes.py -->", "<!-- schemes: end -->"
 # Rows of tuned configs, and how their files end.
-TUNED = {"tuned-4.5": "4.5", "tuned-3.3": "3.3", "tuned-3.3-feedback": "feedback-3.3"}
+TUNED = {
+    "tuned-4.5": "4.5",
+    "tuned-3.375-feedback": "feedback-3.375",
+    "tuned-3.3": "3.3",
+    "tuned-3.3-feedback": "feedback-3.3",
+}
 # Rows with error feedback, and the row without it of each.
 FEEDBACK = {
     "int4-feedback-32": "int4-both-channel-32",

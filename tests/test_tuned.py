@@ -39,7 +39,7 @@ def test_a_run_is_published(tmp_path, monkeypatch):
 
 def test_a_run_with_error_feedback_is_published_without_its_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "RESULTS", tmp_path)
-    base = RESULTS[0]["base"] | {"error_feedback": "/home/someone/model.feedback"}
+    base = RESULTS[0]["base"] | {"error_feedback": "/folder/model.feedback"}
     file = tuned.publish(RESULTS[0] | {"base": base})
     assert "feedback" in file.name
     assert tuned.published() == [RESULTS[0] | {"base": base | {"error_feedback": "model.feedback"}}]

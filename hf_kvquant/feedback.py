@@ -23,29 +23,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from . import tensors_file
 from .message import told
-from .quantization import QuantSpec, check_factors
+from .quantization import NO_FACTORS, Factors, QuantSpec, check_factors
 
 FORMAT, VERSION = "hf_kvquant error feedback", "1"
 # Added to the diagonal of H, as a part of its mean, so that no direction counts nothing.
 _DAMPING = 0.01
 _NAME = re.compile(r"layers\.(\d{1,6})\.(keys|values)")
-
-
-class Factors(NamedTuple):
-    """Those of a layer's keys and of its values; None: no feedback. Copies of a cache share them."""
-
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> Factors:
-        return self
 
 
 def factors_of(cost: torch.Tensor) -> torch.Tensor:
@@ -169,7 +158,7 @@ def factors_in(
         ValueError: the file cannot be read, has no such layer, or its factors have another shape.
     """
     if path is None or not any(spec.is_channel for spec in specs) or device.type == "meta":
-        return Factors()
+        return NO_FACTORS
     layers = loaded(path, device).layers
     if layer_idx not in layers:
         raise ValueError(

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .backends import AUTO, GPU_FORMATS, NAMES, gpu_refusal
-from .quantization import DENSE, FORMATS, QuantSpec
+from .quantization import DENSE, FORMATS, NO_FACTORS, Factors, QuantSpec
 from .states import PagedStates, QuantizedStates, Stored
 
 _States = QuantizedStates | PagedStates
@@ -231,7 +231,7 @@ def _quantize_append(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None
     )  # fmt: skip
     chosen = _backend(key, keys, values, backend)
     chosen.quantize_append(
-        key, value, keys, values, faults, padding, start=start, appends=appends, factors=tuple(factors)
+        key, value, keys, values, faults, padding, start=start, appends=appends, factors=Factors(*factors)
     )
 
 
@@ -376,7 +376,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> None:
     """Same as `reference.quantize_append`, on the backend that the states name."""
     if not _is_watched(key):
@@ -453,7 +453,7 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> None:
     """Same as `reference.paged_append`, on the backend that the states name."""
     backend = _backend(key, keys, values, keys.backend)

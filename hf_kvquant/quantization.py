@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 
@@ -307,6 +307,20 @@ def _quantize_tokens(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, to
         codes = _symmetric_codes(groups * r, spec.format)
     codes = torch.where(r.isfinite(), codes, float(form.code_of_zero))
     return codes.flatten(-2), scale.squeeze(-1)
+
+
+class Factors(NamedTuple):
+    """The factors of error feedback (see `quantize`) of keys and of values; None: no feedback. Copies of a cache
+    share them."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> Factors:
+        return self
+
+
+NO_FACTORS = Factors()
 
 
 def check_factors(name: str, factors: torch.Tensor, spec: QuantSpec, num_kv_heads: int, head_dim: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .quantization import check_factors, quantize
+from .quantization import NO_FACTORS, Factors, check_factors, quantize
 from .states import PagedStates, QuantizedStates, Stored
 
 
@@ -145,7 +145,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> None:
     """Write new tokens into the storage of `keys` and `values`, in place.
 
@@ -229,7 +229,7 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> None:
     """`quantize_append` of n tokens per row, `[rows, num_kv_heads, n, head_dim]`, behind the lengths of the table."""
     for i in range(key.shape[0]):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..quantization import QuantSpec, check_factors
+from ..quantization import NO_FACTORS, Factors, QuantSpec, check_factors
 from ..states import PagedStates, QuantizedStates
 
 MAX_HEAD_DIM = 512
@@ -434,7 +434,7 @@ def append(
     isa: int = 0,
     threads: int = 0,
     appends: torch.Tensor | None = None,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> Append:
     """The argument of `quantize_append`, without `appends`, which is only checked.
 
@@ -640,7 +640,7 @@ def paged_append(
     faults: torch.Tensor,
     isa: int = 0,
     threads: int = 0,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
 ) -> Append:
     """As `append`, of n tokens per row into pages."""
     code = _dtype_code(key.dtype)

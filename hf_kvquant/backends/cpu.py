@@ -167,7 +167,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: arguments.Factors = arguments.NO_FACTORS,
     isa: str | None = None,
 ) -> None:
     """Same as `reference.quantize_append`. `isa` names an instruction set; the default is `isa()`.
@@ -207,7 +207,7 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: arguments.Factors = arguments.NO_FACTORS,
     *,
     isa: str | None = None,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..quantization import NO_FACTORS, Factors
 from ..states import PagedStates, QuantizedStates
 from . import arguments, disk_cache, gpu, nvrtc
 from .specialisation import THREADS, RotaryKeys, append_kind, most_splits, plan
@@ -152,7 +153,7 @@ def quantize_append(
     *,
     start: int,
     appends: torch.Tensor | None = None,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
     device: Any = None,
 ) -> None:
     """Same as `reference.quantize_append`.
@@ -172,7 +173,7 @@ def paged_append(
     keys: PagedStates,
     values: PagedStates,
     faults: torch.Tensor,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    factors: Factors = NO_FACTORS,
     *,
     device: Any = None,
 ) -> None:

@@ -93,17 +93,19 @@ resolve = UV_PYTHON_DOWNLOADS=never .venv-lock/bin/uv pip compile --quiet --univ
 # The kernels' tests (CUDA kernels in the emulator), and files crafted to corrupt memory, under the sanitizers for addresses
 # and undefined behaviour. Then the tests of our own threads under the one for races: torch's threads are not instrumented, and
 # one process runs them, because its exit code tells of races. libasan needs libstdc++ at its start, before torch loads it.
-sanitize: .venv/installed
-	$(call build_sanitized,asan,address;undefined)
+sanitize: build/asan/installed build/tsan/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 		$(call test_sanitized,asan) -n $(JOBS) --dist worksteal $(EMULATED) tests/test_crafted_files.py
-	$(call build_sanitized,tsan,thread)
 	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=exitcode=66 $(call test_sanitized,tsan) -k own_threads
 
 EMULATED := tests/test_emulator.py tests/test_cuda_append.py tests/test_cuda_attention.py
-build_sanitized = $(call install,$(LOCK),.venv) --target build/$(1) --upgrade --no-deps . \
-	--config-settings "cmake.define.KVQUANT_SANITIZE=$(2)"
+build/asan/installed: SANITIZERS := address;undefined
+build/tsan/installed: SANITIZERS := thread
+build/%/installed: $(SOURCES) .venv/installed
+	$(call install,$(LOCK),.venv) --no-compile --target $(@D) --upgrade --no-deps . \
+		--config-settings "cmake.define.KVQUANT_SANITIZE=$(SANITIZERS)"
+	touch $@
 test_sanitized = OMP_NUM_THREADS=1 PYTHONPATH=build/$(1) .venv/bin/pytest -q -p no:cacheprovider tests/test_cpu_backend.py
 
 # The CPU kernels as ARM code on an emulated processor. The compiler for it takes 400 MB, so only this installs it.

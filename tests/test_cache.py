@@ -560,6 +560,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.any_host
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and getrusage")
 def test_process_memory_falls():
     """Peak resident memory (kilobytes) of processes that fill a cache with 8k tokens, against transformers' own."""

@@ -62,8 +62,9 @@ _tests = itertools.count()
 
 def every_family_with_two_presets(names: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     """The presets move on from family to family and from test to test: in each test is every preset, and each family
-    meets each preset in some tests, besides those of both products at the top."""
-    first, count = next(_tests), len(PRESETS) if WHOLE else 2
+    meets each preset in some tests, besides those of both products at the top. The oldest transformers gets one preset
+    for each family."""
+    first, count = next(_tests), len(PRESETS) if WHOLE else 1 if OLDEST else 2
     pairs = [(name, PRESETS[(first + i + 2 * n) % len(PRESETS)]) for i, name in enumerate(names) for n in range(count)]
     return pytest.mark.parametrize(("name", "preset"), pairs)
 

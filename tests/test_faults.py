@@ -473,6 +473,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.any_host
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_forked_child_and_a_spawned_worker(tmp_path):
     script = tmp_path / "processes.py"

@@ -709,6 +709,7 @@ while os.getppid() != 1:
 """
 
 
+@pytest.mark.any_host
 def test_a_file_that_is_replaced_while_it_is_loaded(file):
     """Each load reads one whole file."""
     one, other = file.with_name("one"), file.with_name("other")
@@ -785,6 +786,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.any_host
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_leaves_the_old_file_or_the_new_one(file):
     """The process is killed when half is written, before the rename, and after it."""

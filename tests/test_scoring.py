@@ -312,6 +312,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.any_host
 @pytest.mark.parametrize("config", ["int4", "none"])
 def test_memory_of_a_long_text(config):
     """No tensor is as large as the square of the length, or as length times vocabulary."""
@@ -533,6 +534,7 @@ class TestStraightThrough:
         gradients = {name: p.grad for name, p in model.named_parameters()}
         assert all((grad is not None and bool(grad.any())) == ("lora" in name) for name, grad in gradients.items())
 
+    @pytest.mark.any_host
     @pytest.mark.parametrize("config", ["int4", "none"])
     def test_memory(self, config):
         """No tensor is as large as the square of the length or as length times vocabulary, and beside the cache the

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from whole import WHOLE
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, host
@@ -153,8 +154,13 @@ def random_prompts(seed, lengths):
     return [torch.randint(3, families.VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def two_presets(*names: str) -> pytest.MarkDecorator:
+    """int4 has exact copies, whose pages are not shared, and another one; the mixes below have all presets."""
+    return pytest.mark.parametrize("preset", PRESETS if WHOLE else names)
+
+
 class TestEqualsAlone:
+    @pytest.mark.parametrize("preset", PRESETS)
     def test_requests_of_many_lengths(self, model, log, preset):
         prompts = random_prompts(1, [1, 40, 63, 64, 250, 256, 300])
         results = generate(model, preset, prompts, new=70, max_batch_tokens=1024)
@@ -165,6 +171,7 @@ class TestEqualsAlone:
         assert routes["prefill_dense"] == 14 and routes["decode_fused"] == 138 and not routes["decode_dequantized"]
         check_all_free(cache)
 
+    @two_presets("int4", "fp8")
     def test_prompts_in_chunks_beside_decoding_requests(self, model, log, preset):
         prompts = random_prompts(2, [20, 150, 90, 10, 270])
         results = generate(model, preset, prompts, max_batch_tokens=70, new=12)
@@ -173,6 +180,7 @@ class TestEqualsAlone:
         check_all_alone(model, preset, prompts, results, log)
         check_all_free(log.caches[0])
 
+    @two_presets("int4", "int8-plain")
     def test_every_number_in_the_pages(self, log, preset):
         """In float64, in which sums in another order do not change a code."""
         model = families.build("llama").double()
@@ -180,6 +188,7 @@ class TestEqualsAlone:
         results = generate(model, preset, prompts, max_batch_tokens=150, new=8, page_size=384)
         check_all_alone(model, preset, prompts, results, log)
 
+    @two_presets("int4", "int8")
     def test_shared_prefixes(self, model, log, preset):
         start = random_prompts(3, [2 * PAGE])[0]
         prompts = [start + rest for rest in random_prompts(4, [50, 3, 33])]
@@ -192,6 +201,7 @@ class TestEqualsAlone:
         check_all_alone(model, preset, prompts, results, log)
         check_all_free(cache)
 
+    @two_presets("int4", "int4-small")
     def test_forks(self, model, log, preset):
         prompts = random_prompts(5, [30, 240])
         results = generate(model, preset, prompts, new=40, num_return_sequences=3)
@@ -203,6 +213,7 @@ class TestEqualsAlone:
                 check_alone(model, preset, tokens, len(prompt), chunks)
         check_all_free(log.caches[0])
 
+    @two_presets("int4", "int8")
     def test_forks_of_a_single_token(self, model, log, preset):
         """Copies are made before the last token of the prompt, so the manager runs such a request with no token. (A
         batch of no tokens at all fails in the model, with dense pages too.)"""
@@ -214,6 +225,7 @@ class TestEqualsAlone:
             check_alone(model, preset, [5, *results[name].generated_tokens], 1, chunks)
         check_all_free(log.caches[0])
 
+    @two_presets("int4", "fp8")
     def test_evictions(self, model, log, preset):
         prompts = random_prompts(6, [230, 240, 250, 220, 210])
         # So few pages that requests lose theirs and begin anew.
@@ -237,7 +249,7 @@ def few_blocks(model, preset):
     raise AssertionError(preset)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(3 if WHOLE else 1))
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_random_mix(model, log, preset, seed):
     rng = random.Random(f"{preset} {seed}")

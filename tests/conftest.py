@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import families
 import once
@@ -40,6 +41,20 @@ def narrow_windows(request, monkeypatch):
     if given.get("name") in families.SLIDING:
         read = config._read_preset
         monkeypatch.setattr(config, "_read_preset", lambda name: dataclasses.replace(read(name), sliding=24))
+
+
+@pytest.fixture
+def quanto_in_python(monkeypatch):
+    """quanto unpacks its codes here, where it would compile C++ for a minute."""
+    try:
+        from optimum.quanto.library.extensions import cpp
+    except ImportError:
+        return
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> at & 2**bits - 1 for at in range(0, 8, bits)])
+
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 @pytest.fixture

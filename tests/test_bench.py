@@ -205,9 +205,9 @@ def test_latent_refuses_a_wrong_step(refuses, monkeypatch):
     refuses("bench_latent", [*LATENT, "--presets", "int8"], "step against de-quantized states")
 
 
-def test_error_result(run, tmp_path):
+def test_error_result(tmp_path):
     out = tmp_path / "error.json"
-    result, text = run("bench_error", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)
+    result, text = run_script("bench_error", ["--lengths", "67,130", "--head-dims", "32", "--seeds", "2"], out)
     check_common(result, text)
     rows = {(row["name"], row["dtype"], row["level"]): row for row in result["rows"]}
     levels, dtypes = result["arguments"]["levels"], ("float32", "float16", "bfloat16")
@@ -226,8 +226,8 @@ def test_error_result(run, tmp_path):
     assert 2**-10 < rows["int8", "bfloat16", "scalar"]["rms"] < 2**-9
 
 
-def test_generate_result(tmp_path):
-    result, text = run_script("bench_generate", GENERATE, tmp_path / "generate.json")
+def test_generate_result(run, quanto_in_python, tmp_path):
+    result, text = run("bench_generate", GENERATE, tmp_path / "generate.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}
     rivals = {"dense-static", "quanto-int4", "hqq-int4", "hqq-int8", "transformers-fp8"}

@@ -259,7 +259,7 @@ class TestPeers:
         with pytest.raises(pytest.fail.Exception, match="broken"):
             run(model, documents, *presets(["int8"]))
 
-    def test_real_ones(self, documents):
+    def test_real_ones(self, documents, quanto_in_python):
         """More bits mean more bytes and less divergence."""
         pytest.importorskip("optimum.quanto")
         pytest.importorskip("hqq")
@@ -270,7 +270,6 @@ class TestPeers:
             head_dim=64, max_position_embeddings=128, initializer_range=0.2,
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval()
-        # quanto compiles a C++ extension at first use if it can.
         result = run(model, documents[:1], *peers(), settings=Settings(CONTEXT, greedy_tokens=0))
         caches = result["caches"]
         chain = ["hqq-int8", "quanto-int4", "quanto-int2"]

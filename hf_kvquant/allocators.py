@@ -48,7 +48,7 @@ class Chunk:
 
 
 class Rows:
-    """Requests of a batch whose new tokens attend in one call. What a step needs of them is made once, for all layers.
+    """Requests of a batch whose new tokens attend in one call. A step makes the tensors below once, for all layers.
 
     `at` finds their new tokens in the batch: a slice if they lie one after the other, else an index per request.
     """
@@ -224,7 +224,7 @@ class QuantizedAllocator(_HOST.FullAttentionCacheAllocator):  # type: ignore[nam
     """Hands out blocks of quantized pages to requests, and blocks for their exact copies."""
 
     supports_block_table = False
-    # Of the config, and what of it can hide a column.
+    # The config's window, and the same if it is narrow enough to hide a column.
     sliding_window: int | None = None
     window: int | None = None
 

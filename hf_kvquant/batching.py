@@ -77,7 +77,7 @@ class QuantizedPagedCache(_HOST.PagedAttentionCache):  # type: ignore[name-defin
                     f"{layer_idx}; expected {expected} of {self.dtype}"
                 )
         if layer_idx == allocator.layer_indices[0] and allocator.device.type != "cpu":
-            # Of the forward call before this one: nothing waits for a GPU in between.
+            # The faults of the previous forward call, so that nothing waits for a GPU in between.
             _tell_faults(allocator)
         batch = allocator.batch(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][allocator.layer_type])
         update = _Update(allocator, batch, layer_idx, self.routes)

@@ -71,7 +71,7 @@ class EvictingQuantizedLayer(SlidingQuantizedLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _hides(self, tokens: int) -> bool:
-        """Whether the newest query of so many tokens does not see all of them."""
+        """Whether the newest of `tokens` tokens does not see all of them."""
         return tokens > self._window
 
     def _states(self, side: Side, length: int | None = None, *args: Any, **place: Any) -> QuantizedStates:

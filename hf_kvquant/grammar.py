@@ -7,8 +7,8 @@
     output   = weights @ states  |  scaled_dot_product_attention (query, states, states)
 
 A rule returns a `RecordedStates` that says what the result is, the output, or None where the function, or an argument
-of it, is not in the grammar. It never looks at numbers of the cache, but for single ones that the model passes: the
-value that is filled in must hide.
+of it, is not in the grammar. It never looks at elements of the cache, only at single values that the model passes:
+the value that is filled in must hide.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ _SLICE = 1024
 
 @_rule(F.linear)
 def _(input, weight, bias=None):
-    """Few numbers of each token, from which a model makes a mask or a bias (Doge, of values): they are computed slice
-    by slice, without a copy of all states."""
+    """A few elements for each token, from which a model makes a mask or a bias, as Doge does from values. They are
+    computed slice by slice, without a copy of all states."""
     if not _is(States, input) or not input.meaning.is_whole or not _is_given(weight):
         return None
     step, is_keys = input.meaning.step, input.meaning.is_keys

@@ -53,7 +53,7 @@ import torch
 from .message import told
 
 FP16_MAX = 65504.0
-# Of head_dim and group_size. Compiled backends take multiples of 16.
+# head_dim and group_size are multiples of this number; compiled backends take multiples of 16.
 HEAD_DIM_MULTIPLE = 8
 PACKED_CHUNK = 32
 GRIDS = ("token", "channel")

@@ -58,7 +58,7 @@ class Step:
 
     @property
     def columns(self) -> int:
-        """How many columns the model gets: of a sliding layer those that a mask has, see `mask_length`."""
+        """How many columns the model gets: those of its mask, see `mask_length`."""
         return mask_length(self.keys.length, self.keys.sliding_window, self.q_len)
 
     @property
@@ -171,7 +171,7 @@ class Weights(Meaning):
 
 
 class Node:
-    """How the numbers of a recorded tensor are made: a function and its arguments, with nodes for recorded tensors."""
+    """How a recorded tensor is computed: a function and its arguments, with nodes for recorded tensors."""
 
     def __init__(self, function: Callable, args: tuple, kwargs: dict):
         self.function, self.args, self.kwargs = function, args, kwargs

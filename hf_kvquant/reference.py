@@ -324,7 +324,7 @@ def retire(
             # A column's slot is its number modulo the ring's length.
             moved = (column + gone) % tensor.shape[2]
         else:
-            # Of scales there is a row for each column, or for each block of the side's own length.
+            # Scales have a row for each column, or for each block of the side's own length.
             moved = (column + gone * tensor.shape[2] // capacity).clamp(max=tensor.shape[2] - 1)
         tensor.copy_(tensor.index_select(2, moved))
     sink_positions.copy_(torch.where(sink_positions < 0, -1, (sink_positions - gone).clamp(min=0)))

@@ -32,7 +32,7 @@ _TAG = "_kvquant_layer"
 
 class Routes(Counter):
     """How often each of `ROUTES` was taken; `in_call` is true while the model that was given the cache runs,
-    and `keeps_weights` if it shall return attention weights. `steps` are the updates of that call whose states are
+    and `keeps_weights` if it has to return attention weights. `steps` are the updates of that call whose states are
     recorded (see `recorded`)."""
 
     in_call = keeps_weights = False

@@ -57,7 +57,7 @@ _MAX_SCORES = 2**24
 _MAX_ROWS = 256
 # The arguments and the result of `quantize`.
 Quantizer = Callable[[torch.Tensor, QuantSpec, torch.Tensor | None], Any]
-# Of the keys and of the values of a layer.
+# The functions for the keys and for the values of a layer, by its number.
 Quantizers = Callable[[int], tuple[Quantizer, Quantizer]]
 
 

@@ -49,7 +49,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
         self._block = max(spec.block_length or 1 for spec in kv_config.for_layer(layer_idx))
         self._front = self._whole_blocks(self._front_columns())
         self._most = self._front + self._whole_blocks(self._kept + max(self._block, ROLLBACK))
-        # Before a piece of so many tokens a column stays: without one, its first tokens would count as sinks.
+        # The most tokens that are stored at once: one column stays before them, or their first would count as sinks.
         self._piece = self._kept - 1
         # How many tokens there were when the last update began.
         self._before = 0
@@ -118,7 +118,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
         return max(min(end - self._kept, self.length) - self._front, 0) // self._block * self._block
 
     def _retire(self, end: int) -> None:
-        """Before there are `end` columns: whole blocks that no query will see make way."""
+        """Retire whole blocks that no query will see, before there are `end` columns."""
         gone = self._gone(end)
         if not gone and self._keys.capacity <= self._most:
             return
@@ -137,7 +137,7 @@ class SlidingQuantizedLayer(QuantizedLayer):
         return side.moved(capacity, self.length, gone)
 
     def _moved_sinks(self, gone: int) -> torch.Tensor:
-        """The columns of sinks after so many were retired: a sink that is gone keeps its slot, in a hidden column."""
+        """The columns of sinks after `gone` were retired: a sink that is gone keeps its slot, in a hidden column."""
         return torch.where(self.sink_positions < 0, -1, (self.sink_positions - gone).clamp(min=0))
 
     def _padding_of_columns(self) -> torch.Tensor | None:

@@ -42,8 +42,8 @@ def hides_columns(sliding_window: int | None, length: int | None) -> bool:
 
 
 def mask_length(length: int, sliding_window: int | None, q_len: int) -> int:
-    """How many of the last columns the mask of the newest `q_len` queries has: of a sliding layer those that the first
-    of them may see, and later ones."""
+    """How many of the last columns the mask of the newest `q_len` queries has. In a sliding layer it begins with the
+    first column that the first of these queries may see."""
     return length if sliding_window is None else min(length, sliding_window - 1 + q_len)
 
 

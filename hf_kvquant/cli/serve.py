@@ -1,7 +1,7 @@
 """`hf-kvquant serve MODEL`: transformers' own server, with quantized pages in its continuous batching.
 
-Its endpoint is OpenAI's: `/v1/chat/completions`, `/v1/completions`, `/v1/models`. What the server needs beside
-transformers is imported when it starts: `pip install "transformers[serving]"`.
+Its endpoint is OpenAI's: `/v1/chat/completions`, `/v1/completions`, `/v1/models`. The server imports its
+other packages when it starts: `pip install "transformers[serving]"`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def tune(
         Path | None, typer.Option("--lm-eval-path", help="A folder with tasks of your own.")
     ] = None,
     task_limit: Annotated[
-        int | None, typer.Option("--lm-eval-limit", min=1, help="Only so many documents of a task.")
+        int | None, typer.Option("--lm-eval-limit", min=1, help="At most this many documents of each task.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for the config and all measurements. A run that was killed goes on in it.")

@@ -140,7 +140,7 @@ def _version(package: str, missing: str = "not installed") -> str:
 
 
 def rounded(data: Any, digits: int) -> Any:
-    """Plain data with every float rounded to so many significant digits."""
+    """Plain data with every float rounded to `digits` significant digits."""
     if isinstance(data, float):
         return float(f"{data:.{digits}g}")
     if isinstance(data, dict):

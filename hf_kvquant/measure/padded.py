@@ -1,4 +1,4 @@
-"""`generate` with a left-padded batch: as many rows as a number of bytes holds, and how fast they are answered."""
+"""`generate` with a left-padded batch: how many rows fit a number of bytes, and how fast they are answered."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def serve(model: Any, config: KVQuantConfig | None, todo: list[Request], pages: 
 
 @contextmanager
 def counted_hits() -> Iterator[list[int]]:
-    """A list of the numbers of tokens that requests take over from pages of others."""
+    """A list to which each request adds the number of tokens that it takes over from pages of others."""
     cache, hits = continuous_batching().PagedAttentionCache, []
     search = cache.search_prefix_match
 

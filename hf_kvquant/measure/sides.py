@@ -128,7 +128,7 @@ def promising(
     """The `specs` of each side that no other one beats, by rising bits; the last one is dense.
 
     One that beats another has no more bits, and stores states with less than `1 / slack` of the other's error. This
-    needs one pass over the documents for all sides and specs together. Of a sliding layer every spec is promising.
+    needs one pass over the documents for all sides and specs together. In a sliding layer no spec is left out.
     """
     found = {side: specs(side[1], head_dim, narrow) for side, (_, head_dim) in shapes.items()}
     errors: dict[tuple[Side, QuantSpec], float] = {}

@@ -55,8 +55,8 @@ REGISTERS, THREADS, RESERVED_BYTES = 65536, {"sm_86": 1536, "sm_89": 1536}, 1024
 L2_BYTES_PER_CLOCK = 64.0
 # Before the first block of a kernel starts, and between two kernels of a stream.
 START_US, BETWEEN_US = 2.0, 1.0
-# What is hidden of the time between two kernels of a CUDA graph if the second one starts early (gpu.starts_early): two
-# empty kernels at 1,755 MHz, as measured in https://github.com/pegainfer-project/pegainfer/issues/569.
+# The part of the time between two kernels of a CUDA graph that an early start of the second hides (gpu.starts_early):
+# two empty kernels at 1,755 MHz, as measured in https://github.com/pegainfer-project/pegainfer/issues/569.
 HIDDEN_US = 0.96
 # A good BF16 kernel: the share of the readable bandwidth that it reaches, and its overhead.
 BF16_SHARE, BF16_OVERHEAD_US = 0.93, 4.0
@@ -108,7 +108,7 @@ class Kernel:
 
     @lru_cache(maxsize=None)  # noqa: B019
     def tile_cycles(self, blocks: int, bytes_per_clock: float = float("inf")) -> float:
-        """Cycles of a round of the loop with so many blocks on a multiprocessor."""
+        """Cycles of a round of the loop with `blocks` blocks on a multiprocessor."""
         memory = {"copy_bytes": self.columns * self.column_bytes, "bytes_per_clock": bytes_per_clock}
         return warp_timing.round_cycles(self.attention.loop, self.arch, self._warps_of_a_scheduler(blocks), **memory)
 
@@ -145,7 +145,7 @@ def tile_columns(loop: Sequence[Instruction], row_bytes: int) -> int:
 
 def schedule(blocks: int, places: int, multiprocessors: int, cycles: Callable[[int, int], float]) -> float:
     """Cycles until `blocks` blocks of equal work are done; `cycles(n, running)`: those of a block beside n - 1 others,
-    while so many run on all multiprocessors."""
+    while `running` of them run on all multiprocessors."""
     running: list[list[float]] = [[] for _ in range(multiprocessors)]  # the work left of each block, from 1 to 0
     left, now = blocks, 0.0
     while True:

@@ -33,14 +33,16 @@ def run(model, cache, ids: torch.Tensor, turns=TURNS, mask: torch.Tensor | None 
 
 def check_crop(model, config: KVQuantConfig, ids: torch.Tensor, removed: int) -> None:
     """After a crop it is as if the tokens had never come, however they came."""
-    for turns in ((removed,), (1,) * removed):
-        cache, fresh = (QuantizedCache(model.config, config) for _ in range(2))
-        run(model, cache, ids, (290, *[1] * 10, *turns))
-        run(model, fresh, ids, (290, *[1] * 10))
+    before, after = (290, *[1] * 10), (*[1] * 5, *[13] * 5)
+    fresh = QuantizedCache(model.config, config)
+    run(model, fresh, ids, before)
+    expected = run(model, fresh, ids, after)
+    for turns in {(removed,), (1,) * removed}:
+        cache = QuantizedCache(model.config, config)
+        run(model, cache, ids, (*before, *turns))
         cache.crop(-removed)
         assert cache.get_seq_length() == 300
-        got, expected = run(model, cache, ids, [1] * 70), run(model, fresh, ids, [1] * 70)
-        torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(run(model, cache, ids, after), expected, rtol=0, atol=ROUNDING)
         assert cache.routes["window_lost"] == 0
 
 

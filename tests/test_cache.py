@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import torch
 import transformers
@@ -567,7 +568,7 @@ def test_process_memory_falls():
     names = ["dense", "int8-plain", "int4-small"]
     # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, "-c", _PEAK, *names], Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=processes.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown = dict(zip(names, map(int, done.stdout.split())))
     dense = 4 * 2 * 8 * 8192 * 128 * 2 / 1024

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import matplotlib.image
+import processes
 import pytest
 import torch
 from commands import call
@@ -130,7 +131,7 @@ class TestInfo:
     def test_the_instruction_set_of_torch(self):
         program = "from hf_kvquant.measure.facts import machine; print(machine()['torch'])"
         limits = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-        environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"} | limits
+        environment = {k: v for k, v in processes.environment(**limits).items() if k != "ONEDNN_MAX_CPU_ISA"}
         done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
         assert done.stdout == "DEFAULT ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2\n", done.stderr
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -138,12 +139,10 @@ def test_what_reaches_the_driver(tmp_path, monkeypatch):
     compiler = shutil.which("g++") or shutil.which("c++")
     source = HERE / "stand_in_driver.cc"
     subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "LD_LIBRARY_PATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
-        "STAND_IN_TRACE": str(trace),
-    }
+    environment = processes.environment(
+        LD_LIBRARY_PATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+        STAND_IN_TRACE=str(trace),
+    )
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -189,6 +188,7 @@ def test_threads_may_compile_first_at_once(tmp_path):
     done = subprocess.run(
         # Not in the repository's folder, where Python would import the source instead of the installed package.
         [sys.executable, "-W", "ignore", "-c", THREADS],
+        env=processes.environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import functools
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import torch
 from transformers import LogitsProcessor
@@ -480,8 +480,9 @@ def test_a_forked_child_and_a_spawned_worker(tmp_path):
     script.write_text(_PROCESSES)
     # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, str(script), str(tmp_path / "prompt")], Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, env=processes.environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers import DynamicCache
@@ -280,7 +281,8 @@ sys.exit(gpu_suite.main(sys.argv[1:], test_gpu_suite.StandIn(), plan))
 """
 
 
-def test_a_process_that_ends_is_followed_by_another(suite, tmp_path, capsys):
+def test_a_process_that_ends_is_followed_by_another(suite, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", processes.environment()["PYTHONPATH"])
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(eval=str(EVAL), tests=str(Path(__file__).parent)))
     command = [sys.executable, "-W", "ignore", str(script), "--out", str(tmp_path), "--sections", "attention"]

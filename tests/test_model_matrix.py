@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import transformers
 
@@ -49,10 +49,9 @@ def results() -> dict:
 def measured(tmp_path_factory) -> dict:
     """The sample, measured in a process of its own."""
     out = tmp_path_factory.mktemp("matrix") / "sample.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "model_matrix.py", "--jobs", "1", "--out", str(out), "--only", *SAMPLE],
-        cwd=ROOT / "eval", env=environment, capture_output=True, text=True,
+        cwd=ROOT / "eval", env=processes.environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8"))["families"]

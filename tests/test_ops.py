@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -503,7 +504,7 @@ class TestBackends:
         )
         # Not in the repository's folder, where Python would import the source instead of the installed package.
         command, folder = [sys.executable, "-c", again], Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=processes.environment(), capture_output=True, text=True)
         assert "ImportError: hf_kvquant was imported before in this process and has left sys.modules" in done.stderr
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")

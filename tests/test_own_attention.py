@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -16,6 +15,7 @@ import weakref
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,10 +50,9 @@ BATCH, HEADS, LENGTH, DIM = 2, 4, 150, 16
 def measured(tmp_path_factory) -> dict:
     """What `eval/model_matrix.py` finds of these classes, in a process of its own."""
     out = tmp_path_factory.mktemp("matrix") / "own.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "model_matrix.py", "--jobs", "1", "--out", str(out), "--only", *KNOWN],
-        cwd=EVAL, env=environment, capture_output=True, text=True,
+        cwd=EVAL, env=processes.environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8"))["families"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from commands import call
@@ -65,9 +65,8 @@ def run(name: str) -> dict:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of a new process that finds the installed package, and keeps its files in a folder."""
-    path = os.pathsep.join(p for p in sys.path if p and Path(p).resolve() != RECIPES.parent.parent)
-    return {**os.environ, "PYTHONPATH": path, "HF_MODULES_CACHE": str(folder)}
+    """That of a new process that keeps its files in a folder."""
+    return processes.environment(HF_MODULES_CACHE=str(folder))
 
 
 def test_the_page_names_every_recipe():
@@ -160,7 +159,8 @@ def test_pipelines(caches):
         assert cache.routes["decode_fused"] > 0 == cache.routes["decode_dequantized"]
 
 
-def test_saved_with_the_model():
+def test_saved_with_the_model(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", processes.environment()["PYTHONPATH"])
     found = run("saved_with_the_model")
     assert found["cache"].kv_config.values.format == "int4"
     assert found["cache"].routes == ONE_GENERATION

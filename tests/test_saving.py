@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -796,7 +797,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(file):
         path.write_bytes(before)
     # Not in the repository's folder, where Python would import the source instead of the installed package.
     command, folder = [sys.executable, "-c", _KILLED, str(half), str(replace), str(after)], Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=processes.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for path in (half, replace):
         assert path.read_bytes() == before

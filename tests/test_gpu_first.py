@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from scripts import EVAL
 from test_gpu_suite import failures
@@ -91,7 +92,7 @@ def kept(out: Path) -> dict:
 def test_all_steps(first, python, tools, tmp_path, capsys, monkeypatch):
     put(tools, "compute-sanitizer", SANITIZER)
     put(tools, "ncu", PROFILER)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setenv("PYTHONPATH", processes.environment()["PYTHONPATH"])
     out = tmp_path / "out"
     assert first.main(["--out", str(out)], python) == 0, capsys.readouterr().out
     result = kept(out)

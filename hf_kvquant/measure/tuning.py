@@ -4,7 +4,7 @@
     tuner.seconds()                  # an estimate, before anything long starts
     result = tuner.run()             # result["config"] is what `KVQuantConfig.from_dict` takes
 
-1. The specs of a side (format, grid, group, block, rotation) that others beat are left out. Formats of
+1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out. Formats of
    less than 4 bits, which a GPU does not take, take part if the budget is too small for all others. For a model on a
    CPU they take part below 5 bits: what they save in some layers pays for 8 bits in others.
 2. Each remaining one is scored decode-faithfully, alone, with all other sides dense.

@@ -60,13 +60,16 @@ struct RunningSoftmax {
     constexpr int W = Vec::kWidth, kVecs = kTile / W;
     const Vec hidden(-__builtin_inff());
     Vec s[kVecs], largest = hidden;
-    for (int i = 0; i < kVecs; ++i) {
-      s[i] = Vec::load(x + i * W) * Vec(scaling);
-      if (softcap != 0.0f) s[i] = Vec(softcap) * tanh_of(s[i] * Vec(1.0f / softcap));
-      if (bias) s[i] = s[i] + Vec::load(bias + i * W);
-      if (visible != ~uint64_t(0)) s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
-      largest = Vec::max(s[i], largest);
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) s[i] = Vec::load(x + i * W) * Vec(scaling);
+    if (softcap != 0.0f)
+      for (Vec& v : s) v = Vec(softcap) * tanh_of(v * Vec(1.0f / softcap));
+    if (bias)
+      for (int i = 0; i < kVecs; ++i) s[i] = s[i] + Vec::load(bias + i * W);
+    if (visible != ~uint64_t(0))
+      for (int i = 0; i < kVecs; ++i) s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
+#pragma GCC unroll 8
+    for (Vec v : s) largest = Vec::max(v, largest);
     Vec sum = Vec::load(sums);
     float factor = 1.0f;
     if (Vec::less(Vec(state.max + kLag), largest) != 0) {

@@ -35,7 +35,9 @@ struct DotValues {
     for (int g = 0; g < groups; ++g) {
       alignas(32) float scale[kTile];
       if (!kChannel) load_scales(values, g, first, n, scale);
-      for (int r = 0; r < rows; ++r) make_row(values, scale, columns[r], p + r * kTile, row + r);
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        make_rows<block>(values, scale, columns + r, p + r * kTile, row + r);
+      });
       for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kBytesOf16<Format>) {
         for_row_blocks<4>(rows, [&](int r, auto block) {
           accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
@@ -46,27 +48,39 @@ struct DotValues {
   }
 
  private:
-  KVQUANT_NOINLINE static void make_row(const Body& values, const float* scale, uint64_t columns,
-                                        const float* p, Row* row) {
+  // Makes the weights of kRows rows. The rows advance together, because the steps of one row wait for
+  // each other.
+  template <int kRows>
+  KVQUANT_NOINLINE static void make_rows(const Body& values, const float* scale,
+                                         const uint64_t* columns, const float* p, Row* row) {
     constexpr int kVecs = kTile / Vec::kWidth;
-    Vec w[kVecs];
-    Largest largest;
-#pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) {
-      w[i] = Vec::load(p + i * Vec::kWidth);
-      if (!kChannel) w[i] = w[i] * Vec::load(scale + i * Vec::kWidth);
-      // A hidden column may have no scale yet.
-      if (columns != ~uint64_t(0))
-        w[i] = Vec::where(uint32_t(columns >> i * Vec::kWidth), w[i], Vec(0.0f));
-      largest.take(w[i]);
-    }
-    row->factor = Operand::factor(largest, kTile);
-    typename Operand::Maker maker(row->factor);
+    alignas(32) float w[kRows][kTile];
+    Largest largest[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVecs; i += 2) maker.make(w[i], w[i + 1], row->weights + 8 * i);
-    const float sum = maker.sum();
-    row->offset = kHasOffset ? (values.midpoint - Operand::kBias) * sum : 0.0f;
-    row->total = kZeroPoints ? row->factor * sum : 0.0f;
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVecs; ++i) {
+        Vec x = Vec::load(p + r * kTile + i * Vec::kWidth);
+        if (!kChannel) x = x * Vec::load(scale + i * Vec::kWidth);
+        // A hidden column may have no scale yet.
+        if (columns[r] != ~uint64_t(0))
+          x = Vec::where(uint32_t(columns[r] >> i * Vec::kWidth), x, Vec(0.0f));
+        largest[r].take(x);
+        x.store(w[r] + i * Vec::kWidth);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) row[r].factor = Operand::factor(largest[r], kTile);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      typename Operand::Maker maker(row[r].factor);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTile; i += 2 * Vec::kWidth)
+        maker.make(Vec::load(w[r] + i), Vec::load(w[r] + i + Vec::kWidth), row[r].weights + i);
+      const float sum = maker.sum();
+      row[r].offset = kHasOffset ? (values.midpoint - Operand::kBias) * sum : 0.0f;
+      row[r].total = kZeroPoints ? row[r].factor * sum : 0.0f;
+    }
   }
 
   // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to

@@ -99,10 +99,10 @@ struct Vec {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static Vec exp(Vec x) { return exp_of(x); }
-  // a * 2^n for integral n >= -126.
+  // a * 2^n for integral n, where a and the product are normal numbers, or NaN where a is.
   static Vec scale(Vec a, Vec n) {
-    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent));
   }
   static uint32_t less(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
   // 0 where a < b, else y.

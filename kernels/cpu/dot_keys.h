@@ -48,16 +48,16 @@ struct DotKeys {
         fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
       });
     }
-    uint8_t rest[kTile * kMaxDotDim];
-    const uint8_t* data = whole_tile(keys, first, n, rest);
+    alignas(32) uint8_t room[kTileRoom<Operand>];
+    Tile tile = tile_of(Operand{}, keys, first, n, room);
 
     const int groups = kChannel ? 1 : int(keys.num_scales), channels = keys.head_dim / groups;
     alignas(32) float scale[kTile];
-    for (int g = 0; g < groups; ++g, data += channels / 16 * kBytesOf16<Format>) {
+    for (int g = 0; g < groups; ++g, tile.rows += channels / 16 * Operand::kBytes) {
       if (!kChannel) load_scales(keys, g, first, n, scale);
       for (int i = 0; i < kTile; i += Vec::kWidth) {
         for_row_blocks<Operand::kKeyRows>(rows, [&](int r, auto block) {
-          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, channels, row + r, g,
+          score_columns<block>(tile.rows + i * tile.row_bytes, tile.row_bytes, channels, row + r, g,
                                scale + i, scores + r * kTile + i);
         });
       }

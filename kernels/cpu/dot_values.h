@@ -26,11 +26,11 @@ struct DotValues {
 
   static void accumulate(const Body& values, int64_t first, int n, const uint64_t* columns,
                          const float* p, int rows, float* acc) {
-    uint8_t rest[kTile * kMaxDotDim];
-    const uint8_t* data = whole_tile(values, first, n, rest);
+    alignas(32) uint8_t room[kTileRoom<Operand>];
+    const Tile tile = tile_of(Operand{}, values, first, n, room);
     Row row[kMaxPaddedRows];
     const int groups = kChannel ? 1 : int(values.num_scales);
-    const int group_bytes = int(values.row_bytes / groups);
+    const int group_bytes = int(tile.row_bytes / groups);
     const int64_t scales_at = kChannel ? first / values.group_length * values.head_dim : 0;
     for (int g = 0; g < groups; ++g) {
       alignas(32) float scale[kTile];
@@ -38,9 +38,9 @@ struct DotValues {
       for_row_blocks<4>(rows, [&](int r, auto block) {
         make_rows<block>(values, scale, columns + r, p + r * kTile, row + r);
       });
-      for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += kBytesOf16<Format>) {
+      for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += Operand::kBytes) {
         for_row_blocks<4>(rows, [&](int r, auto block) {
-          accumulate_piece<block>(values, scales_at, data + byte, byte, row + r,
+          accumulate_piece<block>(values, scales_at, tile, byte, row + r,
                                   acc + r * values.head_dim);
         });
       }
@@ -83,19 +83,18 @@ struct DotValues {
     }
   }
 
-  // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to
-  // `acc`. `columns` points at these bytes of the first column. Channel grid: `scales_at` is where
-  // the scales and zero points of the tile's block begin.
+  // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to `acc`.
+  // Channel grid: `scales_at` is where the scales and zero points of the tile's block begin.
   template <int kRows>
-  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at,
-                                                const uint8_t* columns, int byte, const Row* row,
-                                                float* acc) {
+  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at, Tile tile,
+                                                int byte, const Row* row, float* acc) {
     Vec sums[kRows][2];
-    sum_columns<kRows>(Operand{}, columns, values.row_bytes, byte, row, sums);
+    sum_columns<kRows>(Operand{}, tile.rows + byte, tile.row_bytes, byte, row, sums);
     constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim) : byte + 8 * half;
+      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim)
+                                   : byte / Operand::kBytes * 16 + 8 * half;
       Vec scale, zero;
       if (kChannel) {
         scale = Vec::load((const Half*)(values.scale + scales_at + channel));

@@ -45,6 +45,20 @@ inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t
   return rest;
 }
 
+// A tile as the loops of an operand read it, which takes Operand::kBytes bytes for 16 channels.
+struct Tile {
+  const uint8_t* rows;
+  int64_t row_bytes;
+};
+
+// The tile whose n columns begin at `first`; `room` is for a tile of kMaxDotDim channels.
+template <class Operand>
+inline Tile tile_of(Operand, const Body& body, int64_t first, int n, uint8_t* room) {
+  return {whole_tile(body, first, n, room), body.row_bytes};
+}
+template <class Operand>
+constexpr int kTileRoom = kTile * kMaxDotDim / 16 * Operand::kBytes;
+
 // Token grid: the scales of group g in n columns from `first` on.
 inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
   const int64_t groups = body.num_scales;

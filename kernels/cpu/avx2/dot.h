@@ -225,6 +225,7 @@ struct FloatSums {
   }
 };
 
+// The loops read elements in FP16, 2^-8 times as large, so that a conversion is all that is left.
 struct E4M3Operand {
   using Format = E4M3;
   using Vector = Vec;
@@ -232,25 +233,34 @@ struct E4M3Operand {
   using Sums = FloatSums;
   using Maker = FloatMaker;
   using KeyMaker = InOrder<FloatMaker>;
-  static constexpr int kBytes = 16, kKeyRows = 4, kColumns = 1;
+  static constexpr int kBytes = 32, kKeyRows = 4, kColumns = 1;
   static constexpr float kBias = 0.0f;
 
   static float factor(const Largest&, int) { return 256.0f; }
-  // Floats of 2^-8 times the elements: with exponent and mantissa where FP16 has them, the bits are
-  // those of an FP16 number, subnormal where the element is. The sign is extended to 16 bits, and
-  // shifted to bits 14 and 15; 14 is cleared.
-  template <int n>
-  static void load(const uint8_t* p, Vec* out) {
-    static_assert(n == 2, "16 channels at once");
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-    const __m256i halves =
-        _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbfff)));
-    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  static void load_columns(const uint8_t* p, int64_t, Vec* out) {
+    out[0] = Vec::load((const Half*)p);
+    out[1] = Vec::load((const Half*)p + 8);
   }
-  static void load_columns(const uint8_t* p, int64_t, Vec* out) { load<2>(p, out); }
   static Vec broadcast(const float* p) { return Vec(*p); }
 };
+
+// Converts a tile of fp8. With exponent and mantissa where FP16 has them, the bits are those of an
+// FP16 number, subnormal where the element is. The sign is extended to 16 bits, and shifted to bits
+// 14 and 15; 14 is cleared.
+inline Tile tile_of(E4M3Operand, const Body& body, int64_t first, int n, uint8_t* room) {
+  const uint8_t* from = body.data + first * body.row_bytes;
+  const int64_t bytes = n * body.row_bytes, whole = kTile * body.row_bytes;
+  uint8_t* to = room;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < bytes; i += 16, to += 32) {
+    __builtin_prefetch(from + i + whole, 0, 2);
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
+    _mm256_store_si256((__m256i*)to, _mm256_and_si256(_mm256_slli_epi16(wide, 7),
+                                                      _mm256_set1_epi16(int16_t(0xbfff))));
+  }
+  std::memset(to, 0, size_t(2 * (whole - bytes)));
+  return {room, 2 * body.row_bytes};
+}
 
 }  // namespace KVQUANT_ISA
 }  // namespace kvquant

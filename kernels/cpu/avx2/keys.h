@@ -96,14 +96,17 @@ inline void dot_columns(IntOperand<F>, const uint8_t* columns, int64_t row_bytes
   }
 }
 
-// The same for fp8, 16 channels at a time.
+// The same for fp8, as FP16 numbers, 16 channels at a time.
 template <int kRows, class Row>
 inline void dot_columns(E4M3Operand, const uint8_t* columns, int64_t row_bytes, int channels,
                         const Row* row, int at, Vec* totals) {
   // A pass computes kOfLane columns, from kOfLane * pass on, for the lower lane of its totals, and
   // the columns 4 further on for the upper lane.
   constexpr int kOfLane = 4 / kRows;
-  const auto column = [&](int j) { return columns + (j % kOfLane + j / kOfLane * 4) * row_bytes; };
+  const auto load = [&](int j, int c, Vec* out) {
+    const uint8_t* column = columns + (j % kOfLane + j / kOfLane * 4) * row_bytes;
+    E4M3Operand::load_columns(column + 2 * c, row_bytes, out);
+  };
 #pragma GCC unroll 1
   for (int pass = 0; pass < kRows; ++pass, columns += kOfLane * row_bytes) {
     FloatSums sums[8];
@@ -113,10 +116,8 @@ inline void dot_columns(E4M3Operand, const uint8_t* columns, int64_t row_bytes, 
 #pragma GCC unroll 4
       for (int j = 0; j < 2 * kOfLane; j += 2) {
         Vec a[2], b[2];
-        prefetch_tile(column(j) + c, row_bytes);
-        prefetch_tile(column(j + 1) + c, row_bytes);
-        E4M3Operand::load<2>(column(j) + c, a);
-        E4M3Operand::load<2>(column(j + 1) + c, b);
+        load(j, c, a);
+        load(j + 1, c, b);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 4

@@ -22,7 +22,8 @@ inline void sum_columns(Operand, const uint8_t* columns, int64_t row_bytes, int 
   }
   for (int i = 0; i < kTile; i += kColumns, columns += kColumns * row_bytes) {
     Vector codes[2];
-    prefetch_tile(columns + byte / Operand::kBytes % kColumns * row_bytes, row_bytes);
+    if (Operand::kBytes < 32)  // not of fp8, which are in a room of their own
+      prefetch_tile(columns + byte / Operand::kBytes % kColumns * row_bytes, row_bytes);
     Operand::load_columns(columns, row_bytes, codes);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {

@@ -63,7 +63,7 @@ struct DotOperand {
   using Weight = int16_t;
   using Maker = WeightMaker;
   using KeyMaker = InOrder<WeightMaker>;
-  static constexpr int kKeyRows = 2;
+  static constexpr int kBytes = kBytesOf16<F>, kKeyRows = 2;
   static constexpr float kBias = std::is_same<F, Unsigned8>::value ? 128.0f : 0.0f;
 
   static float factor(const Largest& x, int) { return x.factor(WeightMaker::kLargest); }
@@ -81,7 +81,7 @@ struct E4M3Operand {
   using Weight = float;
   using Maker = FloatMaker;
   using KeyMaker = InOrder<FloatMaker>;
-  static constexpr int kKeyRows = 4;
+  static constexpr int kBytes = 16, kKeyRows = 4;
   static constexpr float kBias = 0.0f;
 
   static float factor(const Largest&, int) { return 256.0f; }

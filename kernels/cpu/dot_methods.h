@@ -15,10 +15,9 @@ KeyMethod dot_keys() {
 }
 template <class Operand, bool kChannel>
 ValueMethod dot_values() {
-  // Sums in the order of channels.
-  ValueMethod method = float_values<TokenRows<typename Operand::Format>>();
-  method.accumulate = DotValues<Operand, kChannel>::accumulate;
-  return method;
+  using Values = DotValues<Operand, kChannel>;
+  return {Values::accumulate, [](const Body& values) -> size_t { return size_t(values.head_dim); },
+          Values::finish};
 }
 
 // The loops of float_tile.h take the rest: dense states, integer formats with float queries, and

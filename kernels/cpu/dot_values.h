@@ -38,16 +38,38 @@ struct DotValues {
       for_row_blocks<4>(rows, [&](int r, auto block) {
         make_rows<block>(values, scale, columns + r, p + r * kTile, row + r);
       });
-      for (int byte = g * group_bytes; byte < (g + 1) * group_bytes; byte += Operand::kBytes) {
+      const auto piece = [&](int byte, auto pass) {
         for_row_blocks<4>(rows, [&](int r, auto block) {
-          accumulate_piece<block>(values, scales_at, tile, byte, row + r,
-                                  acc + r * values.head_dim);
+          accumulate_piece<block, pass>(values, scales_at, tile, byte, row + r,
+                                        acc + r * values.head_dim);
         });
+      };
+      int byte = g * group_bytes;
+      const int end = byte + group_bytes;
+      if constexpr (kInPasses) {
+        for (; in_passes(values) && byte < end; byte += 4 * Operand::kBytes) {
+          piece(byte, std::integral_constant<int, 0>());
+          piece(byte + Operand::kBytes, std::integral_constant<int, 1>());
+          piece(byte + 2 * Operand::kBytes, std::integral_constant<int, 2>());
+          piece(byte + 3 * Operand::kBytes, std::integral_constant<int, 3>());
+        }
       }
+      for (; byte < end; byte += Operand::kBytes) piece(byte, std::integral_constant<int, -1>());
+    }
+  }
+
+  static void finish(const Body& values, int rows, float* acc) {
+    if constexpr (kInPasses) {
+      if (in_passes(values))
+        for (int r = 0; r < rows; ++r)
+          sort_sums(Operand{}, acc + r * values.head_dim, values.head_dim);
     }
   }
 
  private:
+  static constexpr bool kInPasses = kPasses<Operand> == 4 && !kChannel;
+  static bool in_passes(const Body& values) { return values.group_length % 64 == 0; }
+
   // Makes the weights of kRows rows. The rows advance together, because the steps of one row wait for
   // each other.
   template <int kRows>
@@ -85,16 +107,22 @@ struct DotValues {
 
   // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to `acc`.
   // Channel grid: `scales_at` is where the scales and zero points of the tile's block begin.
-  template <int kRows>
+  // kPass: see `kPasses`; -1: in the order of channels.
+  template <int kRows, int kPass>
   KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at, Tile tile,
                                                 int byte, const Row* row, float* acc) {
     Vec sums[kRows][2];
-    sum_columns<kRows>(Operand{}, tile.rows + byte, tile.row_bytes, byte, row, sums);
+    constexpr bool kSorted = kPass < 0;
+    if constexpr (kSorted)
+      sum_columns<kRows>(Operand{}, tile.rows + byte, tile.row_bytes, byte, row, sums);
+    else
+      sum_words<kRows, kPass>(Operand{}, tile.rows + byte - kPass * Operand::kBytes, tile.row_bytes,
+                              row, sums);
     constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int channel = kNibbles ? nibble_channel(byte, half, values.head_dim)
-                                   : byte / Operand::kBytes * 16 + 8 * half;
+      const int channel = kNibbles && kSorted ? nibble_channel(byte, half, values.head_dim)
+                                              : byte / Operand::kBytes * 16 + 8 * half;
       Vec scale, zero;
       if (kChannel) {
         scale = Vec::load((const Half*)(values.scale + scales_at + channel));

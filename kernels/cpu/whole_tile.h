@@ -59,6 +59,16 @@ inline Tile tile_of(Operand, const Body& body, int64_t first, int n, uint8_t* ro
 template <class Operand>
 constexpr int kTileRoom = kTile * kMaxDotDim / 16 * Operand::kBytes;
 
+// An operand may sum values on the token grid in passes over chunks of 64 channels, and leave the
+// sums in an order of its own until all tiles are added up.
+template <class Operand>
+constexpr int kPasses = 1;
+template <int kRows, int kPass, class Operand, class Row>
+inline void sum_words(Operand, const uint8_t* chunks, int64_t row_bytes, const Row* row,
+                      Vec (*out)[2]);
+template <class Operand>
+inline void sort_sums(Operand, float* sums, int head_dim);
+
 // Token grid: the scales of group g in n columns from `first` on.
 inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
   const int64_t groups = body.num_scales;

@@ -9,6 +9,7 @@ they are requested before it is first written (`madvise(2)`; most systems have t
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from functools import lru_cache
 
 import torch
 
+HUGE_PAGE = 2 << 20
 # Smaller tensors hold hardly one whole huge page.
-LARGE_BYTES = 4 << 20
+LARGE_BYTES = 2 * HUGE_PAGE
 
 
 @lru_cache(maxsize=None)
@@ -25,6 +27,20 @@ def _madvise() -> Callable[[int, int, int], int]:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
+
+
+def empty_storage(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an empty tensor. A large one in Linux's main memory is on huge pages, and begins with one.
+
+    It has a mapping of its own. The addresses before the first huge page are never used, so they take no memory.
+    """
+    nbytes = math.prod(size) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LARGE_BYTES or sys.platform != "linux":
+        return torch.empty(*size, dtype=dtype, device=device)
+    mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    skipped = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % HUGE_PAGE
+    flat = torch.frombuffer(mapping, dtype=dtype, count=nbytes // dtype.itemsize, offset=skipped)
+    return with_huge_pages(flat).view(size)
 
 
 def with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:

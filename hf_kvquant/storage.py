@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .expected import COUNT
-from .huge_pages import with_huge_pages
+from .huge_pages import empty_storage
 from .quantization import QuantSpec
 from .states import HasStored, QuantizedStates, Stored
 
@@ -46,8 +46,7 @@ class Side(HasStored):
     def _empty(self, *size: int, head_dim: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         # Not in inference mode, because its tensors could not be written outside of it later.
         with torch.inference_mode(False):
-            new = torch.empty(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
-        return with_huge_pages(new)
+            return empty_storage(*size, head_dim or self.head_dim, dtype=dtype or self.dtype, device=self.device)
 
     def _allocated(self, batch: int, num_kv_heads: int, capacity: int) -> Stored:
         """New storage for `capacity` columns, without sinks. If memory runs out here, nothing has changed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_kvquant.huge_pages import LARGE_BYTES, with_huge_pages
+from hf_kvquant.huge_pages import HUGE_PAGE, LARGE_BYTES, empty_storage, with_huge_pages
 from hf_kvquant.quantization import QuantSpec
 from hf_kvquant.storage import Side
 
@@ -45,6 +45,20 @@ def test_storage_asks():
     states = torch.zeros(1, 2, 3, 64)
     side = Side(QuantSpec("int8").resolve(64), states, LARGE_BYTES // 128, sink_length=0, recent_length=0)
     assert side.data.nbytes == LARGE_BYTES and asks_for_huge_pages(side.data.data_ptr() + LARGE_BYTES // 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "on_huge_pages"),
+    [(1, torch.uint8, False), (LARGE_BYTES // 64, torch.uint8, True), (LARGE_BYTES // 64 + 3, torch.bfloat16, True)],
+)
+def test_storage_begins_with_a_huge_page(tokens, dtype, on_huge_pages):
+    new = empty_storage(1, tokens, 64, dtype=dtype, device=torch.device("cpu"))
+    assert new.shape == (1, tokens, 64) and new.dtype == dtype and new.is_contiguous()
+    assert new.untyped_storage().nbytes() == new.nbytes
+    if on_huge_pages:
+        assert new.data_ptr() % HUGE_PAGE == 0 and asks_for_huge_pages(new.data_ptr())
+    new.fill_(1)
+    assert new.sum(dtype=torch.float64) == new.numel()
 
 
 def test_memory_of_others_is_left_alone():

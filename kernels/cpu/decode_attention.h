@@ -242,6 +242,13 @@ struct DecodeAttention {
       v_dense_from[r] = v_copies.dense_from(mask[r].position, length);
     }
 
+    // From `plain` to `plain_end` every row sees all columns, and reads them from the body.
+    int64_t plain = 0, plain_end = a.mask_kind == kNoMask ? end : 0;
+    for (int r = 0; r < padded; ++r)
+      plain_end = std::min({plain_end, mask[r].position + 1, k_dense_from[r], v_dense_from[r]});
+    for (int64_t s = 0; a.sink_positions && s < a.num_sinks; ++s)
+      plain = std::max<int64_t>(plain, sink_positions(b)[s] + 1);
+
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
@@ -249,13 +256,19 @@ struct DecodeAttention {
         k_body = body_at(a.keys, a.pages, a.dtype, b, h, first);
         v_body = body_at(a.values, a.pages, a.dtype, b, h, first);
       }
+      const bool is_plain = first >= plain && first + kTile <= plain_end;
       int16_t sink_slot[kTile];
-      const uint64_t sinks = find_sinks(b, first, n, sink_slot);
+      const uint64_t sinks = is_plain ? 0 : find_sinks(b, first, n, sink_slot);
       // visible = k_body + k_copy = v_body + v_copy, per row.
       uint64_t visible[kMaxPaddedRows], v_from_body[kMaxPaddedRows], v_from_copy[kMaxPaddedRows],
           k_from_copy[kMaxPaddedRows];
       uint64_t any_k_body = 0, any_k_copy = 0, any_v_body = 0, any_v_copy = 0;
-      for (int r = 0; r < padded; ++r) {
+      if (is_plain) {
+        any_k_body = any_v_body = ~uint64_t(0);
+        std::fill(visible, visible + padded, any_k_body);
+        std::fill(v_from_body, v_from_body + padded, any_v_body);
+      }
+      for (int r = 0; r < padded && !is_plain; ++r) {
         visible[r] = mask[r].visible(first, n, bias + r * kTile);
         const uint64_t k_copy = bits_from(k_dense_from[r], first) | (k_copies.sink ? sinks : 0);
         const uint64_t v_copy = bits_from(v_dense_from[r], first) | (v_copies.sink ? sinks : 0);
@@ -321,12 +334,15 @@ struct DecodeAttention {
     }
   }
 
+  const int32_t* sink_positions(int64_t b) const {
+    return (const int32_t*)((const uint8_t*)a.sink_positions + b * a.sink_positions_stride);
+  }
+
   // The columns of the tile that are sinks; slot[i]: the sink slot of column i, or -1.
   uint64_t find_sinks(int64_t b, int64_t first, int n, int16_t* slot) const {
     uint64_t bits = 0;
     if (a.sink_positions == nullptr) return bits;
-    const auto* positions =
-        (const int32_t*)((const uint8_t*)a.sink_positions + b * a.sink_positions_stride);
+    const int32_t* positions = sink_positions(b);
     std::memset(slot, 0xff, sizeof(int16_t) * kTile);
     for (int64_t s = 0; s < a.num_sinks; ++s) {
       int64_t i = positions[s] - first;

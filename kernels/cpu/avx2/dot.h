@@ -173,9 +173,7 @@ struct KeyWeightMaker : WeightMaker {
     return n > first ? Vec::load(x + first + 16 * nibble + 8 * half) : Vec(0.0f);
   }
   void make_pairs(Vec a, Vec b, int16_t* weights) {
-    const __m256i x = integers(a), y = integers(b);
-    const __m256i w = _mm256_packs_epi32(_mm256_permute2x128_si256(x, y, 0x20),
-                                         _mm256_permute2x128_si256(x, y, 0x31));
+    const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(integers(a), integers(b)), 0xd8);
     const __m256i even = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 8, 9, 12, 13, 8, 9, 12, 13));
     const __m256i odd = _mm256_add_epi8(even, _mm256_set1_epi8(2));

@@ -264,6 +264,29 @@ class TestSpeed:
                 f"{row['shared_tokens'] / row['prompt_tokens']:.0%}".replace("%", " %"),
             ]
 
+    def test_what_the_processor_allows(self):
+        def numbers(text):
+            return [float(x.replace(",", "")) for x in re.findall(r"\d[\d.,]*", text)]
+
+        heading = "### What the processor allows"
+        section = self.text.partition(f"{heading}\n")[2].partition("\n## ")[0]
+        ghz, lengths = float(re.search(r"([\d.]+) GHz", section)[1]), (16384, 65536)
+        lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| AVX")]
+        assert len(lines) == 6
+        for level, name, products, _, call, bound, ratio, *goal in lines:
+            file = {"AVX2": "bench_decode_avx2_zen4_1thread", "AVX-512": "bench_decode_zen4_1thread"}[level]
+            result = json.loads((RESULTS / f"{file}.json").read_text("utf-8"))
+            ms = {(row["name"], row["length"]): row["ms"]["median"] for row in result["decode"]}
+            tile = result["arguments"]["kv_heads"] / 64
+            ours, sdpa = ([ms[each, n] * ghz * 1e6 / (n * tile) for n in lengths] for each in (name, "sdpa-bfloat16"))
+            assert result["machine"]["threads"] == 1
+            assert numbers(call) == pytest.approx(ours, abs=5.1)
+            assert numbers(bound) == [round(x / numbers(products)[0], 1) for x in sdpa]
+            assert numbers(ratio) == [round(x / y, 2) for x, y in zip(sdpa, ours)]
+            for text in goal:
+                goals, cycles = map(numbers, text.split(":"))
+                assert cycles == pytest.approx([x / y for x, y in zip(sdpa, goals * (3 - len(goals)))], abs=5.1)
+
     def test_the_field(self):
         files = ("bench_cpu_field", "bench_cpu_field_batch8", "bench_cpu_field_1thread")
         *two, one = [json.loads((RESULTS / f"{file}.json").read_text("utf-8")) for file in files]

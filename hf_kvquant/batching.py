@@ -274,7 +274,8 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
             allow_block_sharing=options.allow_block_sharing,
         )  # fmt: skip
         for layout in allocator.layouts:
-            ops.check_formats(*layout.specs, kv_config.backend, model.device, model.dtype, layout.head_dim)
+            head_dims = layout.head_dim, layout.head_dim
+            ops.check_formats(*layout.specs, kv_config.backend, model.device, model.dtype, head_dims)
 
 
 _SERVED = {

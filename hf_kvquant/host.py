@@ -408,8 +408,9 @@ def keeps_caches(model: torch.nn.Module) -> Iterator[None]:
             part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def head_dim(config: PreTrainedConfig) -> int | None:
-    """The length of a head's cached keys in a model of this config; None if it is not known before they arrive."""
+def head_dims(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """The lengths of a head's cached keys and values in a model of this config; None if they are not known before they
+    arrive."""
     config = config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None) is not None:
         return None
@@ -417,7 +418,10 @@ def head_dim(config: PreTrainedConfig) -> int | None:
     width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if known is None and isinstance(width, int) and isinstance(heads, int):
         known = width // heads
-    return known if isinstance(known, int) else None
+    if not isinstance(known, int):
+        return None
+    of_values = getattr(config, "v_head_dim", None)
+    return known, of_values if isinstance(of_values, int) else known
 
 
 def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:

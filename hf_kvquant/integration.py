@@ -545,11 +545,11 @@ def _build(
         max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
         _longest_static[model] = max_length
     cache = QuantizedCache(model.config, config, max_length=max_length)
-    head_dim = host.head_dim(model.config)
-    if head_dim is not None:
+    head_dims = host.head_dims(model.config)
+    if head_dims is not None:
         # Before the prompt runs. A cache that is not made here learns device and dtype with its first tokens.
         for layer in cache.quantized_layers:
-            layer.check_formats(model.device, model.dtype, head_dim)
+            layer.check_formats(model.device, model.dtype, head_dims)
     return cache
 
 

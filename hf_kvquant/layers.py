@@ -104,7 +104,7 @@ class QuantizedLayer(DynamicLayer):
         batch = key_states.shape[0]
         if self.padding is not None and self.padding.shape[0] != batch:
             raise ValueError(f"attention_mask: batch {self.padding.shape[0]} does not fit the states' batch {batch}")
-        self.check_formats(self.device, self.dtype, key_states.shape[-1], value_states.shape[-1])
+        self.check_formats(self.device, self.dtype, (key_states.shape[-1], value_states.shape[-1]))
         capacity, config = self._first_capacity(key_states.shape[2]), self.kv_config
         sides = []
         for name, spec, states in zip(
@@ -124,11 +124,11 @@ class QuantizedLayer(DynamicLayer):
             self._feedback()
         self.is_initialized = True
 
-    def check_formats(self, device: torch.device, dtype: torch.dtype, *head_dims: int) -> None:
+    def check_formats(self, device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int]) -> None:
         """Check that states like these can be stored in the layer's formats; see `ops.check_formats`."""
         config = self.kv_config
         try:
-            ops.check_formats(*config.for_layer(self.layer_idx), config.backend, device, dtype, *head_dims)
+            ops.check_formats(*config.for_layer(self.layer_idx), config.backend, device, dtype, head_dims)
         except ValueError as error:
             raise ValueError(f"layer {self.layer_idx}: {error}") from None
 

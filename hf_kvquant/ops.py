@@ -23,7 +23,7 @@ from torch.autograd import profiler
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .backends import AUTO, GPU_FORMATS, NAMES, gpu_refusal
+from .backends import AUTO, NAMES, gpu_refusal
 from .quantization import DENSE, FORMATS, NO_FACTORS, Factors, QuantSpec
 from .states import PagedStates, QuantizedStates, Stored
 
@@ -142,25 +142,28 @@ def _not_taken(dtype: torch.dtype, small: int) -> tuple[str | None, str]:
 
 
 def check_formats(
-    keys: QuantSpec, values: QuantSpec, backend: str, device: torch.device, dtype: torch.dtype, *head_dims: int
+    keys: QuantSpec,
+    values: QuantSpec,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: tuple[int, int],
 ) -> None:
-    """Check that the backend of such states takes their formats, which a kernel would refuse at the first tokens.
+    """Check that the backend of such states takes their formats with these head_dims, of keys and of values; a kernel
+    would refuse them at the first tokens.
 
     Raises:
         ValueError: it does not; the message names the side.
         RuntimeError: the backend cannot run here.
     """
-    few = [
-        (side, spec)
-        for side, spec in (("keys", keys), ("values", values))
-        if not (spec.is_dense or spec.format in GPU_FORMATS)
-    ]
-    if not few or device.type == "meta":
+    sides = zip(("keys", "values"), (keys, values), head_dims)
+    refusals = [gpu_refusal(side, spec.format, head_dim) for side, spec, head_dim in sides]
+    reason = next(filter(None, refusals), None)
+    if reason is None or device.type == "meta":
         return
     small = _small((*head_dims, keys.group_size, values.group_size))
     if choose_backend(backend, device.type, dtype, small) == "cuda":
-        side, spec = few[0]
-        raise ValueError(gpu_refusal(side, spec.format))
+        raise ValueError(reason)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

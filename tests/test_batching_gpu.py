@@ -90,13 +90,13 @@ def test_which_devices_are_served(monkeypatch):
         batching.refuse_unserved(model, preset, ContinuousBatchingConfig())
 
 
-def test_formats_that_a_gpu_lacks_are_refused_before_the_manager_starts(monkeypatch):
-    model = families.build("llama")
+def test_a_head_dim_that_a_gpu_does_not_take_is_refused_before_the_manager_starts(monkeypatch):
+    model = families.build("llama", head_dim=96)
     few = KVQuantConfig.from_dict({"keys": {"format": "int8"}, "values": {"format": "int3"}})
     batching.refuse_unserved(model, few, ContinuousBatchingConfig())
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(ops, "choose_backend", lambda *_: "cuda")
-    with pytest.raises(ValueError, match="values.format: 'int3' is not supported on a GPU yet"):
+    with pytest.raises(ValueError, match="head_dim: 96 is not supported by the CUDA kernels for values of int3"):
         batching.refuse_unserved(model, few, ContinuousBatchingConfig())
 
 

@@ -199,15 +199,6 @@ def test_latents_of_512_elements(preset, dtype, emulated):
     assert (output.float() - expected.float()).norm() < 2 * LIMIT[dtype] * expected.float().norm()
 
 
-@pytest.mark.parametrize(("format", "side"), [("int3", "keys"), ("int2", "values")])
-def test_formats_of_fewer_bits_are_refused(format, side, emulated):
-    specs = dict.fromkeys(("keys", "values"), QuantSpec("int8")) | {side: QuantSpec(format)}
-    message = rf"{side}.format: '{format}' is not supported on a GPU yet; expected one of \['int8', 'fp8', 'int4', "
-    with pytest.raises(ValueError, match=message):
-        filled(KVQuantConfig(**specs), torch.bfloat16, kv_len=40)
-    assert not emulated.launches
-
-
 @pytest.mark.parametrize(("q_len", "q_per_kv"), [(1, 1), (1, 4), (5, 3), (16, 4), (32, 1)])
 def test_row_tiles_cover_every_query(q_len, q_per_kv, device):
     keys, values = filled("int8-plain", torch.float16, kv_len=90, batch=1)

@@ -427,6 +427,14 @@ class TestSpecialisation:
         with pytest.raises(ValueError, match=r"values head_dim: 256 on the channel grid .* 512; expected at most 192"):
             specialisation(2, QuantSpec("dense"), channel, 512, 256)
 
+    @pytest.mark.parametrize("format", ["int3", "int2"])
+    def test_few_bits_need_whole_words(self, format):
+        keys, values = QuantSpec(format, "channel"), QuantSpec(format, rotate=True)
+        assert specialisation(2, keys, values.resolve(64), 192, 64)
+        for head_dims, refused in (((96, 64), "96 .* for keys"), ((64, 80), "80 .* for values")):
+            with pytest.raises(ValueError, match=rf"head_dim: {refused} of {format}; expected a multiple of 64"):
+                specialisation(2, keys, values.resolve(head_dims[1]), *head_dims)
+
     def test_float32_has_8_rows(self):
         kind = specialisation(DTYPES[torch.float32], QuantSpec("dense"), QuantSpec("dense"), 64, 64)
         assert [each["KVQUANT_ROWS"] for each in for_source("decode_attention.cu", kind)] == [8]

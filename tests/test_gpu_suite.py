@@ -16,10 +16,10 @@ import torch
 from transformers import DynamicCache
 
 from hf_kvquant import KVQuantConfig, ops
-from hf_kvquant.backends import GPU_FORMATS
 from hf_kvquant.measure.caches import grids
 from hf_kvquant.measure.gpu import clock, goals, operator, points, step
 from hf_kvquant.measure.step import build_model
+from hf_kvquant.quantization import FORMATS
 
 EVAL = Path(__file__).parents[1] / "eval"
 
@@ -115,7 +115,7 @@ def test_the_result(suite, tiny, tmp_path, capsys):
 
     rows = result["rows"]
     # Every format and grid in both dtypes with every case, presets at the other head_dim.
-    variants = len(grids(GPU_FORMATS)) + len(GPU_FORMATS)
+    variants = len(grids()) + len(FORMATS)
     assert len(rows["correctness"]) == 2 * variants + len(KVQuantConfig.preset_names())
     assert {row["head_dim"] for row in rows["correctness"]} == {32, 48}
     assert all(row["largest_error"] < 0.004 for row in rows["correctness"])

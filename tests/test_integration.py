@@ -471,11 +471,15 @@ def test_padding_of_the_decoder_is_the_decoders():
     assert out.past_key_values.self_attention_cache.layers[0].padding is None
 
 
-# --- formats that the kernels of a GPU lack
+# --- formats that the kernels of a GPU do not take at every head_dim
 
 
 class TestFormatsOnAGpu:
     """As if states were on a GPU: refused before anything is computed or stored."""
+
+    @pytest.fixture
+    def model(self):
+        return families.build("llama", head_dim=96)
 
     @staticmethod
     @contextmanager
@@ -491,8 +495,7 @@ class TestFormatsOnAGpu:
         calls = []
         model.register_forward_pre_hook(lambda *_: calls.append(1))
         expected = (
-            r"layer 1: values.format: 'int2' is not supported on a GPU yet; expected one of \['int8', 'fp8', 'int4', "
-            r"'dense'\]"
+            "layer 1: head_dim: 96 is not supported by the CUDA kernels for values of int2; expected a multiple of 64"
         )
         with self.chosen("cuda"), pytest.raises(ValueError, match=expected):
             generate(model, cache_implementation="kvquant", cache_config=config)
@@ -501,22 +504,28 @@ class TestFormatsOnAGpu:
 
     def test_a_cache_made_by_hand_refuses_its_first_tokens(self, model):
         cache = QuantizedCache(model.config, KVQuantConfig(QuantSpec("int3", "channel"), QuantSpec("int8")))
-        config = model.config
-        states = torch.randn(1, config.num_key_value_heads, 5, host.head_dim(config))
+        states = torch.randn(1, model.config.num_key_value_heads, 5, 96)
         with (
             self.chosen("cuda"),
-            pytest.raises(ValueError, match=r"layer 0: keys.format: 'int3' is not supported on a GPU yet"),
+            pytest.raises(ValueError, match="layer 0: head_dim: 96 is not supported .* for keys of int3"),
         ):
             cache.update(states, states, 0)
         assert not cache.layers[0].is_initialized and not cache.layers[0].storing
         cache.update(states, states, 0)
         assert cache.get_seq_length() == states.shape[2]
 
+    def test_a_multiple_is_taken(self):
+        specs = QuantSpec("int3", "channel"), QuantSpec("int2")
+        with self.chosen("cuda"):
+            ops.check_formats(*specs, "auto", torch.device("cuda"), torch.float32, (192, 64))
+            with pytest.raises(ValueError, match="head_dim: 32 is not .* for values of int2"):
+                ops.check_formats(*specs, "auto", torch.device("cuda"), torch.float32, (192, 32))
+
     def test_the_reference_takes_all(self, model):
         specs = QuantSpec("int3"), QuantSpec("int2")
         with self.chosen("reference"):
             for device in ("cpu", "cuda"):
-                ops.check_formats(*specs, "auto", torch.device(device), torch.float32, 64)
+                ops.check_formats(*specs, "auto", torch.device(device), torch.float32, (96, 96))
         config = KVQuantConfig(*specs, backend="reference")
         assert generate(model, cache_implementation="kvquant", cache_config=config).sequences.shape[1]
 
@@ -524,12 +533,13 @@ class TestFormatsOnAGpu:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"head_dim": 24}, 24),
-        ({"hidden_size": 64, "num_attention_heads": 4}, 16),
-        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": 2}, 32),
+        ({"head_dim": 24}, (24, 24)),
+        ({"hidden_size": 64, "num_attention_heads": 4}, (16, 16)),
+        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": 2}, (32, 32)),
+        ({"head_dim": 192, "v_head_dim": 128}, (192, 128)),
         ({"head_dim": 64, "kv_lora_rank": 512}, None),
         ({"d_model": 64}, None),
     ],
 )
-def test_the_head_dim_of_a_config(fields, expected):
-    assert host.head_dim(PreTrainedConfig(**fields)) == expected
+def test_the_head_dims_of_a_config(fields, expected):
+    assert host.head_dims(PreTrainedConfig(**fields)) == expected

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..quantization import QuantSpec
-from . import GPU_FORMATS, gpu_refusal
+from . import gpu_refusal
 from .arguments import DTYPES, FORMATS, Form
 
 # The most columns that one block of threads attends to; fewer, but a multiple of UNIT, where all heads of a sequence
@@ -270,10 +270,9 @@ def _make(
         expected = f"expected at most {_MAX_HEAD_DIM_OF_BLOCKS}, or {WIDE_HEAD_DIM}"
         beside = f"on the channel grid is not supported beside keys of {k_head_dim}"
         raise ValueError(f"values head_dim: {v_head_dim} {beside}; {expected}")
-    for name, spec in (("keys", k_spec), ("values", v_spec)):
-        if not spec.is_dense and spec.format not in GPU_FORMATS:
-            raise ValueError(gpu_refusal(name, spec.format))
     for name, spec, head_dim, has in zip(("keys", "values"), (k_spec, v_spec), (k_head_dim, v_head_dim), feedback):
+        if reason := gpu_refusal(name, spec.format, head_dim):
+            raise ValueError(reason)
         if has:
             _check_feedback(name, spec, head_dim)
     return Specialisation(

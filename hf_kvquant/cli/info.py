@@ -103,9 +103,9 @@ def _cpu_backend() -> dict:
 
 
 def _cuda_backend() -> dict:
-    from ..backends import GPU_FORMATS, cuda
+    from ..backends import cuda
 
-    library = cuda.info() | {"formats": [*GPU_FORMATS, DENSE]}
+    library = cuda.info() | {"formats": [*FORMATS, DENSE]}
     if not torch.cuda.is_available():
         return {"chosen": None, "why": ops.backend_status("cuda"), "library": library}
     chosen = ops.choose_backend(AUTO, "cuda", torch.bfloat16)

@@ -193,10 +193,10 @@ def presets(names: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def grids(formats: Sequence[str] = tuple(FORMATS)) -> dict[str, KVQuantConfig]:
+def grids() -> dict[str, KVQuantConfig]:
     """Every preset, and every format on either grid of keys that is not a preset already; no windows."""
     found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
-    for format in formats:
+    for format in FORMATS:
         values = QuantSpec(format)
         for grid in ("token", "channel"):
             config = KVQuantConfig(keys=values if grid == "token" else QuantSpec(format, grid), values=values)

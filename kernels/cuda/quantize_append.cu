@@ -124,9 +124,8 @@ struct Append {
     return exact_at(x.side.recent, x.side.recent_stride) + int64_t(slot) * kRowBytes;
   }
   KVQUANT_DEVICE uint8_t* code_row(int t) const {
-    constexpr int kBytes = S::kFormat == kDense  ? kRowBytes
-                           : S::kFormat == kInt4 ? S::kHeadDim / 2
-                                                 : S::kHeadDim;
+    constexpr int kBytes =
+        S::kFormat == kDense ? kRowBytes : S::kHeadDim * code_bits(S::kFormat) / 8;
     return at(x.side.data, x.side.data_stride, t) + int64_t(in_storage(t)) * kBytes;
   }
   // The scales or zero points of a token, or of a block of kColumns tokens.

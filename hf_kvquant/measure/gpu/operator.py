@@ -12,11 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...backends import GPU_FORMATS, nvrtc
+from ...backends import nvrtc
 from ...backends.arguments import DTYPES as CODES
 from ...backends.specialisation import Specialisation, for_source, specialisation, split_length, splits_of
 from ...config import KVQuantConfig
-from ...quantization import QuantSpec
+from ...quantization import FORMATS, QuantSpec
 from ...states import QuantizedStates
 from .. import operator
 from ..caches import grids
@@ -64,9 +64,9 @@ CASES = [
 
 def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
     """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
-    channels = {name: QuantSpec(name, "channel") for name in GPU_FORMATS}
+    channels = {name: QuantSpec(name, "channel") for name in FORMATS}
     values = {f"{name}-channel-values": KVQuantConfig(keys=spec, values=spec) for name, spec in channels.items()}
-    for name, config in (grids(GPU_FORMATS) | values).items():
+    for name, config in (grids() | values).items():
         for dtype in DTYPES:
             yield name, config, plan.head_dim, dtype, CASES
     for head_dim in plan.other_head_dims:

@@ -171,13 +171,13 @@ struct TwoBits {
 };
 
 KVQUANT_FN int dtype_bytes(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+// Of a code; not of a dense element.
+KVQUANT_FN constexpr int code_bits(int64_t format) {
+  return format == kInt4 ? 4 : format == kInt3 ? 3 : format == kInt2 ? 2 : 8;
+}
 KVQUANT_FN int64_t row_bytes(const KvquantSide& side, int64_t dtype) {
   if (side.format == kDense) return side.head_dim * dtype_bytes(dtype);
-  const int bits = side.format == kInt4   ? 4
-                   : side.format == kInt3 ? 3
-                   : side.format == kInt2 ? 2
-                                          : 8;
-  return side.head_dim * bits / 8;
+  return side.head_dim * code_bits(side.format) / 8;
 }
 KVQUANT_FN int64_t num_scales(const KvquantSide& side) {
   return side.grid == kChannelGrid ? side.head_dim : side.head_dim / side.group_length;

@@ -20,7 +20,6 @@ typedef unsigned long long uint64_t;
 #endif
 
 enum KvquantDtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-// The CUDA kernels do not take kInt3 and kInt2 yet; the host refuses them.
 enum KvquantFormat { kInt8 = 0, kFp8 = 1, kInt4 = 2, kDense = 3, kInt3 = 4, kInt2 = 5 };
 enum KvquantGrid { kTokenGrid = 0, kChannelGrid = 1 };
 // How `mask` hides columns. kPaddingMask: `[batch, kv_len]`, integers of `mask_width` bytes, 0

@@ -49,6 +49,10 @@ CASES = [
     ("int4-rotated", "int4-rotated", 512, 512, BFLOAT),
     ("int4-channel", "dense", 512, 512, HALF),
     ("dense", "fp8", 512, 64, BFLOAT),
+    ("int3-channel", "int3-rotated", 128, 128, BFLOAT),
+    ("int3-group64", "int2-rotated", 192, 64, HALF),
+    ("int2-group64", "int3-channel16", 64, 192, BFLOAT),
+    ("int2-channel", "int3-group64", 512, 512, HALF),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{str(c[4])[6:]}")
 FEW = [CASES[1], CASES[2]]  # the token grid; the channel grid and rotated values
@@ -351,6 +355,7 @@ LATENTS = {
     "groups of int4": ("fp8", "int4", 64, 96, HALF),
     "half a chunk": ("int4-channel", "int4-channel", 80, 80, BFLOAT),
     "other formats": ("int8-channel16", "int4-channel16", 64, 128, HALF),
+    "few bits": ("int3-channel", "int2-channel", 64, 128, HALF),
     "dense": ("dense", "dense", 64, 64, BFLOAT),
 }
 KEY_SPECS_OF_ROTARY = KEY_SPECS | {"int4-channel16": QuantSpec("int4", "channel", block_length=16)}

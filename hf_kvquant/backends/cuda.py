@@ -254,11 +254,11 @@ _SCALES = {"scale": (1, 7, 8), "zero_point": (2, 7, 8)}
 
 
 def _check_alignment(name: str, call: arguments.Attention | arguments.Append, side: int, states: _States) -> None:
-    """Check, once for each `Stored`, that rows can be read in chunks of 16 bytes, or of 8 if a row of nibbles is not a
+    """Check, once for each `Stored`, that rows can be read in chunks of 16 bytes, or of 8 if a stored row is not a
     multiple of 16 bytes."""
     words = memoryview(call).cast("B").cast("Q")
     for tensor, (address, *strides) in (_STORED | _SCALES if states.spec.grid == "channel" else _STORED).items():
-        chunk = 8 if tensor == "data" and states.spec.format == "int4" and states.head_dim % 32 else 16
+        chunk = 8 if tensor == "data" and states.data.shape[-1] * states.data.element_size() % 16 else 16
         for what, place in (("address", address), *(("stride", stride) for stride in strides)):
             number = words[side + place]
             if number % (16 if what == "address" else chunk):

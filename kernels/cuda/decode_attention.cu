@@ -89,9 +89,11 @@ static_assert(page_holds(StoredPass::kTile) &&
 
 // Blocks of an SM at once, which its 65536 registers decide: three blocks of 128 threads get 168
 // for a thread, two get 255. The sums of values take kShareDim * kRows / 32 of them, those of a tile
-// on the channel grid a few more, rows that are divided their shares' addresses, and models in
-// float32 the second terms of queries.
-constexpr int kMostValueDim = StoredValues::kChannelGrid && kRows == 16 ? 64 : 128;
+// on the channel grid a few more, as do words that are split in parts; rows that are divided take
+// their shares' addresses, and models in float32 the second terms of queries.
+constexpr int kThatTakeMore = (kRows == 16) + StoredValues::kChannelGrid +
+                              (StoredKeys::Codec::kParts > 1 || StoredValues::Codec::kParts > 1);
+constexpr int kMostValueDim = kThatTakeMore > 1 ? 64 : 128;
 constexpr int kBlocks = kShares == 1 && kShareDim <= kMostValueDim && !kIsFloat32 ? 3 : 2;
 
 template <class P, bool kIsList, class KeyRows, class ValueRows>

@@ -10,7 +10,7 @@ namespace kvquant {
 
 template <class V>
 struct NonFinite {
-  KVQUANT_DEVICE void take_out(uint32_t&) const {}
+  KVQUANT_DEVICE void take_out(typename V::Word&) const {}
   template <int kTile, int kSteps, int kWords, int kSums>
   KVQUANT_DEVICE void add(SharedPtr<uint8_t>, const uint32_t (&)[kSteps][kWords],
                           float (&)[kSums][4]) const {}

@@ -45,10 +45,6 @@
 
 namespace kvquant {
 
-// The chunks whose pairs make whole steps.
-template <class Codec>
-constexpr int kChunksOfStep = Codec::kPairsOfWord == 1 ? 2 : 1;
-
 // kCopied..: rows come from exact copies, and the columns are a list; without them, a range.
 template <class Keys, class Values, bool kCopiedKeysHere, bool kCopiedValuesHere, int kTileRows,
           int kNumStages, int kNumWarps>
@@ -387,64 +383,59 @@ struct Pass {
   template <bool kPlain>
   KVQUANT_DEVICE void score(SharedPtr<uint8_t> tile, int column, const KeyScales& scales,
                             float (&x)[kProducts][4]) const {
-    constexpr int kAtOnce = larger_of(kChunksOfStep<K>, KeyTile::kAtOnce);
+    using KeyChunks = Chunks<K, KeyTile>;
     constexpr int kGroups = KeyScales::kGroups, kSteps = kStepsOf<K>;
-    // Queries x zero points, for the steps whose unit is unit(0), and for the others.
-    float zero[kTerms][4] = {}, other_zero[kTerms][4] = {};
+    ZeroPoints<K> zero[kTerms] = {};
     Scores sum;
     begin_group(0, sum);
     const int block = Keys::kChannelGrid ? column / Keys::kGroup : 0;
     // Wide heads have more steps than the compiler finds registers for at once.
 #pragma unroll(kHeadDim <= 256 ? kChunks<K> : 1)
-    for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
-      uint32_t pairs[kAtOnce * K::kPairsOfWord][kEights];
+    for (int chunk = 0; chunk < kChunks<K>; chunk += KeyChunks::kAtOnce) {
+      KeyChunks chunks;
+      chunks.template load<false>(tile, chunk);
 #pragma unroll
-      for (int l = 0; l < kAtOnce; l += KeyTile::kAtOnce) {
-        uint32_t words[4];
-        KeyTile::template load<false>(tile, chunk + l, words);
+      for (int i = 0; i < KeyChunks::kSplits; ++i) {
+        uint32_t pairs[KeyChunks::kPairs][kEights];
+        chunks.template split<K, kPlain>(i, pairs);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t parts[K::kPairsOfWord];
-          split<K, kPlain>(words[i], parts);
-          put(parts, (l + i / kEights) * K::kPairsOfWord, i % kEights, pairs);
-        }
-      }
+        for (int s = 0; s < KeyChunks::kPairs / 2; ++s) {
+          const int step = KeyChunks::first_pair(chunk, i) / 2 + s;
+          if (step >= kSteps) continue;
+          Query q;
+          if constexpr (Lanes::kHoldsQueries) {
 #pragma unroll
-      for (int s = 0; s < kAtOnce * K::kPairsOfWord / 2; ++s) {
-        const int step = chunk * K::kPairsOfWord / 2 + s;
-        if (step >= kSteps) continue;
-        Query q;
-        if constexpr (Lanes::kHoldsQueries) {
-#pragma unroll
-          for (int i = 0; i < kTerms * Lanes::kQueryWords; ++i) {
-            q[i / Lanes::kQueryWords][i % Lanes::kQueryWords] =
-                query[step][i / Lanes::kQueryWords][i % Lanes::kQueryWords];
+            for (int w = 0; w < kTerms * Lanes::kQueryWords; ++w) {
+              q[w / Lanes::kQueryWords][w % Lanes::kQueryWords] =
+                  query[step][w / Lanes::kQueryWords][w % Lanes::kQueryWords];
+            }
+          } else {
+            load_query(step, block, q, zero);
           }
-        } else {
-          load_query(step, block, q, zero, other_zero);
-        }
 #pragma unroll
-        for (int term = 0; term < kTerms; ++term) {
-#pragma unroll
-          for (int m = 0; m < kProducts; ++m) {
-            Lanes::template add_scores<K>(sum[term][m], q[term], pairs[2 * s], pairs[2 * s + 1], m);
-          }
-        }
-        if constexpr (Keys::kTokenScaled) {
-          const int group = K::channel(2 * step, 0) / Keys::kGroup;
-          const bool last =
-              step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
-          if (last) {
+          for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
             for (int m = 0; m < kProducts; ++m) {
-              const Floats2 scale = scales.two_columns(group, m);
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const float one = joined(sum, m, e) * (Lanes::column_of(e) ? scale.y : scale.x);
-                x[m][e] = group == 0 ? one : x[m][e] + one;
-              }
+              Lanes::template add_scores<K>(sum[term][m], q[term], pairs[2 * s], pairs[2 * s + 1],
+                                            m);
             }
-            if (group + 1 < kGroups) begin_group(group + 1, sum);
+          }
+          if constexpr (Keys::kTokenScaled) {
+            const int group = K::channel(2 * step, 0) / Keys::kGroup;
+            const bool last =
+                step + 1 == kSteps || K::channel(2 * step + 2, 0) / Keys::kGroup != group;
+            if (last) {
+#pragma unroll
+              for (int m = 0; m < kProducts; ++m) {
+                const Floats2 scale = scales.two_columns(group, m);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  const float one = joined(sum, m, e) * (Lanes::column_of(e) ? scale.y : scale.x);
+                  x[m][e] = group == 0 ? one : x[m][e] + one;
+                }
+              }
+              if (group + 1 < kGroups) begin_group(group + 1, sum);
+            }
           }
         }
       }
@@ -456,7 +447,7 @@ struct Pass {
         for (int e = 0; e < 4; ++e) {
           x[m][e] = joined(sum, m, e);
           if constexpr (Keys::kHasZeroPoint && !Lanes::kHoldsQueries) {
-            x[m][e] += joined_zero_points(zero, other_zero, e);
+            x[m][e] += joined_zero_points(zero, e);
           }
         }
       }
@@ -486,21 +477,21 @@ struct Pass {
 
   // Loads the queries into registers, for a block if the keys are on the channel grid.
   KVQUANT_DEVICE void take_queries(int block) {
-    float zero[kTerms][4] = {}, other_zero[kTerms][4] = {};
+    ZeroPoints<K> zero[kTerms] = {};
 #pragma unroll
     for (int step = 0; step < Queries<Keys>::kSteps; ++step) {
-      load_query(step, block, query[step], zero, other_zero);
+      load_query(step, block, query[step], zero);
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) zero_points[r] = joined_zero_points(zero, other_zero, r);
+    for (int r = 0; r < 2; ++r) zero_points[r] = joined_zero_points(zero, r);
   }
   // Loads the queries of one step; keys on the channel grid: for a block, as to_block() says.
-  KVQUANT_DEVICE void load_query(int step, int block, Query& q, float (&zero)[kTerms][4],
-                                 float (&other_zero)[kTerms][4]) const {
+  KVQUANT_DEVICE void load_query(int step, int block, Query& q,
+                                 ZeroPoints<K> (&zero)[kTerms]) const {
     uint32_t words[kTerms * Lanes::kQueryWords];
     queries.fragment(step, words);
     if constexpr (Keys::kChannelGrid && kTerms == 2) {
-      floats_to_block<Keys>(key_header(block), step, words, q, zero, other_zero);
+      floats_to_block<Keys>(key_header(block), step, words, q, zero);
       return;
     }
 #pragma unroll
@@ -508,15 +499,12 @@ struct Pass {
       q[i / Lanes::kQueryWords][i % Lanes::kQueryWords] = words[i];
     }
     if constexpr (Keys::kChannelGrid) {
-      to_block<Keys>(key_header(block), step, q[0], zero[0], other_zero[0]);
+      to_block<Keys>(key_header(block), step, q[0], zero[0]);
     }
   }
-  static KVQUANT_DEVICE float joined_zero_points(const float (&zero)[kTerms][4],
-                                                 const float (&other_zero)[kTerms][4], int e) {
-    const float sum = of_zero_points<K>(zero[0][e], other_zero[0][e]);
-    if constexpr (kTerms == 2) {
-      return sum + of_zero_points<K>(zero[1][e], other_zero[1][e]) * (1.0f / kSecondTerm);
-    }
+  static KVQUANT_DEVICE float joined_zero_points(const ZeroPoints<K> (&zero)[kTerms], int e) {
+    const float sum = of_zero_points<K>(zero[0], e);
+    if constexpr (kTerms == 2) return sum + of_zero_points<K>(zero[1], e) * (1.0f / kSecondTerm);
     return sum;
   }
 
@@ -550,59 +538,57 @@ struct Pass {
       FloatValues<V, kTile>::weigh(tile, weights, acc);
       return;
     }
-    constexpr int kAtOnce = larger_of(kChunksOfStep<V>, ValueTile::kAtOnce);
+    using ValueChunks = Chunks<V, ValueTile>;
+    using SplitCodec = typename Choose<kCentred, Centred<V>, V>::Type;
     Weights w;
     NonFinite<V> found;
     int group = -1;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks<V>; chunk += kAtOnce) {
-      uint32_t pairs[kAtOnce * V::kPairsOfWord][kEights];
+    for (int chunk = 0; chunk < kChunks<V>; chunk += ValueChunks::kAtOnce) {
+      ValueChunks chunks;
+      chunks.template load<true>(tile, chunk);
 #pragma unroll
-      for (int l = 0; l < kAtOnce; l += ValueTile::kAtOnce) {
-        uint32_t words[4];
-        ValueTile::template load<true>(tile, chunk + l, words);
+      for (auto& of_chunk : chunks.words) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          found.take_out(words[i]);
-          uint32_t parts[V::kPairsOfWord];
-          if constexpr (kCentred) {
-            V::split_centred(words[i], parts);
-          } else {
-            split<V, kPlain>(words[i], parts);
-          }
-          put(parts, (l + i / kEights) * V::kPairsOfWord, i % kEights, pairs);
-        }
+        for (auto& word : of_chunk) found.take_out(word);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce * V::kPairsOfWord; i += 2) {
-        const int pair = chunk * V::kPairsOfWord + i;
-        if (pair >= V::kPairs) continue;
-        const int pair_group = Values::kTokenScaled ? V::channel(pair, 0) / Values::kGroup : 0;
-        if (pair_group != group) {
-          group = pair_group;
-          weights(scales, group, plain, x, w);
-        }
-        constexpr int kHere = 2 / Lanes::kPairsOfProduct;
-        const int product = pair / Lanes::kPairsOfProduct;
-        float of_tile[kHere][4] = {};
-        float (*sums)[4] = kSumsTiles ? of_tile : kSumsBlocks ? &of_block[product] : &acc[product];
+      for (int i = 0; i < ValueChunks::kSplits; ++i) {
+        uint32_t pairs[ValueChunks::kPairs][kEights];
+        chunks.template split<SplitCodec, kPlain>(i, pairs);
 #pragma unroll
-        for (int k = 0; k < kTile / 16; ++k) {
-#pragma unroll
-          for (int term = 0; term < kWeightTerms; ++term) {
-            Lanes::template add_values<V>(sums, w[term][k], pairs[i], pairs[i + 1], k);
+        for (int j = 0; j < ValueChunks::kPairs; j += 2) {
+          const int pair = ValueChunks::first_pair(chunk, i) + j;
+          if (pair >= V::kPairs) continue;
+          const int pair_group = Values::kTokenScaled ? V::channel(pair, 0) / Values::kGroup : 0;
+          if (pair_group != group) {
+            group = pair_group;
+            weights(scales, group, plain, x, w);
           }
-        }
-        if constexpr (kSumsTiles && !Values::kChannelGrid) {
+          constexpr int kHere = 2 / Lanes::kPairsOfProduct;
+          const int product = pair / Lanes::kPairsOfProduct;
+          float of_tile[kHere][4] = {};
+          float (*sums)[4] = kSumsTiles    ? of_tile
+                             : kSumsBlocks ? &of_block[product]
+                                           : &acc[product];
 #pragma unroll
-          for (int j = 0; j < kHere; ++j) {
+          for (int k = 0; k < kTile / 16; ++k) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[product + j][e] += of_tile[j][e];
+            for (int term = 0; term < kWeightTerms; ++term) {
+              Lanes::template add_values<V>(sums, w[term][k], pairs[j], pairs[j + 1], k);
+            }
           }
-        } else if constexpr (kSumsTiles) {
-          const auto scale_row = shared_cast<Words2>(value_header(column / Values::kGroup));
+          if constexpr (kSumsTiles && !Values::kChannelGrid) {
 #pragma unroll
-          for (int j = 0; j < kHere; ++j) add_scaled(product + j, of_tile[j], scale_row);
+            for (int h = 0; h < kHere; ++h) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) acc[product + h][e] += of_tile[h][e];
+            }
+          } else if constexpr (kSumsTiles) {
+            const auto scale_row = shared_cast<Words2>(value_header(column / Values::kGroup));
+#pragma unroll
+            for (int h = 0; h < kHere; ++h) add_scaled(product + h, of_tile[h], scale_row);
+          }
         }
       }
     }
@@ -678,14 +664,6 @@ struct Pass {
         if (!plain && float_bits(x[m][e]) == 0x80000000u) scaled[m][e] = -0.0f;
       }
     }
-  }
-
-  // Puts the pairs of a word from index `pair` on, for the eighth m of the columns.
-  template <int kPairs, int kAll>
-  static KVQUANT_DEVICE void put(const uint32_t (&parts)[kPairs], int pair, int m,
-                                 uint32_t (&pairs)[kAll][kEights]) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) pairs[pair + i][m] = parts[i];
   }
 
   KVQUANT_DEVICE void rescale_all(float row0, float row1) {

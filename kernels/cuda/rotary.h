@@ -134,55 +134,49 @@ struct RotaryKeys {
   // a tile are added. column: the tile's first.
   template <bool kPlain>
   KVQUANT_DEVICE void add(SharedPtr<uint8_t> tile, int column, float (&x)[kProducts][4]) const {
-    constexpr int kAtOnce = larger_of(2 / K::kPairsOfWord, RowTile::kAtOnce);
+    using RowChunks = Chunks<K, RowTile>;
     constexpr int kSteps = K::kPairs / 2;
-    float zero[4] = {}, other_zero[4] = {}, sum[kProducts][4];
+    ZeroPoints<K> zero = {};
+    float sum[kProducts][4];
     begin_group(0, sum);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks<K>; chunk += kAtOnce) {
-      uint32_t pairs[kAtOnce * K::kPairsOfWord][kEights];
+    for (int chunk = 0; chunk < kChunks<K>; chunk += RowChunks::kAtOnce) {
+      RowChunks chunks;
+      chunks.template load<false>(tile, chunk);
 #pragma unroll
-      for (int l = 0; l < kAtOnce; l += RowTile::kAtOnce) {
-        uint32_t words[4];
-        RowTile::template load<false>(tile, chunk + l, words);
+      for (int i = 0; i < RowChunks::kSplits; ++i) {
+        uint32_t pairs[RowChunks::kPairs][kEights];
+        chunks.template split<K, kPlain>(i, pairs);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t parts[K::kPairsOfWord];
-          split<K, kPlain>(words[i], parts);
+        for (int s = 0; s < RowChunks::kPairs / 2; ++s) {
+          const int step = RowChunks::first_pair(chunk, i) / 2 + s;
+          if (step >= kSteps) continue;
+          uint32_t q[Lanes::kQueryWords];
+          queries.fragment(step, q);
+          if constexpr (S::kChannelGrid) to_block<S>(header(column), step, q, zero);
 #pragma unroll
-          for (int j = 0; j < K::kPairsOfWord; ++j) {
-            pairs[(l + i / kEights) * K::kPairsOfWord + j][i % kEights] = parts[j];
+          for (int m = 0; m < kProducts; ++m) {
+            Lanes::template add_scores<K>(sum[m], q, pairs[2 * s], pairs[2 * s + 1], m);
           }
-        }
-      }
+          const int group = S::kTokenScaled ? K::channel(2 * step, 0) / larger_of(S::kGroup, 1) : 0;
+          const bool last =
+              step + 1 == kSteps ||
+              (S::kTokenScaled && K::channel(2 * step + 2, 0) / larger_of(S::kGroup, 1) != group);
+          if (!last) continue;
 #pragma unroll
-      for (int s = 0; s < kAtOnce * K::kPairsOfWord / 2; ++s) {
-        const int step = chunk * K::kPairsOfWord / 2 + s;
-        if (step >= kSteps) continue;
-        uint32_t q[Lanes::kQueryWords];
-        queries.fragment(step, q);
-        if constexpr (S::kChannelGrid) to_block<S>(header(column), step, q, zero, other_zero);
+          for (int m = 0; m < kProducts; ++m) {
+            Floats2 scale = {1.0f, 1.0f};
+            if constexpr (S::kTokenScaled) scale = scales.two_columns(group, m);
 #pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-          Lanes::template add_scores<K>(sum[m], q, pairs[2 * s], pairs[2 * s + 1], m);
-        }
-        const int group = S::kTokenScaled ? K::channel(2 * step, 0) / larger_of(S::kGroup, 1) : 0;
-        const bool last =
-            step + 1 == kSteps ||
-            (S::kTokenScaled && K::channel(2 * step + 2, 0) / larger_of(S::kGroup, 1) != group);
-        if (!last) continue;
-#pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-          Floats2 scale = {1.0f, 1.0f};
-          if constexpr (S::kTokenScaled) scale = scales.two_columns(group, m);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float one = sum[m][e];
-            if constexpr (S::kHasZeroPoint) one += of_zero_points<K>(zero[e], other_zero[e]);
-            x[m][e] += one * ((Lanes::column_of(e) ? scale.y : scale.x) * factor[Lanes::row_of(e)]);
+            for (int e = 0; e < 4; ++e) {
+              float one = sum[m][e];
+              if constexpr (S::kHasZeroPoint) one += of_zero_points<K>(zero, e);
+              x[m][e] +=
+                  one * ((Lanes::column_of(e) ? scale.y : scale.x) * factor[Lanes::row_of(e)]);
+            }
           }
+          if (group + 1 < kGroups) begin_group(group + 1, sum);
         }
-        if (group + 1 < kGroups) begin_group(group + 1, sum);
       }
     }
   }

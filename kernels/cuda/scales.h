@@ -137,25 +137,32 @@ KVQUANT_DEVICE void load_header(SharedPtr<uint8_t> header, int step, Words2& sca
   // A lane's four channels are neighbours. In a chunk with half the channels, lanes without
   // channels read those of another lane; their queries are zeros.
   const int t = lane_index() % 4;
-  const int lane_channel = K::channel(2 * step, 0) + 4 * (K::channel(2 * step, 7) < 0 ? t % 2 : t);
+  const int lane_channel = K::channel(2 * step, 2 * (K::channel(2 * step, 7) < 0 ? t % 2 : t));
   const auto words = shared_cast<Words2>(header);
   scale = words[lane_channel / 4];
   if constexpr (S::kHasZeroPoint) points = words[(K::kChannels + lane_channel) / 4];
 }
 
+// Sums of queries x zero points, one for each unit of the codec: of a product's elements.
+template <class K>
+using ZeroPoints = float[K::kUnits][4];
+// The sums that a step of the keys is added to.
+template <class K>
+KVQUANT_DEVICE float (&of_step(ZeroPoints<K>& zero, int step))[4] {
+  return zero[2 * step / K::kPairsOfUnit % K::kUnits];
+}
+
 // Multiplies the queries of one step by the scales of a block of keys; adds queries x zero points to
-// `zero`, or to `other_zero` if the step has another unit.
+// `zero`.
 template <class S>
 KVQUANT_DEVICE void to_block(SharedPtr<uint8_t> header, int step,
-                             uint32_t (&q)[Layout<kRows>::kQueryWords], float (&zero)[4],
-                             float (&other_zero)[4]) {
+                             uint32_t (&q)[Layout<kRows>::kQueryWords],
+                             ZeroPoints<typename S::Codec>& zero) {
   using K = typename S::Codec;
   using Lanes = Layout<kRows>;
   Words2 scale, points;
   load_header<S>(header, step, scale, points);
-  if constexpr (S::kHasZeroPoint) {
-    Lanes::add_points(K::unit(2 * step) == K::unit(0) ? zero : other_zero, q, points);
-  }
+  if constexpr (S::kHasZeroPoint) Lanes::add_points(of_step<K>(zero, step), q, points);
 #pragma unroll
   for (int i = 0; i < Lanes::kQueryWords; ++i) {
     q[i] = hmul2(q[i], i < Lanes::kQueryWords / 2 ? scale.x : scale.y);
@@ -166,7 +173,7 @@ template <class S>
 KVQUANT_DEVICE void floats_to_block(SharedPtr<uint8_t> header, int step,
                                     const uint32_t (&floats)[2 * Layout<kRows>::kQueryWords],
                                     uint32_t (&q)[2][Layout<kRows>::kQueryWords],
-                                    float (&zero)[2][4], float (&other_zero)[2][4]) {
+                                    ZeroPoints<typename S::Codec> (&zero)[2]) {
   using K = typename S::Codec;
   using Lanes = Layout<kRows>;
   constexpr int kWords = Lanes::kQueryWords;
@@ -180,8 +187,7 @@ KVQUANT_DEVICE void floats_to_block(SharedPtr<uint8_t> header, int step,
     }
 #pragma unroll
     for (int term = 0; term < 2; ++term) {
-      float (&sum)[4] = K::unit(2 * step) == K::unit(0) ? zero[term] : other_zero[term];
-      Lanes::add_points(sum, q[term], points);
+      Lanes::add_points(of_step<K>(zero[term], step), q[term], points);
     }
   }
 #pragma unroll
@@ -193,10 +199,14 @@ KVQUANT_DEVICE void floats_to_block(SharedPtr<uint8_t> header, int step,
 }
 // The products of queries and zero points, in the unit of scores.
 template <class K>
-KVQUANT_DEVICE float of_zero_points(float zero, float other_zero) {
+KVQUANT_DEVICE float of_zero_points(const ZeroPoints<K>& zero, int e) {
   constexpr float kUnit = 1.0f / K::unit(0);
-  constexpr float kOther = K::kPairs > 2 ? K::unit(0) / K::unit(2) : 1.0f;
-  return (zero + kOther * other_zero) * kUnit;
+  float sum = zero[0][e];
+#pragma unroll
+  for (int i = 1; i < K::kUnits; ++i) {
+    sum += K::unit(0) / K::unit(i * K::kPairsOfUnit) * zero[i][e];
+  }
+  return sum * kUnit;
 }
 
 }  // namespace kvquant

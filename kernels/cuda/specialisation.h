@@ -74,6 +74,22 @@ template <int kDim>
 struct CodecOf<kInt4, kChannelGrid, kDim> {
   using Type = Nibbles<kDim>;
 };
+template <int kDim>
+struct CodecOf<kInt3, kTokenGrid, kDim> {
+  using Type = typename Choose<kIsFloat32, Centred<BitTriples<kDim>>, BitTriples<kDim>>::Type;
+};
+template <int kDim>
+struct CodecOf<kInt3, kChannelGrid, kDim> {
+  using Type = BitTriples<kDim>;
+};
+template <int kDim>
+struct CodecOf<kInt2, kTokenGrid, kDim> {
+  using Type = typename Choose<kIsFloat32, Centred<BitPairs<kDim>>, BitPairs<kDim>>::Type;
+};
+template <int kDim>
+struct CodecOf<kInt2, kChannelGrid, kDim> {
+  using Type = BitPairs<kDim>;
+};
 // The terms of a query's, or a weight's, operand (float32.h). Products of floats split both.
 template <class Codec>
 constexpr int kTermsOf = kIsFloat32 && !Codec::kIsDense ? 2 : 1;
@@ -93,6 +109,8 @@ struct RowForm {
   // share has whole groups.
   static constexpr int kRowGroups = kTokenScaled ? C::kChannels * kParts / larger_of(kGroup, 1) : 0;
   static constexpr int kGroups = kRowGroups < kParts ? (kTokenScaled ? 1 : 0) : kRowGroups / kParts;
+  static_assert(!kTokenScaled || C::kParts == 1 || kGroup % 64 == 0,
+                "KVQUANT_K_GROUP, KVQUANT_V_GROUP: a multiple of 64 for codes of 2 or 3 bits");
 };
 
 using StoredKeys = RowForm<CodecOf<KVQUANT_K_FORMAT, KVQUANT_K_GRID, kHeadDim>::Type,

@@ -149,7 +149,7 @@ def check_formats(
     dtype: torch.dtype,
     head_dims: tuple[int, int],
 ) -> None:
-    """Check that the backend of such states takes their formats with these head_dims, of keys and of values; a kernel
+    """Check that the backend of such states takes their specs with these head_dims, of keys and of values; a kernel
     would refuse them at the first tokens.
 
     Raises:
@@ -157,7 +157,7 @@ def check_formats(
         RuntimeError: the backend cannot run here.
     """
     sides = zip(("keys", "values"), (keys, values), head_dims)
-    refusals = [gpu_refusal(side, spec.format, head_dim) for side, spec, head_dim in sides]
+    refusals = [gpu_refusal(side, spec.format, head_dim, spec.group_size) for side, spec, head_dim in sides]
     reason = next(filter(None, refusals), None)
     if reason is None or device.type == "meta":
         return

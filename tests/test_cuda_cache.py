@@ -434,6 +434,9 @@ class TestSpecialisation:
         for head_dims, refused in (((96, 64), "96 .* for keys"), ((64, 80), "80 .* for values")):
             with pytest.raises(ValueError, match=rf"head_dim: {refused} of {format}; expected a multiple of 64"):
                 specialisation(2, keys, values.resolve(head_dims[1]), *head_dims)
+        grouped = QuantSpec(format, group_size=32)
+        with pytest.raises(ValueError, match=f"group_size: 32 .* for values of {format}; expected a multiple of 64"):
+            specialisation(2, keys, grouped, 128, 128)
 
     def test_float32_has_8_rows(self):
         kind = specialisation(DTYPES[torch.float32], QuantSpec("dense"), QuantSpec("dense"), 64, 64)

@@ -520,6 +520,9 @@ class TestFormatsOnAGpu:
             ops.check_formats(*specs, "auto", torch.device("cuda"), torch.float32, (192, 64))
             with pytest.raises(ValueError, match="head_dim: 32 is not .* for values of int2"):
                 ops.check_formats(*specs, "auto", torch.device("cuda"), torch.float32, (192, 32))
+            grouped = QuantSpec("int3", group_size=32)
+            with pytest.raises(ValueError, match="group_size: 32 is not .* for keys of int3"):
+                ops.check_formats(grouped, specs[1], "auto", torch.device("cuda"), torch.float32, (64, 64))
 
     def test_the_reference_takes_all(self, model):
         specs = QuantSpec("int3"), QuantSpec("int2")

@@ -271,7 +271,7 @@ def _make(
         beside = f"on the channel grid is not supported beside keys of {k_head_dim}"
         raise ValueError(f"values head_dim: {v_head_dim} {beside}; {expected}")
     for name, spec, head_dim, has in zip(("keys", "values"), (k_spec, v_spec), (k_head_dim, v_head_dim), feedback):
-        if reason := gpu_refusal(name, spec.format, head_dim):
+        if reason := gpu_refusal(name, spec.format, head_dim, spec.group_size):
             raise ValueError(reason)
         if has:
             _check_feedback(name, spec, head_dim)

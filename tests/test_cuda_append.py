@@ -31,6 +31,13 @@ SPECS = {
     "int4-rotated": QuantSpec("int4", rotate=True),
     "int4-channel": QuantSpec("int4", "channel"),
     "int4-channel256": QuantSpec("int4", "channel", block_length=256),
+    "int3-group64": QuantSpec("int3", group_size=64),
+    "int3-rotated": QuantSpec("int3", rotate=True),
+    "int3-channel": QuantSpec("int3", "channel"),
+    "int3-channel16": QuantSpec("int3", "channel", block_length=16),
+    "int2-group64": QuantSpec("int2", group_size=64),
+    "int2-rotated": QuantSpec("int2", rotate=True),
+    "int2-channel": QuantSpec("int2", "channel"),
     "dense": QuantSpec("dense"),
 }
 # Every format, grid, head_dim and dtype; most pairs of them.
@@ -58,6 +65,10 @@ CASES = [
     ("fp8", "int4-channel256", 512, 512, "fp16"),
     ("int4-group64-rotated", "dense", 512, 512, "bf16"),
     ("dense", "fp8-channel32", 512, 512, "fp32"),
+    ("int3-channel", "int2-rotated", 64, 64, "bf16"),
+    ("int2-channel", "int3-rotated", 192, 128, "fp16"),
+    ("int2-group64", "int3-channel16", 128, 256, "fp32"),
+    ("int3-group64", "int2-channel", 512, 512, "bf16"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}-{c[4]}")
 
@@ -146,7 +157,9 @@ def test_bytes_equal_the_definition(store, case):
 CHUNKS = (1, 63, 1, 1, 62, 127, 2, 200, 16, 16, 32, 1, 78)
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 9, 11, 14, 16)], ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}")
+@pytest.mark.parametrize(
+    "case", [CASES[i] for i in (0, 2, 6, 9, 11, 14, 16, 23)], ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}"
+)
 def test_chunks_equal_the_reference(store, case):
     padding = left_padding(590, 0, 40)
     got, expected, faults = both(

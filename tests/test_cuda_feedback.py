@@ -43,6 +43,7 @@ CASES = [
     ("int4-32", "int8-16", 512, "bf16", "kv"),
     ("int4-64", "token", 128, "bf16", "k"),
     ("dense", "int4-64", 112, "fp16", "v"),
+    ("int3-64", "int2-32", 64, "bf16", "kv"),
 ]
 
 
@@ -156,7 +157,7 @@ def in_pages(name, device):
 @needs_compiler
 class TestCompiled:
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-    @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 4)], ids=name_of)
+    @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 4, 12)], ids=name_of)
     def test_the_ptx_writes_the_same_bytes(self, store, case, arch):
         window = dict(padding=left_padding(150, 0, 30), recent_length=8, sink_length=5, chunks=(1, 62, 1, 70, 16))
         check(store, case, 150, device=ptx_machine.Device(arch), **window)
@@ -167,7 +168,7 @@ class TestCompiled:
     def test_the_ptx_in_pages(self):
         in_pages("value blocks", ptx_machine.Device())
 
-    @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 7, 9)], ids=name_of)
+    @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 6, 7, 9, 12)], ids=name_of)
     def test_no_spills_and_within_the_budget(self, case):
         kind, head_dim = kind_of(case), case[2]
         lengths = [spec(name).block_length for name, side in zip(case, "kv") if side in case[4]]

@@ -123,11 +123,16 @@ class TestAttention:
         check(problem(store, preset, kv_len=300), device=Device(truncates=True))
 
 
+APPENDED = {
+    "fp8-channel": KVQuantConfig(keys=QuantSpec("fp8", "channel"), values=QuantSpec("fp8", "channel")),
+    "few-bits": KVQuantConfig(keys=QuantSpec("int3", "channel"), values=QuantSpec("int2", rotate=True)),
+}
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("preset", [*PRESETS, "fp8-channel"])
-def test_appended_bytes(store, preset, arch):
-    both, padding = QuantSpec("fp8", "channel"), left_padding(150, 0, 30)
-    config = KVQuantConfig.preset(preset) if preset in PRESETS else KVQuantConfig(keys=both, values=both)
+@pytest.mark.parametrize("name", [*PRESETS, *APPENDED])
+def test_appended_bytes(store, name, arch):
+    config, padding = APPENDED.get(name) or KVQuantConfig.preset(name), left_padding(150, 0, 30)
     key, value = extreme(BFLOAT, 2, 2, 150, 64), extreme(BFLOAT, 2, 2, 150, 64)
     window = dict(
         recent_length=max(config.recent_length, 8), sink_length=5, padding=padding, chunks=(1, 62, 1, 70, 16)

@@ -22,6 +22,16 @@ struct FormatOf<kInt4> {
   using Token = Nibble;
   using Channel = Nibble;
 };
+template <>
+struct FormatOf<kInt3> {
+  using Token = ThreeBits;
+  using Channel = ThreeBits;
+};
+template <>
+struct FormatOf<kInt2> {
+  using Token = TwoBits;
+  using Channel = TwoBits;
+};
 
 KVQUANT_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 KVQUANT_DEVICE float half_of(uint16_t bits) { return half_low(bits); }
@@ -55,12 +65,35 @@ KVQUANT_DEVICE Words2 encode(const float (&y)[8]) {
   return {words[0], words[1]};
 }
 
+// Writes codes of two or three bits. Four lanes, o = 0 .. 3, share the bytes of a chunk: lane o has
+// bits 2 o and 2 o + 1 of each. A byte of the plane of high bits has a bit of the lane's first four
+// codes, then one of the last four. Lanes 0 and 1 store the low bits, lane 2 the high bits.
+template <int kBits, int kHeadDim>
+KVQUANT_DEVICE void store_planes(Words2 codes, uint8_t* row, bool write, int octet) {
+  static_assert(kHeadDim % 32 == 0, "chunks of 32 channels");
+  const int o = octet % 4, chunk = octet / 4;
+  const bool odd = o % 2 != 0;
+  const uint32_t x = (codes.x & 0x03030303u) << 2 * o, y = (codes.y & 0x03030303u) << 2 * o;
+  uint32_t low = (odd ? y : x) | shuffle_xor(odd ? x : y, 1);
+  low |= shuffle_xor(low, 2);
+  if (write && o < 2) global_store(reinterpret_cast<uint32_t*>(row + 8 * chunk + 4 * o), low);
+  if constexpr (kBits == 3) {
+    uint32_t high = ((codes.x >> 2 & 0x01010101u) | (codes.y >> 1 & 0x02020202u)) << 2 * o;
+    high |= shuffle_xor(high, 1);
+    high |= shuffle_xor(high, 2);
+    uint8_t* to = row + kHeadDim / 4 + 4 * chunk;
+    if (write && o == 2) global_store(reinterpret_cast<uint32_t*>(to), high);
+  }
+}
+
 // Writes the codes of a lane's octet `part` to its row of the cache if `write`. Every lane of the
-// warp must call this, because the lanes of nibbles exchange halves.
-template <class Format, int kHeadDim>
+// warp must call this, because lanes that share bytes exchange codes.
+template <int kBits, int kHeadDim>
 KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write, int part) {
   const int octet = Row<kHeadDim>::octet(part);
-  if constexpr (Format::kMidpoint != 0.0f) {
+  if constexpr (kBits < 4) {
+    store_planes<kBits, kHeadDim>(codes, row, write, octet);
+  } else if constexpr (kBits == 4) {
     // The octet that shares its bytes with ours is half a chunk away. Each of the two lanes stores
     // four of the eight bytes.
     const NibblePlace place = nibble_place(8 * octet, kHeadDim);
@@ -78,25 +111,26 @@ KVQUANT_DEVICE void store_codes(Words2 codes, uint8_t* row, bool write, int part
 // finite.
 template <class Format>
 KVQUANT_DEVICE uint16_t token_scale(float magnitude) {
-  constexpr float kToScale = float(1.0 / double(Format::kReach));
+  constexpr float kToScale = float(Format::kTokenSpan / double(Format::kReach));
   if (!is_finite(magnitude)) return kFp16Nan;
   return to_half_bits(fminf(mul_rn(magnitude, kToScale), kFp16Max));
 }
 template <class Format>
 KVQUANT_DEVICE Words2 token_codes(const float (&x)[8], uint16_t scale) {
-  constexpr bool kNibble = Format::kMidpoint != 0.0f;
-  constexpr float kLow = kNibble ? 0.0f : -Format::kReach, kHigh = kNibble ? 15.0f : Format::kReach;
+  constexpr bool kPacked = Format::kMidpoint != 0.0f;
+  constexpr float kLow = kPacked ? 0.0f : -Format::kReach;
+  constexpr float kHigh = kPacked ? Format::kLevels : Format::kReach;
   const float r = rcp_rn(half_of(scale));
   float y[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     y[i] = mul_rn(x[i], r);
-    if (kNibble) y[i] = add_rn(y[i], Format::kMidpoint);
+    if (kPacked) y[i] = add_rn(y[i], Format::kMidpoint);
     y[i] = clamp(y[i], kLow, kHigh);
   }
   const Words2 codes = encode<Format>(y);
   // A scale of 0 or NaN: the code of 0.
-  constexpr uint32_t kZeros = kNibble ? 0x08080808u : 0u;
+  constexpr uint32_t kZeros = uint32_t(Format::kMidpoint + 0.5f) * 0x01010101u;
   return is_finite(r) ? codes : Words2{kZeros, kZeros};
 }
 
@@ -115,14 +149,13 @@ struct Channel {
     if (!kSymmetric) low = fminf(low, their_low);
     high = fmaxf(high, their_high);
   }
-  // FP16 bits. Adding 0 turns -0 into +0: the minimum of both zeros may be either one, and the
-  // bytes must not depend on it.
+  // FP16 bits, as those of the scale.
   KVQUANT_DEVICE uint16_t zero_point() const {
-    return to_half_bits(clamp(empty() ? 0.0f : add_rn(low, 0.0f), -kFp16Max, kFp16Max));
+    return to_half_bits(clamp(end(low, margin()), -kFp16Max, kFp16Max));
   }
   KVQUANT_DEVICE uint16_t scale(float zero) const {
     constexpr float kToScale = float(1.0 / double(kSymmetric ? Format::kReach : Format::kLevels));
-    const float range = kSymmetric ? high : sub_rn(empty() ? 0.0f : add_rn(high, 0.0f), zero);
+    const float range = kSymmetric ? high : sub_rn(end(high, -margin()), zero);
     return to_half_bits(clamp(mul_rn(range, kToScale), -kFp16Max, kFp16Max));
   }
   // The factor of code(). It is 0 if the scale has no finite reciprocal, so that every code is 0.
@@ -139,7 +172,19 @@ struct Channel {
   }
 
  private:
-  KVQUANT_DEVICE bool empty() const { return !is_finite(low); }
+  // An end of the range, moved by `by`; 0 if nothing was counted. Adding 0 turns -0 into +0: the
+  // minimum of both zeros may be either one, and the bytes must not depend on it.
+  KVQUANT_DEVICE float end(float x, float by = 0.0f) const {
+    if (!is_finite(low)) return 0.0f;
+    const float exact = add_rn(x, 0.0f);
+    return Format::kChannelSpan < 1.0 ? add_rn(exact, by) : exact;
+  }
+  // What codes leave out at either end. The difference of two products, because high - low may
+  // overflow.
+  KVQUANT_DEVICE float margin() const {
+    constexpr float kPart = float((1.0 - Format::kChannelSpan) / 2.0);
+    return sub_rn(mul_rn(end(high), kPart), mul_rn(end(low), kPart));
+  }
 };
 
 }  // namespace kvquant

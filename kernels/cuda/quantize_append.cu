@@ -36,6 +36,7 @@ namespace kvquant {
 template <int kHeadDim_, int kFormat_, int kGrid_, int kGroup_, bool kRotate_, bool kFeedback_>
 struct AppendSpec {
   static constexpr int kHeadDim = kHeadDim_, kFormat = kFormat_, kGrid = kGrid_, kGroup = kGroup_;
+  static constexpr int kBits = code_bits(kFormat);
   static constexpr bool kRotate = kRotate_, kFeedback = kFeedback_;
   static constexpr bool kBlocks = kGrid == kChannelGrid && kFormat != kDense;
   static_assert(page_holds(kBlocks ? kGroup : 1),
@@ -124,8 +125,7 @@ struct Append {
     return exact_at(x.side.recent, x.side.recent_stride) + int64_t(slot) * kRowBytes;
   }
   KVQUANT_DEVICE uint8_t* code_row(int t) const {
-    constexpr int kBytes =
-        S::kFormat == kDense ? kRowBytes : S::kHeadDim * code_bits(S::kFormat) / 8;
+    constexpr int kBytes = S::kFormat == kDense ? kRowBytes : S::kHeadDim * S::kBits / 8;
     return at(x.side.data, x.side.data_stride, t) + int64_t(in_storage(t)) * kBytes;
   }
   // The scales or zero points of a token, or of a block of kColumns tokens.
@@ -198,7 +198,7 @@ struct Append {
         if (mine && R::octet(i) % kGroupOctets == 0) {
           global_store(scale_row<1, kGroups>(x.side.scale, t) + R::octet(i) / kGroupOctets, scale);
         }
-        store_codes<Format, S::kHeadDim>(token_codes<Format>(y[i], scale), code_row(t), mine, i);
+        store_codes<S::kBits, S::kHeadDim>(token_codes<Format>(y[i], scale), code_row(t), mine, i);
       }
     }
   }
@@ -283,7 +283,7 @@ struct Append {
           for (int j = 0; j < 8; ++j) {
             y[part][j] = Channel<Format>::code(y[part][j], zero[part][j], r[part][j]);
           }
-          store_codes<Format, S::kHeadDim>(encode<Format>(y[part]), row, !R::idle(), part);
+          store_codes<S::kBits, S::kHeadDim>(encode<Format>(y[part]), row, !R::idle(), part);
         }
       }
     }
@@ -305,8 +305,8 @@ struct Append {
       if (!R::idle()) feedback<Format>().get(t, y);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        store_codes<Format, S::kHeadDim>(encode<Format>(y[part]), code_row(base + t), !R::idle(),
-                                         part);
+        store_codes<S::kBits, S::kHeadDim>(encode<Format>(y[part]), code_row(base + t), !R::idle(),
+                                           part);
       }
     }
   }

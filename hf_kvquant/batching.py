@@ -24,6 +24,7 @@ import torch
 from . import ops
 from .allocators import ALLOCATORS, Batch, QuantizedAllocator, Rows
 from .config import ALL, KVQuantConfig
+from .feedback import check_layers
 from .host import attn_implementation, continuous_batching
 from .route import Routes, say_once
 
@@ -239,6 +240,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
         ValueError: they do not; what stands in the way is named.
     """
     text_config = model.config.get_text_config()
+    check_layers(kv_config.error_feedback, text_config.num_hidden_layers)
     attention = attn_implementation(text_config)
     # None is as much memory as there is.
     has_pool = model.device.type == "cpu" and options.cpu_offload_space != 0

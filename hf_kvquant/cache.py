@@ -28,6 +28,7 @@ from .changes import WholeChanges
 from .config import ALL, KVQuantConfig
 from .cross_attention import CrossAttentionLayer, StaticCrossAttentionLayer
 from .evicting import EvictingQuantizedLayer
+from .feedback import check_layers
 from .host import (
     CacheLayerMixin,
     DynamicLayer,
@@ -109,7 +110,7 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
 
     Raises:
         ValueError: the model has no layer to quantize or cannot have a static cache, or the config overrides a layer
-            that cannot be quantized.
+            that cannot be quantized, or has the error feedback of a model with more layers.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a number of tokens or None")
         self._config = config
         self.kv_config = KVQuantConfig.load(kv_config).for_model(config)
+        check_layers(self.kv_config.error_feedback, config.get_text_config(decoder=True).num_hidden_layers)
         if self.kv_config.static and not max_length:
             raise ValueError(f"max_length: {max_length!r} is not allowed; expected a static cache's number of tokens")
         kind = {config.model_type, config.get_text_config(decoder=True).model_type} & _NEVER_STATIC

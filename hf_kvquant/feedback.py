@@ -144,6 +144,31 @@ def _loaded(path: str, version: tuple[int, ...], device: torch.device) -> Feedba
         return Feedback.load(path).to(device)
 
 
+def check_layers(path: str | None, num_layers: int) -> None:
+    """Check that a file is not that of a model with more layers. A cache that is only read needs no file, so all else
+    that is wrong with it is said by `factors_in`.
+
+    Args:
+        path: the config's `error_feedback`.
+        num_layers: those of the model.
+
+    Raises:
+        ValueError: the file has more.
+    """
+    if path is None:
+        return
+    try:
+        _, tensors = tensors_file.read(path, mapped=True)
+    except ValueError:
+        return
+    found = sorted({int(match[1]) for match in map(_NAME.fullmatch, tensors) if match is not None})
+    if found and found[-1] >= num_layers:
+        raise ValueError(
+            f"error_feedback: {path} has layers {told(found)}; expected at most those of the model's {num_layers} "
+            "layers: calibrate this model"
+        )
+
+
 def factors_in(
     path: str | None, layer_idx: int, specs: tuple[QuantSpec, QuantSpec], shapes: tuple[tuple[int, int], ...],
     device: torch.device,

@@ -13,7 +13,7 @@ import torch
 import yaml
 from commands import call
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hf_kvquant
@@ -27,6 +27,7 @@ from hf_kvquant import (
     score,
     score_by_decoding,
 )
+from hf_kvquant.batching import refuse_unserved
 from hf_kvquant.feedback import FORMAT, VERSION, factors_of
 from hf_kvquant.measure import Preset, Settings, compare
 from hf_kvquant.measure.text import bundled_model, windows
@@ -205,16 +206,27 @@ class TestFile:
             filled(config_of(tmp_path / "gone.feedback"))
 
     def test_a_file_of_another_model(self, tmp_path):
-        """Of fewer layers, more heads, or another head_dim; the layer is named, and nothing is stored."""
+        """Of fewer or more layers, more heads, or another head_dim; the layer is named, and nothing is stored."""
         path = tmp_path / "other.feedback"
         for layers, message in (
             ({0: (some_factors(0), some_factors(1))}, "has layers .0.; expected layer 1 too"),
+            (
+                {i: (some_factors(0), some_factors(1)) for i in range(3)},
+                r"has layers \[0, 1, 2\]; expected at most those of the model's 2 layers",
+            ),
             ({i: (torch.zeros(4, DIM, DIM),) * 2 for i in range(2)}, r"layers.0.keys: \(4, 32, 32\) .*\(2, 32, 32\)"),
             ({i: (torch.zeros(2, 64, 64),) * 2 for i in range(2)}, r"layers.0.keys: \(2, 64, 64\) .*\(2, 32, 32\)"),
         ):
             Feedback({i: tuple(x.clone() for x in sides) for i, sides in layers.items()}).save(path)
             with pytest.raises(ValueError, match="error_feedback: .*" + message):
                 filled(config_of(path))
+
+    def test_more_layers_are_refused_before_a_manager_of_batches_starts(self, tmp_path):
+        path = tmp_path / "other.feedback"
+        Feedback({2: (some_factors(0), some_factors(1))}).save(path)
+        model = AutoModelForCausalLM.from_config(MODEL)
+        with pytest.raises(ValueError, match=r"error_feedback: .*has layers \[2\]; expected at most"):
+            refuse_unserved(model, config_of(path), ContinuousBatchingConfig())
 
     def test_a_changed_file_is_read_again(self, tmp_path):
         path = tmp_path / "changing.feedback"

@@ -7,16 +7,20 @@ workspace and refusals are those of `backends/cuda.py`, called as `ops` calls it
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 
 import emulator
+import families
 import pytest
 import torch
+from captured import Recorded
 from stored import replaced
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config, LlamaConfig
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, latent, ops, reference, static
+import hf_kvquant
+from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, calibrate, latent, ops, reference, static
 from hf_kvquant.attention import attend
 from hf_kvquant.backends import arguments, cuda
 from hf_kvquant.backends.specialisation import splits_of
@@ -153,6 +157,81 @@ def test_a_layer_of_a_captured_step_launches_three_kernels(preset, emulated, mon
     exact = [s.known() for s in states]
     expected, _ = reference.decode_attention(query, *exact, scaling=0.125)
     assert (output.transpose(1, 2).float() - expected.float()).norm() < 0.008 * expected.float().norm()
+
+
+BLOCKS = QuantSpec("int4", "channel", block_length=32)
+OF_MODELS = {
+    "feedback": KVQuantConfig(BLOCKS, BLOCKS, sink_length=2, recent_length=8),
+}
+
+
+@pytest.fixture
+def model_and_config(request, tmp_path):
+    """A model in float32, and a config of `OF_MODELS`, with factors of the model if that is its name."""
+    model, config = families.build("llama"), OF_MODELS[request.param]
+    if request.param == "feedback":
+        calibrate(model, families.prompt(length=100)).save(tmp_path / "model.feedback")
+        config = dataclasses.replace(config, error_feedback=str(tmp_path / "model.feedback"))
+    return model, config
+
+
+def by_the_reference(run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_implementation", lambda *_: reference)
+        return run()
+
+
+def same_blocks(cache: QuantizedCache, expected: QuantizedCache, length: int) -> None:
+    """The bytes of the first layer, which do not depend on attention."""
+    for ours, theirs in zip(cache.layers[0]._views(), expected.layers[0]._views()):
+        rows = length // (ours.spec.block_length or 1)
+        assert torch.equal(ours.data[:, :, :length], theirs.data[:, :, :length])
+        assert torch.equal(ours.scale[:, :, :rows], theirs.scale[:, :, :rows])
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("model_and_config", OF_MODELS, indirect=True)
+def test_a_model_generates(model_and_config, is_static, emulated):
+    """A prompt of a block, and single tokens that complete the next one: the reference's tokens and bytes."""
+    model, config = model_and_config
+    config = dataclasses.replace(config, static=is_static)
+
+    def run():
+        options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        with torch.no_grad():
+            out = model.generate(
+                families.prompt(length=60), cache_implementation="kvquant", cache_config=config, **options
+            )
+        return out.sequences, out.past_key_values
+
+    tokens, cache = run()
+    appends = [kind for kernel, kind, _ in emulated.launches if kernel == "quantize_append_kernel"]
+    assert len(appends) == 8 * len(cache.layers)
+    assert all(("KVQUANT_K_FEEDBACK" in kind) == (config.error_feedback is not None) for kind in appends)
+    expected_tokens, expected = by_the_reference(run)
+    assert torch.equal(tokens, expected_tokens)
+    same_blocks(cache, expected, 64)
+
+
+@pytest.mark.parametrize("model_and_config", OF_MODELS, indirect=True)
+def test_a_captured_step_of_a_model(model_and_config, emulated, monkeypatch):
+    """A step that completes a block asks nothing of the device, and the next step reads what it stored."""
+    model, config = model_and_config
+
+    def run():
+        cache = QuantizedCache(model.config, dataclasses.replace(config, static=True), max_length=80)
+        with torch.no_grad(), hf_kvquant.attention(model):
+            for tokens in families.prompt(length=64).split([62, 1, 1], 1):
+                with monkeypatch.context() as patch, Recorded() if tokens.shape[1] == 1 else nullcontext():
+                    patch.setattr(static, "is_captured", lambda length=tokens.shape[1]: length == 1)
+                    model(tokens, past_key_values=cache)
+            return model(families.prompt(length=1), past_key_values=cache).logits, cache
+
+    logits, cache = run()
+    assert cache.routes["decode_dequantized"] == 0 and cache.get_seq_length() == 65
+    expected_logits, expected = by_the_reference(run)
+    same_blocks(cache, expected, 64)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
 
 
 class _UpProjection(torch.nn.Module):

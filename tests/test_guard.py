@@ -207,6 +207,15 @@ class TestSides:
         for spec in found:
             KVQuantConfig(**{**dict.fromkeys(SIDES, DENSE), side: spec})
 
+    @pytest.mark.parametrize("side", SIDES)
+    def test_on_a_gpu_they_are_those_that_its_kernels_take(self, side):
+        def narrow(head_dim: int, device_type: str) -> set[int | None]:
+            found = specs(side, head_dim, narrow=True, device_type=device_type)
+            return {spec.group_size for spec in found if spec.format in ("int3", "int2")}
+
+        assert narrow(128, "cpu") == {None, 64, 32, 16} and narrow(128, "cuda") == {None, 64}
+        assert narrow(96, "cpu") and not narrow(96, "cuda")
+
     def test_only_one_side_is_quantized(self, healthy, documents):
         """Alone, a side's loss does not see the others'; a dense side costs nothing."""
         config = PRESET("int4-small")

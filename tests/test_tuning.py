@@ -193,7 +193,7 @@ class TestTuner:
             tuner(documents.flip(0), folder).run()
 
     def test_formats_of_fewer_bits_take_part_in_small_budgets(self, documents, finished, tmp_path, monkeypatch):
-        """Beside 4 bits and more, so a side that bears little may keep them. A GPU does not take them yet."""
+        """Beside 4 bits and more, so a side that bears little may keep them."""
 
         def formats(search: Tuner) -> set[str]:
             return {spec.format for specs in search.choices.values() for spec in specs}

@@ -54,7 +54,7 @@ def tune(
     rounds: Annotated[int, typer.Option(min=0, help="The most rounds of changes inside of the whole cache.")] = 2,
     narrow: Annotated[
         bool | None,
-        typer.Option(help="Try int3 and int2, which a GPU does not take.", show_default="below 5 bits on a CPU"),
+        typer.Option(help="Try int3 and int2, on a GPU where its kernels take them.", show_default="below 5 bits"),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")

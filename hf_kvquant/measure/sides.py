@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..backends import gpu_refusal
 from ..cache import QuantizedCache
 from ..config import KVQuantConfig, LayerOverride
 from ..layers import QuantizedLayer
@@ -54,15 +55,17 @@ def sides(model: PreTrainedModel, config: KVQuantConfig) -> dict[Side, tuple[int
     }
 
 
-def specs(side: str, head_dim: int, narrow: bool = False) -> list[QuantSpec]:
-    """Every spec of `CHOICES` that keys or values with this head_dim take, by rising bits; the last one is dense.
-    `narrow`: with formats of less than `USUAL_BITS` bits."""
+def specs(side: str, head_dim: int, narrow: bool = False, device_type: str = "cpu") -> list[QuantSpec]:
+    """Every spec of `CHOICES` that keys or values with this head_dim take on a device of this type, by rising bits;
+    the last one is dense. `narrow`: with formats of less than `USUAL_BITS` bits."""
     found: dict[QuantSpec, QuantSpec] = {}
     for choice in itertools.product(*CHOICES.values()):
         fields: dict[str, Any] = dict(zip(CHOICES, choice))
         try:
             spec = QuantSpec(**fields)
             if is_narrow(spec) and not narrow:
+                continue
+            if device_type == "cuda" and gpu_refusal(side, spec.format, head_dim, spec.group_size):
                 continue
             pair: dict[str, Any] = dict.fromkeys(SIDES, QuantSpec(DENSE)) | {side: spec}
             KVQuantConfig(**pair)
@@ -130,7 +133,8 @@ def promising(
     One that beats another has no more bits, and stores states with less than `1 / slack` of the other's error. This
     needs one pass over the documents for all sides and specs together. In a sliding layer no spec is left out.
     """
-    found = {side: specs(side[1], head_dim, narrow) for side, (_, head_dim) in shapes.items()}
+    device_type = model.device.type
+    found = {side: specs(side[1], head_dim, narrow, device_type) for side, (_, head_dim) in shapes.items()}
     errors: dict[tuple[Side, QuantSpec], float] = {}
     for ids in documents.split(1):
         for side, x in dense_states(model, ids).items():

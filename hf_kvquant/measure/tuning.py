@@ -4,9 +4,9 @@
     tuner.seconds()                  # an estimate, before anything long starts
     result = tuner.run()             # result["config"] is what `KVQuantConfig.from_dict` takes
 
-1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out. Formats of
-   less than 4 bits, which a GPU does not take, take part if the budget is too small for all others. For a model on a
-   CPU they take part below 5 bits: what they save in some layers pays for 8 bits in others.
+1. Of all specs of a side (format, grid, group, block, rotation), those that others beat are left out, and on a GPU
+   those that its kernels do not take. Formats of less than 4 bits take part below 5 bits, because what they save in
+   some layers pays for 8 bits in others, and wherever the budget is too small for all others.
 2. Each remaining one is scored decode-faithfully, alone, with all other sides dense.
 3. As if these losses added up, the best choice for every number of bits is known; a few of them are measured as whole
    caches. So are the best uniform configs: the same spec of keys, and of values, in all layers.
@@ -50,7 +50,7 @@ _SLACK = 1.5
 _ERROR_DOCUMENTS = 2
 # Points of the curve, and uniform configs of the smallest estimated loss, that are measured as whole caches.
 _POINTS, _UNIFORM = 8, 6
-# Below these bits, formats of less than 4 bits take part for a model on a CPU.
+# Below these bits, formats of less than 4 bits take part.
 _NARROW_BELOW = 5.0
 # The curve ends here: more bits than the 8-bit formats have are not worth a search.
 _MOST_BITS = 9.0
@@ -110,8 +110,7 @@ class Tuner:
                              "formats store of this model")  # fmt: skip
 
     def _needs_narrow(self) -> bool:
-        pays = self.budget < _NARROW_BELOW and self.model.device.type == "cpu"
-        return pays or not self.budget >= fewest_usual_bits(self.shapes)
+        return self.budget < _NARROW_BELOW or not self.budget >= fewest_usual_bits(self.shapes)
 
     # ---- what is measured -----------------------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ CASES = [
     ("int8-channel", "int8-channel", 512, 512),
     ("int4-rotated", "int4-rotated", 512, 512),
     ("dense", "fp8", 512, 64),
+    ("int3-rotated", "int2-group64", 64, 256),
+    ("int2-channel", "int3-group64", 128, 256),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[2]}-{c[1]}-{c[3]}")
 FEW = [CASES[1], CASES[2], CASES[5], CASES[10]]

@@ -79,6 +79,11 @@ class TestAttention:
         sizes = dict(kv_len=150, q_len=5, dtype=HALF)
         check(problem(store, KVQuantConfig(int8, int4, sink_length=4, recent_length=32), **sizes))
 
+    @pytest.mark.parametrize(("k", "v"), [("int3", "int2"), ("int2", "int3")])
+    def test_few_bits(self, store, k, v):
+        config = KVQuantConfig(QuantSpec(k, "channel"), QuantSpec(v, rotate=True), sink_length=4, recent_length=32)
+        check(problem(store, config, head_dim=128, kv_len=300, q_len=2))
+
     @pytest.mark.parametrize(
         ("preset", "head_dim"), [("int4", 80), ("int8", 96), ("int4", 112), ("fp8", 192), ("int8", 256)]
     )
@@ -233,6 +238,11 @@ PLANTED_IN_ROTARY = {
         None,
     ),
 }
+# The same, in what only values of three bits have.
+PLANTED_IN_HIGH_BITS = {
+    "another lane": ("tiles.h", "16 * half + g / 4 * 8", "16 * half + g / 4 * 4"),
+    "another shift": ("codecs.h", "word.high << 2, 0x33333333u", "word.high << 3, 0x33333333u"),
+}
 
 
 @pytest.fixture
@@ -278,6 +288,13 @@ def test_planted_faults_in_rotary_keys_are_found(store, planted, fault):
     preset = "int8-plain" if fault == "the scales" else "int8"
     with pytest.raises((Fault, AssertionError), match=said):
         check_latents(latents(store, preset, rank=128, kv_len=500, q_len=2), split=512, blocks=1)
+
+
+@pytest.mark.parametrize("fault", PLANTED_IN_HIGH_BITS)
+def test_planted_faults_in_high_bits_are_found(store, planted, fault):
+    planted(*PLANTED_IN_HIGH_BITS[fault])
+    with pytest.raises(AssertionError):
+        check(problem(store, KVQuantConfig(QuantSpec("int8"), QuantSpec("int3")), head_dim=128))
 
 
 @pytest.mark.parametrize(("macro", "value"), [("KVQUANT_K_ROTATE", 0), ("KVQUANT_DTYPE", 1)])

@@ -161,6 +161,9 @@ def test_a_layer_of_a_captured_step_launches_three_kernels(preset, emulated, mon
 
 BLOCKS = QuantSpec("int4", "channel", block_length=32)
 OF_MODELS = {
+    "few-bits": KVQuantConfig(
+        QuantSpec("int3", "channel", block_length=32), QuantSpec("int2", rotate=True), sink_length=2, recent_length=8
+    ),
     "feedback": KVQuantConfig(BLOCKS, BLOCKS, sink_length=2, recent_length=8),
 }
 

@@ -16,8 +16,6 @@ from hf_kvquant.backends import cuda
 from hf_kvquant.backends.specialisation import specialisation
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
-# The kernels have no formats of fewer bits than 4.
-TAKEN = sorted(CONFIGS.keys() - {"few bits"})
 # The formats, the channel grid on either side, dense keys.
 SOME = ["int4", "fp8", "value blocks", "dense keys"]
 
@@ -40,7 +38,7 @@ def queries(rows, q_per_kv, dtype):
     return torch.randn(rows, q_per_kv * HEADS, 1, DIM, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_attention_is_that_of_contiguous_storage_bit_for_bit(name):
     pool, rows = filled(CONFIGS[name], BFLOAT, "cpu")
     query, s_aux = queries(len(LENGTHS), 3, BFLOAT), torch.linspace(-3, 3, 3 * HEADS)
@@ -97,7 +95,7 @@ def test_pages_that_would_part_a_tile_or_a_block_do_not_compile(page_length, mat
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_appended_bytes_are_the_references(name, dtype):
     """Every byte of the memory, also of those that nobody writes."""
     append = functools.partial(cuda.paged_append, device=emulator.Device())

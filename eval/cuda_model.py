@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from hf_kvquant.measure.gpu import forecast, goals
 from hf_kvquant.measure.tables import print_table
@@ -24,7 +25,7 @@ WARNING = "UNCALIBRATED predictions: no GPU has confirmed them."
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="int8,fp8,int4", help="of those with a goal")
+    parser.add_argument("--presets", default="int8,fp8,int4", help="of those with a goal; or YAML files")
     parser.add_argument("--gpus", default=",".join(forecast.GPUS), help="comma separated")
     parser.add_argument("--contexts", default="4096,16384,32768,65536,131072")
     parser.add_argument("--batches", default="1,8")
@@ -32,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.presets, args.gpus = args.presets.split(","), args.gpus.split(",")
     args.contexts, args.batches = (list(map(int, x.split(","))) for x in (args.contexts, args.batches))
     for name, given, known in (
-        ("--presets", args.presets, goals.SHARE_OF_COPY),
+        ("--presets", [name for name in args.presets if not Path(name).is_file()], goals.SHARE_OF_COPY),
         ("--gpus", args.gpus, forecast.GPUS),
     ):
         if unknown := set(given) - set(known):
@@ -74,7 +75,8 @@ def show(result: dict) -> None:
     print_table("Bytes per clock and multiprocessor that memory delivers", ["", "needed"], rows)
     names = ["gpu", "preset", "batch", "context", "us", "us_in_step", "limit_us", "over_bf16", "limit_over_bf16"]
     names += ["share_of_copy"]
-    rows = [[*(_short(row[name]) for name in names), "met" if row["met"] else "NOT MET"] for row in result["calls"]]
+    told = {None: "-", True: "met", False: "NOT MET"}
+    rows = [[*(_short(row[name]) for name in names), told[row["met"]]] for row in result["calls"]]
     print_table("Calls: predicted microseconds beside the goals", [*names, "goals"], rows, (0, 1))
     print(WARNING)
 

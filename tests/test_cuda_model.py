@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from scripts import script
 
+from hf_kvquant import KVQuantConfig
 from hf_kvquant.measure.gpu import forecast, machine_code, warp_timing
 from hf_kvquant.measure.gpu.machine_code import Flow, Instruction, parse, paths
 
@@ -183,11 +184,18 @@ class TestForecast:
 
 
 @pytest.mark.skipif(forecast.missing() is not None, reason=f"{forecast.missing()}")
-def test_the_script(capsys):
+def test_the_script(capsys, tmp_path, monkeypatch):
     cuda_model = script("cuda_model")
-    assert cuda_model.main(["--presets", "int4", "--gpus", "H200", "--contexts", "1024,65536", "--batches", "1"]) == 0
+    monkeypatch.chdir(tmp_path)
+    KVQuantConfig.preset("int4").to_yaml("mine.yaml")
+    choice = ["--gpus", "H200", "--contexts", "1024,65536", "--batches", "1"]
+    assert cuda_model.main(["--presets", "int4,mine.yaml", *choice]) == 0
     told = capsys.readouterr().out
-    assert "UNCALIBRATED" in told and "H200" in told and told.count("int4") == 3
+    assert "UNCALIBRATED" in told and "H200" in told and told.count("int4") == told.count("mine.yaml") == 3
+    calls = [line.split() for line in told.splitlines() if line.split()[:1] == ["H200"]][-4:]
+    with_goals, without = calls[:2], calls[2:]
+    assert [row[2:6] for row in with_goals] == [row[2:6] for row in without]  # the times, too
+    assert [row[-1] for row in without] == ["-", "-"] != [row[-1] for row in with_goals]
     with pytest.raises(SystemExit):
         cuda_model.main(["--gpus", "H900"])
     assert "--gpus: ['H900'] are unknown" in capsys.readouterr().err

@@ -77,13 +77,14 @@ class Kernel:
     column_bytes: float
 
     @classmethod
-    def of(cls, preset: str, arch: str, head_dim: int = 128) -> Kernel:
-        """Compile the kernels of a preset for BF16 models, or read them from the disk cache, and disassemble them.
+    def of(cls, name: str, arch: str, head_dim: int = 128) -> Kernel:
+        """Compile the kernels of a preset or a YAML file for BF16 models, or read them from the disk cache, and
+        disassemble them.
 
         Raises:
             RuntimeError: there is no disassembler.
         """
-        config = KVQuantConfig.preset(preset)
+        config = KVQuantConfig.load(name)
         sides = [side.resolve(head_dim) for side in (config.keys, config.values)]
         keys, values = sides
         kind = specialisation(DTYPES[torch.bfloat16], keys, values, head_dim, head_dim)
@@ -244,14 +245,15 @@ def loop_facts(kernel: Kernel) -> dict:
     }
 
 
-def call_facts(preset: str, kernel: Kernel, gpu: GpuFacts, batch: int, context: int, kv_heads: int = 8) -> dict:
+def call_facts(name: str, kernel: Kernel, gpu: GpuFacts, batch: int, context: int, kv_heads: int = 8) -> dict:
     """The predicted time of a call alone, and in a captured step, and the goals for the first; None for a goal that is
-    not set for this context."""
+    not set for this preset, or config, or for this context."""
     nbytes = batch * kv_heads * context * kernel.column_bytes
     us, in_step = (call_us(kernel, gpu, batch, context, kv_heads=kv_heads, in_step=x) for x in (False, True))
     bf16 = bf16_us(gpu, batch, context, kv_heads)
-    limit = goals.time_limit(preset, nbytes, gpu.copy_gb_per_s) if context >= goals.TIME_FROM else None
-    ratio = goals.OVER_BF16[preset] if context >= goals.BF16_FROM else None
+    has_goals = name in goals.SHARE_OF_COPY
+    limit = goals.time_limit(name, nbytes, gpu.copy_gb_per_s) if has_goals and context >= goals.TIME_FROM else None
+    ratio = goals.OVER_BF16[name] if has_goals and context >= goals.BF16_FROM else None
     met = (limit is None or us <= limit) and (ratio is None or us / bf16 <= ratio)
     share = nbytes / us * 1e-3 / gpu.copy_gb_per_s
     return {
@@ -261,5 +263,5 @@ def call_facts(preset: str, kernel: Kernel, gpu: GpuFacts, batch: int, context: 
         "over_bf16": us / bf16,
         "limit_over_bf16": ratio,
         "share_of_copy": share,
-        "met": met,
+        "met": met if has_goals else None,
     }

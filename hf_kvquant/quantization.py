@@ -38,7 +38,7 @@ Layout of the bytes, row-major, one row per token of a head:
            head_dim 32:  00 55 aa ff 00 55 aa ff | aa aa aa aa
            head_dim 40:  00 55 aa ff 00 55 aa ff 88 dd | aa aa aa aa f0
            In these chunks a shift and a mask turn a word of 8 bytes of low bits into 8 bytes of int4, and a word of 4
-           bytes of high bits into those of 4 bytes of int4, so kernels need no shuffles.
+           bytes of high bits into those of 4 bytes of int4, so kernels for a CPU need no shuffles.
     scale  token grid [.., kv_len, head_dim / group_size], channel grid [.., blocks, head_dim]; zero_point like scale
 """
 

@@ -30,7 +30,7 @@
 //                                        high nibbles of even, odd bytes
 //   BitPairs       64                    bits 0, 1 of even, odd bytes;    9
 //                                        2, 3; second part: 4, 5; 6, 7
-//   BitTriples     64                    bits 0, 1 and a high bit; 4, 5;  15
+//   BitTriples     64                    bits 0, 1 and a high bit; 4, 5;  14
 //                                        second part: 2, 3; 6, 7
 //   E4M3Bytes      16                    even, odd bytes, shifted by 1    6
 //                                        converted, from sm_89 on         3

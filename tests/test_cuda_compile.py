@@ -52,8 +52,11 @@ STACK_BYTES = 16
 SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
-# presets, and for both sides on the channel grid, without the end of a block.
-INSTRUCTIONS = {"int8": 248, "fp8": 251, "int4": 187, "int8-channel-values": 225, "int4-channel-values": 186}
+# presets and `few_bits`, and for both sides on the channel grid, without the end of a block.
+INSTRUCTIONS = {
+    "int8": 248, "fp8": 251, "int4": 187, "int3": 243, "int2": 179,
+    "int8-channel-values": 225, "int4-channel-values": 186,
+}  # fmt: skip
 # Models in float32: two terms of queries and of weights, codes without their offset, and sums of each tile apart.
 INSTRUCTIONS_IN_FLOAT32 = {"int8": 343, "fp8": 318, "int4": 269}
 # With pages: a tile asks whether its page is another one, and where its scales are.
@@ -85,6 +88,11 @@ def of_latents(spec: QuantSpec, rotary: QuantSpec, dtype: str = "bfloat16") -> S
 def preset(name: str, head_dim: int, dtype: str = "bfloat16", rows: int = 8, pages: int = 0) -> Specialisation:
     config = KVQuantConfig.preset(name)
     return kind_of(config.keys, config.values, head_dim, head_dim, dtype, rows, pages)
+
+
+def few_bits(format: str) -> KVQuantConfig:
+    """The specs of the preset int4, without copies."""
+    return KVQuantConfig(QuantSpec(format, "channel"), QuantSpec(format, rotate=True))
 
 
 def kinds() -> list[Specialisation]:
@@ -126,7 +134,27 @@ def kinds() -> list[Specialisation]:
         kind_of(dense, dense, 128, 128, "float32"),
         preset("int4", 128, "float32", pages=256),
         kind_of(channel, channel, 512, 512, "float32", 16),
+        *kinds_of_few_bits(),
     ]
+
+
+def kinds_of_few_bits() -> list[Specialisation]:
+    """Codes of 3 and 2 bits: the usual one of each; `make whole` compiles the others."""
+    found = []
+    for format in ("int3", "int2"):
+        keys, rotated = few_bits(format).keys, few_bits(format).values
+        groups, channel16 = QuantSpec(format, group_size=64), QuantSpec(format, "channel", block_length=16)
+        found += [kind_of(keys, rotated, 128, 128)]
+        if not WHOLE:
+            continue
+        for head_dim in (64, 128, 192, 256):
+            found += [kind_of(keys, rotated, head_dim, head_dim, "float16", 16)]
+            found += [kind_of(rotated, channel16, head_dim, head_dim), kind_of(groups, groups, head_dim, head_dim)]
+        found += [kind_of(keys, keys, 128, 128, "float16", 16), kind_of(keys, rotated, 256, 256)]
+        found += [kind_of(keys, rotated, 128, 128, rows=rows, pages=256) for rows in (8, 16)]
+        found += [kind_of(k, v, 128, 256, "float32") for k, v in ((keys, rotated), (groups, keys))]
+        found += [of_latents(keys, keys), of_latents(rotated, groups), kind_of(keys, keys, 512, 512, "float32", 16)]
+    return found
 
 
 def architectures(number: int, kind: Specialisation) -> list[str]:
@@ -166,7 +194,9 @@ def test_no_spills_and_within_the_budget(source, number, kind):
     two_blocks = largest == 128 and number < len(PRESETS) * (len(HEAD_DIMS) + len(COMMON) + 1)
     chosen = architectures(number, kind)
     budget = {kernel: limits[largest] for kernel, limits in BUDGET.items()}
-    if (kind["KVQUANT_V_GRID"] and kind["KVQUANT_ROWS"] == 16) or kind["KVQUANT_DTYPE"] == DTYPES[torch.float32]:
+    few_bits = not {kind["KVQUANT_K_FORMAT"], kind["KVQUANT_V_FORMAT"]}.isdisjoint((FORMATS["int3"], FORMATS["int2"]))
+    takes_more = bool(kind["KVQUANT_V_GRID"]) + (kind["KVQUANT_ROWS"] == 16) + few_bits
+    if takes_more > 1 or kind["KVQUANT_DTYPE"] == DTYPES[torch.float32]:
         budget["decode_attention_kernel"] = 255
     for group in same_ptx(source, kind):
         archs = [arch for arch in group if arch in chosen]
@@ -184,12 +214,16 @@ def test_no_spills_and_within_the_budget(source, number, kind):
 
 
 @pytest.mark.skipif(machine_code.missing() is not None, reason=f"{machine_code.missing()}")
-@pytest.mark.parametrize("pages", [0, 256], ids=["contiguous", "pages"])
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    ("name", "pages"), [*product(INSTRUCTIONS, [0]), *product(INSTRUCTIONS_OF_PAGES, [256])], ids=str
+)
 def test_instructions_of_a_plain_tile(name, pages):
     """A branch for each score, or a question about the mask in each tile, would not be within the limit."""
-    both = QuantSpec(name.split("-")[0], "channel")
-    config = KVQuantConfig.preset(name) if name in PRESETS else KVQuantConfig(keys=both, values=both)
+    format, _, on_channel_grid = name.partition("-")
+    both = QuantSpec(format, "channel")
+    config = KVQuantConfig(keys=both, values=both) if on_channel_grid else few_bits(format)
+    if name in PRESETS:
+        config = KVQuantConfig.preset(name)
     assert instructions(config, pages=pages) <= (INSTRUCTIONS_OF_PAGES if pages else INSTRUCTIONS)[name]
 
 
@@ -218,12 +252,15 @@ class TestTheShortWay:
         assert set(ARCHS) <= set(nvrtc.architectures())
 
     def test_every_choice_meets_every_generation(self):
+        """Those formats that `make test` compiles once meet one architecture."""
         assert [arch for archs in GENERATIONS for arch in archs] == ARCHS
+        rare = {(f"KVQUANT_{side}_FORMAT", FORMATS[format]) for side in "KV" for format in ("int3", "int2")}
         met: dict[tuple[str, int], set[str]] = {}
         for number, kind in enumerate(kinds()):
             for macro in ("KVQUANT_K_FORMAT", "KVQUANT_V_FORMAT", "KVQUANT_HEAD_DIM", "KVQUANT_DTYPE", "KVQUANT_ROWS"):
                 met.setdefault((macro, kind[macro]), set()).update(architectures(number, kind))
-        assert {choice: archs for choice, archs in met.items() if any(archs.isdisjoint(g) for g in GENERATIONS)} == {}
+        missed = {choice: archs for choice, archs in met.items() if any(archs.isdisjoint(g) for g in GENERATIONS)}
+        assert set(missed) <= rare and all(missed.values())
 
     @pytest.mark.parametrize("source", nvrtc.SOURCES)
     def test_a_group_shares_its_ptx(self, source):

@@ -13,7 +13,7 @@ from hf_kvquant.pages import LayerPages, PagedLayer, page_table
 from hf_kvquant.states import QuantizedStates
 from hf_kvquant.storage import Side
 
-HEADS, DIM, PAGE = 2, 64, 128
+HEADS, DIM, PAGE = 2, 32, 128
 LENGTHS = [1, 63, 64, 130, 300, 1100]
 
 CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}

@@ -125,12 +125,15 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config: a {type(config).__name__} is not allowed; expected a model's config")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
-            raise ValueError(f"max_length: {max_length!r} is not allowed; expected a number of tokens or None")
+            raise ValueError(f"max_length: {told(max_length)} is not allowed; expected a number of tokens or None")
         self._config = config
         self.kv_config = KVQuantConfig.load(kv_config).for_model(config)
         check_layers(self.kv_config.error_feedback, config.get_text_config(decoder=True).num_hidden_layers)
         if self.kv_config.static and not max_length:
-            raise ValueError(f"max_length: {max_length!r} is not allowed; expected a static cache's number of tokens")
+            raise ValueError(
+                f"max_length: {max_length!r} is not allowed for a static cache; expected the number of tokens that it "
+                "has room for"
+            )
         kind = {config.model_type, config.get_text_config(decoder=True).model_type} & _NEVER_STATIC
         if self.kv_config.static and kind:
             raise ValueError(
@@ -242,6 +245,11 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"layer_idx: {layer_idx} is not in this cache of {len(self.layers)} layers; expected the model whose "
+                "config it was made with"
+            )
         update = self._update_offloaded if self.offloading else super().update
         return update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -17,6 +17,7 @@ import torch
 from .attention import attend
 from .feedback import Feedback, factors_of
 from .integration import attention
+from .message import told
 
 # The names under which models keep the projection that follows attention.
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -37,8 +38,8 @@ def calibrate(model: Any, token_ids: Iterable[torch.Tensor]) -> Feedback:
         Factors for every layer whose attention modules call transformers' attention interface.
 
     Raises:
-        ValueError: the model has latent attention or an encoder, no such layer, or a module whose output projection is
-            not found; or a cost is not finite. The module or layer is named.
+        ValueError: a piece is not a tensor of tokens; the model has latent attention or an encoder, no such layer, or
+            a module whose output projection is not found; or a cost is not finite. The module or layer is named.
 
     Sources: GPTQ, https://arxiv.org/abs/2210.17323; LDLQ in QuIP, https://arxiv.org/abs/2307.13304.
     """
@@ -55,6 +56,9 @@ def calibrate(model: Any, token_ids: Iterable[torch.Tensor]) -> Feedback:
     try:
         with attention(model, _noting, name="kvquant-calibrate"):
             for ids in token_ids:
+                if not isinstance(ids, torch.Tensor) or ids.ndim != 1 or ids.is_floating_point() or not len(ids):
+                    found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, torch.Tensor) else told(ids)
+                    raise ValueError(f"token_ids: a piece that is {found} is not allowed; expected tokens [length]")
                 model(ids[None].to(model.device), use_cache=False)
     finally:
         _costs.reset(token)

@@ -260,8 +260,12 @@ class KVQuantConfig:
         return cls(**data)
 
     @classmethod
-    def load(cls, source: KVQuantConfig | str | Path | Mapping) -> KVQuantConfig:
-        """A config from any form that users may pass: a config, a preset's name, a YAML path or a dict."""
+    def load(cls, source: KVQuantConfig | str | Path | Mapping, name: str = "kv_config") -> KVQuantConfig:
+        """A config from any form that users may pass: a config, a preset's name, a YAML path or a dict.
+
+        Raises:
+            ValueError: it is none of these, or not valid; `name` is that of the argument.
+        """
         if isinstance(source, cls):
             return source
         if isinstance(source, Mapping):
@@ -271,11 +275,11 @@ class KVQuantConfig:
         if isinstance(source, (str, Path)):
             if not Path(source).exists():
                 raise ValueError(
-                    f"kv_config: {str(source)!r} is neither a preset nor a file; the presets are {cls.names()}"
+                    f"{name}: {str(source)!r} is neither a preset nor a file; the presets are {cls.names()}"
                 )
             return cls.from_yaml(source)
         raise ValueError(
-            f"kv_config: {source!r} is not allowed; expected a KVQuantConfig, a preset's name, a YAML path or a dict"
+            f"{name}: {told(source)} is not allowed; expected a KVQuantConfig, a preset's name, a YAML path or a dict"
         )
 
     def to_dict(self) -> dict:
@@ -329,7 +333,9 @@ def _check_window(prefix: str, window: int | str, static: bool) -> None:
 def _known_fields(where: str, data: object, cls: type) -> dict:
     names = [f.name for f in fields(cls)]
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or 'config'}: {told(data)} is not allowed; expected a mapping of {names}")
+        raise ValueError(
+            f"{where or 'config'}: {told(data)} is not allowed; expected a mapping with fields of {names}"
+        )
     for name in data:
         if name not in names:
             name = name if isinstance(name, str) and len(name) < 80 else told(name)

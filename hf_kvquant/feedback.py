@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import tensors_file
@@ -75,7 +76,10 @@ class Feedback:
             for i, sides in self.layers.items()
             for side, x in zip(("keys", "values"), sides)
         }
-        save_file(tensors, path, {"format": FORMAT, "version": VERSION, **self.facts})
+        try:
+            save_file(tensors, path, {"format": FORMAT, "version": VERSION, **self.facts})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Feedback:
@@ -88,8 +92,8 @@ class Feedback:
         found = metadata.get("format"), metadata.get("version")
         if found != (FORMAT, VERSION):
             raise ValueError(
-                f"{path}: format {told(found[0])} version {told(found[1])} is not allowed; expected {FORMAT!r} "
-                f"version {VERSION!r}"
+                f"{path}: is not a file of error feedback of version {VERSION} (its format is {told(found[0])}, its "
+                f"version {told(found[1])})"
             )
         layers: dict[int, dict[str, torch.Tensor]] = {}
         for name, x in tensors.items():

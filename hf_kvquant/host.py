@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 VERSION = transformers.__version__
 OLDEST, NEWEST = "5.17", "5.24"
@@ -273,6 +273,7 @@ __all__ = [
     "static_cache_shape",
     "supports_cache",
     "takes",
+    "text_length",
 ]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -422,6 +423,15 @@ def head_dims(config: PreTrainedConfig) -> tuple[int, int] | None:
         return None
     of_values = getattr(config, "v_head_dim", None)
     return known, of_values if isinstance(of_values, int) else known
+
+
+def text_length(generation_config: GenerationConfig, mask: torch.Tensor | None) -> int | None:
+    """The number of tokens that `generate` was given; None if it is not known.
+
+    Args:
+        mask: that of these tokens. transformers 5.24 drops a mask of ones and keeps its length.
+    """
+    return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
 
 
 def static_cache_shape(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -15,10 +15,11 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .attention import attend
 from .cache import QuantizedCache
 from .changes import FORWARD
 from .config import KVQuantConfig
+from .message import told
 from .route import say_once, switched_attention
 from .saving import active_adapters, adapters_difference
 
@@ -84,7 +86,12 @@ def attention(model: PreTrainedModel, attend: Callable = attend, name: str = NAM
 
     Args:
         attend, name: another attention function, and the prefix that it is registered under (see `scoring`).
+
+    Raises:
+        ValueError: `model` is not a model of transformers.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: a {type(model).__name__} is not allowed; expected a model")
     with _switched_attention(model, attend, name), _watched(model):
         yield
 
@@ -430,6 +437,19 @@ def _is_ours(name: object) -> bool:
     return isinstance(name, str) and (name == NAME or name.startswith(f"{NAME}-"))
 
 
+def _refuse_lost_config(name: str | None, config: object) -> None:
+    """transformers ignores a `cache_config` without a name that takes it, and would go on with a dense cache.
+
+    Raises:
+        ValueError: the config is one of ours.
+    """
+    is_dict = isinstance(config, Mapping) and {"keys", "values"} <= config.keys()
+    if is_dict or isinstance(config, (KVQuantConfig, str, Path)):
+        raise ValueError(
+            f"cache_implementation: {name!r} does not read cache_config={told(config)}; expected {NAME!r}"
+        )
+
+
 def _quantized_cache(cache: object) -> QuantizedCache | None:
     """The quantized cache in the argument that a user passed as a cache, if there is one."""
     if isinstance(cache, EncoderDecoderCache):
@@ -444,6 +464,8 @@ def _wrap_generate(generate: Callable) -> Callable:
         name, by_call = _asked_for(self, generation_config, kwargs)
         outer = _Request._current.get()
         given = _caches_given([kwargs.get(name) for name in host.CACHE_NAMES])
+        if not _is_ours(name):
+            _refuse_lost_config(name, kwargs.get("cache_config"))
         if not _is_ours(name) and not given and outer is None:
             return generate(self, *args, **kwargs)
         request = _Request(self, outer, by_call)
@@ -489,8 +511,10 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
         mask = model_kwargs.get(_mask_argument(self))
         given = _quantized_cache(model_kwargs.get(host.CACHE))
         if given is not None:
+            _refuse_all_dense(given)
             # An assistant generates again every few tokens, each time a little further: its cache grows by itself.
             if not generation_config.is_assistant:
+                _check_continues(given, host.text_length(generation_config, mask))
                 given.reserve(max_cache_length)
             if mask is not None:
                 given.set_padding(mask)
@@ -520,6 +544,28 @@ def _wrap_prepare_cache(prepare: Callable) -> Callable:
     return wrapper
 
 
+def _check_continues(cache: QuantizedCache, length: int | None) -> None:
+    """Check that the text goes on behind the cached tokens: transformers cuts off as many tokens as are cached.
+
+    Raises:
+        ValueError: no token is new.
+    """
+    cached = cache.get_seq_length()
+    if length is not None and cached and length <= cached:
+        raise ValueError(
+            f"input_ids: {length} tokens are not allowed with a cache of {cached}; expected the cached tokens and new "
+            "ones behind them"
+        )
+
+
+def _refuse_all_dense(cache: QuantizedCache) -> None:
+    if not cache.quantized_layers:
+        raise ValueError(
+            f"format: 'dense' is not allowed for keys and values of all {len(cache.layers)} layers; expected a "
+            "quantized format in one of them, or a cache of transformers"
+        )
+
+
 def _refuse_lost_soft_prompts(model: PreTrainedModel, asked: str) -> None:
     if host.loses_soft_prompts(model):
         raise ValueError(
@@ -545,6 +591,7 @@ def _build(
         max_length = max(max_length, generation_config.max_cache_len or 0, _longest_static.get(model, 0))
         _longest_static[model] = max_length
     cache = QuantizedCache(model.config, config, max_length=max_length)
+    _refuse_all_dense(cache)
     head_dims = host.head_dims(model.config)
     if head_dims is not None:
         # Before the prompt runs. A cache that is not made here learns device and dtype with its first tokens.
@@ -566,10 +613,13 @@ def _kv_config(model: PreTrainedModel, generation_config: GenerationConfig, name
                 f"cache_config: missing; cache_implementation={NAME!r} needs a YAML path, dict or KVQuantConfig"
             )
     elif config is not None:
-        raise ValueError(f"cache_config: goes with cache_implementation={NAME!r} only, not with the preset {name!r}")
+        raise ValueError(
+            f"cache_config: {told(config)} is not allowed with the preset {name!r}; expected "
+            f"cache_implementation={NAME!r}"
+        )
     else:
         config = KVQuantConfig.preset(name.removeprefix(f"{NAME}-"))
-    return KVQuantConfig.load(config)
+    return KVQuantConfig.load(config, "cache_config")
 
 
 _longest_static: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()

@@ -278,6 +278,8 @@ def quantize(
     Raises:
         ValueError: the spec is dense, or does not fit head_dim; or the factors do not fit.
     """
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"spec: {told(spec)} is not allowed; expected a QuantSpec")
     if spec.is_dense:
         raise ValueError("format: 'dense' is not a quantized format; expected one of " + str(list(FORMATS)))
     head_dim = x.shape[-1]

@@ -43,6 +43,7 @@ from .feedback import factors_in
 from .host import DynamicLayer, DynamicSlidingWindowLayer, cache_inputs, keeps_caches, takes
 from .integration import attention
 from .layers import QuantizedLayer
+from .message import told
 from .quantization import QuantizedTensor, QuantSpec, quantize
 from .reference import mask_rows
 from .route import Routes
@@ -164,8 +165,8 @@ def _score_chunks(
     **model_kwargs: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Pairs of a first row and `result(first row, logits)`, which backward computes anew with the chunk."""
-    batch, length = input_ids.shape
-    contexts = torch.as_tensor(context_lengths, device=input_ids.device).expand(batch)
+    batch, length = _shape(input_ids)
+    contexts = _contexts(context_lengths, batch, input_ids.device)
     _check_range("context_lengths", contexts.tolist(), 1, length, "the length")
     _check_range("first_row", [first_row], 0, length - 1, "the last row")
     _check_range("decode_tail", [decode_tail], 0, None, "")
@@ -240,6 +241,22 @@ def _chunks(
                 found, cache = forward(*chunk)
         if wanted:
             yield end - wanted, found
+
+
+def _shape(input_ids: torch.Tensor) -> tuple[int, int]:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else told(input_ids)
+        raise ValueError(f"input_ids: {found} is not allowed; expected a tensor [batch, length] with a token at least")
+    return input_ids.shape[0], input_ids.shape[1]
+
+
+def _contexts(lengths: int | Sequence[int] | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.as_tensor(lengths, device=device).expand(batch)
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"context_lengths: {told(lengths)} is not allowed; expected an integer, or one for each of {batch} rows"
+        ) from None
 
 
 def _check_range(name: str, values: Sequence[int], low: int, high: int | None, what: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, LayerOverride, QuantizedCache, QuantSpec, ops, quantize
+from hf_kvquant.host import CACHE
 from hf_kvquant.route import learn_route
 from hf_kvquant.states import Stored
 
@@ -36,10 +37,10 @@ def new(kv_config="int8", **kwargs) -> QuantizedCache:
     return QuantizedCache(CONFIG, kv_config, **kwargs)
 
 
-def filled(kv_config="int8", n: int = 5) -> QuantizedCache:
+def filled(kv_config="int8", n: int = 5, batch: int = 2) -> QuantizedCache:
     cache = new(kv_config)
     for layer_idx in (0, 1):
-        learn_route(*cache.update(states(n=n), states(n=n), layer_idx))
+        learn_route(*cache.update(states(batch, n=n), states(batch, n=n), layer_idx))
     return cache
 
 
@@ -112,6 +113,7 @@ TABLE = {
         lambda: quantize(states(), QuantSpec("dense")),
         r"format: 'dense' is not a quantized format",
     ),
+    "a format as spec": (lambda: quantize(states(), "int8"), r"spec: 'int8' is not allowed; expected a QuantSpec"),
     # --- making a cache
     "a model as config": (
         lambda: QuantizedCache(model(), "int8"),
@@ -261,7 +263,41 @@ TABLE = {
     ),
     "generate with a preset and a config": (
         generate(cache_implementation="kvquant-int8", cache_config={"keys": {}}),
-        r"cache_config: goes with .*'kvquant' only",
+        r"cache_config: {'keys': {}} is not allowed with the preset 'kvquant-int8'; expected cache_implementation='kv",
+    ),
+    "generate with a config and no name": (
+        generate(cache_config={"keys": {"format": "int8"}, "values": {"format": "int8"}}),
+        r"cache_implementation: None does not read cache_config={'keys': .*; expected 'kvquant'",
+    ),
+    "generate with a config and another's name": (
+        generate(cache_implementation="dynamic", cache_config=KVQuantConfig(INT8, INT8)),
+        r"cache_implementation: 'dynamic' does not read cache_config=KVQuantConfig.*; expected 'kvquant'",
+    ),
+    "generate with a file that is not there": (
+        generate(cache_implementation="kvquant", cache_config="no.yaml"),
+        r"cache_config: 'no\.yaml' is neither a preset nor a file",
+    ),
+    "generate with nothing but dense layers": (
+        generate(
+            cache_implementation="kvquant", cache_config={"keys": {"format": "dense"}, "values": {"format": "dense"}}
+        ),
+        r"format: 'dense' is not allowed for keys and values of all 2 layers; expected a quantized format",
+    ),
+    "generate with a dense cache of ours": (
+        lambda: generate(**{CACHE: new({"keys": {"format": "dense"}, "values": {"format": "dense"}})})(),
+        r"format: 'dense' is not allowed for keys and values of all 2 layers",
+    ),
+    "generate without new tokens": (
+        lambda: generate(**{CACHE: filled(n=9, batch=1)})(),
+        r"input_ids: 9 tokens are not allowed with a cache of 9; expected the cached tokens and new ones",
+    ),
+    "generate with a shorter text": (
+        lambda: generate(**{CACHE: filled(n=11, batch=1)})(),
+        r"input_ids: 9 tokens are not allowed with a cache of 11; expected",
+    ),
+    "generate with fewer cached layers": (
+        lambda: generate(**{CACHE: QuantizedCache(families.config("llama", num_hidden_layers=1), "int8")})(),
+        r"layer_idx: 1 is not in this cache of 1 layers; expected the model whose config",
     ),
     "generate with an unknown field": (
         generate(cache_implementation="kvquant", cache_config={"keys": {"format": "int8"}, "bits": 4}),
@@ -275,7 +311,44 @@ TABLE = {
     # --- scoring
     "context_lengths": (
         lambda: hf_kvquant.score(model(), families.prompt(1, 9), 10, "int8"),
-        r"context_lengths: .*expected",
+        r"context_lengths: 10 is not allowed; expected 1 to 9",
+    ),
+    "context_lengths of other rows": (
+        lambda: hf_kvquant.score(model(), families.prompt(1, 9), [3, 4], "int8"),
+        r"context_lengths: \[3, 4\] is not allowed; expected an integer, or one for each of 1 rows",
+    ),
+    "context_lengths as text": (
+        lambda: hf_kvquant.score(model(), families.prompt(1, 9), "4", "int8"),
+        r"context_lengths: '4' is not allowed; expected an integer",
+    ),
+    "scoring one row": (
+        lambda: hf_kvquant.score(model(), families.prompt(1, 9)[0], 4, "int8"),
+        r"input_ids: \(9,\) is not allowed; expected a tensor \[batch, length\]",
+    ),
+    "scoring a list": (
+        lambda: hf_kvquant.score_tokens(model(), [[3, 4]], 1, "int8"),
+        r"input_ids: \[\[3, 4\]\] is not allowed; expected a tensor",
+    ),
+    "scoring nothing": (
+        lambda: hf_kvquant.score(model(), families.prompt(1, 9)[:, :0], 1, "int8"),
+        r"input_ids: \(1, 0\) is not allowed; expected .* with a token at least",
+    ),
+    # --- attention and calibration
+    "attention of a config": (
+        lambda: hf_kvquant.attention(CONFIG).__enter__(),
+        r"model: a LlamaConfig is not allowed; expected a model",
+    ),
+    "calibration on a text": (
+        lambda: hf_kvquant.calibrate(model(), "text"),
+        r"token_ids: a piece that is 't' is not allowed; expected tokens \[length\]",
+    ),
+    "calibration on one row": (
+        lambda: hf_kvquant.calibrate(model(), families.prompt(1, 9)[0]),
+        r"token_ids: a piece that is \(\) of torch\.int64 is not allowed; expected tokens",
+    ),
+    "calibration on nothing": (
+        lambda: hf_kvquant.calibrate(model(), families.prompt(1, 9)[:, :0]),
+        r"token_ids: a piece that is \(0,\) of torch\.int64 is not allowed; expected tokens",
     ),
 }
 

@@ -197,7 +197,7 @@ class TestFile:
     def test_another_kind_of_file(self, tmp_path):
         path = tmp_path / "weights.safetensors"
         save_file({"weight": torch.zeros(2)}, path)
-        with pytest.raises(ValueError, match="error_feedback: .*format None version None is not allowed"):
+        with pytest.raises(ValueError, match="error_feedback: .*is not a file of error feedback .* expected a file"):
             filled(config_of(path))
         path.write_text("keys:")
         with pytest.raises(ValueError, match="error_feedback: .*is not a complete safetensors file"):
@@ -235,6 +235,13 @@ class TestFile:
         Feedback({i: (some_factors(5), some_factors(6)) for i in range(LAYERS)}).save(path)
         os.utime(path, ns=(1, 1))
         assert not torch.equal(bodies(filled(config_of(path)))[0], before[0])
+
+    def test_a_file_that_cannot_be_written(self, tmp_path):
+        path = tmp_path / "nowhere" / "mine.feedback"
+        with pytest.raises(OSError, match=r"mine\.feedback: cannot be written"):
+            Feedback({0: (some_factors(0), some_factors(1))}).save(path)
+        result = call("calibrate", str(bundled_model()), "--out", str(path), code=2)
+        assert "expected a file's name in an existing folder" in " ".join(result.output.replace("│", " ").split())
 
 
 class TestConfig:

@@ -297,11 +297,15 @@ def test_names_that_cannot_act_raise(model, monkeypatch):
         assert not switched(model)
 
     refused("cache_config: missing", cache_implementation="kvquant")
-    refused("cache_config: goes with cache_implementation='kvquant' only",
+    refused("cache_config: .* is not allowed with the preset 'kvquant-int4'; expected",
             cache_implementation="kvquant-int4", cache_config=CONFIG)  # fmt: skip
     refused("kvquant-int3", cache_implementation="kvquant-int3")
     refused("needs use_cache=True", cache_implementation="kvquant-int4", use_cache=False)
-    refused("is neither a preset nor a file", cache_implementation="kvquant", cache_config="no/such.yaml")
+    refused(
+        "cache_config: 'no/such.yaml' is neither a preset nor a file",
+        cache_implementation="kvquant",
+        cache_config="no/such.yaml",
+    )
     refused("keys: missing", cache_implementation="kvquant", cache_config={"values": {"format": "int8"}})
     refused("Passing both", cache_implementation="kvquant-int4", past_key_values=DynamicCache(config=model.config))
     sliding = families.build("mistral", sliding_window=16)

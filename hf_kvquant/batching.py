@@ -246,7 +246,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
     has_pool = model.device.type == "cpu" and options.cpu_offload_space != 0
     graphs = options.use_cuda_graph if isinstance(options.use_cuda_graph, tuple) else (options.use_cuda_graph,)
     obstacles = {
-        "static": kv_config.static and "a static cache",
+        "static": kv_config.static,
         "offload": kv_config.offload,
         "window_length": kv_config.windows,
         "device": model.device.type not in ("cpu", "cuda") and model.device.type,
@@ -281,6 +281,7 @@ def refuse_unserved(model: Any, kv_config: KVQuantConfig, options: Any) -> None:
 
 
 _SERVED = {
+    "static": "false",
     "offload": "false",
     "window_length": repr(ALL),
     "use_async_batching": "False, because a step waits for the one before it when it copies its tables to the device",

@@ -434,7 +434,7 @@ def test_what_cannot_act_raises(model, monkeypatch):
             generate(model, preset, [[3, 4, 5]], **options)
         assert host.attn_implementation(model.config) == before
 
-    refused("static: a static cache is not served", preset="int4-static")
+    refused("static: True is not served .* expected false", preset="int4-static")
     moved = dataclasses.replace(KVQuantConfig.preset("int4"), offload=True)
     refused("offload: True is not served in continuous batching .* expected false", preset=moved)
     refused("page_size: 100 is not allowed .* expected a multiple of 64", page_size=100)

@@ -258,6 +258,8 @@ class TestJudge:
         result = {"uniform": [{"name": "int4"}]}
         better = said(result | {"verdict": judge([0.0010, 0.0012], [0.0020, 0.0021])})
         assert "it beats the best uniform config within the budget, int4: KL divergence 46% lower" in better
+        unclear = said(result | {"verdict": judge([0.0010, 0.0020], [0.0020, 0.0021])})
+        assert "is not certain to beat" in unclear and "27% lower" in unclear and "less than two standard" in unclear
         worse = said(result | {"verdict": judge([0.0030, 0.0032], [0.0020, 0.0021])})
         assert "does not beat" in worse and "51% higher" in worse
 
@@ -276,6 +278,7 @@ class TestCommand:
         printed = call("stdlib-nano", *SMALL, "--bits", 5, "--out", tmp_path)
         result = json.loads((tmp_path / RESULT).read_text(encoding="utf-8"))
         assert said(result) in printed
+        assert f"--model hf-kvquant --model_args pretrained={bundled_model()},kv_config={tmp_path / CONFIG}" in printed
         assert "8 sides" in printed and "seconds here" in printed
         config = KVQuantConfig.from_yaml(tmp_path / CONFIG)
         assert config == KVQuantConfig.from_dict(result["config"])
@@ -287,8 +290,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (["--bits", "2"], "the smallest that the"),
-            (["--bits", "5", "--base", "none"], "the dense cache has no windows"),
+            (["--bits", "2"], "bits: 2.0 is not allowed; expected at least"),
+            (["--bits", "5", "--base", "none"], "--base: base: 'none' is neither a preset nor a file"),
             (["--bits", "5", "--text", "no.txt"], "text: 'no.txt' cannot be read"),
             (["--bits", "5", "--context", "96"], "context: 96 leaves no token to score"),
         ],

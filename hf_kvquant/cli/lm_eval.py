@@ -13,7 +13,7 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval with a quantized cache: --model hf-kvquant --model_args pretrained=...,kv_config=int4 ..."""
     if find_spec("lm_eval") is None:
-        raise typer.BadParameter("lm-eval is not installed; pip install 'hf_kvquant[eval]'")
+        raise typer.BadParameter("lm-eval is not installed (pip install 'lm-eval>=0.4.13')")
     from ..measure.lm_eval import main
 
     main(context.args)

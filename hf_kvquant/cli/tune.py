@@ -22,10 +22,10 @@ from ..measure.facts import machine, versions, write_json, write_text
 from ..measure.report.plots import tuned
 from ..measure.report.style import PRINT, WIDE
 from ..measure.store import RESULT
-from ..measure.tables import new_table, notes, rich_table, task_table, three_digits
+from ..measure.tables import COLUMNS, new_table, notes, rich_table, task_table, three_digits
 from ..measure.tuning import TUNED, UNIFORM, Tuner
 from .evaluate import model_name, read_documents
-from .models import Device, Dtype, ModelArgument, load_config, load_model
+from .models import Device, Dtype, ModelArgument, load_model, source_of
 
 CONFIG, PLOT = "config.yaml", "pareto.png"
 _LONGEST_WINDOW = 512
@@ -76,9 +76,10 @@ def tune(
 ) -> None:
     """Find the config that loses least on a model within a number of bits, and write it as YAML."""
     console = Console()
-    start = load_config(None, Path(base)) if Path(base).suffix in (".yaml", ".yml") else load_config(base, None)
-    if start is None:
-        raise typer.BadParameter("the dense cache has no windows; expected a preset", param_hint="--base")
+    try:
+        start = KVQuantConfig.load(base, "base")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--base") from error
     manager = _known_tasks(tasks, task_folder) if tasks else None
     lm, tokenizer = load_model(model, dtype.value, device.value)
     window = window or min(_LONGEST_WINDOW, context_length(lm.config) or _LONGEST_WINDOW)
@@ -106,8 +107,12 @@ def tune(
             f"{three_digits(1000 * min(result['rounds']))} thousandths of a nat.\n")  # fmt: skip
     write_text(out / CONFIG, head + yaml.safe_dump(config.to_dict(), sort_keys=False))
     show(result, console)
-    console.print(f"Config: {out / CONFIG}, for cache_config= and for hf-kvquant lm-eval --model_args "
-                  f"pretrained={model},kv_config={out / CONFIG}", soft_wrap=True, highlight=False)  # fmt: skip
+    scoring = f"--model hf-kvquant --model_args pretrained={source_of(model)},kv_config={out / CONFIG}"
+    console.print(
+        f"Config: {out / CONFIG}, for cache_config= and for hf-kvquant lm-eval {scoring}",
+        soft_wrap=True,
+        highlight=False,
+    )
     if find_spec("matplotlib") is None:
         console.print("The plot needs matplotlib, which is not installed (pip install matplotlib).")
     else:
@@ -121,7 +126,10 @@ def show(result: Mapping, console: Console) -> None:
     def milli(kl: float) -> str:
         return three_digits(1000 * kl)
 
-    curve = [(f"{point['bits']:.3f}", milli(point["kl"]), milli(point["estimate"])) for point in result["curve"]]
+    # Several numbers of bits may have the same best choices.
+    curve = list(dict.fromkeys(
+        (f"{point['bits']:.3f}", milli(point["kl"]), milli(point["estimate"])) for point in result["curve"]
+    ))  # fmt: skip
     console.print(new_table("KL divergence (0.001 nats) over stored bits per element",
                             ("bits", "measured", "if losses added up"), curve, left=()))  # fmt: skip
     uniform = [(each["name"], f"{each['bits']:.3f}", milli(each["kl"])) for each in result["uniform"]]
@@ -132,6 +140,8 @@ def show(result: Mapping, console: Console) -> None:
     console.print(new_table(f"Chosen: {result['chosen_bits']:.3f} bits, KL {milli(min(result['rounds']))}",
                             ("layer", "keys", "values"), rows, left=(0, 1, 2)))  # fmt: skip
     console.print(rich_table(result["held_out"]))
+    for name in ("KL", "KL 99 %", "top-1 %", "1 - TV %"):
+        console.print(f"[bold]{name}[/]: {COLUMNS[name]}.", highlight=False)
     for note in notes(result["held_out"]):
         console.print(f"• {note}", highlight=False)
     if "tasks" in result:
@@ -142,7 +152,7 @@ def show(result: Mapping, console: Console) -> None:
 def _known_tasks(tasks: list[str], folder: Path | None) -> Any:
     """lm-eval's tasks, if all of these are among them: found out before the search, which takes long."""
     if find_spec("lm_eval") is None:
-        raise typer.BadParameter("lm-eval is not installed; pip install 'hf_kvquant[eval]'", param_hint="--lm-eval")
+        raise typer.BadParameter("lm-eval is not installed (pip install 'lm-eval>=0.4.13')", param_hint="--lm-eval")
     from ..measure.lm_eval import known_tasks
 
     try:
@@ -158,8 +168,12 @@ def said(result: Mapping) -> str:
     share = f"{abs(verdict['margin']):.0%} {'lower' if verdict['margin'] >= 0 else 'higher'}"
     figures = (f"KL divergence {share}, difference {1000 * difference['mean']:+.3g} ± {1000 * difference['se']:.2g} "
                "thousandths of a nat")  # fmt: skip
-    beats = "beats" if verdict["beats"] else "does not beat"
-    return f"On held-out text it {beats} the best uniform config within the budget, {best['name']}: {figures}."
+    beats, more = "does not beat", ""
+    if verdict["beats"]:
+        beats = "beats"
+    elif difference["mean"] < 0:
+        beats, more = "is not certain to beat", ", less than two standard errors"
+    return f"On held-out text it {beats} the best uniform config within the budget, {best['name']}: {figures}{more}."
 
 
 def _duration(seconds: float) -> str:

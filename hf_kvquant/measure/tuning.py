@@ -106,8 +106,10 @@ class Tuner:
         free = self._knapsack({side: dict.fromkeys(specs, 0.0) for side, specs in self.choices.items()})
         smallest = free.smallest / sum(self._elements.values())
         if not bits >= smallest:
-            raise ValueError(f"bits: {bits} is not allowed; expected at least {smallest:g}, the smallest that the "
-                             "formats store of this model")  # fmt: skip
+            raise ValueError(
+                f"bits: {bits} is not allowed; expected at least {smallest:g}, the fewest in which this model's cache "
+                "can be stored"
+            )
 
     def _needs_narrow(self) -> bool:
         return self.budget < _NARROW_BELOW or not self.budget >= fewest_usual_bits(self.shapes)

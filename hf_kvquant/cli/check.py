@@ -89,6 +89,8 @@ def check(
         repaired = KVQuantConfig.from_dict(result["repaired"]["config"])
         write_text(write, yaml.safe_dump(repaired.to_dict(), sort_keys=False))
         console.print(f"The repaired config: {write}", soft_wrap=True, highlight=False)
+    elif write is not None:
+        console.print(f"{write} was not written: there is nothing to repair.", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if result["passed"] else 1)
 
 

@@ -507,6 +507,12 @@ class TestText:
         assert len(set(names[:10])) == 10
         assert (windows(tokenizer, 60, 1000)[0] == ids).all()
 
+    def test_text_for_calibration_is_other_text(self, folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids, names = windows(tokenizer, 60, 1000, held_out=False)
+        assert ids.shape == (60, 1000) and len(set(names)) == 60
+        assert not set(names) & set(held_out_files())
+
     def test_the_bundled_model_is_there(self):
         assert (bundled_model() / "model.safetensors").stat().st_size > 1e6
 

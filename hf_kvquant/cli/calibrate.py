@@ -26,7 +26,10 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
     text: Annotated[
         Path | None,
-        typer.Option(help="A text file, like the texts in use.", show_default="source of Python's standard library"),
+        typer.Option(
+            help="A text file, like the texts in use.",
+            show_default="source of Python's standard library, other files than `check` and `tune` take",
+        ),
     ] = None,
     documents: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 8,
     window: Annotated[
@@ -36,11 +39,15 @@ def calibrate(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
     """Measure the factors of error feedback of a model, for the field `error_feedback` of a config."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"{str(out)!r} is not allowed; expected a file's name in an existing folder", param_hint="--out"
+        )
     lm, tokenizer = load_model(model, dtype.value, device.value)
     window = window or min(_LONGEST_WINDOW, context_length(lm.config) or _LONGEST_WINDOW)
     name = model_name(model)
     try:
-        ids, source = read_documents(tokenizer, text, documents, window)
+        ids, source = read_documents(tokenizer, text, documents, window, held_out=False)
         feedback = measure(lm, tqdm(ids, desc="pieces", leave=False))
         facts = {"model": name, "text": source, "tokens": str(ids.numel())}
         replace(feedback, facts=facts).save(out)

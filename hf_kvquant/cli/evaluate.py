@@ -98,15 +98,19 @@ def default_presets() -> list[str]:
 
 
 def read_documents(
-    tokenizer: PreTrainedTokenizerBase, text: Path | None, documents: int, window: int
+    tokenizer: PreTrainedTokenizerBase, text: Path | None, documents: int, window: int, held_out: bool = True
 ) -> tuple[torch.Tensor, str]:
     """Token ids `[documents, window]`, and the name of their text.
+
+    Args:
+        text: a file; None for source of the standard library, held out or not.
 
     Raises:
         ValueError: there is not enough text.
     """
     if text is None:
-        return windows(tokenizer, documents, window)[0], STANDARD_LIBRARY
+        name = STANDARD_LIBRARY if held_out else STANDARD_LIBRARY.removeprefix("held-out ")
+        return windows(tokenizer, documents, window, held_out)[0], name
     return file_windows(tokenizer, text, documents, window), text.name
 
 

@@ -1,8 +1,8 @@
 """A model and text that every machine has: the bundled model, and the running interpreter's standard library.
 
-The model was trained on most of the library's source, so this takes only files that it has not seen. `is_held_out` is
+The model was trained on most of the library's source, so it is judged by files that it has not seen. `is_held_out` is
 the rule, which `eval/train_model.py` follows too (exact under the Python of the training; others move text between
-files).
+files). Calibration takes the other files, so that no cache is judged by what it was calibrated on.
 """
 
 from __future__ import annotations
@@ -38,37 +38,51 @@ def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def held_out_files(stdlib: Path | None = None) -> dict[str, Path]:
+def held_out_files() -> dict[str, Path]:
     """Files that the bundled model has not seen, by name relative to the library, in an arbitrary but fixed order."""
-    stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
+    return library_files(held_out=True)
+
+
+def library_files(held_out: bool) -> dict[str, Path]:
+    """The library's files that are held out, or all others, by name relative to the library, in a fixed order."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(stdlib).as_posix(): path for path in stdlib.rglob("*.py")}
     # The files of `encodings` are almost copies of each other; folders such as config-3.11-x86_64 describe a machine.
     skipped = SKIPPED_FOLDERS | {"encodings"}
     chosen = [
         name
         for name in files
-        if is_held_out(name) and not skipped & set(name.split("/")) and "-" not in name.partition("/")[0]
+        if is_held_out(name) == held_out and not skipped & set(name.split("/")) and "-" not in name.partition("/")[0]
     ]
     return {name: files[name] for name in sorted(chosen, key=_digest)}
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tuple[torch.Tensor, list[str]]:
+def windows(
+    tokenizer: PreTrainedTokenizerBase, count: int, length: int, held_out: bool = True
+) -> tuple[torch.Tensor, list[str]]:
     """`count` pieces of source, token ids `[count, length]` and the file each comes from.
 
     The first pieces of all files that are long enough come first, then their second pieces, and so on.
+
+    Args:
+        held_out: whether the files are held out; if not, they are all others.
 
     Raises:
         ValueError: this machine does not have enough text.
     """
     bos = _bos(tokenizer)
     step = length - len(bos)
-    pieces = []
-    for name, path in held_out_files().items():
+    pieces: list[tuple[int, str, list[int]]] = []
+    for name, path in library_files(held_out).items():
+        # The first pieces of these files are the result; tokenizing the whole library takes minutes.
+        if sum(i == 0 for i, _, _ in pieces) == count:
+            break
         ids = tokenizer(_read(path), add_special_tokens=False, verbose=False).input_ids
         pieces += [(i, name, bos + ids[i * step : (i + 1) * step]) for i in range(len(ids) // step)]
     if len(pieces) < count:
+        kind = "held-out" if held_out else "other"
         raise ValueError(
-            f"the standard library's held-out source has {len(pieces)} pieces of {length} tokens, not {count}"
+            f"the standard library's {kind} source has {len(pieces)} pieces of {length} tokens, not {count}"
         )
     # The sort is stable, so files keep their order.
     pieces = sorted(pieces, key=lambda piece: piece[0])[:count]

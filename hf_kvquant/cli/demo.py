@@ -358,9 +358,9 @@ def _notes(report: Report) -> list[str]:
     routes = "all" if not copied else f"{fused} of {fused + copied}"
     rounds = len(report.decode[DENSE].rounds)
     notes = [
-        "Bits per element: of one cached element at long context, scales included. Size: of this run "
-        f"({report.dtype}, {len(report.prompt) + new_tokens - 1:,} tokens), with the tokens that are kept exact; "
-        "these weigh less and less as the context grows.",
+        f"Bits per element: of one cached element at long context, scales included, at head_dim {report.head_dim}. "
+        f"Size: of this run ({report.dtype}, {len(report.prompt) + new_tokens - 1:,} tokens), with the tokens that "
+        "are kept exact; these weigh less and less as the context grows.",
         f"Tok/s: tokens per second of one prompt, on {report.device}, {report.backend} backend; medians of {rounds} "
         f"rounds in which the caches take turns. {routes.capitalize()} decode steps of quantized caches read them as "
         "stored.",

@@ -64,5 +64,8 @@ def serve(
     except ImportError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise typer.BadParameter(str(error), param_hint="MODEL") from error
+    except ValueError as error:
+        # It names the model, or the option.
+        raise typer.BadParameter(str(error)) from error

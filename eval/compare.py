@@ -5,6 +5,7 @@ eval/results/accuracy/README.md from it.
     python eval/compare.py --model MODEL --text FILE --peers --out runs/mine
     python eval/compare.py --from runs/mine      # publish a finished run of `hf-kvquant eval`
     python eval/compare.py --from runs/mine --to eval/results/accuracy/windows     # elsewhere, for no table
+    python eval/compare.py --add --presets int3 --documents 12 --window 1024 --context 256   # beside what is published
     python eval/compare.py --readme              # only write the tables again
     python eval/compare.py --variants --model MODEL --text FILE --to eval/results/presets
     python eval/compare.py --sides --model MODEL --text FILE --to eval/results/sides
@@ -21,6 +22,8 @@ The JSON goes to eval/results/accuracy/<model>.json, or into the folder --to; it
     bytes_per_element               bytes of the cache: while the text was decoded, and after 8192 tokens
     by_position, layer_errors       curves along the text; relative errors of keys and values by layer
     cache_read_share                share of the scored tokens whose logits read the cache
+
+A JSON's `added` names caches that were measured later, on the same tokens, and where.
 
 "mean" comes with "se", one standard error over pieces of text. Seconds are those of scoring, not a cache's speed.
 """
@@ -61,12 +64,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--readme", action="store_true", help="only write the tables of eval/results/accuracy/README.md"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the caches that are published, and add those measured"
+    )
     args, rest = parser.parse_known_args(argv)
     if args.finished is not None or args.readme:
         if rest:
             parser.error(f"{rest[0]}: unknown beside --from and --readme")
         for folder in args.finished or []:
-            publish(folder, args.to)
+            publish(folder, args.to, args.add)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             if args.variants or args.sides:
@@ -78,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             except SystemExit as done:
                 if done.code:
                     raise
-            publish(folder, args.to)
+            publish(folder, args.to, args.add)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), published()), encoding="utf-8")
 
 
@@ -124,8 +130,13 @@ def written(configs: dict[str, KVQuantConfig], folder: Path) -> list[str]:
     return [str(folder / f"{name}.yaml") for name in configs]
 
 
-def publish(folder: Path, to: Path | None = None) -> Path:
-    """Write the result of a finished run, without what only that run needs, into `to` (default: `RESULTS`)."""
+def publish(folder: Path, to: Path | None = None, add: bool = False) -> Path:
+    """Write the result of a finished run, without what only that run needs, into `to` (default: `RESULTS`). `add`: to
+    the result that is there.
+
+    Raises:
+        ValueError: `add`, and the result that is there is of another model, text or settings.
+    """
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     for cache in result["caches"].values():
         if cache["same_tokens"]:
@@ -133,11 +144,29 @@ def publish(folder: Path, to: Path | None = None) -> Path:
     to = RESULTS if to is None else to
     to.mkdir(parents=True, exist_ok=True)
     file = to / f"{result['plan']['model'].replace('/', '--')}.json"
+    if add:
+        result = _added(json.loads(file.read_text(encoding="utf-8")), result)
     text = json.dumps(rounded(result, _DIGITS), indent=1, ensure_ascii=False)
     # Write a curve on one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
     file.write_text(text + "\n", encoding="utf-8")
     return file
+
+
+def _added(known: dict, result: dict) -> dict:
+    for field in ("weights", "dtype", "documents_sha256", "settings"):
+        if known["plan"][field] != result["plan"][field]:
+            raise ValueError(f"{field}: {result['plan'][field]} is not allowed; expected {known['plan'][field]}")
+    found = {name: cache for name, cache in result["caches"].items() if name not in known["caches"]}
+    # Presets stay together.
+    caches = sorted((known["caches"] | found).items(), key=lambda item: item[1]["kind"] == "peer")
+    plans = {name: (known if name in known["caches"] else result)["plan"]["caches"][name] for name, _ in caches}
+    added = {"caches": [*found], "machine": result["machine"], "versions": result["plan"]["versions"]}
+    return known | {
+        "plan": known["plan"] | {"caches": plans},
+        "caches": dict(caches),
+        "added": [*known.get("added", []), added],
+    }
 
 
 def published() -> list[dict]:

@@ -103,6 +103,21 @@ class TestScripts:
         compare.main(["--readme"])
         assert compare.README.read_text(encoding="utf-8") == readme
 
+    def test_caches_are_added_to_what_is_published(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(compare, "README", tmp_path / "README.md")
+        compare.README.write_text(README, encoding="utf-8")
+        few = ["--greedy-tokens", "4", "--to", str(tmp_path)]
+        compare.main([*ARGUMENTS, *few])
+        file = tmp_path / f"{BUNDLED}.json"
+        first = json.loads(file.read_text(encoding="utf-8"))
+        compare.main(["--add", *ARGUMENTS, "--presets", "int8,int4-small", *few])
+        both = json.loads(file.read_text(encoding="utf-8"))
+        assert list(both["caches"]) == list(both["plan"]["caches"]) == ["dense", "int8", "int4-small"]
+        assert both["caches"]["int8"] == first["caches"]["int8"]
+        assert [added["caches"] for added in both["added"]] == [["int4-small"]]
+        with pytest.raises(ValueError, match="settings: .*expected"):
+            compare.main(["--add", *ARGUMENTS, "--greedy-tokens", "5", "--to", str(tmp_path)])
+
     def test_compare_refuses_what_it_does_not_know(self, capsys):
         with pytest.raises(SystemExit):
             compare.main(["--readme", "--window", "5"])

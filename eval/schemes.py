@@ -76,11 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ours() -> dict[str, KVQuantConfig]:
-    """The presets, int3 and int2 on the grids of `int4`, and integers with both sides on the channel grid; int4 also
-    in blocks of 32, which have the bits of KIVI's groups."""
+    """The presets, and integers with both sides on the channel grid; int4 also in blocks of 32, which have the bits of
+    KIVI's groups."""
     found = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
-    for name in ("int3", "int2"):
-        found[name] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, rotate=True))
     for name in ("int8", "int4", "int3", "int2"):
         found[f"{name}-both-channel"] = KVQuantConfig(QuantSpec(name, "channel"), QuantSpec(name, "channel"))
     short = QuantSpec("int4", "channel", block_length=32)

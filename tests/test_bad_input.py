@@ -82,7 +82,7 @@ def other_heads(keys, values):
 
 TABLE = {
     # --- configs
-    "preset": (lambda: new("int3"), r"kv_config: 'int3' is neither a preset nor a file; the presets are"),
+    "preset": (lambda: new("int5"), r"kv_config: 'int5' is neither a preset nor a file; the presets are"),
     "kv_config type": (lambda: new(8), r"kv_config: 8 is not allowed; expected a KVQuantConfig, a preset's name"),
     "kv_config None": (lambda: new(None), r"kv_config: None is not allowed"),
     "format": (lambda: QuantSpec("int5"), r"format: 'int5' is not allowed; expected one of"),

@@ -19,8 +19,8 @@ except ImportError:
     pytest.skip("transformers before 5.23 has other pages", allow_module_level=True)
 
 from hf_kvquant import batching
+from hf_kvquant.measure.families import PRESETS
 
-PRESETS = KVQuantConfig.preset_names()
 PAGE = 256
 # Rounding decides between two tokens whose logits differ by less than this share of their standard deviation: in
 # float32 a sum in a matrix product depends on the batch.

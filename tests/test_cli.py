@@ -257,7 +257,7 @@ ERRORS = {
     "no such model": (["{no}/model", "x"], "does not exist"),
     "a folder without a model": (["{empty}", "x"], "has no config.json"),
     "a broken model": (["{broken}", "x"], "cannot be loaded"),
-    "no such preset": (["{model}", "x", "--preset", "int3"], "'int3' is unknown"),
+    "no such preset": (["{model}", "x", "--preset", "int5"], "'int5' is unknown"),
     "no such file": (["{model}", "x", "--config", "{no}.yaml"], "cannot be read"),
     "not a config": (["{model}", "x", "--config", "{bad}"], "unknown field"),
     "a group size that does not fit": (["{model}", "x", "--config", "{group}"], "does not divide head_dim"),
@@ -596,7 +596,7 @@ class TestEval:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (["--presets", "int3"], "'int3' is neither a preset nor a file"),
+            (["--presets", "int5"], "'int5' is neither a preset nor a file"),
             (["--context", "100"], "context: 100 leaves no token to score"),
             (["--window", "500"], "expected at most the model's 192"),
             (["--text", "no.txt"], "text: 'no.txt' cannot be read"),

@@ -423,7 +423,7 @@ class TestPresets:
 
     @pytest.mark.parametrize(
         ("names", "match"),
-        [(["int3"], "presets: .*'int3' is neither a preset nor a file"), (["int8", "int8"], "'int8' stands twice")],
+        [(["int5"], "presets: .*'int5' is neither a preset nor a file"), (["int8", "int8"], "'int8' stands twice")],
     )
     def test_what_is_refused(self, names, match):
         with pytest.raises(ValueError, match=match):

@@ -16,7 +16,7 @@ from hf_kvquant import KVQuantConfig, LayerOverride, QuantSpec
 
 INT8, INT4 = QuantSpec("int8"), QuantSpec("int4", group_size=32, rotate=True)
 CHANNEL = QuantSpec("int4", "channel", block_length=128)
-PRESETS = ["fp8", "int4", "int4-small", "int8", "int8-plain"]
+PRESETS = ["fp8", "int2", "int3", "int4", "int4-small", "int8", "int8-plain"]
 CONFIGS = {
     "plain": KVQuantConfig(INT8, INT8),
     "everything": KVQuantConfig(
@@ -63,6 +63,8 @@ class TestPresets:
             ("fp8", "fp8", "token", False, False),
             ("int4", "int4", "channel", True, None),
             ("int4-small", "int4", "token", True, False),
+            ("int3", "int3", "channel", True, True),
+            ("int2", "int2", "channel", True, True),
         ],
     )
     def test_what_they_promise(self, name, format, k_grid, rotate, has_window):
@@ -77,7 +79,8 @@ class TestPresets:
         assert KVQuantConfig.preset("int8-plain") == KVQuantConfig(INT8, INT8)
 
     @pytest.mark.parametrize(
-        ("name", "share"), [("int8-plain", 0.51), ("int8", 0.54), ("int4", 0.29), ("int4-small", 0.27)]
+        ("name", "share"),
+        [("int8-plain", 0.51), ("int8", 0.54), ("int4", 0.29), ("int4-small", 0.27), ("int3", 0.21), ("int2", 0.15)],
     )
     def test_bits_per_element(self, name, share):
         """The advertised share of BF16 that the presets take, at head_dim 128 and without windows."""
@@ -91,8 +94,8 @@ class TestPresets:
 
     def test_an_unknown_preset(self):
         with pytest.raises(ValueError) as error:
-            KVQuantConfig.preset("int3")
-        assert all(word in str(error.value) for word in ["preset", "'int3'", *PRESETS])
+            KVQuantConfig.preset("int5")
+        assert all(word in str(error.value) for word in ["preset", "'int5'", *PRESETS])
 
 
 class TestRoundTrips:
@@ -193,7 +196,7 @@ class TestLoad:
             assert KVQuantConfig.load(source) == config
         assert KVQuantConfig.load("int8") == KVQuantConfig.preset("int8")
 
-    @pytest.mark.parametrize("source", ["int3", "missing.yaml", Path("missing.yaml")], ids=repr)
+    @pytest.mark.parametrize("source", ["int5", "missing.yaml", Path("missing.yaml")], ids=repr)
     def test_neither_preset_nor_file(self, source):
         with pytest.raises(ValueError) as error:
             KVQuantConfig.load(source)

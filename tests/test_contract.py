@@ -30,8 +30,9 @@ from transformers.generation.streamers import BaseStreamer
 from whole import WHOLE
 
 import hf_kvquant
-from hf_kvquant import KVQuantConfig, QuantizedCache
+from hf_kvquant import QuantizedCache
 from hf_kvquant.host import CACHE
+from hf_kvquant.measure.families import PRESETS
 
 # One of each kind: grouped queries with biases, a hybrid with sliding layers, softcap, no grouping, learned sinks,
 # experts, linear and full attention in one layer, and layer by layer, an encoder-decoder model, one whose attention
@@ -44,7 +45,6 @@ NAMES = (
 LINEAR = ("falcon_h1", "jamba", "zaya_window")
 # The dense cache of Mllama cannot roll back: it takes tokens of the image, too (see test_columns).
 ROLLS_BACK = tuple(name for name in NAMES if name != "mllama")
-PRESETS = KVQuantConfig.preset_names()
 # The prompt ends, and generation crosses, the border of a block of 64.
 PROMPT, STEPS = 60, 6
 # The root-mean-square distance of logits from those of the dense cache, as a share of the logits' own spread.

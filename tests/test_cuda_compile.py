@@ -23,13 +23,13 @@ from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.backends import disk_cache, nvrtc
 from hf_kvquant.backends.arguments import DTYPES, FORMATS
 from hf_kvquant.backends.specialisation import RotaryKeys, Specialisation, specialisation
+from hf_kvquant.measure.families import PRESETS
 from hf_kvquant.measure.gpu import forecast, machine_code
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 COMMON = (64, 128)
 USUAL = 128
 LIKE_SM_80 = ("sm_86", "sm_89")
-PRESETS = KVQuantConfig.preset_names()
 # The architectures, in groups that share their PTX: NVRTC's optimizer does the same for all architectures before
 # sm_100, and the same for all from sm_100 on; there is code of its own for fp8 from sm_89 on, also in the append of
 # other formats, and from sm_90 on kernels wait for the ones before them.
@@ -52,7 +52,7 @@ STACK_BYTES = 16
 SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
-# presets and `few_bits`, and for both sides on the channel grid, without the end of a block.
+# presets, and for both sides on the channel grid, without the end of a block.
 INSTRUCTIONS = {
     "int8": 248, "fp8": 251, "int4": 187, "int3": 243, "int2": 179,
     "int8-channel-values": 225, "int4-channel-values": 186,
@@ -88,11 +88,6 @@ def of_latents(spec: QuantSpec, rotary: QuantSpec, dtype: str = "bfloat16") -> S
 def preset(name: str, head_dim: int, dtype: str = "bfloat16", rows: int = 8, pages: int = 0) -> Specialisation:
     config = KVQuantConfig.preset(name)
     return kind_of(config.keys, config.values, head_dim, head_dim, dtype, rows, pages)
-
-
-def few_bits(format: str) -> KVQuantConfig:
-    """The specs of the preset int4, without copies."""
-    return KVQuantConfig(QuantSpec(format, "channel"), QuantSpec(format, rotate=True))
 
 
 def kinds() -> list[Specialisation]:
@@ -139,10 +134,10 @@ def kinds() -> list[Specialisation]:
 
 
 def kinds_of_few_bits() -> list[Specialisation]:
-    """Codes of 3 and 2 bits: the usual one of each; `make whole` compiles the others."""
+    """The presets of 3 and 2 bits at the usual head_dim; `make whole` compiles the others of these formats."""
     found = []
     for format in ("int3", "int2"):
-        keys, rotated = few_bits(format).keys, few_bits(format).values
+        keys, rotated = KVQuantConfig.preset(format).keys, KVQuantConfig.preset(format).values
         groups, channel16 = QuantSpec(format, group_size=64), QuantSpec(format, "channel", block_length=16)
         found += [kind_of(keys, rotated, 128, 128)]
         if not WHOLE:
@@ -221,9 +216,7 @@ def test_instructions_of_a_plain_tile(name, pages):
     """A branch for each score, or a question about the mask in each tile, would not be within the limit."""
     format, _, on_channel_grid = name.partition("-")
     both = QuantSpec(format, "channel")
-    config = KVQuantConfig(keys=both, values=both) if on_channel_grid else few_bits(format)
-    if name in PRESETS:
-        config = KVQuantConfig.preset(name)
+    config = KVQuantConfig(keys=both, values=both) if on_channel_grid else KVQuantConfig.preset(name)
     assert instructions(config, pages=pages) <= (INSTRUCTIONS_OF_PAGES if pages else INSTRUCTIONS)[name]
 
 

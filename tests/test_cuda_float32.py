@@ -24,10 +24,10 @@ from test_cuda_ptx import problem as stored_problem
 
 from hf_kvquant import KVQuantConfig, QuantSpec, reference
 from hf_kvquant.backends import cuda
+from hf_kvquant.measure.families import PRESETS
 
 FLOAT = torch.float32
 LIMIT, LOGSUMEXP_LIMIT = TOLERANCE[FLOAT]
-PRESETS = KVQuantConfig.preset_names()
 
 # Every format and grid, narrow and wide heads, float32 rows that are no copies; not every pair of them.
 CASES = [

@@ -29,8 +29,8 @@ from test_cuda_append import extreme, same_bytes
 
 from hf_kvquant import KVQuantConfig, QuantSpec, reference
 from hf_kvquant.backends import cuda, nvrtc
+from hf_kvquant.measure.families import PRESETS
 
-PRESETS = KVQuantConfig.preset_names()
 HALF, BFLOAT = torch.float16, torch.bfloat16
 
 pytestmark = pytest.mark.skipif(ptxas.missing() is not None, reason=f"{ptxas.missing()}")

@@ -114,9 +114,9 @@ def test_the_result(suite, tiny, tmp_path, capsys):
     assert all(private not in written for private in (str(Path.home()), str(EVAL.parent), str(tmp_path)))
 
     rows = result["rows"]
-    # Every format and grid in both dtypes with every case, presets at the other head_dim.
+    # Every format and grid in both dtypes with every case, presets at the other head_dim, which int3 and int2 refuse.
     variants = len(grids()) + len(FORMATS)
-    assert len(rows["correctness"]) == 2 * variants + len(KVQuantConfig.preset_names())
+    assert len(rows["correctness"]) == 2 * variants + len(KVQuantConfig.preset_names()) - 2
     assert {row["head_dim"] for row in rows["correctness"]} == {32, 48}
     assert all(row["largest_error"] < 0.004 for row in rows["correctness"])
 

@@ -299,7 +299,7 @@ def test_names_that_cannot_act_raise(model, monkeypatch):
     refused("cache_config: missing", cache_implementation="kvquant")
     refused("cache_config: .* is not allowed with the preset 'kvquant-int4'; expected",
             cache_implementation="kvquant-int4", cache_config=CONFIG)  # fmt: skip
-    refused("kvquant-int3", cache_implementation="kvquant-int3")
+    refused("kvquant-int5", cache_implementation="kvquant-int5")
     refused("needs use_cache=True", cache_implementation="kvquant-int4", use_cache=False)
     refused(
         "cache_config: 'no/such.yaml' is neither a preset nor a file",

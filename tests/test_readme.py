@@ -178,6 +178,7 @@ class TestSpeed:
             "hqq-int8 / transformers-fp8": ["hqq-int8", "transformers-fp8"],
             "kvquant-int8": ["int8"], "kvquant-int8-plain / kvquant-fp8": ["int8-plain", "fp8"],
             "kvquant-int4": ["int4"], "kvquant-int4-small": ["int4-small"],
+            "kvquant-int3 / kvquant-int2": ["int3", "int2"],
         }  # fmt: skip
         table = rows(self.text, "## A whole decode step")
         assert set(table) == set(names)

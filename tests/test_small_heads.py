@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, quantize
+from hf_kvquant import QuantizedCache, QuantSpec, ops, quantize
 from hf_kvquant.host import CACHE
 from hf_kvquant.integration import attention
+from hf_kvquant.measure.families import PRESETS
 
-PRESETS = KVQuantConfig.preset_names()
 HEAD_DIMS = [8, 24, 40]
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 

@@ -22,10 +22,10 @@ from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, static
 from hf_kvquant.config import LayerOverride
 from hf_kvquant.host import CACHE
 from hf_kvquant.hybrid import StaticQuantizedHybridLayer
+from hf_kvquant.measure.families import PRESETS
 from hf_kvquant.route import learn_route
 from hf_kvquant.static import StaticQuantizedLayer
 
-PRESETS = KVQuantConfig.preset_names()
 WINDOWS = KVQuantConfig(
     QuantSpec("int8", "channel", block_length=16), QuantSpec("int4", group_size=16, rotate=True), sink_length=5,
     recent_length=9,

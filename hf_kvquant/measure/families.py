@@ -40,7 +40,6 @@ from ..states import QuantizedStates
 from .facts import without_paths
 from .tiny_models import FIRST_TOKEN, VOCAB, Family
 
-PRESETS = KVQuantConfig.preset_names()
 # Sliding layers of tiny models are quantized too, whatever their window.
 EVERY_WINDOW = {"sliding": 2}
 # Every token is recent: stored codes are never read, and everything else is as usual.
@@ -52,6 +51,8 @@ FUSED_LIMIT = 1e-4
 EXACT_LIMIT = 1e-3
 # The root-mean-square distance to the dense cache's logits, as a share of their spread; unrelated logits have 1.4.
 DISTANCE_LIMIT = {"int8": 0.1, "int8-plain": 0.1, "fp8": 0.5, "int4": 0.7, "int4-small": 0.9}
+# The presets that read a short prompt as stored; the others read its tokens exactly.
+PRESETS = tuple(DISTANCE_LIMIT)
 COMPARED = "the model matrix compares it"
 NOT_FUSED = f"The quantized KV cache is read through de-quantized copies: {COMPARED}."
 

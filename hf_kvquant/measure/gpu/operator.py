@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...backends import nvrtc
+from ...backends import gpu_refusal, nvrtc
 from ...backends.arguments import DTYPES as CODES
 from ...backends.specialisation import Specialisation, for_source, specialisation, split_length, splits_of
 from ...config import KVQuantConfig
@@ -63,7 +63,8 @@ CASES = [
 
 
 def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[Case]]]:
-    """Every format and grid at the plan's head_dim in both dtypes with all cases; presets at the other head dims."""
+    """Every format and grid at the plan's head_dim in both dtypes with all cases; at each of the other head dims the
+    presets that take it."""
     channels = {name: QuantSpec(name, "channel") for name in FORMATS}
     values = {f"{name}-channel-values": KVQuantConfig(keys=spec, values=spec) for name, spec in channels.items()}
     for name, config in (grids() | values).items():
@@ -71,7 +72,11 @@ def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[C
             yield name, config, plan.head_dim, dtype, CASES
     for head_dim in plan.other_head_dims:
         for name in KVQuantConfig.preset_names():
-            yield name, KVQuantConfig.preset(name), head_dim, "bfloat16", CASES[:1]
+            config = KVQuantConfig.preset(name)
+            if not any(
+                gpu_refusal("", spec.format, head_dim, spec.group_size) for spec in (config.keys, config.values)
+            ):
+                yield name, config, head_dim, "bfloat16", CASES[:1]
 
 
 def correctness(machine, plan, report: Report, deadline: Deadline) -> None:

@@ -17,7 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_kvquant.measure.gpu import forecast, goals
+from hf_kvquant import KVQuantConfig
+from hf_kvquant.measure.gpu import forecast
 from hf_kvquant.measure.tables import print_table
 
 WARNING = "UNCALIBRATED predictions: no GPU has confirmed them."
@@ -25,7 +26,7 @@ WARNING = "UNCALIBRATED predictions: no GPU has confirmed them."
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="int8,fp8,int4", help="of those with a goal; or YAML files")
+    parser.add_argument("--presets", default="int8,fp8,int4", help="names, or YAML files; some have goals")
     parser.add_argument("--gpus", default=",".join(forecast.GPUS), help="comma separated")
     parser.add_argument("--contexts", default="4096,16384,32768,65536,131072")
     parser.add_argument("--batches", default="1,8")
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.presets, args.gpus = args.presets.split(","), args.gpus.split(",")
     args.contexts, args.batches = (list(map(int, x.split(","))) for x in (args.contexts, args.batches))
     for name, given, known in (
-        ("--presets", [name for name in args.presets if not Path(name).is_file()], goals.SHARE_OF_COPY),
+        ("--presets", [name for name in args.presets if not Path(name).is_file()], KVQuantConfig.preset_names()),
         ("--gpus", args.gpus, forecast.GPUS),
     ):
         if unknown := set(given) - set(known):

@@ -126,7 +126,7 @@ wheels: .venv-wheels/installed
 	$(call install,$(LOCK),.venv-wheels) auditwheel build cmake ninja wheel ziglang
 	touch $@
 
-# Every model family with every preset; resumes where it was stopped, and writes the tables of the documents.
+# Every model family with the presets of 8 and 4 bits; resumes where it was stopped, and writes the tables of the documents.
 matrix: .venv/installed
 	cd eval && OMP_NUM_THREADS=1 ../.venv/bin/python model_matrix.py
 

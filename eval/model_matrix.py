@@ -1,4 +1,5 @@
-"""Tries every model family of the installed transformers with every preset: fused, absorbed, de-quantized, refused.
+"""Tries every model family of the installed transformers with the presets of 8 and 4 bits: fused, absorbed,
+de-quantized, refused.
 
     make matrix                                                   # every family; resumes where it was stopped
     python eval/model_matrix.py --only LlamaForCausalLM T5ForConditionalGeneration
@@ -119,8 +120,8 @@ def page(document: dict) -> str:
     families, made = document["families"], document["versions"]
     text = [
         "# Which models, and how\n\n"
-        f"Every text-generating model class of transformers {made['transformers']} with every preset, as a tiny "
-        "random model. Made by `make matrix` (`eval/model_matrix.py`, which says what is checked) from "
+        f"Every text-generating model class of transformers {made['transformers']} with the presets of 8 and 4 bits, "
+        "as a tiny random model. Made by `make matrix` (`eval/model_matrix.py`, which says what is checked) from "
         "[model_matrix.json](model_matrix.json); do not edit.\n\n" + _summary(document)
     ]
     judged = _names(document, "fused", "absorbed", "partly fused", "de-quantized")
@@ -195,8 +196,8 @@ def sentence(document: dict) -> str:
     ]
     unjudged = _count(families, "dense fails") + _count(families, "not built")
     return (
-        f"`make matrix` tries every preset on the {len(families)} text-generating model classes of transformers "
-        f"{version}:\n{', '.join(parts[:-1])}, and {parts[-1]};\n{unjudged} could not be judged "
+        f"`make matrix` tries the presets of 8 and 4 bits on the {len(families)} text-generating model classes of "
+        f"transformers {version}:\n{', '.join(parts[:-1])}, and {parts[-1]};\n{unjudged} could not be judged "
         "([all of them](eval/results/model_matrix.md))."
     )
 

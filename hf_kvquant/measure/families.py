@@ -1,4 +1,5 @@
-"""Examines a model family with every preset: fused, ring (has a window), absorbed, de-quantized, native, refused.
+"""Examines a model family with the presets of 8 and 4 bits: fused, ring (has a window), absorbed, de-quantized,
+native, refused.
 
 Each family is built tiny from its config (`tiny_models`) and generates a given text from left-padded prompts. These
 must hold:
@@ -204,7 +205,7 @@ class Failed(Exception):
 
 
 def examine(family: Family) -> dict:
-    """The result of a family with every preset."""
+    """The result of a family with all of `PRESETS`."""
     started = time.perf_counter()
     found: dict = {"model_type": family.model_type, "kind": family.kind}
     try:

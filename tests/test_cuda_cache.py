@@ -22,7 +22,7 @@ from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops
 from hf_kvquant.backends import cuda, disk_cache, nvrtc
 from hf_kvquant.backends.arguments import DTYPES
 from hf_kvquant.backends.specialisation import for_source, specialisation, value_shares
-from hf_kvquant.cli import app
+from hf_kvquant.cli import app, build
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
 
@@ -335,6 +335,11 @@ class TestBuild:
         assert "5 compiled" in text
         assert "failed: quantize_append.cu for sm_90 (bfloat16, head_dim 64, keys fp8 token 64" in text
         assert "broken" in text
+
+    def test_without_names_it_takes_the_presets_that_fit(self):
+        assert build.presets_for([64, 128], [(512, 64)]) == KVQuantConfig.preset_names()
+        assert set(KVQuantConfig.preset_names()) - set(build.presets_for([128, 96], [])) == {"int3", "int2"}
+        assert build.presets_for([], [(512, 32)]) == build.presets_for([96], [])
 
     @pytest.mark.parametrize(
         ("arguments", "match"),

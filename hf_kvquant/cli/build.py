@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..backends import disk_cache, nvrtc
+from ..backends import disk_cache, gpu_refusal, nvrtc
 from ..backends.arguments import DTYPES
 from ..backends.specialisation import ROWS, RotaryKeys, Specialisation, for_source, specialisation
 from ..config import KVQuantConfig
@@ -38,7 +38,8 @@ class Unit:
 
 def build(
     configs: Annotated[
-        list[str] | None, typer.Argument(help="Presets or YAML files.", show_default="every preset")
+        list[str] | None,
+        typer.Argument(help="Presets or YAML files.", show_default="every preset that takes these head_dims"),
     ] = None,
     archs: Annotated[
         list[str] | None, typer.Option("--arch", help="Such as sm_90; repeat for more.", show_default="the GPUs here")
@@ -60,7 +61,8 @@ def build(
         raise typer.BadParameter(reason)
     sizes = [_sizes_of_latents(one) for one in latents or []]
     head_dims = head_dims or ([] if sizes else [64, 128])
-    needed = kinds(configs or KVQuantConfig.preset_names(), head_dims, dtypes or ["bfloat16"], page_sizes or [], sizes)
+    configs = configs or presets_for(head_dims, sizes)
+    needed = kinds(configs, head_dims, dtypes or ["bfloat16"], page_sizes or [], sizes)
     units = [Unit(arch, source, one) for arch in _archs(archs) for source, one in needed]
     console = Console()
     done: dict[Unit, nvrtc.Compiled] = {}
@@ -88,6 +90,17 @@ def build(
         console.print(f"[red]failed[/]: {message}", soft_wrap=True, highlight=False)
     if failed:
         raise typer.Exit(1)
+
+
+def presets_for(head_dims: list[int], latents: list[tuple[int, int]]) -> list[str]:
+    """The presets whose formats the kernels take at all of these sizes."""
+    found, sizes = [], {*head_dims, *(size for pair in latents for size in pair)}
+    for name in KVQuantConfig.preset_names():
+        config = KVQuantConfig.preset(name)
+        sides = {"keys": config.keys, "values": config.values}
+        if not any(gpu_refusal(s, spec.format, n, spec.group_size) for s, spec in sides.items() for n in sizes):
+            found.append(name)
+    return found
 
 
 def kinds(

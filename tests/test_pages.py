@@ -9,6 +9,7 @@ from levels import LEVELS
 
 from hf_kvquant import KVQuantConfig, ops
 from hf_kvquant.backends import cpu
+from hf_kvquant.measure.families import PRESETS
 from hf_kvquant.pages import LayerPages, PagedLayer, page_table
 from hf_kvquant.states import QuantizedStates
 from hf_kvquant.storage import Side
@@ -16,7 +17,7 @@ from hf_kvquant.storage import Side
 HEADS, DIM, PAGE = 2, 32, 128
 LENGTHS = [1, 63, 64, 130, 300, 1100]
 
-CONFIGS = {name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}
+CONFIGS = {name: KVQuantConfig.preset(name) for name in PRESETS}
 CONFIGS["short blocks"] = KVQuantConfig.from_dict({
     "keys": {"format": "int8", "grid": "channel", "block_length": 16},
     "values": {"format": "int4", "grid": "token", "group_size": 16},

@@ -3,8 +3,9 @@
 python eval/recipes/kv_replay.py
 
 A trainer (GRPO, RLOO, PPO) computes the log-probabilities of generated text in a dense forward pass. If the text was
-generated from a quantized cache, they are another policy's. For every preset this prints how much: the KL divergence
-of the trained policy from the one that generated, and percentiles of a token's importance ratio.
+generated from a quantized cache, they are another policy's. For every preset that does not read such short texts
+exactly this prints how much: the KL divergence of the trained policy from the one that generated, and percentiles of a
+token's importance ratio.
 """
 
 import torch
@@ -44,7 +45,9 @@ def mismatch(preset: str) -> dict[str, tuple[float, list[float]]]:
     return found
 
 
-table = {preset: mismatch(preset) for preset in hf_kvquant.KVQuantConfig.preset_names()}
+presets = hf_kvquant.KVQuantConfig.preset_names()
+presets = [name for name in presets if hf_kvquant.KVQuantConfig.preset(name).recent_length < new_tokens]
+table = {preset: mismatch(preset) for preset in presets}
 for preset, row in table.items():
     for name, (kl, ratio) in row.items():
         print(f"{preset:12}{name:8}KL {kl:.1e}   ratio", " ".join(f"{r:.3f}" for r in ratio))

@@ -548,8 +548,9 @@ def _check_continues(cache: QuantizedCache, length: int | None) -> None:
     """Check that the text goes on behind the cached tokens: transformers cuts off as many tokens as are cached.
 
     Raises:
-        ValueError: no token is new.
+        ValueError: no token is new, or an earlier call was interrupted.
     """
+    cache.check_finished()
     cached = cache.get_seq_length()
     if length is not None and cached and length <= cached:
         raise ValueError(

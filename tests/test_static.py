@@ -500,8 +500,8 @@ def test_a_given_cache_that_is_too_short():
     model = build()
     for cache in (own(generate(model, n=2, cache_implementation="kvquant-int4-static")), None):
         cache = QuantizedCache(model.config, "int4-static", max_length=71) if cache is None else cache
-        with pytest.raises(ValueError, match="max_length: 71 tokens have no room for 81"):
-            generate(model, past_key_values=cache)
+        with pytest.raises(ValueError, match="max_length: 71 tokens have no room for 83"):
+            generate(model, prompt(72), past_key_values=cache)
 
 
 # --- the rest of a cache's life

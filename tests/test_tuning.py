@@ -208,7 +208,7 @@ class TestTuner:
         assert formats(tuner(documents, tmp_path, bits=4.2)) == {*usual, "int3"}
 
     def test_too_few_bits_name_the_smallest(self, documents, tmp_path):
-        with pytest.raises(ValueError, match=r"bits: 3.2 is not allowed; expected at least 3.25, the smallest"):
+        with pytest.raises(ValueError, match=r"bits: 3.2 is not allowed; expected at least 3.25, the fewest in which"):
             tuner(documents, tmp_path, bits=3.2)
         with pytest.raises(ValueError, match="bits: nan is not allowed"):
             tuner(documents, tmp_path, bits=float("nan"))

@@ -16,11 +16,11 @@ from stored import KEY_SPECS, extreme, left_padding, make_states, no_faults, ran
 
 from hf_kvquant import KVQuantConfig, reference
 from hf_kvquant.backends import arguments, cpu
+from hf_kvquant.measure.families import PRESETS
 
 _missing = arm_library.unavailable() or cpu.unavailable()
 pytestmark = pytest.mark.skipif(_missing is not None, reason=str(_missing))
 
-PRESETS = KVQuantConfig.preset_names()
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 every_head_dim = pytest.mark.parametrize("head_dim", [64, 80, 128])
 every_dtype = pytest.mark.parametrize(

@@ -156,9 +156,7 @@ def check_formats(
         ValueError: it does not; the message names the side.
         RuntimeError: the backend cannot run here.
     """
-    sides = zip(("keys", "values"), (keys, values), head_dims)
-    refusals = [gpu_refusal(side, spec.format, head_dim, spec.group_size) for side, spec, head_dim in sides]
-    reason = next(filter(None, refusals), None)
+    reason = gpu_refusal(keys, values, head_dims)
     if reason is None or device.type == "meta":
         return
     small = _small((*head_dims, keys.group_size, values.group_size))

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "lazy": set(),
     "message": set(),
     "quantization": {"message"},
-    "backends": set(),
+    "backends": {"quantization"},
     "backends.arguments": {"quantization", "states"},
     "backends.cpu": {"backends", "backends.arguments", "states"},
     "backends.disk_cache": set(),

@@ -270,9 +270,9 @@ def _make(
         expected = f"expected at most {_MAX_HEAD_DIM_OF_BLOCKS}, or {WIDE_HEAD_DIM}"
         beside = f"on the channel grid is not supported beside keys of {k_head_dim}"
         raise ValueError(f"values head_dim: {v_head_dim} {beside}; {expected}")
+    if reason := gpu_refusal(k_spec, v_spec, (k_head_dim, v_head_dim)):
+        raise ValueError(reason)
     for name, spec, head_dim, has in zip(("keys", "values"), (k_spec, v_spec), (k_head_dim, v_head_dim), feedback):
-        if reason := gpu_refusal(name, spec.format, head_dim, spec.group_size):
-            raise ValueError(reason)
         if has:
             _check_feedback(name, spec, head_dim)
     return Specialisation(

@@ -97,8 +97,7 @@ def presets_for(head_dims: list[int], latents: list[tuple[int, int]]) -> list[st
     found, sizes = [], {*head_dims, *(size for pair in latents for size in pair)}
     for name in KVQuantConfig.preset_names():
         config = KVQuantConfig.preset(name)
-        sides = {"keys": config.keys, "values": config.values}
-        if not any(gpu_refusal(s, spec.format, n, spec.group_size) for s, spec in sides.items() for n in sizes):
+        if not any(gpu_refusal(config.keys, config.values, (size, size)) for size in sizes):
             found.append(name)
     return found
 

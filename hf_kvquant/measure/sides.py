@@ -65,9 +65,9 @@ def specs(side: str, head_dim: int, narrow: bool = False, device_type: str = "cp
             spec = QuantSpec(**fields)
             if is_narrow(spec) and not narrow:
                 continue
-            if device_type == "cuda" and gpu_refusal(side, spec.format, head_dim, spec.group_size):
-                continue
             pair: dict[str, Any] = dict.fromkeys(SIDES, QuantSpec(DENSE)) | {side: spec}
+            if device_type == "cuda" and gpu_refusal(**pair, head_dims=(head_dim, head_dim)):
+                continue
             KVQuantConfig(**pair)
             found.setdefault(spec.resolve(head_dim), spec)
         except ValueError:

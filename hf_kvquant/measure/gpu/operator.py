@@ -73,9 +73,7 @@ def specialisations(plan) -> Iterator[tuple[str, KVQuantConfig, int, str, list[C
     for head_dim in plan.other_head_dims:
         for name in KVQuantConfig.preset_names():
             config = KVQuantConfig.preset(name)
-            if not any(
-                gpu_refusal("", spec.format, head_dim, spec.group_size) for spec in (config.keys, config.values)
-            ):
+            if not gpu_refusal(config.keys, config.values, (head_dim, head_dim)):
                 yield name, config, head_dim, "bfloat16", CASES[:1]
 
 

@@ -41,7 +41,7 @@ from pathlib import Path
 from hf_kvquant import KVQuantConfig, QuantSpec
 from hf_kvquant.cli import app
 from hf_kvquant.measure import markdown_table
-from hf_kvquant.measure.facts import rounded
+from hf_kvquant.measure.facts import added, rounded
 from hf_kvquant.measure.layer_errors import SIDES
 from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 
@@ -161,11 +161,10 @@ def _added(known: dict, result: dict) -> dict:
     # Presets stay together.
     caches = sorted((known["caches"] | found).items(), key=lambda item: item[1]["kind"] == "peer")
     plans = {name: (known if name in known["caches"] else result)["plan"]["caches"][name] for name, _ in caches}
-    added = {"caches": [*found], "machine": result["machine"], "versions": result["plan"]["versions"]}
     return known | {
         "plan": known["plan"] | {"caches": plans},
         "caches": dict(caches),
-        "added": [*known.get("added", []), added],
+        "added": added(known.get("added", []), [*found], result["machine"], result["plan"]["versions"]),
     }
 
 

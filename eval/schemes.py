@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvquant import KVQuantConfig, QuantSpec, calibrate
 from hf_kvquant.measure import Preset, Settings, compare
-from hf_kvquant.measure.facts import machine, rounded, versions, write_json
+from hf_kvquant.measure.facts import added, machine, rounded, versions, write_json
 from hf_kvquant.measure.schemes import SCHEMES, Scheme
 from hf_kvquant.measure.tables import bold, markdown, put_between, three_digits
 from hf_kvquant.measure.text import bundled_model, file_windows, windows
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> dict:
         "head_dim": model.config.head_dim,
         "bits": bits | {name: result["chosen_bits"] for name, result in results.items()},
         "kl": found,
-        "added": {"rows": [each.name for each in rows], **where} if known and rows else known.get("added"),
+        "added": added(known["added"], [each.name for each in rows], **where) if known else [],
     }, _DIGITS)  # fmt: skip
 
 

@@ -65,6 +65,12 @@ class TestPublished:
             assert re.search(rf"On [^.]*\b{name},[^.]*{exception}", README)
 
     @pytest.mark.parametrize("name", RESULTS)
+    def test_caches_that_were_measured_later_are_told_with_the_machine(self, name):
+        for entry in RESULTS[name]["added"]:
+            assert entry.keys() == {"caches", "machine", "versions"}
+            assert {*entry["caches"]} <= RESULTS[name]["caches"].keys()
+
+    @pytest.mark.parametrize("name", RESULTS)
     def test_small_and_without_paths(self, name):
         file = compare.RESULTS / f"{name}.json"
         assert file.stat().st_size < 100_000

@@ -574,6 +574,15 @@ def test_command_and_reasons_carry_no_folders():
     assert facts.without_paths("see https://a.b/c/d and kv_len/2") == "see https://a.b/c/d and kv_len/2"
 
 
+def test_what_was_measured_later_is_told_with_its_machine():
+    first = facts.added([], ["a", "b"], {"cpu": "one"}, {})
+    assert first == [{"caches": ["a", "b"], "machine": {"cpu": "one"}, "versions": {}}]
+    assert facts.added(first, [], {"cpu": "two"}, {}) == first
+    later = facts.added(first, ["c", "b"], {"cpu": "two"}, {})
+    assert [(entry["caches"], entry["machine"]["cpu"]) for entry in later] == [(["a"], "one"), (["c", "b"], "two")]
+    assert [entry["machine"]["cpu"] for entry in facts.added(later, ["a"], {"cpu": "three"}, {})] == ["two", "three"]
+
+
 def test_rounds_are_interleaved_and_bounded():
     calls = []
     tasks = {name: lambda name=name: calls.append(name) for name in "AB"}

@@ -121,6 +121,12 @@ class TestPublished:
         assert all(bits[name] <= tuned[name]["bits"] for name in schemes.TUNED)
 
     @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["model"])
+    def test_caches_that_were_measured_later_are_told_with_the_machine(self, result):
+        for entry in result["added"]:
+            assert entry.keys() == {"caches", "machine", "versions"}
+            assert {*entry["caches"]} <= result["bits"].keys()
+
+    @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["model"])
     def test_what_the_readme_says_of_equal_bits(self, result):
         """With the same exact tokens."""
         kl = {name: each["mean"] for name, each in result["kl"]["4 and 32"].items()}
@@ -135,3 +141,19 @@ class TestPublished:
     def test_the_bundled_model_is_the_shipped_one(self):
         (result,) = [result for result in RESULTS if result["model"] == "stdlib-nano"]
         assert result["weights"] == weights_sum(broken_models.healthy())
+
+
+def test_schemes_are_added_to_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(schemes, "RESULTS", tmp_path)
+    monkeypatch.setattr(schemes, "README", tmp_path / "README.md")
+    schemes.README.write_text(f"{schemes.BEGIN}\n{schemes.END}\n", encoding="utf-8")
+    monkeypatch.setattr(schemes, "ours", dict)
+    found = []
+    for names in (["q8_0"], ["q8_0", "kivi-4"], ["q8_0", "kivi-4"]):
+        monkeypatch.setattr(schemes, "SCHEMES", names)
+        schemes.main(["--documents", "1", "--window", "64", "--context", "32"])
+        found += schemes.published()
+    assert [[entry["caches"] for entry in result["added"]] for result in found] == [[], [["kivi-4"]], [["kivi-4"]]]
+    assert found[1]["kl"]["none"]["q8_0"] == found[0]["kl"]["none"]["q8_0"]
+    assert found[2] == found[1]
+    assert "| kivi-4 |" in schemes.README.read_text(encoding="utf-8")

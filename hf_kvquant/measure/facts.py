@@ -139,6 +139,18 @@ def _version(package: str, missing: str = "not installed") -> str:
         return missing
 
 
+def added(before: list[dict], caches: list[str], machine: dict, versions: dict) -> list[dict]:
+    """The field `added` of a result: which of its caches were measured later than the others, and where.
+
+    Args:
+        before: the field so far; caches that were measured again leave their old entries.
+        caches: the names of those measured now.
+    """
+    others = [{**entry, "caches": [name for name in entry["caches"] if name not in caches]} for entry in before]
+    entries = [*others, {"caches": caches, "machine": machine, "versions": versions}]
+    return [entry for entry in entries if entry["caches"]]
+
+
 def rounded(data: Any, digits: int) -> Any:
     """Plain data with every float rounded to `digits` significant digits."""
     if isinstance(data, float):

@@ -134,11 +134,16 @@ def loaded(path: str, device: torch.device) -> Feedback:
         ValueError: as in `Feedback.load`, with the name of the config's field.
     """
     try:
-        status = os.stat(path)
-        return _loaded(path, (status.st_mtime_ns, status.st_size, status.st_ino), device)
+        return _loaded(path, _version(path), device)
     except (OSError, ValueError) as error:
         reason = f"{path}: cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
         raise ValueError(f"error_feedback: {reason}; expected a file that `hf-kvquant calibrate` writes") from None
+
+
+def _version(path: str) -> tuple[int, ...]:
+    """The time, the size and the inode of a file, by which a changed file is known."""
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 @lru_cache(maxsize=16)
@@ -149,8 +154,8 @@ def _loaded(path: str, version: tuple[int, ...], device: torch.device) -> Feedba
 
 
 def check_layers(path: str | None, num_layers: int) -> None:
-    """Check that a file is not that of a model with more layers. A cache that is only read needs no file, so all else
-    that is wrong with it is said by `factors_in`.
+    """Check that a file is not that of a model with more layers; its header is read once, and again if the file has
+    changed. A cache that is only read needs no file, so all else that is wrong with it is said by `factors_in`.
 
     Args:
         path: the config's `error_feedback`.
@@ -162,15 +167,20 @@ def check_layers(path: str | None, num_layers: int) -> None:
     if path is None:
         return
     try:
-        _, tensors = tensors_file.read(path, mapped=True)
-    except ValueError:
+        found = _layers_in(path, _version(path))
+    except (OSError, ValueError):
         return
-    found = sorted({int(match[1]) for match in map(_NAME.fullmatch, tensors) if match is not None})
     if found and found[-1] >= num_layers:
         raise ValueError(
             f"error_feedback: {path} has layers {told(found)}; expected at most those of the model's {num_layers} "
             "layers: calibrate this model"
         )
+
+
+@lru_cache(maxsize=16)
+def _layers_in(path: str, version: tuple[int, ...]) -> list[int]:
+    _, tensors = tensors_file.read(path, mapped=True)
+    return sorted({int(match[1]) for match in map(_NAME.fullmatch, tensors) if match is not None})
 
 
 def factors_in(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import broken_models
 import pytest
@@ -26,6 +27,7 @@ from hf_kvquant import (
     quantize,
     score,
     score_by_decoding,
+    tensors_file,
 )
 from hf_kvquant.batching import refuse_unserved
 from hf_kvquant.feedback import FORMAT, VERSION, factors_of
@@ -235,6 +237,20 @@ class TestFile:
         Feedback({i: (some_factors(5), some_factors(6)) for i in range(LAYERS)}).save(path)
         os.utime(path, ns=(1, 1))
         assert not torch.equal(bodies(filled(config_of(path)))[0], before[0])
+
+    def test_a_second_cache_opens_no_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "counted.feedback"
+        Feedback({i: (some_factors(0), some_factors(1)) for i in range(LAYERS)}).save(path)
+        read = Mock(wraps=tensors_file.read)
+        monkeypatch.setattr(tensors_file, "read", read)
+        filled(config_of(path))
+        count = read.call_count
+        filled(config_of(path))
+        assert 0 < count == read.call_count
+        Feedback({i: (some_factors(0), some_factors(1)) for i in range(LAYERS + 1)}).save(path)
+        with pytest.raises(ValueError, match="error_feedback: .*expected at most those of the model's 2 layers"):
+            filled(config_of(path))
+        assert read.call_count == count + 1
 
     def test_a_file_that_cannot_be_written(self, tmp_path):
         path = tmp_path / "nowhere" / "mine.feedback"

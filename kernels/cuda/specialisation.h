@@ -50,13 +50,17 @@ struct Choose<false, First, Second> {
   using Type = Second;
 };
 
+// In float32, codes of the token grid are read without their offset (codecs.h).
+template <class Codec>
+using TokenGridCodec = typename Choose<kIsFloat32, Centred<Codec>, Codec>::Type;
+
 template <int kFormat, int kGrid, int kDim>
 struct CodecOf {
   using Type = typename Choose<kIsFloat32, Dense32<kDim>, Dense16<kDim, kIsBFloat16>>::Type;
 };
 template <int kDim>
 struct CodecOf<kInt8, kTokenGrid, kDim> {
-  using Type = typename Choose<kIsFloat32, Centred<SignedBytes<kDim>>, SignedBytes<kDim>>::Type;
+  using Type = TokenGridCodec<SignedBytes<kDim>>;
 };
 template <int kDim>
 struct CodecOf<kInt8, kChannelGrid, kDim> {
@@ -68,7 +72,7 @@ struct CodecOf<kFp8, kGrid, kDim> {
 };
 template <int kDim>
 struct CodecOf<kInt4, kTokenGrid, kDim> {
-  using Type = typename Choose<kIsFloat32, Centred<Nibbles<kDim>>, Nibbles<kDim>>::Type;
+  using Type = TokenGridCodec<Nibbles<kDim>>;
 };
 template <int kDim>
 struct CodecOf<kInt4, kChannelGrid, kDim> {
@@ -76,7 +80,7 @@ struct CodecOf<kInt4, kChannelGrid, kDim> {
 };
 template <int kDim>
 struct CodecOf<kInt3, kTokenGrid, kDim> {
-  using Type = typename Choose<kIsFloat32, Centred<BitTriples<kDim>>, BitTriples<kDim>>::Type;
+  using Type = TokenGridCodec<BitTriples<kDim>>;
 };
 template <int kDim>
 struct CodecOf<kInt3, kChannelGrid, kDim> {
@@ -84,7 +88,7 @@ struct CodecOf<kInt3, kChannelGrid, kDim> {
 };
 template <int kDim>
 struct CodecOf<kInt2, kTokenGrid, kDim> {
-  using Type = typename Choose<kIsFloat32, Centred<BitPairs<kDim>>, BitPairs<kDim>>::Type;
+  using Type = TokenGridCodec<BitPairs<kDim>>;
 };
 template <int kDim>
 struct CodecOf<kInt2, kChannelGrid, kDim> {

@@ -94,6 +94,15 @@ class TestExceptions:
 ARGUMENTS = ["--presets", "int8", "--documents", "2", "--window", "64", "--context", "32"]
 
 
+def write_run(folder: Path, result: dict) -> None:
+    """`result` as a finished run has it."""
+    caches = {
+        name: cache | {"same_tokens": cache["same_tokens"] and cache["same_tokens"] | {"each": []}}
+        for name, cache in result["caches"].items()
+    }
+    (folder / "result.json").write_text(json.dumps(result | {"caches": caches}), encoding="utf-8")
+
+
 class TestScripts:
     def test_compare_publishes_and_writes_the_readme(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(compare, "RESULTS", tmp_path / "accuracy")
@@ -123,6 +132,32 @@ class TestScripts:
         assert [added["caches"] for added in both["added"]] == [["int4-small"]]
         with pytest.raises(ValueError, match="settings: .*expected"):
             compare.main(["--add", *ARGUMENTS, "--greedy-tokens", "5", "--to", str(tmp_path)])
+
+    def test_a_finished_run_is_added(self, tmp_path, monkeypatch):
+        """What is published stays, and peers stay behind presets."""
+        monkeypatch.setattr(compare, "README", tmp_path / "README.md")
+        compare.README.write_text(README, encoding="utf-8")
+        result, new = RESULTS[BUNDLED], "int4-small"
+        caches, plan = result["caches"], result["plan"]
+        file = tmp_path / f"{BUNDLED}.json"
+        others = {name: cache for name, cache in caches.items() if name != new}
+        file.write_text(json.dumps(result | {"caches": others}), encoding="utf-8")
+        write_run(tmp_path, result | {"plan": plan | {"caches": dict.fromkeys(caches, "of the run")}})
+        compare.main(["--from", str(tmp_path), "--to", str(tmp_path), "--add"])
+        both = json.loads(file.read_text(encoding="utf-8"))
+        are_peers = [cache["kind"] == "peer" for cache in both["caches"].values()]
+        assert are_peers == sorted(are_peers) and True in are_peers
+        assert both["caches"] == caches and both["added"][-1]["caches"] == [new]
+        assert both["plan"]["caches"] == plan["caches"] | {new: "of the run"}
+        assert list(both["plan"]["caches"]) == list(both["caches"])
+
+    @pytest.mark.parametrize("field", ["weights", "dtype", "documents_sha256", "settings"])
+    def test_another_measurement_is_not_added(self, tmp_path, field):
+        result = RESULTS[BUNDLED]
+        write_run(tmp_path, result | {"plan": result["plan"] | {field: "another"}})
+        (tmp_path / f"{BUNDLED}.json").write_text(json.dumps(result), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"^{field}: another is not allowed; expected"):
+            compare.publish(tmp_path, tmp_path, add=True)
 
     def test_compare_refuses_what_it_does_not_know(self, capsys):
         with pytest.raises(SystemExit):

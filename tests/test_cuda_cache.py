@@ -340,6 +340,8 @@ class TestBuild:
         assert build.presets_for([64, 128], [(512, 64)]) == KVQuantConfig.preset_names()
         assert set(KVQuantConfig.preset_names()) - set(build.presets_for([128, 96], [])) == {"int3", "int2"}
         assert build.presets_for([], [(512, 32)]) == build.presets_for([96], [])
+        text = run_build("--arch", "sm_90", "--head-dim", "96")
+        assert "keys int8 channel 64, " in text and "int3" not in text and "int2" not in text
 
     @pytest.mark.parametrize(
         ("arguments", "match"),

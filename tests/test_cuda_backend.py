@@ -192,6 +192,14 @@ def same_blocks(cache: QuantizedCache, expected: QuantizedCache, length: int) ->
         assert torch.equal(ours.scale[:, :, :rows], theirs.scale[:, :, :rows])
 
 
+def check_appends(device: Recorder, number: int, config: KVQuantConfig) -> None:
+    """The device launched this number of appends, with feedback of both sides if the config has it."""
+    kinds = [kind for kernel, kind, _ in device.launches if kernel == "quantize_append_kernel"]
+    assert len(kinds) == number
+    expected = [] if config.error_feedback is None else ["KVQUANT_K_FEEDBACK", "KVQUANT_V_FEEDBACK"]
+    assert all([name for name in kind if "FEEDBACK" in name] == expected for kind in kinds)
+
+
 @pytest.mark.parametrize("is_static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("model_and_config", OF_MODELS, indirect=True)
 def test_a_model_generates(model_and_config, is_static, emulated):
@@ -208,9 +216,7 @@ def test_a_model_generates(model_and_config, is_static, emulated):
         return out.sequences, out.past_key_values
 
     tokens, cache = run()
-    appends = [kind for kernel, kind, _ in emulated.launches if kernel == "quantize_append_kernel"]
-    assert len(appends) == 8 * len(cache.layers)
-    assert all(("KVQUANT_K_FEEDBACK" in kind) == (config.error_feedback is not None) for kind in appends)
+    check_appends(emulated, 8 * len(cache.layers), config)
     expected_tokens, expected = by_the_reference(run)
     assert torch.equal(tokens, expected_tokens)
     same_blocks(cache, expected, 64)
@@ -232,6 +238,7 @@ def test_a_captured_step_of_a_model(model_and_config, emulated, monkeypatch):
 
     logits, cache = run()
     assert cache.routes["decode_dequantized"] == 0 and cache.get_seq_length() == 65
+    check_appends(emulated, 4 * len(cache.layers), config)
     expected_logits, expected = by_the_reference(run)
     same_blocks(cache, expected, 64)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)

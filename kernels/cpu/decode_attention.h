@@ -26,6 +26,7 @@
 #include "cpu/nibbles.h"
 #include "cpu/rotation.h"
 #include "cpu/thread_pool.h"
+#include "kvquant/constants.h"
 #include "kvquant/softmax_state.h"
 
 namespace kvquant {
@@ -35,7 +36,7 @@ constexpr int kSplit = 1024;           // columns of a work item
 constexpr int kInlineBytes = 1 << 18;  // less is read sooner than another thread wakes up
 
 inline Vec tanh_of(Vec x) {
-  Vec t = Vec::exp(Vec(-2.0f) * Vec::abs(x));
+  Vec t = Vec::exp2(Vec(-2.0f * kLog2e) * Vec::abs(x));
   Vec y = (Vec(1.0f) - t) / (Vec(1.0f) + t);
   return Vec::where(Vec::less(x, Vec(0.0f)), Vec(0.0f) - y, y);
 }
@@ -45,11 +46,14 @@ inline Vec tanh_of(Vec x) {
 // accumulated values are seldom rescaled.
 struct RunningSoftmax {
   static constexpr float kLag = 8.0f;
-  SoftmaxState state;
+  // Without a cap or a bias scores are scaled in the step that makes them exponents, and `max` is a
+  // score before that, so it and `lag` are in units of `unit`.
+  float unit = 1.0f, lag = kLag, max = -__builtin_inff();
   alignas(64) float sums[Vec::kWidth] = {};
 
   SoftmaxState finished() const {
-    SoftmaxState whole = state;
+    SoftmaxState whole;
+    whole.max = max * unit;
     whole.sum = Vec::sum(Vec::load(sums));
     return whole;
   }
@@ -61,7 +65,13 @@ struct RunningSoftmax {
     const Vec hidden(-__builtin_inff());
     Vec s[kVecs], largest = hidden;
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) s[i] = Vec::load(x + i * W) * Vec(scaling);
+    for (int i = 0; i < kVecs; ++i) s[i] = Vec::load(x + i * W);
+    if (softcap != 0.0f || bias || !(scaling > 0.0f)) {
+      for (Vec& v : s) v = v * Vec(scaling);
+    } else if (unit != scaling) {
+      unit = scaling;
+      lag = kLag / unit;
+    }
     if (softcap != 0.0f)
       for (Vec& v : s) v = Vec(softcap) * tanh_of(v * Vec(1.0f / softcap));
     if (bias)
@@ -72,15 +82,26 @@ struct RunningSoftmax {
     for (Vec v : s) largest = Vec::max(v, largest);
     Vec sum = Vec::load(sums);
     float factor = 1.0f;
-    if (Vec::less(Vec(state.max + kLag), largest) != 0) {
-      factor = state.update(Vec::largest(largest));
+    if (Vec::less(Vec(max + lag), largest) != 0) {
+      const float before = max;
+      max = Vec::largest(largest);
+      factor = expf((before - max) * unit);
       sum = sum * Vec(factor);
     }
-    const Vec base(state.base());
+    float base = max;
+    if (max == -__builtin_inff()) {  // no score is above -infinity: all weights are 0, or NaN
+      base = 0.0f;
+      for (int i = 0; i < kVecs; ++i) visible &= ~(uint64_t(Vec::not_nan(s[i])) << i * W);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) s[i] = Vec::exp2((s[i] - Vec(base)) * Vec(unit * kLog2e));
+    if (visible != ~uint64_t(0))
+      for (int i = 0; i < kVecs; ++i)
+        s[i] = Vec::where(uint32_t(visible >> i * W), s[i], Vec(0.0f));
+#pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
-      const Vec p = Vec::exp(s[i] - base);
-      p.store(x + i * W);
-      sum = sum + p;
+      s[i].store(x + i * W);
+      sum = sum + s[i];
     }
     sum.store(sums);
     return factor;

@@ -1,27 +1,25 @@
-// exp for instruction sets without an instruction that helps.
+// 2^x for instruction sets without an instruction that helps.
 #pragma once
 
-#include "kvquant/constants.h"
 #include "kvquant/formats.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-// exp(x) = 2^n e^r for x < 88 with a relative error of 2e-7; 0 for x < -87; NaN stays NaN. The
-// polynomial has the least largest relative error, 9e-8 for |r| < log(2) / 2, of those of degree 5
+// 2^x = 2^n 2^r for x < 127.5 with a relative error of 2e-7; NaN stays NaN. An x below -100 counts as
+// -100: the result adds nothing to a sum, and times a scale it is no subnormal number, which is slow.
+// The polynomial has the least largest relative error, 9e-8 for |r| < 1 / 2, of those of degree 5
 // that are 1 at 0.
 template <class Vec>
-inline Vec exp_of(Vec x) {
-  const Vec a = Vec::max(Vec(-87.0f), x), n = Vec::round(a * Vec(kLog2e));
-  Vec r = Vec::fma(n, Vec(-0.693359375f), a);
-  r = Vec::fma(n, Vec(2.12194440e-4f), r);
-  Vec y = Vec(8.2902721e-3f);
-  y = Vec::fma(y, r, Vec(4.1898160e-2f));
-  y = Vec::fma(y, r, Vec(1.6667638e-1f));
-  y = Vec::fma(y, r, Vec(4.9999148e-1f));
-  y = Vec::fma(y, r, Vec(9.9999971e-1f));
+inline Vec exp2_of(Vec x) {
+  const Vec a = Vec::max(Vec(-100.0f), x), n = Vec::round(a), r = a - n;
+  Vec y = Vec(1.3264659e-3f);
+  y = Vec::fma(y, r, Vec(9.6715659e-3f));
+  y = Vec::fma(y, r, Vec(5.5507343e-2f));
+  y = Vec::fma(y, r, Vec(2.4022241e-1f));
+  y = Vec::fma(y, r, Vec(6.9314698e-1f));
   y = Vec::fma(y, r, Vec(1.0f));
-  return Vec::zero_where_less(x, Vec(-87.0f), Vec::scale(y, n));
+  return Vec::scale(y, n);
 }
 
 }  // namespace KVQUANT_ISA

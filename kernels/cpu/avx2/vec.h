@@ -98,17 +98,13 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static Vec exp(Vec x) { return exp_of(x); }
+  static Vec exp2(Vec x) { return exp2_of(x); }
   // a * 2^n for integral n, where a and the product are normal numbers, or NaN where a is.
   static Vec scale(Vec a, Vec n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent));
   }
   static uint32_t less(Vec a, Vec b) { return bits(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
-  // 0 where a < b, else y.
-  static Vec zero_where_less(Vec a, Vec b, Vec y) {
-    return _mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), y.v);
-  }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }
   static uint32_t not_nan(Vec a) { return bits(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q)); }
   static Vec where(uint32_t bits, Vec a, Vec b) {

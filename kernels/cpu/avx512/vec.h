@@ -96,18 +96,17 @@ struct Vec {
   static Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // e^x = 2^t = 2^floor(t) 2^r, the latter by a polynomial, with a relative error of 1.5e-7.
-  // `reduce` gives r, and 0 for infinity; `scalef` rounds t down itself, and underflows to 0.
-  static Vec exp(Vec x) {
-    const Vec t = x * Vec(kLog2e);
-    const Vec r = _mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF);
+  // 2^x = 2^floor(x) 2^r, the latter by a polynomial, with a relative error of 1.5e-7. `reduce` gives
+  // r, and 0 for infinity; `scalef` rounds x down itself, and underflows to 0.
+  static Vec exp2(Vec x) {
+    const Vec r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF);
     Vec y = Vec(1.8671301659196615e-3f);
     y = fma(y, r, Vec(9.017029777169228e-3f));
     y = fma(y, r, Vec(5.579991266131401e-2f));
     y = fma(y, r, Vec(2.4016444385051727e-1f));
     y = fma(y, r, Vec(6.931512951850891e-1f));
     y = fma(y, r, Vec(1.0f));
-    return _mm512_scalef_ps(y.v, t.v);
+    return _mm512_scalef_ps(y.v, x.v);
   }
   static uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }

@@ -93,18 +93,11 @@ struct Vec {
   }
   static Vec abs(Vec a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
   static Vec round(Vec a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
-  static Vec exp(Vec x) { return exp_of(x); }
+  static Vec exp2(Vec x) { return exp2_of(x); }
   // a * 2^n for integral n >= -126.
   static Vec scale(Vec a, Vec n) { return a * Vec(power_of_two(n.low), power_of_two(n.high)); }
   static uint32_t less(Vec a, Vec b) {
     return bits_where(vcltq_f32(a.low, b.low), vcltq_f32(a.high, b.high));
-  }
-  // 0 where a < b, else y.
-  static Vec zero_where_less(Vec a, Vec b, Vec y) {
-    const auto without = [](float32x4_t x, uint32x4_t bits) {
-      return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), bits));
-    };
-    return {without(y.low, vcltq_f32(a.low, b.low)), without(y.high, vcltq_f32(a.high, b.high))};
   }
   static uint32_t finite(Vec a) { return less(abs(a), Vec(__builtin_inff())); }
   static uint32_t not_nan(Vec a) {

@@ -92,9 +92,9 @@ struct Vec {
   static Vec round(Vec a) {
     return of([&](int i) { return std::nearbyint(a.lane[i]); });
   }
-  // exp(a) for a <= 0.
-  static Vec exp(Vec a) {
-    return of([&](int i) { return std::exp(a.lane[i]); });
+  // 2^a, or next to nothing for a < -100.
+  static Vec exp2(Vec a) {
+    return of([&](int i) { return std::exp2(a.lane[i]); });
   }
   static Vec where(uint32_t bits, Vec a, Vec b) {
     return of([&](int i) { return bits >> i & 1 ? a.lane[i] : b.lane[i]; });

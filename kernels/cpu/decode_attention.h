@@ -10,10 +10,13 @@
 //         softmax    scores -> weights, relative to the largest score so far
 //         values     weights x stored values, and weights x exact copies, in two accumulators:
 //                    the stored values may be rotated
-//   the last work item of a head merges its splits, in their order, and writes the output
+//     merge      into the splits before it, if these are all merged: in their order
+//   the last work item of a head merges the splits that are left, in their order, and writes the
+//   output
 //
-// A work item's result depends on nothing but the item, so the output is the same for any number of
-// threads, and for a row alone and in a batch.
+// A work item's result depends on nothing but the item, and splits are always merged one by one, from
+// the first on, so the output is the same for any number of threads, and for a row alone and in a
+// batch.
 #pragma once
 
 #include <algorithm>
@@ -124,10 +127,14 @@ struct DecodeAttention {
   const ValueMethod values;
   const int64_t q_per_kv, rows, splits;  // splits of the longest row
   const int k_dim, v_dim;
+  const int64_t chunks;
+  // Of splits that are not merged; those of a head's first split have all that are. The sums are of
+  // values as stored, which may be rotated.
   SoftmaxState* states;             // `[batch, num_kv_heads, splits, rows]`
   float* sums;                      // `[batch, num_kv_heads, splits, rows, v_dim]`
   int64_t* first_item;              // `[batch + 1]` with pages: the first work item of each row
   std::atomic<int32_t>* remaining;  // `[batch, num_kv_heads]`: splits that are not yet done
+  std::atomic<int32_t>* merged;     // `[batch, num_kv_heads, chunks]`: splits that are merged
   std::atomic<bool> no_memory{false};
 
   DecodeAttention(const KvquantAttention& a, KeyMethod keys, ValueMethod values)
@@ -138,7 +145,8 @@ struct DecodeAttention {
         rows(q_per_kv * a.q_len),
         splits((a.kv_len + kSplit - 1) / kSplit),
         k_dim(int(a.keys.head_dim)),
-        v_dim(int(a.values.head_dim)) {}
+        v_dim(int(a.values.head_dim)),
+        chunks((rows + kMaxRows - 1) / kMaxRows) {}
 
   int64_t splits_of(int64_t b) const {
     return a.pages.table ? (a.pages.lengths[b] + kSplit - 1) / kSplit : splits;
@@ -164,7 +172,7 @@ struct DecodeAttention {
     }
     auto* memory = static_cast<uint8_t*>(
         scratch(kCallScratch, items * rows * (sizeof(SoftmaxState) + v_dim * sizeof(float)) +
-                                  (a.batch + 1) * sizeof(int64_t) + heads * 4 + 64));
+                                  (a.batch + 1) * sizeof(int64_t) + heads * (1 + chunks) * 4));
     if (memory == nullptr) return false;
     first_item = reinterpret_cast<int64_t*>(memory);
     sums = reinterpret_cast<float*>(first_item + a.batch + 1);
@@ -177,26 +185,48 @@ struct DecodeAttention {
     }
     for (int64_t i = 0; i < heads; ++i)
       new (&remaining[i]) std::atomic<int32_t>(int32_t(splits_of(i / a.num_kv_heads)));
+    merged = remaining + heads;
+    for (int64_t i = 0; i < heads * chunks; ++i) new (&merged[i]) std::atomic<int32_t>(0);
     const int64_t bytes =
         a.num_kv_heads * columns * (row_bytes(a.keys, a.dtype) + row_bytes(a.values, a.dtype));
     // Consecutive items read consecutive memory, because a thread's next item is most likely the
     // next split.
-    auto item = [this](int64_t i) {
+    auto item = [this](int64_t i, int64_t previous) {
       const int64_t b = row_of(i), in_row = i - first_of(b);
       const int64_t h = in_row / splits_of(b), head = b * a.num_kv_heads + h;
-      attend(b, h, in_row % splits_of(b), i);
+      // If this thread took another split of the same head before, what it made of the queries is
+      // still in its memory; if that was the split before this one, its first tile is prefetched.
+      const int64_t split = in_row % splits_of(b);
+      const Before before{chunks == 1 && i - split <= previous,
+                          !a.pages.table && split > 0 && previous == i - 1};
+      attend(b, h, split, i, before);
       if (remaining[head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(b, h);
     };
     parallel_for(items, bytes < kInlineBytes ? 1 : a.threads, item);
     return !no_memory;
   }
 
-  void attend(int64_t b, int64_t h, int64_t split, int64_t item) {
-    for (int64_t row = 0; row < rows; row += kMaxRows) {
-      int64_t m = rows - row < kMaxRows ? rows - row : kMaxRows;
-      int64_t at = item * rows + row;
-      attend_chunk(b, h, split * kSplit, int(row), int(m), states + at, sums + at * v_dim);
+  // What a thread's previous work item left.
+  struct Before {
+    bool queries, prefetched;
+  };
+
+  void attend(int64_t b, int64_t h, int64_t split, int64_t item, Before before) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t row = chunk * kMaxRows;
+      attend_chunk(b, h, split, item, before, int(row),
+                   int(std::min<int64_t>(rows - row, kMaxRows)),
+                   merged[(b * a.num_kv_heads + h) * chunks + chunk]);
     }
+  }
+
+  // Merges a split of one row into the `into`-th slot of `states` and `sums`.
+  void merge_row(int64_t into, const SoftmaxState& state, const float* sum) {
+    const SoftmaxState::Factors factors = states[into].merge(state);
+    const Vec ours(factors.ours), theirs(factors.theirs);
+    float* total = sums + into * v_dim;
+    for (int c = 0; c < v_dim; c += Vec::kWidth)
+      Vec::fma(Vec::load(total + c), ours, Vec::load(sum + c) * theirs).store(total + c);
   }
 
   // Prefetches the first tile of a split; each tile prefetches the next one.
@@ -206,14 +236,16 @@ struct DecodeAttention {
   }
 
   // Query row r of a kv head is query r % q_len of its head r / q_len.
-  void attend_chunk(int64_t b, int64_t h, int64_t begin, int row0, int m, SoftmaxState* state,
-                    float* sum) {
-    const int64_t length = length_of(a, b);
+  void attend_chunk(int64_t b, int64_t h, int64_t split, int64_t item, Before before, int row0,
+                    int m, std::atomic<int32_t>& merged_splits) {
+    const int64_t length = length_of(a, b), begin = split * kSplit;
     const int64_t end = begin + kSplit < length ? begin + kSplit : length;
     Body k_body = body_at(a.keys, a.pages, a.dtype, b, h, begin);
     Body v_body = body_at(a.values, a.pages, a.dtype, b, h, begin);
-    prefetch(k_body, begin);
-    prefetch(v_body, begin);
+    if (!before.prefetched) {
+      prefetch(k_body, begin);
+      prefetch(v_body, begin);
+    }
     const DenseCopies k_copies(a.keys, a, b, h), v_copies(a.values, a, b, h);
     const int block = row_block(m), padded = (m + block - 1) / block * block;
     // What the methods read, tile by tile.
@@ -239,19 +271,19 @@ struct DecodeAttention {
     auto* softmax = reinterpret_cast<RunningSoftmax*>(bias + padded * kTile);
     void* prepared = softmax + padded;
     std::memset(acc, 0, sizeof(float) * padded * (acc_dim + v_dim));
-    std::memset(q + m * k_dim, 0, sizeof(float) * (padded - m) * k_dim);
-    std::memset(q_body + m * k_dim, 0, sizeof(float) * (padded - m) * k_dim);
-
-    for (int r = 0; r < m; ++r) {
-      int64_t g = (row0 + r) / a.q_len, j = (row0 + r) % a.q_len;
-      load_row<T>(a.query + b * a.query_stride[0] + (h * q_per_kv + g) * a.query_stride[1] +
-                      j * a.query_stride[2],
-                  k_dim, q + r * k_dim);
-      std::memcpy(q_body + r * k_dim, q + r * k_dim, sizeof(float) * k_dim);
-      if (k_body.rotated) rotate(q_body + r * k_dim, k_dim);
-      softmax[r] = RunningSoftmax();
+    for (int r = 0; r < m; ++r) softmax[r] = RunningSoftmax();
+    if (!before.queries) {
+      std::memset(q + m * k_dim, 0, sizeof(float) * (padded - m) * k_dim);
+      for (int r = 0; r < m; ++r) {
+        int64_t g = (row0 + r) / a.q_len, j = (row0 + r) % a.q_len;
+        load_row<T>(a.query + b * a.query_stride[0] + (h * q_per_kv + g) * a.query_stride[1] +
+                        j * a.query_stride[2],
+                    k_dim, q + r * k_dim);
+      }
+      std::memcpy(q_body, q, sizeof(float) * padded * k_dim);
+      for (int r = 0; r < m && k_body.rotated; ++r) rotate(q_body + r * k_dim, k_dim);
+      keys.prepare(k_read, q_body, padded, prepared);
     }
-    keys.prepare(k_read, q_body, padded, prepared);
 
     // The mask of each row; the rows of padding repeat the last one.
     MaskRow mask[kMaxPaddedRows];
@@ -345,14 +377,25 @@ struct DecodeAttention {
     }
 
     if (body_used) values.finish(v_read, m, acc);
+    // If the splits before this one are merged, it is merged while its sums are in the L1 cache.
+    const bool merges = split > 0 && merged_splits.load(std::memory_order_acquire) == split;
     for (int r = 0; r < m; ++r) {
-      state[r] = softmax[r].finished();
       float* body = acc + r * acc_dim;
-      if (body_used && v_body.rotated) rotate(body, v_dim);
-      for (int c = 0; c < v_dim; c += Vec::kWidth) {
-        (Vec::load(body + c) + Vec::load(acc_dense + r * v_dim + c)).store(sum + r * v_dim + c);
+      float* copies = acc_dense + r * v_dim;
+      if (dense_used) {
+        if (v_body.rotated) rotate(copies, v_dim);
+        for (int c = 0; c < v_dim; c += Vec::kWidth)
+          (Vec::load(body + c) + Vec::load(copies + c)).store(body + c);
+      }
+      const int64_t slot = (merges ? item - split : item) * rows + row0 + r;
+      if (merges) {
+        merge_row(slot, softmax[r].finished(), body);
+      } else {
+        states[slot] = softmax[r].finished();
+        std::memcpy(sums + slot * v_dim, body, sizeof(float) * v_dim);
       }
     }
+    if (merges || split == 0) merged_splits.store(int32_t(split + 1), std::memory_order_release);
   }
 
   const int32_t* sink_positions(int64_t b) const {
@@ -380,17 +423,11 @@ struct DecodeAttention {
       const int64_t head = h * q_per_kv + row / a.q_len,
                     out = (b * a.num_heads + head) * a.q_len + row % a.q_len;
       const int64_t first = item * rows + row;
-      SoftmaxState total = states[first];
+      for (int64_t s = merged[chunks * (b * a.num_kv_heads + h) + row / kMaxRows]; s < splits; ++s)
+        merge_row(first, states[first + s * rows], sums + (first + s * rows) * v_dim);
+      SoftmaxState& total = states[first];
       float* sum = sums + first * v_dim;
-      for (int64_t s = 1; s < splits; ++s) {
-        const int64_t at = first + s * rows;
-        const SoftmaxState::Factors factors = total.merge(states[at]);
-        const Vec ours(factors.ours), theirs(factors.theirs);
-        for (int c = 0; c < v_dim; c += Vec::kWidth) {
-          Vec x = Vec::load(sums + at * v_dim + c) * theirs;
-          Vec::fma(Vec::load(sum + c), ours, x).store(sum + c);
-        }
-      }
+      if (a.values.rotate) rotate(sum, v_dim);
       if (a.s_aux) {  // a learned sink: one more score, without a value
         SoftmaxState sink;
         sink.max = a.s_aux[head];

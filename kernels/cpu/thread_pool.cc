@@ -24,13 +24,15 @@ constexpr int kPausesPerClock = 32;       // the clock is read only this often
 constexpr int kPausesBeforeYield = 4096;  // while the last items run on other threads
 
 struct Job {
-  void (*task)(void*, int64_t) = nullptr;
+  Task task = nullptr;
   void* context = nullptr;
   int64_t count = 0;
   std::atomic<int64_t> next{0};
 
   void run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+    int64_t previous = -1;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; previous = i)
+      task(context, i, previous);
   }
 };
 
@@ -158,7 +160,7 @@ void use_openmp(OpenMpParallel parallel) {
   openmp_parallel.store(parallel);
 }
 
-void parallel_for(int64_t count, int64_t threads, void (*task)(void*, int64_t), void* context) {
+void parallel_for(int64_t count, int64_t threads, Task task, void* context) {
   Job job;
   job.task = task;
   job.context = context;

@@ -69,10 +69,17 @@ inline void sum_words(Operand, const uint8_t* chunks, int64_t row_bytes, const R
 template <class Operand>
 inline void sort_sums(Operand, float* sums, int head_dim);
 
+// Prefetches the scales of the next tile or block, which begin n scales behind these: they are a
+// stream of few bytes per tile, which the processor's own prefetcher recognises late.
+inline void prefetch_scales(const uint16_t* scales, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(scales + n + i, 0, 3);
+}
+
 // Token grid: the scales of group g in n columns from `first` on.
 inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
   const int64_t groups = body.num_scales;
   const uint16_t* from = body.scale + first * groups + g;
+  if (g == 0) prefetch_scales(from, kTile * groups);
   if (groups == 1) return halves_to_floats(from, n, scale);
   uint16_t column[kTile];
   for (int i = 0; i < n; ++i) column[i] = from[i * groups];
@@ -126,6 +133,8 @@ template <int kRows>
 inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
                           Largest* largest, Vec* zero) {
   const int n = keys.head_dim;
+  prefetch_scales(keys.scale + at, n);
+  if (keys.zero_point) prefetch_scales(keys.zero_point + at, n);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
   for (int c = 0; c < n; c += Vec::kWidth) {

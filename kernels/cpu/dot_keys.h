@@ -55,12 +55,9 @@ struct DotKeys {
     alignas(32) float scale[kTile];
     for (int g = 0; g < groups; ++g, tile.rows += channels / 16 * Operand::kBytes) {
       if (!kChannel) load_scales(keys, g, first, n, scale);
-      for (int i = 0; i < kTile; i += Vec::kWidth) {
-        for_row_blocks<Operand::kKeyRows>(rows, [&](int r, auto block) {
-          score_columns<block>(tile.rows + i * tile.row_bytes, tile.row_bytes, channels, row + r, g,
-                               scale + i, scores + r * kTile + i);
-        });
-      }
+      for_row_blocks<Operand::kKeyRows>(rows, [&](int r, auto block) {
+        score_rows<block>(tile, channels, row + r, g, scale, scores + r * kTile);
+      });
     }
   }
 
@@ -87,22 +84,24 @@ struct DotKeys {
     for (int r = 0; r < kRows; ++r) set_weights(keys, scaled[r], 0, n, row + r);
   }
 
-  // Scores of 8 columns and kRows query rows over the channels of group g. `columns` points at the
-  // group in the first column; `scale`: the columns' scales, on the token grid.
+  // Scores of a tile and kRows query rows over the channels of group g, which `tile` begins with.
+  // `scale`: the columns' scales, on the token grid.
   template <int kRows>
-  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes,
-                                             int channels, const Row* row, int g,
-                                             const float* scale, float* scores) {
-    Vec totals[kRows];
-    dot_columns<kRows>(Operand{}, columns, row_bytes, channels, row, g * Maker::room(channels),
-                       totals);
+  KVQUANT_NOINLINE static void score_rows(Tile tile, int channels, const Row* row, int g,
+                                          const float* scale, float* scores) {
+    for (int i = 0; i < kTile; i += Vec::kWidth, scores += Vec::kWidth) {
+      Vec totals[kRows];
+      dot_columns<kRows>(Operand{}, tile.rows + i * tile.row_bytes, tile.row_bytes, channels, row,
+                         g * Maker::room(channels), totals);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r, scores += kTile) {
-      const Vec factor(row[r].factor);
-      const Vec sum = kHasOffset ? totals[r] - Vec(row[r].offset[g]) : totals[r];
-      const Vec s =
-          kChannel ? Vec::fma(sum, factor, Vec(row[r].zero)) : sum * factor * Vec::load(scale);
-      (g == 0 ? s : s + Vec::load(scores)).store(scores);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec factor(row[r].factor);
+        const Vec sum = kHasOffset ? totals[r] - Vec(row[r].offset[g]) : totals[r];
+        const Vec s = kChannel ? Vec::fma(sum, factor, Vec(row[r].zero))
+                               : sum * factor * Vec::load(scale + i);
+        float* out = scores + r * kTile;
+        (g == 0 ? s : s + Vec::load(out)).store(out);
+      }
     }
   }
 };

@@ -38,23 +38,10 @@ struct DotValues {
       for_row_blocks<4>(rows, [&](int r, auto block) {
         make_rows<block>(values, scale, columns + r, p + r * kTile, row + r);
       });
-      const auto piece = [&](int byte, auto pass) {
-        for_row_blocks<4>(rows, [&](int r, auto block) {
-          accumulate_piece<block, pass>(values, scales_at, tile, byte, row + r,
-                                        acc + r * values.head_dim);
-        });
-      };
-      int byte = g * group_bytes;
-      const int end = byte + group_bytes;
-      if constexpr (kInPasses) {
-        for (; in_passes(values) && byte < end; byte += 4 * Operand::kBytes) {
-          piece(byte, std::integral_constant<int, 0>());
-          piece(byte + Operand::kBytes, std::integral_constant<int, 1>());
-          piece(byte + 2 * Operand::kBytes, std::integral_constant<int, 2>());
-          piece(byte + 3 * Operand::kBytes, std::integral_constant<int, 3>());
-        }
-      }
-      for (; byte < end; byte += Operand::kBytes) piece(byte, std::integral_constant<int, -1>());
+      for_row_blocks<4>(rows, [&](int r, auto block) {
+        accumulate_group<block>(values, scales_at, tile, g * group_bytes, group_bytes, row + r,
+                                acc + r * values.head_dim);
+      });
     }
   }
 
@@ -105,12 +92,30 @@ struct DotValues {
     }
   }
 
+  // Adds the weighted sums of a group, those of n bytes from `byte` on in a row, to `acc`.
+  template <int kRows>
+  KVQUANT_NOINLINE static void accumulate_group(const Body& values, int64_t scales_at, Tile tile,
+                                                int byte, int n, const Row* row, float* acc) {
+    constexpr int kBytes = Operand::kBytes;
+    const int end = byte + n;
+    if constexpr (kInPasses) {
+      for (; in_passes(values) && byte < end; byte += 4 * kBytes) {
+        accumulate_piece<kRows, 0>(values, scales_at, tile, byte, row, acc);
+        accumulate_piece<kRows, 1>(values, scales_at, tile, byte + kBytes, row, acc);
+        accumulate_piece<kRows, 2>(values, scales_at, tile, byte + 2 * kBytes, row, acc);
+        accumulate_piece<kRows, 3>(values, scales_at, tile, byte + 3 * kBytes, row, acc);
+      }
+    }
+    for (; byte < end; byte += kBytes)
+      accumulate_piece<kRows, -1>(values, scales_at, tile, byte, row, acc);
+  }
+
   // Adds the weighted sums of 16 channels, those of the bytes from `byte` on in a row, to `acc`.
   // Channel grid: `scales_at` is where the scales and zero points of the tile's block begin.
   // kPass: see `kPasses`; -1: in the order of channels.
   template <int kRows, int kPass>
-  KVQUANT_NOINLINE static void accumulate_piece(const Body& values, int64_t scales_at, Tile tile,
-                                                int byte, const Row* row, float* acc) {
+  KVQUANT_INLINE static void accumulate_piece(const Body& values, int64_t scales_at, Tile tile,
+                                              int byte, const Row* row, float* acc) {
     Vec sums[kRows][2];
     constexpr bool kSorted = kPass < 0;
     if constexpr (kSorted)

@@ -133,13 +133,10 @@ struct QuadKeys {
     alignas(64) float scale[kTile];
     for (int g = 0; g < groups; ++g, data += group_bytes) {
       if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
-      for (int i = 0; i < kTile; i += kVecs * Quads::kCount) {
-        for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
-          score_columns<block>(data + i * keys.row_bytes, keys.row_bytes, group_bytes, row + r, g,
-                               g * group_quads, keys.channel_grid ? nullptr : scale + i,
-                               scores + r * kTile + i);
-        });
-      }
+      for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
+        score_rows<block>(data, keys.row_bytes, group_bytes, row + r, g, g * group_quads,
+                          keys.channel_grid ? nullptr : scale, scores + r * kTile);
+      });
     }
   }
 
@@ -165,38 +162,43 @@ struct QuadKeys {
     }
   }
 
-  // Scores of kVecs * 16 columns and kRows query rows over the channels of group g: `bytes` bytes
-  // of each column, from `columns` on in the first one. `quad`: the group's first quad of weights;
-  // `scale`: the columns' scales, or null on the channel grid.
+  // Scores of a tile and kRows query rows over the channels of group g: `bytes` bytes of each
+  // column, from `columns` on in the first one. `quad`: the group's first quad of weights; `scale`:
+  // the columns' scales, or null on the channel grid.
   template <int kRows>
-  KVQUANT_NOINLINE static void score_columns(const uint8_t* columns, int64_t row_bytes, int bytes,
-                                             const Row* row, int g, int quad, const float* scale,
-                                             float* scores) {
-    Dot acc[kRows][kVecs];
+  KVQUANT_NOINLINE static void score_rows(const uint8_t* columns, int64_t row_bytes, int bytes,
+                                          const Row* row, int g, int quad, const float* scale,
+                                          float* scores) {
+    constexpr int kColumns = kVecs * Quads::kCount;
+    for (int i = 0; i < kTile; i += kColumns, columns += kColumns * row_bytes) {
+      Dot acc[kRows][kVecs];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
-    }
-    Columns16 at(columns, row_bytes);
-    for (int c = 0; c + 16 <= bytes; c += 16, quad += 4 * Operand::kOut) {
-      for (int i = 0; i < 16 * kVecs; i += 4)
-        prefetch_tile(columns + (c * kVecs + i) * 16, row_bytes);
-      score_piece<kRows, 4>(at, row_bytes, row, quad, acc);
-      at.advance(16);
-    }
-    if (Operand::kNibbles && bytes % 16) score_piece<kRows, 2>(at, row_bytes, row, quad, acc);
+        for (int v = 0; v < kVecs; ++v) acc[r][v].clear();
+      }
+      Columns16 at(columns, row_bytes);
+      int c = 0, from = quad;
+      for (; c + 16 <= bytes; c += 16, from += 4 * Operand::kOut) {
+        for (int j = 0; j < 16 * kVecs; j += 4)
+          prefetch_tile(columns + (c * kVecs + j) * 16, row_bytes);
+        score_piece<kRows, 4>(at, row_bytes, row, from, acc);
+        at.advance(16);
+      }
+      if (Operand::kNibbles && c < bytes) score_piece<kRows, 2>(at, row_bytes, row, from, acc);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Share share = row[r].share[g];
-      const Vec factor(share.factor / Operand::kTimes);
+      for (int r = 0; r < kRows; ++r) {
+        const Share share = row[r].share[g];
+        const Vec factor(share.factor / Operand::kTimes);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        float* out = scores + r * kTile + v * Vec::kWidth;
-        const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kHasOffset, share.offset);
-        const Vec s = scale ? dot * factor * Vec::load(scale + v * Vec::kWidth)
-                            : Vec::fma(dot, factor, Vec(row[r].zero));
-        (g == 0 ? s : s + Vec::load(out)).store(out);
+        for (int v = 0; v < kVecs; ++v) {
+          const int at = i + v * Vec::kWidth;
+          float* out = scores + r * kTile + at;
+          const Vec dot = acc[r][v].result(Operand::kTimes, Operand::kHasOffset, share.offset);
+          const Vec s = scale ? dot * factor * Vec::load(scale + at)
+                              : Vec::fma(dot, factor, Vec(row[r].zero));
+          (g == 0 ? s : s + Vec::load(out)).store(out);
+        }
       }
     }
   }

@@ -101,6 +101,13 @@ struct DenseCopies {
     return ring ? first_exact(position, recent_length, block_length) : kv_len;
   }
 
+  // Prefetches the ring's copy of column t.
+  void prefetch(int64_t t) const {
+    if (ring == nullptr) return;
+    const uint8_t* p = ring + t % ring_length * row_bytes;
+    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+
   // Sets place[i] to the copy of each column in `bits`: the sink's if it has one (sink_slot, -1:
   // none), else the ring's.
   void find(uint64_t bits, int64_t first, const int16_t* sink_slot, const uint8_t** place) const {

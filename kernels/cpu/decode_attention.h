@@ -37,6 +37,7 @@ inline namespace KVQUANT_ISA {
 
 constexpr int kSplit = 1024;           // columns of a work item
 constexpr int kInlineBytes = 1 << 18;  // less is read sooner than another thread wakes up
+constexpr int kCopiesAhead = 12;       // exact copies that a tile prefetches
 
 inline Vec tanh_of(Vec x) {
   Vec t = Vec::exp2(Vec(-2.0f * kLog2e) * Vec::abs(x));
@@ -302,12 +303,22 @@ struct DecodeAttention {
     for (int64_t s = 0; a.sink_positions && s < a.num_sinks; ++s)
       plain = std::max<int64_t>(plain, sink_positions(b)[s] + 1);
 
+    // Exact copies are read at the end of a row: tiles before prefetch a few each.
+    int64_t next_copy = end;
+    if (end == length)
+      for (int r = 0; r < padded; ++r)
+        next_copy = std::min({next_copy, k_dense_from[r], v_dense_from[r]});
+
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
       if (a.pages.table && first != begin && first % a.pages.page_length == 0) {
         k_body = body_at(a.keys, a.pages, a.dtype, b, h, first);
         v_body = body_at(a.values, a.pages, a.dtype, b, h, first);
+      }
+      for (int i = 0; i < kCopiesAhead && next_copy < end; ++i, ++next_copy) {
+        k_copies.prefetch(next_copy);
+        v_copies.prefetch(next_copy);
       }
       const bool is_plain = first >= plain && first + kTile <= plain_end;
       int16_t sink_slot[kTile];

@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 
 HUGE_PAGE = 2 << 20
-# Smaller tensors hold hardly one whole huge page.
-LARGE_BYTES = 2 * HUGE_PAGE
+# Smaller tensors hold no whole huge page.
+LARGE_BYTES = HUGE_PAGE
 
 
 @lru_cache(maxsize=None)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
@@ -269,7 +270,7 @@ def _is_watched(x: torch.Tensor) -> bool:
     """Whether a compiler, a tensor subclass, a dispatch mode or the profiler shall see the operators called with x."""
     return (
         type(x) is not torch.Tensor
-        or torch.compiler.is_dynamo_compiling()
+        or is_dynamo_compiling()
         or is_in_torch_dispatch_mode()
         or profiler._is_profiler_enabled
     )

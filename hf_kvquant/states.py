@@ -85,6 +85,8 @@ class Stored(_Tensors):
 
     # What a compiled backend has checked about the tensors, whose shapes and strides never change; see `arguments`.
     layout: Any = None
+    # The sink positions that it has checked beside them, their batch, its stride in bytes, and the number of slots.
+    sinks: tuple[torch.Tensor | None, int, int, int] = (None, 0, 0, 0)
     # Whether backend "cuda" has checked their alignment, which does not change either.
     is_aligned = False
 

@@ -267,8 +267,12 @@ class TestTensorsAreCheckedOnce:
                 lambda q, k, v: (q, *(replace(s, sink_positions=s.sink_positions[:, :1]) for s in (k, v))),
                 "keys: the stored tensors do not fit",
             ),
+            (
+                lambda q, k, v: (q, *(replace(s, sink_positions=s.sink_positions.long()) for s in (k, v))),
+                "sink_positions: .* of torch.int64 on cpu does not fit",
+            ),
         ],
-        ids=["scale", "ring", "data", "spec", "length", "dtype", "batch", "sinks"],
+        ids=["scale", "ring", "data", "spec", "length", "dtype", "batch", "sinks", "sinks' dtype"],
     )
     def test_something_else(self, change, message, used):
         with pytest.raises(ValueError, match=message):
@@ -277,10 +281,10 @@ class TestTensorsAreCheckedOnce:
 
     def test_copies_remember_nothing(self, used):
         stored = used[1].stored
-        assert stored.layout is not None
+        assert stored.layout is not None and stored.sinks[0] is used[1].sink_positions
         moved = stored.transformed(torch.clone)
         for other in (copy.deepcopy(stored), moved, stored._replace(sink=None), type(stored)._make(stored)):
-            assert other.layout is None
+            assert other.layout is None and other.sinks[0] is None
 
 
 @pytest.mark.parametrize("level", LEVELS)

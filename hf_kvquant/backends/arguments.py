@@ -312,14 +312,20 @@ def _factors(name: str, factors: torch.Tensor, spec: QuantSpec, x: torch.Tensor)
 
 def _sink_positions(keys: QuantizedStates, batch: int) -> tuple[int, int, int]:
     """The address of the sink positions, their stride of batch in bytes, and the number of slots."""
-    positions = keys.sink_positions
-    num_sinks = 0 if positions is None else positions.shape[-1]
-    if not num_sinks:
+    positions, stored = keys.sink_positions, keys.stored
+    if positions is None:
         return 0, 0, 0
-    _check_small("sink_positions", positions, keys.data, torch.int32, batch, num_sinks)
-    if positions.stride(1) != 1:
-        raise ValueError(f"sink_positions: strides {positions.stride()} are not allowed; expected contiguous rows")
-    return positions.data_ptr(), positions.stride(0) * 4, num_sinks
+    known, rows, stride, num_sinks = stored.sinks
+    if known is not positions or rows != batch:
+        num_sinks = positions.shape[-1]
+        if not num_sinks:
+            return 0, 0, 0
+        _check_small("sink_positions", positions, stored.data, torch.int32, batch, num_sinks)
+        if positions.stride(1) != 1:
+            raise ValueError(f"sink_positions: strides {positions.stride()} are not allowed; expected contiguous rows")
+        stride = positions.stride(0) * 4
+        stored.sinks = positions, batch, stride, num_sinks
+    return positions.data_ptr(), stride, num_sinks
 
 
 def _dtype_code(dtype: torch.dtype) -> int:
@@ -349,8 +355,10 @@ def attention(
     """
     dtype, device = query.dtype, query.get_device()
     code = _dtype_code(dtype)
-    if query.stride(3) != 1:
+    batch_stride, head_stride, row_stride, element_stride = query.stride()
+    if element_stride != 1:
         query = query.contiguous()
+        batch_stride, head_stride, row_stride, _ = query.stride()
     batch, num_heads, q_len, head_dim = query.shape
     has_sinks = keys.stored.sink is not None or values.stored.sink is not None
     positions, positions_stride, num_sinks = _sink_positions(keys, batch) if has_sinks else (0, 0, 0)
@@ -360,7 +368,6 @@ def attention(
         raise ValueError(_misfit_of_query(query, keys, values))
     if length is not None:
         _check_small("length", length, query, torch.int64)
-    batch_stride, head_stride, row_stride, _ = query.stride()
     itemsize = dtype.itemsize
     # torch reads sizes faster than a tuple of them.
     output = query.new_empty(batch, num_heads, q_len, values.head_dim)

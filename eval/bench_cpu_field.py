@@ -133,7 +133,7 @@ def bench(args: argparse.Namespace, batch: int, length: int) -> dict[str, list[d
     query = operator.random_query(batch, args.heads, 1, args.head_dim, dtype)
     bfloat16 = [x.to(torch.bfloat16).contiguous() for x in (query, key, value)]
     expected = operator.sdpa(query.float(), key.float(), value.float())
-    tasks: dict[str, Callable[[], float]] = {SDPA: partial(seconds_of, partial(operator.sdpa, *bfloat16))}
+    tasks: dict[str, Callable[[], float]] = {SDPA: partial(seconds_of, operator.sdpa_call(*bfloat16))}
     error = relative_error(operator.sdpa(*bfloat16), expected)
     checks = [at_most(SDPA, "SDPA against float32", error, COARSE_TOLERANCE)]
     facts: dict[str, dict] = {SDPA: {"kind": "torch", "bits_per_element": 16.0}}
@@ -141,7 +141,7 @@ def bench(args: argparse.Namespace, batch: int, length: int) -> dict[str, list[d
     for name, config in args.configs.items():
         states = operator.fill(config, key, value)
         checks += operator.check_attention(name, query, *states)
-        tasks[name] = partial(seconds_of, partial(operator.attention, query, *states))
+        tasks[name] = partial(seconds_of, operator.attention_call(query, *states))
         facts[name] = {"kind": "preset", "bits_per_element": 8 * sum(map(operator.bytes_read, states)) / elements}
     shape = {"batch": batch, "length": length}
     shape |= {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,16 @@ def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's attention over a dense cache, with query heads packed by KV head as in transformers' `pack_gqa`."""
     return scaled_dot_product_attention(packed(query, key.shape[1]), key, value).reshape_as(query)
+
+
+def sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A call of what `sdpa` computes, to be timed: nothing but torch's attention. Its output is packed."""
+    return partial(scaled_dot_product_attention, packed(query, key.shape[1]), key, value)
+
+
+def attention_call(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> Callable:
+    """A call of what `attention` computes, to be timed: nothing but the operator."""
+    return partial(ops.decode_attention, query, keys, values, scaling=_scaling(query))
 
 
 def attention(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, *args, **kwargs):

@@ -288,6 +288,21 @@ class TestTensorsAreCheckedOnce:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_a_score_of_minus_infinity_weighs_nothing(level):
+    key, value = (random_states(torch.Generator().manual_seed(seed), 1, 1, 70, 32, torch.float32) for seed in (5, 6))
+    query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(7))
+    query[..., 3] = 1
+    key[0, 0, 9, 3] = key[0, 0, 66, 3] = -torch.inf
+    states = [make_states(x, KEY_SPECS["dense"]) for x in (key, value)]
+    expected = reference.decode_attention(query, *states, scaling=0.1)
+    torch.testing.assert_close(cpu.decode_attention(query, *states, scaling=0.1, isa=level), expected)
+    key[..., 3] = -torch.inf
+    states = [make_states(x, KEY_SPECS["dense"]) for x in (key, value)]
+    output, lse = cpu.decode_attention(query, *states, scaling=0.1, isa=level)
+    assert (output == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("k", "v"), [("int8", "int8"), ("int4", "fp8"), ("dense", "dense")])
 def test_a_bad_token_is_seen_only_by_the_rows_that_see_it(k, v, level):
     key = random_states(torch.Generator().manual_seed(3), 2, 1, 100, 64, torch.bfloat16)

@@ -7,8 +7,8 @@
 #include "cpu/nibbles.h"
 
 // For loops that use nearly all registers: inlined into one function, GCC would spill them. A
-// function of its own has the whole of a tile, because a call for a few columns or channels takes a
-// tenth of their time.
+// function of its own has the whole of a tile, because calls for a few columns or channels take a
+// twentieth of their time.
 #define KVQUANT_NOINLINE __attribute__((noinline))
 
 namespace kvquant {

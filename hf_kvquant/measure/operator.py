@@ -95,7 +95,7 @@ def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's attention over a dense cache, with query heads packed by KV head as in transformers' `pack_gqa`."""
-    return scaled_dot_product_attention(packed(query, key.shape[1]), key, value).reshape_as(query)
+    return sdpa_call(query, key, value)().reshape_as(query)
 
 
 def sdpa_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -110,7 +110,7 @@ def attention_call(query: torch.Tensor, keys: QuantizedStates, values: Quantized
 
 def attention(query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, *args, **kwargs):
     """The operator: output and log-sum-exp."""
-    return ops.decode_attention(query, keys, values, *args, scaling=_scaling(query), **kwargs)
+    return attention_call(query, keys, values)(*args, **kwargs)
 
 
 def append(tokens: Sequence[tuple[torch.Tensor, torch.Tensor]], states: Sides, start: int) -> Callable:

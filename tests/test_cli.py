@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -257,6 +258,11 @@ ERRORS = {
     "no such model": (["{no}/model", "x"], "does not exist"),
     "a folder without a model": (["{empty}", "x"], "has no config.json"),
     "a broken model": (["{broken}", "x"], "cannot be loaded"),
+    "weights that were cut short": (["{cut}", "x"], "cannot be loaded: Error while deserializing header"),
+    "no tokenizer": (
+        ["{untold}", "x"],
+        "cannot be loaded: Couldn't instantiate the backend tokenizer from one of: (1)",
+    ),
     "no such preset": (["{model}", "x", "--preset", "int5"], "'int5' is unknown"),
     "no such file": (["{model}", "x", "--config", "{no}.yaml"], "cannot be read"),
     "not a config": (["{model}", "x", "--config", "{bad}"], "unknown field"),
@@ -270,6 +276,8 @@ ERRORS = {
     "an empty prompt": (["{model}", ""], "no token"),
     "greedy at a temperature": (["{model}", "x", "--greedy", "--temperature", "1"], "not both"),
     "a temperature of zero": (["{model}", "x", "--temperature", "0"], "above 0"),
+    "a temperature that is no number": (["{model}", "x", "--temperature", "nan"], "above 0"),
+    "a seed of too many bits": (["{model}", "x", "--seed", 2**64], "less than or equal to 18446744073709551615"),
     "an unknown option": (["{model}", "x", "--bits", "4"], "No such option"),
 }
 
@@ -291,13 +299,42 @@ class TestErrors:
         places["empty"].mkdir()
         places["broken"].mkdir()
         (places["broken"] / "config.json").write_text("{}")
+        for name in ("cut", "untold"):
+            places[name] = shutil.copytree(folder, tmp_path / name)
+        weights = places["cut"] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        for file in places["untold"].glob("token*"):
+            file.unlink()
         if "{cuda}" in arguments and torch.cuda.is_available():
             pytest.skip("there is a GPU")
-        result = call("generate", *(a.format(**places) for a in arguments), code=2)
+        result = call("generate", *(str(a).format(**places) for a in arguments), code=2)
         said = " ".join(result.output.replace("│", " ").split())
         assert message in said
         assert "Traceback" not in said
         assert isinstance(result.exception, SystemExit)
+
+    @pytest.mark.parametrize(
+        "command", [["eval", "--model"], ["tune", "--bits", 5], ["demo", "--model"], ["report"]], ids=lambda c: c[0]
+    )
+    def test_a_folder_that_cannot_be_made(self, folder, tmp_path, command):
+        (tmp_path / "file").write_text("")
+        result = call(*command, folder, "--out", tmp_path / "file" / "new", code=2, columns=400)
+        assert f"'{tmp_path / 'file' / 'new'}' cannot be a folder: '{tmp_path / 'file'}' is no folder" in result.output
+
+    @pytest.mark.parametrize(
+        "command", [["check", "--preset", "int4", "--write"], ["calibrate", "--out"]], ids=lambda c: c[0]
+    )
+    def test_a_file_that_cannot_be_written(self, folder, tmp_path, command):
+        for file in (tmp_path, tmp_path / "no" / "new"):
+            result = call(*command, file, folder, code=2, columns=400)
+            assert f"'{file}' is not allowed; expected a file's name in an existing folder" in result.output
+
+    def test_a_folder_that_may_not_be_written_to(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0 or Path(path) != tmp_path)
+        result = call("demo", "--model", folder, "--out", tmp_path / "new", code=2, columns=400)
+        assert f"'{tmp_path}' may not be written to" in result.output
+        result = call("calibrate", folder, "--out", tmp_path / "new", code=2, columns=400)
+        assert f"'{tmp_path / 'new'}' is not allowed" in result.output
 
     def test_demo(self, folder, tmp_path):
         (tmp_path / "file").write_text("")

@@ -16,14 +16,14 @@ from tqdm import tqdm
 from ..calibration import calibrate as measure
 from ..host import context_length
 from .evaluate import model_name, read_documents
-from .models import Device, Dtype, ModelArgument, load_model
+from .models import Device, Dtype, ModelArgument, file_option, load_model
 
 _LONGEST_WINDOW = 512
 
 
 def calibrate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    out: Annotated[Path, file_option("The file to write.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -39,10 +39,6 @@ def calibrate(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
     """Measure the factors of error feedback of a model, for the field `error_feedback` of a config."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise typer.BadParameter(
-            f"{str(out)!r} is not allowed; expected a file's name in an existing folder", param_hint="--out"
-        )
     lm, tokenizer = load_model(model, dtype.value, device.value)
     window = window or min(_LONGEST_WINDOW, context_length(lm.config) or _LONGEST_WINDOW)
     name = model_name(model)

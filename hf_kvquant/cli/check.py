@@ -24,7 +24,17 @@ from ..measure.guard import check as measure
 from ..measure.tables import new_table, three_digits, with_error
 from ..quantization import QuantSpec
 from .evaluate import model_name, read_documents
-from .models import DEFAULT_PRESET, ConfigOption, Device, Dtype, ModelArgument, PresetOption, load_config, load_model
+from .models import (
+    DEFAULT_PRESET,
+    ConfigOption,
+    Device,
+    Dtype,
+    ModelArgument,
+    PresetOption,
+    file_option,
+    load_config,
+    load_model,
+)
 
 _LONGEST_WINDOW = 1024
 _CONTEXT_SHARE = 1 / 4
@@ -54,9 +64,7 @@ def check(
     min_agreement: Annotated[
         float, typer.Option(help="The least share of equal most likely tokens that passes.")
     ] = Limits.agreement,
-    write: Annotated[
-        Path | None, typer.Option(help="Write the repaired config to this YAML file.", show_default=False)
-    ] = None,
+    write: Annotated[Path | None, file_option("Write the repaired config to this YAML file.")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="float32: only the caches differ, not the rounding. auto: the checkpoint's.")
     ] = Dtype.float32,

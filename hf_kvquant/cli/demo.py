@@ -34,7 +34,7 @@ from ..measure.generation import NOISE_BOUND, Run, Speed, run
 from ..measure.report.plots import draw_pareto
 from ..measure.report.style import COLORS, PRINT, dress, new_figure
 from ..measure.text import bundled_model, windows
-from .models import Device, Dtype, backend_of, load_model
+from .models import Device, Dtype, backend_of, folder_option, load_model
 
 # The share of a piece of text that is prefilled; the rest is scored. A greedy continuation is no longer than this.
 _CONTEXT_SHARE = 1 / 2
@@ -58,7 +58,7 @@ def demo(
     positions: Annotated[int, typer.Option(min=1, help="Positions to compare, at least.")] = 4088,
     dtype: Annotated[Dtype, typer.Option(help="Of the text, speed and bytes; auto: the checkpoint's.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: a GPU if it has a compiled backend.")] = Device.auto,
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("kvquant-demo"),
+    out: Annotated[Path, folder_option("Folder for the plot and the figures.")] = Path("kvquant-demo"),
 ) -> None:
     """Compare every preset with the dense cache: text, speed, bytes and agreement."""
     start = time.perf_counter()
@@ -66,10 +66,7 @@ def demo(
     if device is Device.auto:
         has_gpu = torch.cuda.is_available() and ops.backend_status("cuda") is None
         device = Device.cuda if has_gpu else Device.cpu
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{str(out)!r} cannot be a folder: {error}", param_hint="--out") from error
+    out.mkdir(parents=True, exist_ok=True)
     name = str(model or bundled_model())
     lm, tokenizer = load_model(name, dtype.value, device.value)
     configs = {DENSE: None, **{name: KVQuantConfig.preset(name) for name in KVQuantConfig.preset_names()}}

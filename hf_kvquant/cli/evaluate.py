@@ -20,7 +20,7 @@ from ..measure.store import RESULT
 from ..measure.tables import columns
 from ..measure.text import BUNDLED, file_windows, windows
 from .info import HEAD_DIM
-from .models import Device, Dtype, load_model
+from .models import Device, Dtype, folder_option, load_model
 
 STANDARD_LIBRARY = "held-out source of Python's standard library"
 
@@ -60,9 +60,7 @@ def evaluate(
     task_results: Annotated[
         list[Path] | None, typer.Option(help="lm-eval result files, to stand in the result too.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the result. A run that was killed goes on in its folder.")
-    ] = Path("kvquant-eval"),
+    out: Annotated[Path, folder_option("Folder for the result; a killed run goes on in it.")] = Path("kvquant-eval"),
 ) -> None:
     """Compare caches with the dense one: perplexity, KL divergence, agreement, text, bytes."""
     console = Console()

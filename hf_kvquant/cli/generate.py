@@ -5,6 +5,7 @@ The text goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ def generate(
         float | None, typer.Option(help="Sample at this temperature.", show_default="greedy")
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most likely token (the default).")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of sampling.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
 ) -> None:
@@ -48,7 +49,7 @@ def generate(
     kv_config = load_config(preset, config)
     if greedy and temperature is not None:
         raise typer.BadParameter("give either --greedy or a temperature, not both", param_hint="--temperature")
-    if temperature is not None and temperature <= 0:
+    if temperature is not None and not 0 < temperature < math.inf:
         raise typer.BadParameter(
             f"{temperature} is not allowed; expected a number above 0", param_hint="--temperature"
         )

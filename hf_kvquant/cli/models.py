@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from textwrap import shorten
+from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -18,6 +20,8 @@ from ..measure.text import BUNDLED, bundled_model
 from ..scoring import DENSE
 
 DEFAULT_PRESET = "int4"
+# The most letters of what transformers says about a model that it cannot load.
+_REASON = 400
 
 
 class Dtype(str, Enum):
@@ -42,6 +46,35 @@ PresetOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file instead of a preset.")]
 
 
+# Options that name what a command writes are checked at once, because measuring it takes minutes.
+def _writable(folder: Path) -> Path:
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        problem = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise typer.BadParameter(f"{str(folder)!r} cannot be a folder: {str(nearest)!r} {problem}")
+    return folder
+
+
+def _writable_file(file: Path | None) -> Path | None:
+    if file is not None:
+        folder = file.absolute().parent
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise typer.BadParameter(
+                f"{str(file)!r} is not allowed; expected a file's name in an existing folder that may be written to"
+            )
+    return file
+
+
+def folder_option(text: str) -> Any:
+    """The option of a folder to write to, which is made if it is not there."""
+    return typer.Option(help=text, callback=_writable)
+
+
+def file_option(text: str) -> Any:
+    """The option of a file to write."""
+    return typer.Option(help=text, show_default=False, callback=_writable_file)
+
+
 def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model (evaluation mode) and its tokenizer, from a folder or a hub id, or the bundled one by its name.
 
@@ -62,9 +95,9 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         what = "cannot be loaded" if _is_path(name) else "is no folder here, and cannot be loaded from the hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = shorten(str(error), _REASON, placeholder=" ..") or type(error).__name__
         raise typer.BadParameter(f"{name!r} {what}: {reason}", param_hint="MODEL") from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # its wrapper hides `self`
 

@@ -12,6 +12,7 @@ from ..measure import is_lm_eval, is_result, read_tasks
 from ..measure import report as pages
 from ..measure.facts import read_json
 from ..measure.store import RESULT
+from .models import folder_option
 
 
 def report(
@@ -21,7 +22,7 @@ def report(
             help="Folders of `hf-kvquant eval`, their result.json files, or lm-eval result files.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for index.html and the plots.")] = Path("kvquant-report"),
+    out: Annotated[Path, folder_option("Folder for index.html and the plots.")] = Path("kvquant-report"),
 ) -> None:
     """Write a page of comparisons: tables, accuracy against bytes, loss along the text, error by layer."""
     if find_spec("matplotlib") is None:

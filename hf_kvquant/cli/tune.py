@@ -25,7 +25,7 @@ from ..measure.store import RESULT
 from ..measure.tables import COLUMNS, new_table, notes, rich_table, task_table, three_digits
 from ..measure.tuning import TUNED, UNIFORM, Tuner
 from .evaluate import model_name, read_documents
-from .models import Device, Dtype, ModelArgument, load_model, source_of
+from .models import Device, Dtype, ModelArgument, folder_option, load_model, source_of
 
 CONFIG, PLOT = "config.yaml", "pareto.png"
 _LONGEST_WINDOW = 512
@@ -71,7 +71,7 @@ def tune(
         int | None, typer.Option("--lm-eval-limit", min=1, help="At most this many documents of each task.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the config and all measurements. A run that was killed goes on in it.")
+        Path, folder_option("Folder for the config and all measurements. A run that was killed goes on in it.")
     ] = Path("kvquant-tune"),
 ) -> None:
     """Find the config that loses least on a model within a number of bits, and write it as YAML."""

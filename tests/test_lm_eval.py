@@ -15,6 +15,7 @@ import pytest
 import scripts
 import torch
 import yaml
+from commands import call
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
@@ -24,13 +25,11 @@ from lm_eval.evaluator import simple_evaluate as their_simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 import hf_kvquant
 from hf_kvquant import KVQuantConfig, QuantizedCache, QuantSpec, ops, score_by_decoding, scoring
-from hf_kvquant.cli import app
 from hf_kvquant.measure import lm_eval, sides
-from hf_kvquant.measure.lm_eval import KVQuantLM, main, simple_evaluate
+from hf_kvquant.measure.lm_eval import MODEL_NAME, KVQuantLM, main, simple_evaluate
 from hf_kvquant.measure.tables import task_rows
 
 ROOT = Path(__file__).parent.parent
@@ -480,8 +479,13 @@ class TestCommandLine:
 
     def test_through_our_command_line(self):
         """All options, --help included, are lm-eval's."""
-        result = CliRunner().invoke(app, ["lm-eval", "run", "--help"])
+        result = call("lm-eval", "run", "--help")
         assert "--include_path" in result.output
+
+    def test_a_wrong_argument_is_one_clear_line(self):
+        arguments = "--model", MODEL_NAME, "--model_args", f"pretrained={MODEL}", "--include_path", TASKS
+        result = call("lm-eval", *arguments, "--tasks", "kvquant_stdlib", code=2)
+        assert "Invalid value: kv_config: missing; expected a preset's name" in result.output
 
 
 def test_device_map(tmp_path):
@@ -528,7 +532,7 @@ class TestArguments:
             load(**options)
 
     def test_kv_config_is_required(self):
-        with pytest.raises(TypeError, match="kv_config"):
+        with pytest.raises(ValueError, match="kv_config: missing; expected a preset's name"):
             KVQuantLM(MODEL)
 
     def test_encoder_decoder_models_are_refused(self):
@@ -565,12 +569,12 @@ class TestScript:
         monkeypatch.setattr(sys, "argv", ["run_lm_eval.py", *settings])
         monkeypatch.setenv("COLUMNS", "200")
         script.main()
-        for call, config in zip(calls, ("none", "int8", "int4"), strict=True):
-            (given,) = [x for x in call if "pretrained=" in x]
+        for arguments, config in zip(calls, ("none", "int8", "int4"), strict=True):
+            (given,) = [x for x in arguments if "pretrained=" in x]
             assert f"kv_config={config}" in given
             # The dense cache gets the same windows.
             assert "rolling_context=128" in given
-            assert call[-2:] == ["--limit", "3"]
+            assert arguments[-2:] == ["--limit", "3"]
         shown = capsys.readouterr().out
         assert shown.count("0.5000 ± 0.0100") == 3
         assert "0.75" in shown
@@ -583,9 +587,7 @@ class TestTune:
     @staticmethod
     def tune(*arguments: object, code: int = 0) -> str:
         given = ["tune", MODEL, "--documents", 2, "--window", 96, "--rounds", 0, "--bits", 5, *arguments]
-        result = CliRunner().invoke(app, [*map(str, given)], env={"COLUMNS": "140", "NO_COLOR": "1"})
-        assert result.exit_code == code, result.output
-        return " ".join(result.output.replace("│", " ").split())
+        return " ".join(call(*given, code=code).output.replace("│", " ").split())
 
     def test_scores_the_dense_cache_the_best_uniform_config_and_the_result(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sides, "CHOICES", sides.CHOICES | {"group_size": (None,), "block_length": (None,)})

@@ -16,4 +16,8 @@ def lm_eval(context: typer.Context) -> None:
         raise typer.BadParameter("lm-eval is not installed (pip install 'lm-eval>=0.4.13')")
     from ..measure.lm_eval import main
 
-    main(context.args)
+    try:
+        main(context.args)
+    except (ValueError, OSError) as error:
+        # It names the argument, the task or the model.
+        raise typer.BadParameter(str(error)) from error

@@ -60,6 +60,8 @@ ROLLING_CONTEXT = 128
 _SCORING = ("parallel", "decoding")
 # The parts of a task that are reported: all of it and, for documents, their first and their later windows.
 _WHOLE, _FIRST, _LATER = "whole", "first_window", "later_windows"
+# An argument without a default that is left out would be a TypeError of lm-eval's.
+_MISSING = "missing"
 _log = logging.getLogger(__name__)
 
 
@@ -115,18 +117,21 @@ class KVQuantLM(HFLM):
         scoring: "parallel", or "decoding" for models that cannot be scored in one pass: one token at a time, slow.
 
     Raises:
-        ValueError: an argument is not allowed, the model is an encoder-decoder model, or lm-eval's `use_cache` is set.
+        ValueError: an argument is missing or not allowed, the model is an encoder-decoder model, or lm-eval's
+            `use_cache` is set.
     """
 
     def __init__(
         self,
         *args,
-        kv_config: KVQuantConfig | str | Path | dict | None,
+        kv_config: KVQuantConfig | str | Path | dict | None = _MISSING,
         decode_tail: int = DECODE_TAIL,
         rolling_context: int | None = None,
         scoring: str = "parallel",
         **kwargs,
     ):
+        if kv_config == _MISSING:
+            raise ValueError(f"kv_config: missing; expected a preset's name, a YAML path, or {DENSE!r}")
         # lm-eval's command line reads "none" as None.
         self.kv_config = None if kv_config in (None, DENSE) else KVQuantConfig.load(kv_config)
         if rolling_context is None:

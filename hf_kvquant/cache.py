@@ -124,8 +124,8 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
     ):
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config: a {type(config).__name__} is not allowed; expected a model's config")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
-            raise ValueError(f"max_length: {told(max_length)} is not allowed; expected a number of tokens or None")
+        if max_length is not None:
+            max_length = _length(max_length)
         self._config = config
         self.kv_config = KVQuantConfig.load(kv_config).for_model(config)
         check_layers(self.kv_config.error_feedback, config.get_text_config(decoder=True).num_hidden_layers)
@@ -303,7 +303,12 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
             layer.set_padding(attention_mask == 0, of_last)
 
     def reserve(self, max_length: int) -> None:
-        """Make room for `max_length` tokens, at once."""
+        """Make room for `max_length` tokens, at once.
+
+        Raises:
+            ValueError: `max_length` is not a number of tokens.
+        """
+        max_length = _length(max_length)
         self.settle()
         for layer in self.quantized_layers:
             layer.reserve(max_length)
@@ -395,6 +400,8 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
                 cache of its config, or was computed by another model or with other adapters; or one of transformers'
                 static layers was saved for another `max_length`.
         """
+        if max_length is not None:
+            max_length = _length(max_length)
         file = saving.read(path, mmap)
         file.check_model(config)
         if verify:
@@ -581,6 +588,17 @@ class QuantizedCache(OffloadedLayers, WholeChanges, DynamicCache):
         if self.unconditional is not None:
             report.update(self.unconditional.memory_report())
         return dict(report)
+
+
+def _length(max_length: Any) -> int:
+    """The number of tokens as an `int`: numpy's integers and tensors of one are taken too."""
+    try:
+        length = operator.index(max_length)
+    except TypeError:
+        length = -1
+    if length < 0:
+        raise ValueError(f"max_length: {told(max_length)} is not allowed; expected a number of tokens")
+    return length
 
 
 def _expected(layer: CacheLayerMixin, state: dict) -> dict:

@@ -450,6 +450,21 @@ def _refuse_lost_config(name: str | None, config: object) -> None:
         )
 
 
+def _refuse_no_cache(kwargs: dict) -> None:
+    """transformers would fail on the first attribute that a name or a config lacks.
+
+    Raises:
+        ValueError: what is given as the cache is only what one of ours is made from.
+    """
+    for argument in host.CACHE_NAMES:
+        given = kwargs.get(argument)
+        if _is_ours(given) or isinstance(given, KVQuantConfig) or given is QuantizedCache:
+            raise ValueError(
+                f"{argument}: {told(given)} is not allowed; expected a QuantizedCache, or the name as "
+                "cache_implementation"
+            )
+
+
 def _quantized_cache(cache: object) -> QuantizedCache | None:
     """The quantized cache in the argument that a user passed as a cache, if there is one."""
     if isinstance(cache, EncoderDecoderCache):
@@ -462,6 +477,7 @@ def _wrap_generate(generate: Callable) -> Callable:
     def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         generation_config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         name, by_call = _asked_for(self, generation_config, kwargs)
+        _refuse_no_cache(kwargs)
         outer = _Request._current.get()
         given = _caches_given([kwargs.get(name) for name in host.CACHE_NAMES])
         if not _is_ours(name):

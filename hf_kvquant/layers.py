@@ -172,6 +172,8 @@ class QuantizedLayer(DynamicLayer):
             self._align_padding(key_states.shape[2])
         if not self.is_initialized:
             self._check_new(key_states, value_states)
+            if key_states.device.type == "meta":
+                raise ValueError("key_states: device meta has no elements to quantize; expected another device")
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         return key_states, value_states

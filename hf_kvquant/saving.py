@@ -72,9 +72,10 @@ def write(path: str | Path, description: dict, packed: tuple[object, dict[str, t
         packed: a state, from `pack`.
 
     Raises:
-        ValueError: `path` is a folder, is not in a folder, or exists and is not a regular file.
+        ValueError: `path` is no path, is a folder, is not in a folder, or exists and is not a regular file.
         OSError: the disk is full, or may not be written to.
     """
+    tensors_file.check_path(path)
     path, given = Path(os.path.realpath(path)), path
     if path.is_dir() or not path.parent.is_dir():
         wanted = "a file's name" if path.is_dir() else f"a name in an existing folder, not in {str(path.parent)!r}"

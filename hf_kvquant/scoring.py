@@ -165,7 +165,12 @@ def _score_chunks(
     **model_kwargs: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Pairs of a first row and `result(first row, logits)`, which backward computes anew with the chunk."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: a {type(model).__name__} is not allowed; expected a model")
     batch, length = _shape(input_ids)
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
+        found = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask: shape {found} is not allowed; expected {(batch, length)}, as input_ids")
     contexts = _contexts(context_lengths, batch, input_ids.device)
     _check_range("context_lengths", contexts.tolist(), 1, length, "the length")
     _check_range("first_row", [first_row], 0, length - 1, "the last row")

@@ -48,8 +48,9 @@ def read(path: str | Path, mapped: bool) -> tuple[dict[str, str], dict[str, torc
             ends the process if the file has become shorter; False reads the whole file into memory.
 
     Raises:
-        ValueError: the file cannot be read, or is not a complete safetensors file.
+        ValueError: `path` is no path, or the file cannot be read, or is not a complete safetensors file.
     """
+    check_path(path)
     content = _content(path, mapped)
     try:
         return _parse(content)
@@ -57,6 +58,12 @@ def read(path: str | Path, mapped: bool) -> tuple[dict[str, str], dict[str, torc
         raise ValueError(
             f"{path}: is not a complete safetensors file; it was cut short or is something else ({error})"
         ) from None
+
+
+def check_path(path: object) -> None:
+    """Raise `ValueError` if this cannot name a file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: a {type(path).__name__} is not allowed; expected a file's name")
 
 
 def _content(path: str | Path, mapped: bool) -> mmap.mmap | bytearray:

@@ -128,6 +128,14 @@ TABLE = {
         lambda: new(max_length=1e3),
         r"max_length: 1000\.0 is not allowed; expected a number of tokens",
     ),
+    "max_length of reserve": (
+        lambda: filled().reserve(-1),
+        r"max_length: -1 is not allowed; expected a number of tokens",
+    ),
+    "max_length of load": (
+        lambda: QuantizedCache.load("any", CONFIG, max_length="9"),
+        r"max_length: '9' is not allowed; expected a number of tokens",
+    ),
     "no layer to quantize": (
         lambda: QuantizedCache(families.config("mistral", sliding_window=8), "int8"),
         r"mistral: none of the 2 layers",
@@ -142,6 +150,10 @@ TABLE = {
         r"key_states: torch\.int32 cannot be cached; expected one of",
     ),
     "complex states": (first(states(dtype=torch.complex64)), r"key_states: torch\.complex64 cannot be cached"),
+    "states without elements": (
+        first(states().to("meta")),
+        r"key_states: device meta has no elements to quantize; expected another device",
+    ),
     "values of another dtype": (
         first(states(), states().half()),
         r"value_states: .* of torch\.float16 does not fit layer 0; expected .*float32",
@@ -252,6 +264,9 @@ TABLE = {
         lambda: filled().batch_select_indices(torch.tensor([[0], [1]])),
         r"indices: selects rows of shape \(2, 1\); expected",
     ),
+    # --- files
+    "save to a model": (lambda: filled().save(model()), r"path: a LlamaForCausalLM is not allowed; expected a file's"),
+    "load from a model": (lambda: QuantizedCache.load(model(), "a"), r"path: a LlamaForCausalLM is not allowed"),
     # --- generate
     "generate without cache": (
         generate(cache_implementation="kvquant-int8", use_cache=False),
@@ -295,6 +310,15 @@ TABLE = {
         lambda: generate(**{CACHE: filled(n=11, batch=1)})(),
         r"input_ids: 9 tokens are not allowed with a cache of 11; expected",
     ),
+    "generate with a name as cache": (
+        generate(**{CACHE: "kvquant-int8"}),
+        rf"{CACHE}: 'kvquant-int8' is not allowed; expected a QuantizedCache, or the name as cache_implementation",
+    ),
+    "generate with a class as cache": (generate(**{CACHE: QuantizedCache}), rf"{CACHE}: <class .* is not allowed"),
+    "generate with a config as cache": (
+        generate(past_key_values=KVQuantConfig(INT8, INT8)),
+        r"past_key_values: KVQuantConfig\(.* is not allowed; expected a QuantizedCache",
+    ),
     "generate with fewer cached layers": (
         lambda: generate(**{CACHE: QuantizedCache(families.config("llama", num_hidden_layers=1), "int8")})(),
         r"layer_idx: 1 is not in this cache of 1 layers; expected the model whose config",
@@ -332,6 +356,14 @@ TABLE = {
     "scoring nothing": (
         lambda: hf_kvquant.score(model(), families.prompt(1, 9)[:, :0], 1, "int8"),
         r"input_ids: \(1, 0\) is not allowed; expected .* with a token at least",
+    ),
+    "scoring with a config": (
+        lambda: hf_kvquant.score(CONFIG, families.prompt(1, 9), 4, "int8"),
+        r"model: a LlamaConfig is not allowed; expected a model",
+    ),
+    "scoring with a shorter mask": (
+        lambda: hf_kvquant.score(model(), families.prompt(1, 9), 4, "int8", torch.ones(1, 8)),
+        r"attention_mask: shape \(1, 8\) is not allowed; expected \(1, 9\), as input_ids",
     ),
     # --- attention and calibration
     "attention of a config": (

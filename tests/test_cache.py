@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import families
+import numpy as np
 import processes
 import pytest
 import torch
@@ -157,6 +158,15 @@ def test_reserved_storage_is_allocated_once():
     assert tensors == [side.data.data_ptr() for side in (cache.layers[0]._keys, cache.layers[0]._values)]
     cache.reserve(700)
     assert cache.layers[0]._keys.capacity == 700
+
+
+@pytest.mark.parametrize("length", [np.int64(600), torch.tensor(600)], ids=["numpy", "torch"])
+def test_a_length_may_be_any_integer(length):
+    made, reserved = new_cache("int4", max_length=length), new_cache("int4")
+    for cache in (made, reserved):
+        feed(cache, *states(9, batch=1))
+    reserved.reserve(length)
+    assert made.layers[0]._keys.capacity == reserved.layers[0]._keys.capacity == 600
 
 
 def test_lengths():

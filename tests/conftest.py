@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,6 +21,17 @@ def pytest_collection_modifyitems(items):
     """Files whose tests start processes come first: these tests take longest, and one that begins last would keep the
     other processors waiting."""
     items.sort(key=lambda item: {"subprocess", "processes"}.isdisjoint(vars(item.module)))
+
+
+# Imports leave millions of objects that stay. No collection of garbage looks at them, neither while they are made nor
+# later: transformers' continuous batching alone asks for two whole ones whenever it stops.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _LIGHT = ROOT / "tests" / "light"
 
 
-def environment(**variables: str) -> dict[str, str]:
+def environment(*shown: str, **variables: str) -> dict[str, str]:
     """That of a process that finds the installed package, not the source folder, and starts in two thirds of the time:
     without the packages that transformers imports only because they are installed, such as hqq, which imports torch's
-    compiler. `variables` are set, too."""
+    compiler; but `shown` ones are there. `variables` are set, too."""
     folders = [_LIGHT, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), **variables}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "SHOWN": ",".join(shown), **variables}

@@ -4,13 +4,14 @@ read it."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from functools import partialmethod
 from importlib.resources import files
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import scripts
 import torch
@@ -47,6 +48,25 @@ def offline():
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_tasks():
+    """lm-eval reads the thousands of files of its own tasks whenever it starts; these tests ask for none of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+        yield
+
+
+# The same in a process, which then goes on like `python -m hf_kvquant.measure.lm_eval`.
+SCRIPT = """
+import runpy
+from functools import partialmethod
+from lm_eval.tasks import TaskManager
+
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+runpy.run_module("hf_kvquant.measure.lm_eval", run_name="__main__", alter_sys=True)
+"""
 
 
 def load(kv_config="int4-small", pretrained=MODEL, **options) -> KVQuantLM:
@@ -412,11 +432,6 @@ class TestABrokenCacheShows:
         assert answers[0] == answers[1]
 
 
-def process_environment() -> dict:
-    path = os.pathsep.join(p for p in sys.path if p)
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 class TestCommandLine:
     TASKS = "kvquant_lookup_8,kvquant_choice_24,kvquant_stdlib"
 
@@ -457,13 +472,15 @@ class TestCommandLine:
 
     def test_two_processes(self, finished, tmp_path):
         """`accelerate launch` distributes requests, here by gloo between two processes without a GPU."""
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT)
         # With --cpu accelerate would start one process only, unless MPI is there.
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-                  "-m", "hf_kvquant.measure.lm_eval"]  # fmt: skip
+                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+        shown = ("accelerate", "scipy", "sklearn")
         run = subprocess.run(
-            [sys.executable, *launch, *self.command(tmp_path, self.TASKS)],
-            cwd=tmp_path, env=process_environment() | {"ACCELERATE_USE_CPU": "1"},
+            [sys.executable, *launch, script, *self.command(tmp_path, self.TASKS)],
+            cwd=tmp_path, env=processes.environment(*shown, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"),
             capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]

@@ -1,7 +1,8 @@
 """The first ten minutes on a GPU, without one: the order of the steps, their limits, and what is kept of each.
 
-The suite's steps run it with the stand-in machine of test_gpu_suite.py; the profiler and the sanitizer are stand-ins
-on the PATH, which run what they are given, as the real ones do.
+The profiler and the sanitizer are stand-ins on the PATH, which run what they are given, as the real ones do; `python`
+is one, too. What it stands for gets the same arguments here: the suite on the stand-in machine of test_gpu_suite.py,
+and the profiled calls.
 """
 
 from __future__ import annotations
@@ -15,33 +16,25 @@ from pathlib import Path
 import processes
 import pytest
 from scripts import EVAL
-from test_gpu_suite import failures
+from test_gpu_suite import StandIn, failures
 
-# Stands for `python`: the suite gets its stand-in machine, and nothing needs a GPU.
+from hf_kvquant.measure.gpu import clock, operator
+
+# Stands for `python`, without its imports; only `info` is the real one. The suite leaves its arguments as its result.
 PYTHON = """
-import os, sys
-sys.path[:0] = [{eval!r}, {tests!r}]
+import json, pathlib, sys
 words = sys.argv[1:]
-if words[0] == "-c":
-    command = words[2:]
-    if command[0] == "build":
-        print("12 compiled, 0 found in cache.")
-    else:
-        sys.argv = ["hf-kvquant", *command]
-        exec(words[1])
-elif words[0] == "-m":
-    print("1 passed", *words)
+if words[0] == "-c" and words[2] != "build":
+    sys.argv[1:] = words[2:]
+    exec(words[1])
+elif words[0] == "-c":
+    print("12 compiled, 0 found in cache.")
 elif words[0].endswith("gpu_suite.py"):
-    import gpu_suite, test_gpu_suite
-    from hf_kvquant.measure.gpu import clock, operator
-    clock.HOST_CALLS = 2
-    operator.CASES = operator.CASES[:1]
-    plan = gpu_suite.Plan(presets=("fp8",), contexts=(130,), split_contexts=(300,), splits=(64, 128), q_per_kv=(1, 2),
-                          kv_heads=2, head_dim=32, other_head_dims=(), seconds_per_point=0.01)
-    sys.exit(gpu_suite.main(words[1:], test_gpu_suite.StandIn(), plan))
+    folder = pathlib.Path(words[words.index("--out") + 1])
+    folder.mkdir()
+    (folder / "gpu_suite.json").write_text(json.dumps(words[1:]))
 else:
-    import gpu_first
-    gpu_first.call(words[2], 100, device="cpu")
+    print("1 passed", *words)
 """
 SANITIZER = '#!/bin/sh\necho "$2"; shift 4; exec "$@"\n'
 PROFILER = """#!/bin/sh
@@ -67,7 +60,7 @@ def first(monkeypatch):
 @pytest.fixture
 def python(tmp_path) -> tuple[str, ...]:
     file = tmp_path / "python.py"
-    file.write_text(PYTHON.format(eval=str(EVAL), tests=str(Path(__file__).parent)))
+    file.write_text(PYTHON)
     return (sys.executable, "-W", "ignore", str(file))
 
 
@@ -108,18 +101,51 @@ def test_all_steps(first, python, tools, tmp_path, capsys, monkeypatch):
         "merge_splits_kernel": {"Duration": "3.1 us"},
     }
     for name in ("correctness", "attention", "splits"):
-        part = json.loads((out / steps[name]["file"]).read_text(encoding="utf-8"))
-        assert part["complete"] and not failures(part) and list(part["rows"]) == [name] and part["rows"][name]
-        assert part["plan"]["seconds"] < steps[name]["limit_s"]
-    assert part["plan"]["batches"] == [1, 8]
+        assert json.loads((out / steps[name]["file"]).read_text(encoding="utf-8"))[:2] == ["--out", str(out / name)]
+    assert "splits" in capsys.readouterr().out
+    written = json.dumps(result)
+    assert all(private not in written for private in (str(Path.home()), str(EVAL.parent), str(tmp_path)))
+
+
+def test_the_suite_takes_its_steps(first, tmp_path, monkeypatch):
+    suite = __import__("gpu_suite")
+    monkeypatch.setattr(clock, "HOST_CALLS", 2)
+    monkeypatch.setattr(operator, "CASES", operator.CASES[:1])
+    plan = suite.Plan(
+        presets=("fp8",), contexts=(130,), split_contexts=(300,), splits=(64, 128), q_per_kv=(1, 2), kv_heads=2,
+        head_dim=32, other_head_dims=(), seconds_per_point=0.01,
+    )  # fmt: skip
+    for step in first.steps(tmp_path, ("python",)):
+        if step.file is None:
+            continue
+        assert step.command[:2] == ("python", str(EVAL / "gpu_suite.py"))
+        assert suite.main(list(step.command[2:]), StandIn(), plan) == 0
+        part = json.loads((tmp_path / step.file).read_text(encoding="utf-8"))
+        assert part["complete"] and not failures(part)
+        assert list(part["rows"]) == [step.name] and part["rows"][step.name]
+        assert part["plan"]["seconds"] < step.seconds
+    assert step.name == "splits" and part["plan"]["batches"] == [1, 8]
     rows = part["rows"]["splits"]
     # 256 columns are the backend's own, and the first of 64 to be measured.
     assert {(row["batch"], row["columns"], row["is_ours"]) for row in rows} == {
         (batch, columns, columns == 256) for batch in (1, 8) for columns in (64, 128, 256)
     }
-    assert "splits" in capsys.readouterr().out
-    written = json.dumps(result)
-    assert all(private not in written for private in (str(Path.home()), str(EVAL.parent), str(tmp_path)))
+
+
+def test_the_profiled_calls(first, tmp_path, monkeypatch):
+    call, called = first.call, []
+
+    def short(preset, context):
+        called.append((preset, context))
+        call(preset, 100, device="cpu")
+
+    monkeypatch.setattr(first, "call", short)
+    for step in first.steps(tmp_path, ("python",)):
+        if step.tool == "ncu":
+            script = step.command.index("python") + 1
+            assert Path(step.command[script]).samefile(first.__file__)
+            assert first.main(list(step.command[script + 1 :])) == 0
+    assert called == [("int8", 32768), ("int4", 32768), ("int8", 131072), ("int4", 131072)]
 
 
 def test_what_is_missing_is_said_and_the_others_go_on(first, python, tools, tmp_path, capsys):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from matplotlib.text import Text
@@ -45,8 +46,10 @@ SUMMARY = {"median", "min", "max", "n"}
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def bench(monkeypatch, quanto_in_python):
     """Imports a benchmark's module by name, as a script would."""
+    # Processes that a benchmark starts import less (see processes.py).
+    monkeypatch.setenv("PYTHONPATH", processes.environment()["PYTHONPATH"])
     monkeypatch.syspath_prepend(str(EVAL))
     # The last cache of a server has hundreds of megabytes, twice of which would be read before every call.
     monkeypatch.setattr(clock, "processor_caches", lambda: [(2, "unified", 1 << 20), (3, "unified", 4 << 20)])
@@ -74,7 +77,7 @@ def run(bench, capsys):
 
 def run_script(name: str, arguments: list[str], out: Path) -> tuple[dict, str]:
     command = [sys.executable, str(EVAL / f"{name}.py"), *arguments, "--threads", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=processes.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -226,7 +229,7 @@ def test_error_result(tmp_path):
     assert 2**-10 < rows["int8", "bfloat16", "scalar"]["rms"] < 2**-9
 
 
-def test_generate_result(run, quanto_in_python, tmp_path):
+def test_generate_result(run, tmp_path):
     result, text = run("bench_generate", GENERATE, tmp_path / "generate.json")
     check_common(result, text)
     rows = {row["name"]: row for row in result["steps"]}

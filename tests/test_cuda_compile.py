@@ -4,8 +4,8 @@ The test compiles all presets and head_dims, and formats that no preset has; tes
 compiled for blocks of 8 rows in BF16 at all head_dims, and of 16 rows in FP16 at COMMON ones and where registers are
 scarcest. `make whole` does this for six architectures; for other head_dims than the COMMON ones it leaves out those
 that differ little from another one. That takes twenty minutes of a processor, so `make test` compiles the presets at
-head_dim USUAL for one architecture of each of three generations, and the others for one or two of them: see
-`architectures`. No GPU is needed.
+head_dim USUAL for one architecture of each of three generations, and the others for one of them: see `architectures`.
+No GPU is needed.
 """
 
 from __future__ import annotations
@@ -154,9 +154,8 @@ def kinds_of_few_bits() -> list[Specialisation]:
 
 def architectures(number: int, kind: Specialisation) -> list[str]:
     """Those that the kind of this number in `kinds` is compiled for. The next kind has the next one, so that each
-    format, head_dim, dtype and number of rows meets every generation. Where registers are scarcest there is one before
-    sm_100 and one from there on, because the optimizer does not do the same for both. A preset may have none: other
-    head_dims than USUAL have as many presets as there are generations."""
+    format, head_dim, dtype and number of rows meets every generation. A preset may have none: for other head_dims than
+    USUAL there are as many presets as generations."""
     head_dim = max(kind["KVQUANT_HEAD_DIM"], kind["KVQUANT_V_HEAD_DIM"])
     if WHOLE:
         return ARCHS if head_dim in COMMON else [arch for arch in ARCHS if arch not in LIKE_SM_80]
@@ -167,9 +166,9 @@ def architectures(number: int, kind: Specialisation) -> list[str]:
         preset, at = divmod(number, len(HEAD_DIMS))
         turn = (preset + at) % len(PRESETS)
         return [archs[number % len(archs)] for archs in GENERATIONS[turn : turn + 1]]
-    if head_dim >= 256 and not is_preset:
-        return [ARCHS[number % 4], ARCHS[4 + number // 4 % 2]]
-    return [ARCHS[(number + 1) % 6]]
+    # Those of head_dim 256 are few, and follow each other in steps of three.
+    shift = number // 6 if head_dim >= max(HEAD_DIMS) else 1
+    return [ARCHS[(number + shift) % 6]]
 
 
 def same_ptx(source: str, kind: Specialisation) -> tuple[tuple[str, ...], ...]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
 import pytest
 
 from hf_kvquant import KVQuantConfig
@@ -58,11 +59,12 @@ def blocks(text: str) -> list[Block]:
 
 
 def run(code: list[Block], folder: Path) -> subprocess.CompletedProcess:
-    # Without the repository's folder on the path, where Python would find the source, not the installed package.
-    path = os.pathsep.join(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))
+    environment = processes.environment()
+    # Nor do the modules of the tests belong to what a README can import.
+    path = [p for p in environment["PYTHONPATH"].split(os.pathsep) if Path(p).resolve() != ROOT / "tests"]
     return subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps([(block.number, block.code) for block in code]), cwd=folder,
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1800,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path)}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Tensor parallelism: two processes, each with its own heads of every layer, generate what one process generates."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import families
+import processes
 import pytest
 import tensor_parallel
 import torch
@@ -37,7 +37,7 @@ def ranks(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(worker), str(folder)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=processes.environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

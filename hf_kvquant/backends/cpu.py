@@ -45,6 +45,8 @@ def _library() -> ctypes.CDLL:
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(struct):
             raise OSError(f"{_path()} does not belong to this version of the package (size of {function} arguments)")
+    pointer = ctypes.c_void_p
+    library.kvquant_decode_attention_again.argtypes = ctypes.c_char_p, pointer, pointer, pointer, ctypes.c_int64
     library.kvquant_use_openmp(ctypes.c_void_p(_openmp_parallel()))
     return library
 
@@ -116,7 +118,10 @@ def info() -> dict:
 
 
 def _call(function: Callable[[Any], int], struct: ctypes.Structure) -> None:
-    status = function(ctypes.byref(struct))
+    _raise_if_failed(function(ctypes.byref(struct)))
+
+
+def _raise_if_failed(status: int) -> None:
     if status:
         raise MemoryError(_STATUS[status]) if status == 2 else RuntimeError(_STATUS[status])
 
@@ -149,7 +154,74 @@ def decode_attention(
     if keys.device_length is not None:
         _check_length(keys.device_length, query.shape[2])
     _call(_library().kvquant_decode_attention, call)
+    # A copy of the queries has other strides. Latents are keys and values at once, and would refer to themselves.
+    if mask is None and s_aux is None and isa is None and query.stride(3) == 1 and keys.stored is not values.stored:
+        keys.stored.again = _Again(call, query, keys, values, scaling, softcap)
     return output, logsumexp
+
+
+class _Again:
+    """A call of `decode_attention` as steps repeat it: with other queries of the same layout, and more columns.
+
+    A step compares what the call depends on with the step before it. That takes half as long as to check it, to
+    choose a backend, and to fill a struct, of which most time is lost where the processor's caches are cold.
+    """
+
+    def __init__(
+        self,
+        call: arguments.Attention,
+        query: torch.Tensor,
+        keys: QuantizedStates,
+        values: QuantizedStates,
+        scaling: float,
+        softcap: float,
+    ):
+        self._function, self._call = _library().kvquant_decode_attention_again, bytes(call)
+        self._values, self._sink_positions, self._length = values.stored, keys.sink_positions, keys.device_length
+        tensors = (*keys.stored, *values.stored, keys.sink_positions, keys.device_length)
+        self._tensors = [tensor for tensor in tensors if tensor is not None]
+        self._addresses = self._read_addresses()
+        self._columns = min(side.stored.layout.columns for side in (keys, values))
+        self._size = *query.shape[:3], values.head_dim
+        self._same = self._compared(query, keys, values, scaling, softcap)
+
+    def _read_addresses(self) -> list[int]:
+        """Of what is stored; `share_memory_` moves it, and leaves the tensors as they are."""
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    @staticmethod
+    def _compared(
+        query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, scaling: float, softcap: float
+    ) -> tuple:
+        return (
+            query.shape, query.stride(), query.dtype, keys.dtype, keys.head_dim, values.head_dim, keys.spec,
+            values.spec, keys.recent_length, keys.backend, scaling, softcap, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __call__(
+        self, query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, scaling: float, softcap: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The output and log-sum-exp, or None if this is another call, and has to be checked."""
+        batch, num_heads, q_len, head_dim = self._size
+        kv_len = keys.length
+        if (
+            values.stored is not self._values
+            or keys.sink_positions is not self._sink_positions
+            or keys.device_length is not self._length
+            or values.length != kv_len
+            or not q_len <= kv_len <= self._columns
+            or not query.is_cpu
+            or self._compared(query, keys, values, scaling, softcap) != self._same
+            or self._read_addresses() != self._addresses
+        ):
+            return None
+        if self._length is not None:
+            _check_length(self._length, q_len)
+        output = query.new_empty(batch, num_heads, q_len, head_dim)
+        logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+        addresses = query.data_ptr(), output.data_ptr(), logsumexp.data_ptr()
+        _raise_if_failed(self._function(self._call, *addresses, kv_len))
+        return output, logsumexp
 
 
 def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:

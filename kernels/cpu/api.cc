@@ -137,6 +137,18 @@ KVQUANT_API int kvquant_decode_attention(const KvquantAttention* a) {
   return chosen->decode_attention(known) ? kDone : kNoMemory;
 }
 
+// The same call with other queries and results, and another number of columns: a decode step
+// repeats the call of the step before it.
+KVQUANT_API int kvquant_decode_attention_again(const KvquantAttention* a, const void* query,
+                                               void* output, void* logsumexp, int64_t kv_len) {
+  KvquantAttention next = *a;
+  next.query = static_cast<const uint8_t*>(query);
+  next.output = static_cast<uint8_t*>(output);
+  next.logsumexp = static_cast<float*>(logsumexp);
+  next.kv_len = kv_len;
+  return kvquant_decode_attention(&next);
+}
+
 KVQUANT_API int kvquant_quantize_append(const KvquantAppend* a) {
   const Level* chosen = level(a->isa);
   if (chosen == nullptr) return kNoLevel;

@@ -52,7 +52,9 @@ STACK_BYTES = 16
 SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
-# presets, and for both sides on the channel grid, without the end of a block.
+# presets, and for both sides on the channel grid, without the end of a block. They are those of the lock's NVRTC: others
+# may take a few more.
+COUNTED = 13, 0
 INSTRUCTIONS = {
     "int8": 248, "fp8": 251, "int4": 187, "int3": 243, "int2": 179,
     "int8-channel-values": 225, "int4-channel-values": 186,
@@ -227,6 +229,8 @@ def test_instructions_of_a_plain_tile_in_float32(name):
 
 def instructions(config: KVQuantConfig, dtype: str = "bfloat16", pages: int = 0) -> float:
     """The instructions of a warp for 16 columns of a plain tile, head_dim 128, on sm_90."""
+    if nvrtc.version() != COUNTED:
+        pytest.skip(f"the limits are those of NVRTC {'{}.{}'.format(*COUNTED)}, not of {nvrtc.version_name()}")
     kind = kind_of(config.keys, config.values, 128, 128, dtype, pages=pages)
     text = ptxas.ptx("decode_attention.cu", kind, "sm_90")
     code = machine_code.disassembled(ptxas.assemble(text, "sm_90")[0], "decode_attention_kernel")

@@ -110,13 +110,15 @@ def choose_backend(requested: str, device_type: str, dtype: torch.dtype, small: 
     """
     compiled = {"cpu": "cpu", "cuda": "cuda"}.get(device_type)
     if requested == AUTO:
-        if compiled is None or backend_status(compiled) is not None or dtype == torch.float64:
+        if compiled is None or dtype == torch.float64:
             return "reference"
+        reason = backend_status(compiled)
         states, taken = _not_taken(dtype, small)
-        if states is None:
+        if reason is None and states is None:
             return compiled
+        why = f"takes {taken}" if reason is None else f"cannot run: {reason}"
         warnings.warn(
-            f"{states} on {device_type!r} run on the slow backend 'reference': the compiled one takes {taken}",
+            f"{states or 'states'} on {device_type!r} run on the slow backend 'reference': the compiled one {why}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -454,13 +454,16 @@ class TestBackends:
         ):
             assert ops.choose_backend.__wrapped__(AUTO, "cuda", torch.float16, 24) == "reference"
 
-    @pytest.mark.parametrize("runs", [True, False])
-    def test_auto_picks_a_compiled_backend_where_it_runs(self, runs, monkeypatch):
-        monkeypatch.setattr(ops, "backend_status", lambda name: None if runs else "no compiler")
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("dtype", ops.DTYPES)
+    def test_auto_picks_a_compiled_backend_or_says_why_not(self, dtype, device, monkeypatch, recwarn):
         choose = ops.choose_backend.__wrapped__
-        for device in ("cpu", "cuda"):
-            for dtype in ops.DTYPES:
-                assert choose(AUTO, device, dtype) == (device if runs else "reference")
+        monkeypatch.setattr(ops, "backend_status", lambda name: None)
+        assert choose(AUTO, device, dtype) == device
+        assert not recwarn.list
+        monkeypatch.setattr(ops, "backend_status", lambda name: "no compiler")
+        with pytest.warns(RuntimeWarning, match=f"on '{device}' run on the slow .*: the compiled one cannot run: no "):
+            assert choose(AUTO, device, dtype) == "reference"
 
     @pytest.mark.parametrize(
         ("device", "dtype"),

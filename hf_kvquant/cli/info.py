@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import ops
-from ..backends import AUTO
 from ..config import KVQuantConfig
 from ..measure.facts import machine, versions
 from ..quantization import DENSE, FORMATS, QuantSpec
@@ -90,29 +89,26 @@ def _machine(facts: dict) -> list[tuple[str, str]]:
 
 
 def _cpu_backend() -> dict:
-    chosen = ops.choose_backend(AUTO, "cpu", torch.float32)
-    if chosen != "cpu":
-        return {
-            "chosen": chosen,
-            "why": f"plain PyTorch, slow; the compiled one cannot run: {ops.backend_status('cpu')}",
-        }
+    reason = ops.backend_status("cpu")
+    if reason is not None:
+        return {"chosen": "reference", "why": f"plain PyTorch, slow; the compiled one cannot run: {reason}"}
     from ..backends import cpu
 
     library = cpu.info() | {"formats": [*FORMATS, DENSE]}
-    return {"chosen": chosen, "why": f"compiled, instruction set {library['isa']}", "library": library}
+    return {"chosen": "cpu", "why": f"compiled, instruction set {library['isa']}", "library": library}
 
 
 def _cuda_backend() -> dict:
     from ..backends import cuda
 
     library = cuda.info() | {"formats": [*FORMATS, DENSE]}
+    reason = ops.backend_status("cuda")
     if not torch.cuda.is_available():
-        return {"chosen": None, "why": ops.backend_status("cuda"), "library": library}
-    chosen = ops.choose_backend(AUTO, "cuda", torch.bfloat16)
-    if chosen == "cuda":
-        return {"chosen": chosen, "why": "compiled for each GPU at first use", "library": library}
-    why = f"plain PyTorch, slow; the compiled one cannot run: {ops.backend_status('cuda')}"
-    return {"chosen": chosen, "why": why, "library": library}
+        return {"chosen": None, "why": reason, "library": library}
+    if reason is None:
+        return {"chosen": "cuda", "why": "compiled for each GPU at first use", "library": library}
+    why = f"plain PyTorch, slow; the compiled one cannot run: {reason}"
+    return {"chosen": "reference", "why": why, "library": library}
 
 
 def describe(config: KVQuantConfig) -> dict:

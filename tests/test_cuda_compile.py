@@ -52,8 +52,8 @@ STACK_BYTES = 16
 SHARED_BYTES, OF_TWO_BLOCKS = 99 << 10, 49 << 10
 
 # The most instructions of a warp for 16 columns of a plain tile, at head_dim 128 on sm_90 (eval/cuda_model.py), for
-# presets, and for both sides on the channel grid, without the end of a block. They are those of the lock's NVRTC: others
-# may take a few more.
+# presets, and for both sides on the channel grid, without the end of a block. They are of the lock's NVRTC; others may
+# take a few more.
 COUNTED = 13, 0
 INSTRUCTIONS = {
     "int8": 248, "fp8": 251, "int4": 187, "int3": 243, "int2": 179,

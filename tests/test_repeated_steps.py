@@ -10,6 +10,7 @@ import pytest
 import torch
 from stored import KEY_SPECS, VALUE_SPECS, make_states, problem, random_states, replaced
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kvquant import ops
 from hf_kvquant.backends import arguments, cpu
@@ -157,6 +158,18 @@ def test_storage_that_moves_is_found(first):
         assert tensor.data_ptr() != before
         assert checked(*first)
         assert not checked(*first)
+
+
+def test_steps_of_generate_repeat(monkeypatch):
+    """Only the first step of each layer is checked."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, vocab_size=99, **sizes)).to(torch.bfloat16)
+    calls = []
+    packed = arguments.attention
+    monkeypatch.setattr(arguments, "attention", lambda *args: calls.append(args) or packed(*args))
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(torch.randint(99, (2, 70)), cache_implementation="kvquant-int4", **options)
+    assert len(calls) == 3
 
 
 class Seen(TorchDispatchMode):

@@ -37,7 +37,7 @@ def ranks(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(worker), str(folder)], capture_output=True, text=True, timeout=300,
-        env=processes.environment(OMP_NUM_THREADS="1"),
+        env=processes.environment("accelerate", OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from stored import KEY_SPECS, VALUE_SPECS, make_states, problem, random_states, replaced
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_ops import Watch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kvquant import ops
@@ -29,12 +31,19 @@ def anew(query, keys, values, *args, **kwargs):
     return attend(query, keys, values, *args, **kwargs)
 
 
-def checked(*call, **options) -> bool:
-    """Whether the call was checked and packed, with the results of one of which nothing is remembered."""
+@contextmanager
+def packed_calls() -> Iterator[list]:
+    """The calls that were checked and packed."""
     calls = []
     packed = arguments.attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "attention", lambda *args: calls.append(args) or packed(*args))
+        yield calls
+
+
+def checked(*call, **options) -> bool:
+    """Whether the call was checked and packed, with the results of one of which nothing is remembered."""
+    with packed_calls() as calls:
         found = attend(*call, **options)
     torch.testing.assert_close(found, anew(*call, **options), rtol=0, atol=0)
     return bool(calls)
@@ -160,32 +169,20 @@ def test_storage_that_moves_is_found(first):
         assert not checked(*first)
 
 
-def test_steps_of_generate_repeat(monkeypatch):
+def test_steps_of_generate_repeat():
     """Only the first step of each layer is checked."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, vocab_size=99, **sizes)).to(torch.bfloat16)
-    calls = []
-    packed = arguments.attention
-    monkeypatch.setattr(arguments, "attention", lambda *args: calls.append(args) or packed(*args))
     options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model.generate(torch.randint(99, (2, 70)), cache_implementation="kvquant-int4", **options)
+    with packed_calls() as calls:
+        model.generate(torch.randint(99, (2, 70)), cache_implementation="kvquant-int4", **options)
     assert len(calls) == 3
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_whoever_watches_operators_sees_it(first):
-    with Seen() as seen:
+    with Watch() as watch:
         attend(*first)
-    assert "kvquant.decode_attention.default" in seen.names
+    assert watch.seen == ["kvquant::decode_attention"]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         attend(*first)
     assert any(event.name == "kvquant::decode_attention" for event in profile.events())

@@ -5,14 +5,17 @@
 // codec.
 #pragma once
 
+#include <algorithm>
+
 #include "kvquant/formats.h"
 #include "vec.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kTile = 64;     // columns
-constexpr int kMaxRows = 64;  // query rows of a chunk
+constexpr int kTile = 64;       // columns
+constexpr int kTilesAhead = 2;  // how far ahead tiles are prefetched
+constexpr int kMaxRows = 64;    // query rows of a chunk
 constexpr int kMaxPaddedRows = kMaxRows + 3;
 constexpr int kMaxHeadDim = 512;
 
@@ -21,6 +24,7 @@ struct Body {
   const uint8_t* data;
   const uint16_t *scale, *zero_point;
   int64_t format, row_bytes, num_scales, group_length;
+  const struct BlockRange* range;  // keys on the channel grid: the blocks around a tile (folding.h)
   int head_dim;
   float midpoint;  // subtracted from every code
   bool rotated, channel_grid;
@@ -80,6 +84,33 @@ inline Body body_at(const KvquantSide& side, const KvquantPages& pages, int64_t 
   if (body.zero_point) body.zero_point -= offset;
   return body;
 }
+
+constexpr int64_t kRangeBlocks = 16;
+
+// Keys on the channel grid: a range of blocks, and where their scales are stored; see folding.h.
+struct BlockRange {
+  int64_t begin = 0, end = 0;
+  const uint16_t* scale[kRangeBlocks];
+
+  // The complete blocks around column t, from a multiple of kRangeBlocks on, of a row that holds
+  // `length` columns; an incomplete block is alone. `keys` is the body around the column.
+  void set(const KvquantAttention& a, const Body& keys, int64_t b, int64_t h, int64_t t,
+           int64_t length) {
+    const int64_t block = t / keys.group_length;
+    begin = block / kRangeBlocks * kRangeBlocks;
+    end = std::min(begin + kRangeBlocks, length / keys.group_length);
+    if (block >= end) {
+      begin = block;
+      end = block + 1;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const uint16_t* scales = keys.scale;
+      if (a.pages.table)
+        scales = body_at(a.keys, a.pages, a.dtype, b, h, i * keys.group_length).scale;
+      scale[i - begin] = scales + i * keys.head_dim;
+    }
+  }
+};
 
 inline void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
   int64_t i = 0;

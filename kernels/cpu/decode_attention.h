@@ -1,6 +1,6 @@
 // Attention of a few new queries over one quantized cache.
 //
-//   work item    (batch row, kv head, split of kSplit columns), on any thread; with pages, rows
+//   work item    (batch row, kv head, split of its columns), on any thread; with pages, rows
 //                have lengths of their own, and a long row has more splits
 //     chunk      up to kMaxRows query rows; all q_per_kv * q_len rows of a kv head share each load
 //                of the cache (GQA packing)
@@ -23,6 +23,7 @@
 #include <atomic>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "cpu/columns.h"
 #include "cpu/float_methods.h"
@@ -35,14 +36,32 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kSplit = 1024;           // columns of a work item
+constexpr int kSplit = 1024, kLongestSplit = 4096;  // columns of a work item
+constexpr int kManySplits = 32;        // of a head: with more of them, they become longer instead
 constexpr int kInlineBytes = 1 << 18;  // less is read sooner than another thread wakes up
 constexpr int kCopiesAhead = 12;       // exact copies that a tile prefetches
+constexpr uint64_t kAllColumns = ~uint64_t(0);
+
+// The columns of a split of a row. A split costs as much as half a tile.
+inline int64_t split_length(int64_t columns) {
+  return std::min<int64_t>(std::max<int64_t>(columns / (kManySplits * kSplit), 1) * kSplit,
+                           kLongestSplit);
+}
+inline int64_t splits_of_row(int64_t columns) {
+  const int64_t length = split_length(columns);
+  return (columns + length - 1) / length;
+}
 
 inline Vec tanh_of(Vec x) {
   Vec t = Vec::exp2(Vec(-2.0f * kLog2e) * Vec::abs(x));
   Vec y = (Vec(1.0f) - t) / (Vec(1.0f) + t);
   return Vec::where(Vec::less(x, Vec(0.0f)), Vec(0.0f) - y, y);
+}
+
+// 2^x for an output of type T.
+template <class T>
+inline Vec exp2_for(Vec x) {
+  return std::is_same<T, float>::value ? Vec::exp2(x) : Vec::exp2_of_16_bits(x);
 }
 
 // A softmax state while its scores arrive. Each lane of a vector has a sum of its own; they are
@@ -63,8 +82,11 @@ struct RunningSoftmax {
   }
 
   // Turns the scores of a tile into weights, 0 for hidden columns. Returns the factor by which the
-  // caller rescales the values accumulated so far.
-  float update(float* x, uint64_t visible, const float* bias, float scaling, float softcap) {
+  // caller rescales the values accumulated so far. T: the type of the output, whose precision the
+  // weights have. It is inlined, so that calls which see all columns and have no bias skip both.
+  template <class T>
+  KVQUANT_INLINE float update(float* x, uint64_t visible, const float* bias, float scaling,
+                              float softcap) {
     constexpr int W = Vec::kWidth, kVecs = kTile / W;
     const Vec hidden(-__builtin_inff());
     Vec s[kVecs], largest = hidden;
@@ -80,7 +102,7 @@ struct RunningSoftmax {
       for (Vec& v : s) v = Vec(softcap) * tanh_of(v * Vec(1.0f / softcap));
     if (bias)
       for (int i = 0; i < kVecs; ++i) s[i] = s[i] + Vec::load(bias + i * W);
-    if (visible != ~uint64_t(0))
+    if (visible != kAllColumns)
       for (int i = 0; i < kVecs; ++i) s[i] = Vec::where(uint32_t(visible >> i * W), s[i], hidden);
 #pragma GCC unroll 8
     for (Vec v : s) largest = Vec::max(v, largest);
@@ -98,8 +120,8 @@ struct RunningSoftmax {
       for (int i = 0; i < kVecs; ++i) visible &= ~(uint64_t(Vec::not_nan(s[i])) << i * W);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) s[i] = Vec::exp2((s[i] - Vec(base)) * Vec(unit * kLog2e));
-    if (visible != ~uint64_t(0))
+    for (int i = 0; i < kVecs; ++i) s[i] = exp2_for<T>((s[i] - Vec(base)) * Vec(unit * kLog2e));
+    if (visible != kAllColumns)
       for (int i = 0; i < kVecs; ++i)
         s[i] = Vec::where(uint32_t(visible >> i * W), s[i], Vec(0.0f));
 #pragma GCC unroll 8
@@ -126,7 +148,7 @@ struct DecodeAttention {
   const KvquantAttention& a;
   const KeyMethod keys;
   const ValueMethod values;
-  const int64_t q_per_kv, rows, splits;  // splits of the longest row
+  const int64_t q_per_kv, rows, splits;  // splits of a row without pages
   const int k_dim, v_dim;
   const int64_t chunks;
   // Of splits that are not merged; those of a head's first split have all that are. The sums are of
@@ -144,13 +166,13 @@ struct DecodeAttention {
         values(values),
         q_per_kv(a.num_heads / a.num_kv_heads),
         rows(q_per_kv * a.q_len),
-        splits((a.kv_len + kSplit - 1) / kSplit),
+        splits(splits_of_row(a.kv_len)),
         k_dim(int(a.keys.head_dim)),
         v_dim(int(a.values.head_dim)),
         chunks((rows + kMaxRows - 1) / kMaxRows) {}
 
   int64_t splits_of(int64_t b) const {
-    return a.pages.table ? (a.pages.lengths[b] + kSplit - 1) / kSplit : splits;
+    return a.pages.table ? splits_of_row(a.pages.lengths[b]) : splits;
   }
   int64_t first_of(int64_t b) const {
     return a.pages.table ? first_item[b] : b * a.num_kv_heads * splits;
@@ -196,7 +218,7 @@ struct DecodeAttention {
       const int64_t b = row_of(i), in_row = i - first_of(b);
       const int64_t h = in_row / splits_of(b), head = b * a.num_kv_heads + h;
       // If this thread took another split of the same head before, what it made of the queries is
-      // still in its memory; if that was the split before this one, its first tile is prefetched.
+      // still in its memory; if that was the split before this one, its first tiles are prefetched.
       const int64_t split = in_row % splits_of(b);
       const Before before{chunks == 1 && i - split <= previous,
                           !a.pages.table && split > 0 && previous == i - 1};
@@ -230,19 +252,22 @@ struct DecodeAttention {
       Vec::fma(Vec::load(total + c), ours, Vec::load(sum + c) * theirs).store(total + c);
   }
 
-  // Prefetches the first tile of a split; each tile prefetches the next one.
+  // Prefetches the first tiles of a split; each tile prefetches one that is kTilesAhead further on.
   static void prefetch(const Body& body, int64_t first) {
     const uint8_t* p = body.data + first * body.row_bytes;
-    for (int64_t i = 0; i < kTile * body.row_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    for (int64_t i = 0; i < kTilesAhead * kTile * body.row_bytes; i += 64)
+      __builtin_prefetch(p + i, 0, 2);
   }
 
   // Query row r of a kv head is query r % q_len of its head r / q_len.
   void attend_chunk(int64_t b, int64_t h, int64_t split, int64_t item, Before before, int row0,
                     int m, std::atomic<int32_t>& merged_splits) {
-    const int64_t length = length_of(a, b), begin = split * kSplit;
-    const int64_t end = begin + kSplit < length ? begin + kSplit : length;
+    const int64_t length = length_of(a, b), begin = split * split_length(length);
+    const int64_t end = std::min(begin + split_length(length), length);
     Body k_body = body_at(a.keys, a.pages, a.dtype, b, h, begin);
     Body v_body = body_at(a.values, a.pages, a.dtype, b, h, begin);
+    BlockRange range;
+    k_body.range = &range;
     if (!before.prefetched) {
       prefetch(k_body, begin);
       prefetch(v_body, begin);
@@ -252,6 +277,12 @@ struct DecodeAttention {
     // What the methods read, tile by tile.
     alignas(64) uint8_t tile[kTileBytes];
     Body k_read = in_nibbles(k_body, begin, 0, tile), v_read = in_nibbles(v_body, begin, 0, tile);
+    const auto k_tile = [&](int64_t first, int n) -> const Body& {
+      return is_expanded(k_body) ? k_read = in_nibbles(k_body, first, n, tile) : k_body;
+    };
+    const auto v_tile = [&](int64_t first, int n) -> const Body& {
+      return is_expanded(v_body) ? v_read = in_nibbles(v_body, first, n, tile) : v_body;
+    };
     const size_t acc_dim = values.acc_floats(v_read);
 
     auto* memory = static_cast<float*>(
@@ -309,30 +340,44 @@ struct DecodeAttention {
       for (int r = 0; r < padded; ++r)
         next_copy = std::min({next_copy, k_dense_from[r], v_dense_from[r]});
 
+    uint64_t all_columns[kMaxPaddedRows];
+    std::fill(all_columns, all_columns + padded, kAllColumns);
     bool body_used = false, dense_used = false;
     for (int64_t first = begin; first < end; first += kTile) {
       const int n = int(end - first < kTile ? end - first : kTile);
       if (a.pages.table && first != begin && first % a.pages.page_length == 0) {
         k_body = body_at(a.keys, a.pages, a.dtype, b, h, first);
+        k_body.range = &range;
         v_body = body_at(a.values, a.pages, a.dtype, b, h, first);
       }
+      if (k_body.channel_grid && first >= range.end * k_body.group_length)
+        range.set(a, k_body, b, h, first, length);
       for (int i = 0; i < kCopiesAhead && next_copy < end; ++i, ++next_copy) {
         k_copies.prefetch(next_copy);
         v_copies.prefetch(next_copy);
       }
-      const bool is_plain = first >= plain && first + kTile <= plain_end;
+      // Adds the scores p to the softmax of row r, and makes them weights.
+      const auto soften = [&](int r, uint64_t visible, const float* bias) KVQUANT_INLINED {
+        const float factor = softmax[r].template update<T>(p + r * kTile, visible, bias,
+                                                           float(a.scaling), float(a.softcap));
+        if (factor == 1.0f) return;
+        if (body_used) scale_row(acc + r * acc_dim, acc_dim, factor);
+        if (dense_used) scale_row(acc_dense + r * v_dim, v_dim, factor);
+      };
+      if (first >= plain && first + kTile <= plain_end) {
+        keys.score(k_tile(first, n), first, n, kAllColumns, q_body, prepared, padded, p);
+        for (int r = 0; r < m; ++r) soften(r, kAllColumns, nullptr);
+        values.accumulate(v_tile(first, n), first, n, all_columns, p, padded, acc);
+        body_used = true;
+        continue;
+      }
       int16_t sink_slot[kTile];
-      const uint64_t sinks = is_plain ? 0 : find_sinks(b, first, n, sink_slot);
+      const uint64_t sinks = find_sinks(b, first, n, sink_slot);
       // visible = k_body + k_copy = v_body + v_copy, per row.
       uint64_t visible[kMaxPaddedRows], v_from_body[kMaxPaddedRows], v_from_copy[kMaxPaddedRows],
           k_from_copy[kMaxPaddedRows];
       uint64_t any_k_body = 0, any_k_copy = 0, any_v_body = 0, any_v_copy = 0;
-      if (is_plain) {
-        any_k_body = any_v_body = ~uint64_t(0);
-        std::fill(visible, visible + padded, any_k_body);
-        std::fill(v_from_body, v_from_body + padded, any_v_body);
-      }
-      for (int r = 0; r < padded && !is_plain; ++r) {
+      for (int r = 0; r < padded; ++r) {
         visible[r] = mask[r].visible(first, n, bias + r * kTile);
         const uint64_t k_copy = bits_from(k_dense_from[r], first) | (k_copies.sink ? sinks : 0);
         const uint64_t v_copy = bits_from(v_dense_from[r], first) | (v_copies.sink ? sinks : 0);
@@ -347,8 +392,7 @@ struct DecodeAttention {
       if ((any_k_body | any_k_copy) == 0) continue;
 
       if (any_k_body) {
-        k_read = in_nibbles(k_body, first, n, tile);
-        keys.score(k_read, first, n, any_k_body, q_body, prepared, padded, p);
+        keys.score(k_tile(first, n), first, n, any_k_body, q_body, prepared, padded, p);
       }
       if (any_k_copy) {
         const uint8_t* place[kTile];
@@ -365,18 +409,10 @@ struct DecodeAttention {
       }
 
       const bool additive = a.mask_kind >= kAddFloat32;
-      for (int r = 0; r < m; ++r) {
-        const float factor =
-            softmax[r].update(p + r * kTile, visible[r], additive ? bias + r * kTile : nullptr,
-                              float(a.scaling), float(a.softcap));
-        if (factor == 1.0f) continue;
-        if (body_used) scale_row(acc + r * acc_dim, acc_dim, factor);
-        if (dense_used) scale_row(acc_dense + r * v_dim, v_dim, factor);
-      }
+      for (int r = 0; r < m; ++r) soften(r, visible[r], additive ? bias + r * kTile : nullptr);
 
       if (any_v_body) {
-        v_read = in_nibbles(v_body, first, n, tile);
-        values.accumulate(v_read, first, n, v_from_body, p, padded, acc);
+        values.accumulate(v_tile(first, n), first, n, v_from_body, p, padded, acc);
       }
       if (any_v_copy) {
         const uint8_t* place[kTile];

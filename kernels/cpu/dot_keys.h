@@ -2,7 +2,7 @@
 // channels, `dot_columns`, are in keys.h of each instruction set.
 #pragma once
 
-#include "cpu/whole_tile.h"
+#include "cpu/folding.h"
 #include "keys.h"
 
 namespace kvquant {
@@ -25,29 +25,32 @@ struct DotKeys {
     float zero;                // query x zero points, added to every score of a block
   };
 
-  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+  static constexpr bool kRounds = Operand::kRounds;
+  static float factor(const Largest& x, int n) { return Operand::factor(x, n); }
+
+  static size_t prepared_bytes(const Body&, int rows) {
+    return kChannel ? Folding<DotKeys>::prepared_bytes(rows) : rows * sizeof(Row);
+  }
 
   static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
-    if (kChannel) return;
+    if (kChannel) return Folding<DotKeys>::prepare(prepared);
     Row* row = static_cast<Row*>(prepared);
     const int length = int(keys.group_length);
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
       Largest largest;
       for (int c = 0; c < keys.head_dim; c += Vec::kWidth) largest.take(Vec::load(q + c));
-      row->factor = Operand::factor(largest, keys.head_dim);
-      for (int g = 0; g < keys.num_scales; ++g) set_weights(keys, q, g, length, row);
+      row->factor = factor(largest, keys.head_dim);
+      const Vec inverse(Maker::inverse(row->factor));
+      for (int g = 0; g < keys.num_scales; ++g)
+        set_weights(keys, g, length, row,
+                    [&](int c) { return Vec::load(q + g * length + c) * inverse; });
     }
   }
 
   static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
                     void* prepared, int rows, float* scores) {
-    Row* row = static_cast<Row*>(prepared);
-    if (kChannel) {
-      const int64_t at = first / keys.group_length * keys.head_dim;
-      for_row_blocks<4>(rows, [&](int r, auto block) {
-        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
-      });
-    }
+    const Row* row = kChannel ? Folding<DotKeys>::fold(keys, first, q, rows, prepared)
+                              : static_cast<const Row*>(prepared);
     alignas(32) uint8_t room[kTileRoom<Operand>];
     Tile tile = tile_of(Operand{}, keys, first, n, room);
 
@@ -61,27 +64,39 @@ struct DotKeys {
     }
   }
 
- private:
-  // Makes the weights of group g, of n channels.
-  static void set_weights(const Body& keys, const float* x, int g, int n, Row* row) {
-    Maker maker(row->factor);
-    maker.make_group(x + g * n, n, row->weights + g * Maker::room(n));
-    row->offset[g] = kHasOffset ? (keys.midpoint - Operand::kBias) * maker.sum() : 0.0f;
+  // As `Folding` asks for it.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold(const Body& keys, int64_t block, const DividedQuery* query,
+                                    Row* row) {
+    const int n = keys.head_dim;
+    const auto* scales = (const Half*)(keys.scale + block * n);
+    const auto* zeros = (const Half*)(keys.zero_point ? keys.zero_point + block * n : nullptr);
+    alignas(32) float scale[kMaxDotDim];
+    Vec zero[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
+    for (int c = 0; c < n; c += Vec::kWidth) {
+      Vec::load(scales + c).store(scale + c);
+      if (!zeros) continue;
+      const Vec z = Vec::load(zeros + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) zero[r] = Vec::fma(Vec::load(query[r].q + c), z, zero[r]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      row[r].factor = query[r].factor;
+      row[r].zero = query[r].factor * Vec::sum(zero[r]);
+      set_weights(keys, 0, n, row + r,
+                  [&](int c) { return Vec::load(query[r].q + c) * Vec::load(scale + c); });
+    }
   }
 
-  // Makes the weights of kRows query rows for the block whose scales begin at `at`.
-  template <int kRows>
-  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
-    const int n = keys.head_dim;
-    alignas(32) float scaled[kRows][kMaxDotDim];
-    Vec zero[kRows];
-    Largest largest[kRows];
-    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
-    for (int r = 0; r < kRows; ++r) {
-      row[r].zero = Vec::sum(zero[r]);
-      row[r].factor = Operand::factor(largest[r], n);
-    }
-    for (int r = 0; r < kRows; ++r) set_weights(keys, scaled[r], 0, n, row + r);
+ private:
+  // Makes the weights of group g, of n channels, from the floats x.
+  template <class Floats>
+  static void set_weights(const Body& keys, int g, int n, Row* row, Floats x) {
+    Maker maker;
+    maker.make_group(x, n, row->weights + g * Maker::room(n));
+    row->offset[g] = kHasOffset ? (keys.midpoint - Operand::kBias) * maker.sum() : 0.0f;
   }
 
   // Scores of a tile and kRows query rows over the channels of group g, which `tile` begins with.

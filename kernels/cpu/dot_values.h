@@ -82,10 +82,12 @@ struct DotValues {
     for (int r = 0; r < kRows; ++r) row[r].factor = Operand::factor(largest[r], kTile);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      typename Operand::Maker maker(row[r].factor);
+      typename Operand::Maker maker;
+      const Vec inverse(Operand::Maker::inverse(row[r].factor));
 #pragma GCC unroll 4
       for (int i = 0; i < kTile; i += 2 * Vec::kWidth)
-        maker.make(Vec::load(w[r] + i), Vec::load(w[r] + i + Vec::kWidth), row[r].weights + i);
+        maker.make(Vec::load(w[r] + i) * inverse, Vec::load(w[r] + i + Vec::kWidth) * inverse,
+                   row[r].weights + i);
       const float sum = maker.sum();
       row[r].offset = kHasOffset ? (values.midpoint - Operand::kBias) * sum : 0.0f;
       row[r].total = kZeroPoints ? row[r].factor * sum : 0.0f;

@@ -18,7 +18,8 @@
 #include "cpu/codecs.h"
 
 // For steps of a loop that keep their constants in registers only if they are inlined.
-#define KVQUANT_INLINE inline __attribute__((always_inline))
+#define KVQUANT_INLINED __attribute__((always_inline))
+#define KVQUANT_INLINE inline KVQUANT_INLINED
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
@@ -161,8 +162,8 @@ void expand_chunks(const uint8_t* low, const uint8_t* high, int chunks, uint8_t*
 }
 #endif
 
-// Expands n rows of whole chunks: kChunks of them, or `chunks` if that is 0. `ahead` bytes further on
-// is what the next tile reads.
+// Expands n rows of whole chunks: kChunks of them, or `chunks` if that is 0. What lies `ahead` bytes
+// further on is prefetched.
 template <bool kHigh, int kChunks>
 KVQUANT_INLINE void expand_rows(const uint8_t* row, int chunks, int n, int64_t ahead,
                                 uint8_t* nibbles) {
@@ -179,7 +180,7 @@ KVQUANT_INLINE void expand_rows(const uint8_t* row, int chunks, int n, int64_t a
 template <bool kHigh>
 void expand_tile(const uint8_t* row, int head_dim, int64_t row_bytes, int n, uint8_t* nibbles) {
   const int chunks = head_dim / 32;
-  const int64_t ahead = kTile * row_bytes;
+  const int64_t ahead = kTilesAhead * kTile * row_bytes;
   if (head_dim % 32) {
     for (int i = 0; i < n; ++i, row += row_bytes, nibbles += head_dim / 2) {
       const uint8_t* high = row + head_dim / 4;
@@ -206,10 +207,13 @@ void expand_tile(const uint8_t* row, int head_dim, int64_t row_bytes, int n, uin
 // Room for a tile of nibbles.
 constexpr int kTileBytes = kTile * kMaxHeadDim / 2;
 
+// Whether a body has codes of 2 or 3 bits, which attention reads as nibbles.
+inline bool is_expanded(const Body& body) { return body.format == kInt3 || body.format == kInt2; }
+
 // The body; if it has codes of 2 or 3 bits, one of nibbles instead, of which only the n columns from
 // `first` on, which are expanded to `tile`, can be read.
 inline Body in_nibbles(const Body& body, int64_t first, int n, uint8_t* tile) {
-  if (body.format != kInt3 && body.format != kInt2) return body;
+  if (!is_expanded(body)) return body;
   Body expanded = body;
   expanded.row_bytes = body.head_dim / 2;
   expanded.data = tile - first * expanded.row_bytes;

@@ -1,6 +1,7 @@
 // Shared by the loops of dot products, which compute all 64 columns of a tile at once.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -71,21 +72,26 @@ inline void sum_words(Operand, const uint8_t* chunks, int64_t row_bytes, const R
 template <class Operand>
 inline void sort_sums(Operand, float* sums, int head_dim);
 
-// Prefetches the scales of the next tile or block, which begin n scales behind these: they are a
-// stream of few bytes per tile, which the processor's own prefetcher recognises late.
-inline void prefetch_scales(const uint16_t* scales, int64_t n) {
-  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(scales + n + i, 0, 3);
+// Prefetches n scales that begin `ahead` scales behind these. They are a stream of few bytes per tile,
+// which the processor's own prefetcher recognises late.
+inline void prefetch_scales(const uint16_t* scales, int64_t n, int64_t ahead) {
+  for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(scales + ahead + i, 0, 3);
 }
 
-// Token grid: the scales of group g in n columns from `first` on.
-inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
+// Token grid: the scales of group g in the n columns from `first` on, and 0 for the others of a tile;
+// where they are stored, or copied to `room`.
+inline const uint16_t* scales_of(const Body& body, int g, int64_t first, int n, uint16_t* room) {
   const int64_t groups = body.num_scales;
   const uint16_t* from = body.scale + first * groups + g;
-  if (g == 0) prefetch_scales(from, kTile * groups);
-  if (groups == 1) return halves_to_floats(from, n, scale);
-  uint16_t column[kTile];
-  for (int i = 0; i < n; ++i) column[i] = from[i * groups];
-  halves_to_floats(column, n, scale);
+  if (g == 0) prefetch_scales(from, kTile * groups, kTilesAhead * kTile * groups);
+  if (groups == 1 && n == kTile) return from;
+  for (int i = 0; i < n; ++i) room[i] = from[i * groups];
+  std::fill(room + n, room + kTile, uint16_t(0));
+  return room;
+}
+inline void load_scales(const Body& body, int g, int64_t first, int n, float* scale) {
+  uint16_t room[kTile];
+  halves_to_floats(scales_of(body, g, first, n, room), kTile, scale);
 }
 
 // Tracks the largest magnitude of the floats passed to `take`.
@@ -105,7 +111,7 @@ struct Largest {
 // Keeps floats as weights, with the members of the makers of integers (dot.h). Nothing is added up,
 // because fp8 has neither midpoints nor zero points.
 struct FloatMaker {
-  explicit FloatMaker(float) {}
+  static float inverse(float) { return 1.0f; }
   void make(Vec a, Vec b, float* weights) {
     a.store(weights);
     b.store(weights + Vec::kWidth);
@@ -116,42 +122,15 @@ struct FloatMaker {
 // Makes the weights of a query row in the order of its channels.
 template <class Maker>
 struct InOrder : Maker {
-  using Maker::Maker;
   static constexpr int kRoom = 1;                 // weights for a channel, at most
   static constexpr int room(int n) { return n; }  // weights of a group of n channels
 
-  // Makes the weights of a group of n channels.
-  template <class Weight>
-  void make_group(const float* x, int n, Weight* weights) {
-    for (int c = 0; c < n; c += 16)
-      Maker::make(Vec::load(x + c), Vec::load(x + c + 8), weights + c);
+  // Makes the weights of a group of n channels; x(c): the floats from channel c on.
+  template <class Floats, class Weight>
+  void make_group(Floats x, int n, Weight* weights) {
+    for (int c = 0; c < n; c += 16) Maker::make(x(c), x(c + 8), weights + c);
   }
 };
-
-// Channel grid: multiplies kRows queries by the scales of one block of keys, which begin at `at`.
-// Also returns the largest magnitude of each product and, per lane, the sum of each query times the
-// zero points. The rows advance together, because the steps of one row depend on each other.
-template <int kRows>
-inline void scale_queries(const Body& keys, int64_t at, const float* q, float (*scaled)[kMaxDotDim],
-                          Largest* largest, Vec* zero) {
-  const int n = keys.head_dim;
-  prefetch_scales(keys.scale + at, n);
-  if (keys.zero_point) prefetch_scales(keys.zero_point + at, n);
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
-  for (int c = 0; c < n; c += Vec::kWidth) {
-    const Vec scale = Vec::load((const Half*)(keys.scale + at + c));
-    const Vec zero_point =
-        keys.zero_point ? Vec::load((const Half*)(keys.zero_point + at + c)) : Vec(0.0f);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const Vec v = Vec::load(q + r * n + c), x = v * scale;
-      x.store(scaled[r] + c);
-      largest[r].take(x);
-      zero[r] = Vec::fma(v, zero_point, zero[r]);
-    }
-  }
-}
 
 // Calls f(first row, std::integral_constant<number of rows>) for blocks of at most kMost rows.
 template <int kMost, class F>
@@ -166,10 +145,10 @@ inline void for_row_blocks(int rows, F f) {
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// Prefetches the row at p of the next tile. The loops spread these calls evenly over a tile: many
-// at once would wait in a queue.
+// Prefetches the row at p of the tile that is kTilesAhead further on. The loops spread these calls
+// evenly over a tile: many at once would wait in a queue.
 inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
-  __builtin_prefetch(p + kTile * row_bytes, 0, 2);
+  __builtin_prefetch(p + kTilesAhead * kTile * row_bytes, 0, 2);
 }
 
 }  // namespace KVQUANT_ISA

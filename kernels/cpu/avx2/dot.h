@@ -114,10 +114,10 @@ inline void transpose(Vec* x) {
 struct WeightMaker {
   // The largest weight for sums over n codes.
   static constexpr float largest(int n) { return n > 256 ? 16383.0f : 32767.0f; }
-  const Vec inverse;
   __m256i sums = _mm256_setzero_si256();
 
-  explicit WeightMaker(float factor) : inverse(factor == 0.0f ? 0.0f : 1.0f / factor) {}
+  // What floats are multiplied by before they are rounded to weights.
+  static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
   void make(Vec a, Vec b, int16_t* weights) {
     _mm256_storeu_si256((__m256i*)weights, _mm256_permute4x64_epi64(
                                                _mm256_packs_epi32(integers(a), integers(b)), 0xd8));
@@ -126,7 +126,7 @@ struct WeightMaker {
 
  protected:
   __m256i integers(Vec a) {
-    const __m256i x = _mm256_cvtps_epi32((a * inverse).v);
+    const __m256i x = _mm256_cvtps_epi32(a.v);
     sums = _mm256_add_epi32(sums, x);
     return x;
   }
@@ -144,7 +144,6 @@ struct WeightMaker {
 // of each lane. One of nibbles is 64 channels and eight vectors. Bytes beyond a group have weights 0.
 template <class F>
 struct KeyWeightMaker : WeightMaker {
-  using WeightMaker::WeightMaker;
   static constexpr int kOfByte = 16 / kBytesOf16<F>;  // codes
   static constexpr int kChunk = 32 * kOfByte;         // channels
   static constexpr int kRoom = 4;                     // weights for a channel, at most
@@ -152,25 +151,36 @@ struct KeyWeightMaker : WeightMaker {
   // How many weights a group of n channels has.
   static constexpr int room(int n) { return (n + kChunk - 1) / kChunk * 2 * kChunk; }
 
-  // Makes the weights of a group of n channels.
-  void make_group(const float* x, int n, int16_t* weights) {
-    for (; n > 0; n -= kChunk, x += kChunk) {
-      for (int half = 0; half < 2; ++half, weights += 2 * kOfByte * Words::kWidth) {
-        for (int nibble = 0; nibble < kOfByte; ++nibble)
-          make_pairs(eight(x, n, 0, half, nibble), eight(x, n, 1, half, nibble),
-                     weights + nibble * Words::kWidth);
-      }
+  // Makes the weights of a group of n channels; x(c): the floats from channel c on.
+  template <class Floats>
+  void make_group(Floats x, int n, int16_t* weights) {
+    int c = 0;
+    for (; c + kChunk <= n; c += kChunk, weights += 2 * kChunk) {
+      make_chunk(weights, [&](int lane, int half, int nibble) {
+        return x(c + lane * kChunk / 2 + 16 * nibble + 8 * half);
+      });
     }
+    if (c == n) return;
+    // If only eight bytes of nibbles are left, they hold 16 channels.
+    make_chunk(weights, [&](int lane, int half, int nibble) {
+      const int first = c + lane * kChunk / 2;
+      if (kOfByte == 2 && n - first == 16) return half ? Vec(0.0f) : x(first + 8 * nibble);
+      return n > first ? x(first + 16 * nibble + 8 * half) : Vec(0.0f);
+    });
   }
 
  private:
-  // The channels whose codes are in half of the 16 bytes of a lane. If only eight bytes of nibbles
-  // are left, they hold 16 channels.
-  static Vec eight(const float* x, int n, int lane, int half, int nibble) {
-    const int first = lane * kChunk / 2;
-    if (kOfByte == 2 && n - first == 16)
-      return half ? Vec(0.0f) : Vec::load(x + first + 8 * nibble);
-    return n > first ? Vec::load(x + first + 16 * nibble + 8 * half) : Vec(0.0f);
+  // eight(lane, half, nibble): the floats of the channels whose codes are in half of the 16 bytes of a
+  // lane.
+  template <class Eight>
+  void make_chunk(int16_t* weights, Eight eight) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, weights += 2 * kOfByte * Words::kWidth) {
+#pragma GCC unroll 2
+      for (int nibble = 0; nibble < kOfByte; ++nibble)
+        make_pairs(eight(0, half, nibble), eight(1, half, nibble),
+                   weights + nibble * Words::kWidth);
+    }
   }
   void make_pairs(Vec a, Vec b, int16_t* weights) {
     const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(integers(a), integers(b)), 0xd8);
@@ -194,6 +204,7 @@ struct IntOperand {
   static constexpr int kBytes = kBytesOf16<F>, kKeyRows = 4;
   static constexpr int kColumns = 2;  // whose values are multiplied at once
   static constexpr float kBias = 0.0f;
+  static constexpr bool kRounds = true;  // the weights are integers
 
   // The float that all weights are multiples of, for sums over n codes.
   static float factor(const Largest& x, int n) { return x.factor(WeightMaker::largest(n)); }
@@ -233,6 +244,7 @@ struct E4M3Operand {
   using KeyMaker = InOrder<FloatMaker>;
   static constexpr int kBytes = 32, kKeyRows = 4, kColumns = 1;
   static constexpr float kBias = 0.0f;
+  static constexpr bool kRounds = false;
 
   static float factor(const Largest&, int) { return 256.0f; }
   static void load_columns(const uint8_t* p, int64_t, Vec* out) {
@@ -251,7 +263,7 @@ inline Tile tile_of(E4M3Operand, const Body& body, int64_t first, int n, uint8_t
   uint8_t* to = room;
 #pragma GCC unroll 4
   for (int64_t i = 0; i < bytes; i += 16, to += 32) {
-    __builtin_prefetch(from + i + whole, 0, 2);
+    __builtin_prefetch(from + i + kTilesAhead * whole, 0, 2);
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
     _mm256_store_si256((__m256i*)to, _mm256_and_si256(_mm256_slli_epi16(wide, 7),
                                                       _mm256_set1_epi16(int16_t(0xbfff))));

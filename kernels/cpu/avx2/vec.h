@@ -99,6 +99,7 @@ struct Vec {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static Vec exp2(Vec x) { return exp2_of(x); }
+  static Vec exp2_of_16_bits(Vec x) { return rough_exp2_of(x); }
   // a * 2^n for integral n, where a and the product are normal numbers, or NaN where a is.
   static Vec scale(Vec a, Vec n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);

@@ -12,6 +12,7 @@ template <int n>
 struct Bf16Dot {
   using Codes = Quads;
   static constexpr int kPlanes = n, kSums = 1;
+  static constexpr bool kRounds = false;
   static constexpr int quads(int elements) { return elements / 2; }
 
   static float factor(const Largest&) { return 1.0f; }

@@ -38,7 +38,8 @@ template <int n, bool kSignedWeights>
 struct IntDot {
   using Codes = Quads;
   static constexpr int kPlanes = n;
-  static constexpr int kSums = n;  // vectors of sums
+  static constexpr int kSums = n;        // vectors of sums
+  static constexpr bool kRounds = true;  // weights are integers
   static constexpr int quads(int elements) { return elements / 4; }
   // A weight rounded to at most this fits in n bytes.
   static constexpr float kLargest = (kSignedWeights ? 127 : 255) << 8 * (n - 1);
@@ -132,6 +133,67 @@ struct IntDot {
   }
 };
 
+// Makes the weights of 64 products x * y, as `Dot::split` does, but for the sums.
+template <class Dot>
+inline void split_products(const Vec* x, const Vec* y, int n, int32_t* quads, int stride) {
+  Vec v[4];
+  for (int i = 0; i < 4; ++i) v[i] = x[i] * y[i];
+  Dot::split(v, n, quads, stride);
+}
+
+struct alignas(64) Indices {
+  uint8_t byte[64];
+  __m512i load() const { return _mm512_load_si512(byte); }
+};
+// The lowest bytes of the integers in two vectors, then their second bytes.
+constexpr Indices lowest_bytes() {
+  Indices x{};
+  for (int i = 0; i < 32; ++i) {
+    x.byte[i] = uint8_t(4 * i);
+    x.byte[32 + i] = uint8_t(4 * i + 1);
+  }
+  return x;
+}
+inline constexpr Indices kLowestBytes = lowest_bytes();
+
+// Weights of two signed bytes, in one instruction: added to 3 * 2^22 + 128, a product is rounded to
+// an integer, which is in the lowest bits of the sum. With 128 more, the second byte is the high byte
+// of the weight, rounded because the low one is signed; that is the lowest byte less 128.
+template <>
+inline void split_products<IntDot<2, true>>(const Vec* x, const Vec* y, int, int32_t* quads,
+                                            int stride) {
+  __m512i w[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    w[i] = _mm512_castps_si512(Vec::fma(x[i], y[i], Vec(12582912.0f + 128.0f)).v);
+#ifdef __AVX512VBMI__
+  const __m512i bytes = kLowestBytes.load();
+  const __m512i minus_128 =
+      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(char(0x80)), 0);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i, quads += 8) {
+    const __m512i both =
+        _mm512_xor_si512(_mm512_permutex2var_epi8(w[2 * i], bytes, w[2 * i + 1]), minus_128);
+    _mm256_storeu_si256((__m256i*)quads, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(quads + stride), _mm512_extracti64x4_epi64(both, 1));
+  }
+#else
+  const __m512i low = _mm512_set1_epi32(255), second = _mm512_set1_epi32(0xff00);
+  const auto pack = [](__m512i a, __m512i b, __m512i c, __m512i d) {
+    return in_order(_mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d)));
+  };
+  __m512i a[4], b[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_and_si512(w[i], low);
+    b[i] = _mm512_srli_epi32(_mm512_and_si512(w[i], second), 8);
+  }
+  _mm512_storeu_si512(quads,
+                      _mm512_xor_si512(pack(a[0], a[1], a[2], a[3]), _mm512_set1_epi8(char(0x80))));
+  _mm512_storeu_si512(quads + stride, pack(b[0], b[1], b[2], b[3]));
+#endif
+}
+
 // Two codes c0 and c1 of four bits are one byte c0 + 16 c1 of a quad. Their weights w0 and w1 are
 // made of three signed bytes, so three products suffice; two weights of two bytes would take four:
 //
@@ -145,6 +207,7 @@ struct PairDot {
     Codes(Quads pairs) : both(pairs), low_up(pairs.low_nibbles_up()), high(pairs.high_nibbles()) {}
   };
   static constexpr int kPlanes = 3, kSums = 1;
+  static constexpr bool kRounds = true;
   static constexpr int quads(int elements) { return elements / 8; }
   static constexpr float kLargest = 16 * (127 - 8);
 

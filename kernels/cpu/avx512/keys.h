@@ -1,7 +1,7 @@
 // Scores of a tile of columns in dot products; methods.h draws the loops.
 #pragma once
 
-#include "cpu/whole_tile.h"
+#include "cpu/folding.h"
 #include "dot.h"
 
 namespace kvquant {
@@ -97,10 +97,15 @@ struct QuadKeys {
     float zero;  // query x zero points, which is added to every score of a block
   };
 
-  static size_t prepared_bytes(const Body&, int rows) { return rows * sizeof(Row); }
+  static constexpr bool kRounds = Dot::kRounds;
+  static float factor(const Largest& x, int) { return Dot::factor(x); }
+
+  static size_t prepared_bytes(const Body& keys, int rows) {
+    return keys.channel_grid ? Folding<QuadKeys>::prepared_bytes(rows) : rows * sizeof(Row);
+  }
 
   static void prepare(const Body& keys, const float* q, int rows, void* prepared) {
-    if (keys.channel_grid) return;
+    if (keys.channel_grid) return Folding<QuadKeys>::prepare(prepared);
     Row* row = static_cast<Row*>(prepared);
     const int length = int(keys.group_length);
     for (int r = 0; r < rows; ++r, ++row, q += keys.head_dim) {
@@ -117,49 +122,68 @@ struct QuadKeys {
 
   static void score(const Body& keys, int64_t first, int n, uint64_t, const float* q,
                     void* prepared, int rows, float* scores) {
-    Row* row = static_cast<Row*>(prepared);
-    if (keys.channel_grid) {
-      const int64_t at = first / keys.group_length * keys.head_dim;
-      for_row_blocks<4>(rows, [&](int r, auto block) {
-        fold_scales<block>(keys, at, q + r * keys.head_dim, row + r);
-      });
-    }
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(keys, first, n, rest);
-
-    const int groups = keys.channel_grid ? 1 : int(keys.num_scales);
-    const int group_bytes = int(keys.row_bytes / groups);
+    if (keys.channel_grid) {
+      const Row* row = Folding<QuadKeys>::fold(keys, first, q, rows, prepared);
+      score_group(data, keys.row_bytes, int(keys.row_bytes), row, 0, 0, nullptr, rows, scores);
+      return;
+    }
+    const int groups = int(keys.num_scales), group_bytes = int(keys.row_bytes) / groups;
     const int group_quads = Dot::quads(keys.head_dim / groups);
     alignas(64) float scale[kTile];
     for (int g = 0; g < groups; ++g, data += group_bytes) {
-      if (!keys.channel_grid) load_scales(keys, g, first, n, scale);
-      for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
-        score_rows<block>(data, keys.row_bytes, group_bytes, row + r, g, g * group_quads,
-                          keys.channel_grid ? nullptr : scale, scores + r * kTile);
-      });
+      load_scales(keys, g, first, n, scale);
+      score_group(data, keys.row_bytes, group_bytes, static_cast<const Row*>(prepared), g,
+                  g * group_quads, scale, rows, scores);
+    }
+  }
+
+  // As `Folding` asks for it.
+  template <int kRows>
+  KVQUANT_NOINLINE static void fold(const Body& keys, int64_t block, const DividedQuery* query,
+                                    Row* row) {
+    const int n = keys.head_dim;
+    const auto* scales = (const Half*)(keys.scale + block * n);
+    const auto* zeros = (const Half*)(keys.zero_point ? keys.zero_point + block * n : nullptr);
+    Vec zero[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) zero[r] = Vec(0.0f);
+    const auto fold_channels = [&](int c, int vecs) KVQUANT_INLINED {
+      Vec scale[4], zero_point[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        scale[i] = i < vecs ? Vec::load(scales + c + 16 * i) : Vec(0.0f);
+        zero_point[i] = i < vecs && zeros ? Vec::load(zeros + c + 16 * i) : Vec(0.0f);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        Vec x[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          x[i] = i < vecs ? Vec::load(query[r].q + c + 16 * i) : Vec(0.0f);
+          zero[r] = Vec::fma(x[i], zero_point[i], zero[r]);
+        }
+        split_products<Dot>(x, scale, n - c, row[r].quads[0] + Dot::quads(c), kQuads);
+      }
+    };
+    int c = 0;
+    for (; c + 64 <= n; c += 64) fold_channels(c, 4);
+    if (c < n) fold_channels(c, (n - c) / 16);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      row[r].share[0] = {query[r].factor, 0};
+      row[r].zero = query[r].factor * Vec::sum(zero[r]);
     }
   }
 
  private:
-  // Makes the weights of kRows query rows for the block whose scales begin at `at`. The rows
-  // advance together, because the steps of one row wait for each other.
-  template <int kRows>
-  KVQUANT_NOINLINE static void fold_scales(const Body& keys, int64_t at, const float* q, Row* row) {
-    const int n = keys.head_dim;
-    alignas(64) float scaled[kRows][kMaxDotDim];
-    Vec zero[kRows];
-    Largest largest[kRows];
-    scale_queries<kRows>(keys, at, q, scaled, largest, zero);
-    float factor[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      row[r].zero = Vec::sum(zero[r]);
-      factor[r] = Dot::factor(largest[r]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      row[r].share[0] = make_weights<Dot, false>(scaled[r], n, factor[r], row[r].quads[0], kQuads);
-    }
+  KVQUANT_NOINLINE static void score_group(const uint8_t* columns, int64_t row_bytes, int bytes,
+                                           const Row* row, int g, int quad, const float* scale,
+                                           int rows, float* scores) {
+    for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
+      score_rows<block>(columns, row_bytes, bytes, row + r, g, quad, scale, scores + r * kTile);
+    });
   }
 
   // Scores of a tile and kRows query rows over the channels of group g: `bytes` bytes of each

@@ -170,7 +170,7 @@ struct PromptAttention {
             if (a.window) visible &= bits_from(position + 1 - a.window, first);
             float* x = scores + (r - r0) * kTile;
             const float factor =
-                softmax[r].update(x, visible, nullptr, float(a.scaling), /*softcap=*/0.0f);
+                softmax[r].update<float>(x, visible, nullptr, float(a.scaling), /*softcap=*/0.0f);
             if (factor != 1.0f) scale_row(sums + r * dim, dim, factor);
             for (int i = 0; i < kTile; i += 32) {
               const __m512i both =

@@ -97,15 +97,19 @@ struct QuadValues {
     return values.channel_grid ? 1 : int(values.num_scales);
   }
 
+  static int group_bytes(const Body& values) {
+    const int groups = num_groups(values);
+    return groups == 1 ? int(values.row_bytes) : int(values.row_bytes) / groups;
+  }
+
   // Calls f(group, first byte, number of bytes, index of the first sum) for each chunk of a row.
   template <class F>
   static void for_chunks(const Body& values, F f) {
-    const int groups = num_groups(values), group_bytes = int(values.row_bytes / groups);
+    const int groups = num_groups(values), length = group_bytes(values);
     int sum = 0;
     for (int g = 0; g < groups; ++g) {
-      for (int c = 0; c < group_bytes; c += kChunk, sum += kSums) {
-        f(g, g * group_bytes + c, group_bytes - c < kChunk ? group_bytes - c : kChunk, sum);
-      }
+      for (int c = 0; c < length; c += kChunk, sum += kSums)
+        f(g, g * length + c, std::min(length - c, kChunk), sum);
     }
   }
 
@@ -121,28 +125,18 @@ struct QuadValues {
     uint8_t rest[kTile * kMaxDotDim];
     const uint8_t* data = whole_tile(values, first, n, rest);
     Row row[kMaxPaddedRows];
-    const size_t acc_dim = acc_floats(values), weights = weights_at(values);
-    int weighted = -1;
-    for_chunks(values, [&](int g, int byte, int bytes, int first_sum) {
-      if (g != weighted) {
-        alignas(64) float scale[kTile];
-        if (!values.channel_grid) load_scales(values, g, first, n, scale);
-        for_row_blocks<4>(rows, [&](int r, auto block) {
-          float* sums =
-              is_shifted(values) ? acc + r * acc_dim + weights + g * Vec::kWidth : nullptr;
-          make_rows<block>(values.channel_grid ? nullptr : scale, columns + r, p + r * kTile,
-                           row + r, sums, acc_dim);
-        });
-      }
-      weighted = g;
-      Affine affine;
-      if (values.channel_grid) load_affine(values, first, byte, bytes, affine);
-      for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
-        float* sums = acc + r * acc_dim + first_sum;
-        accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r,
-                                   values.channel_grid ? &affine : nullptr, sums, acc_dim);
-      });
-    });
+    const size_t acc_dim = acc_floats(values);
+    float* weights = is_shifted(values) ? acc + weights_at(values) : nullptr;
+    const int groups = num_groups(values), length = group_bytes(values);
+    for (int g = 0; g < groups; ++g) {
+      uint16_t room[kTile];
+      weigh(values.channel_grid ? nullptr : scales_of(values, g, first, n, room), columns, p, rows,
+            row, weights, acc_dim);
+      if (weights) weights += Vec::kWidth;
+      for (int c = 0; c < length; c += kChunk, acc += kSums)
+        accumulate_rows(values, first, data, g * length + c, std::min(length - c, kChunk), rows,
+                        row, acc, acc_dim);
+    }
   }
 
   // Lane l of vector 4 * half + i has the sums of the bytes 16 l + 4 i .. 16 l + 4 i + 3 of a
@@ -202,16 +196,35 @@ struct QuadValues {
 
   // Where the sums of weights begin in a row of `acc`.
   static size_t weights_at(const Body& values) {
-    size_t n = 0;
-    for_chunks(values, [&](int, int, int, int sum) { n = sum + kSums; });
-    return n;
+    return size_t(num_groups(values) * ((group_bytes(values) + kChunk - 1) / kChunk) * kSums);
+  }
+
+  // Functions of their own, because loops over blocks of rows take registers from the loops around.
+  KVQUANT_NOINLINE static void weigh(const uint16_t* scale, const uint64_t* columns, const float* p,
+                                     int rows, Row* row, float* weights, size_t acc_dim) {
+    for_row_blocks<4>(rows, [&](int r, auto block) {
+      make_rows<block>(scale, columns + r, p + r * kTile, row + r,
+                       weights ? weights + r * acc_dim : nullptr, acc_dim);
+    });
+  }
+  // Adds the weighted sums of the chunk of `bytes` bytes from `byte` on in every row of `data`.
+  KVQUANT_NOINLINE static void accumulate_rows(const Body& values, int64_t first,
+                                               const uint8_t* data, int byte, int bytes, int rows,
+                                               const Row* row, float* sums, size_t acc_dim) {
+    Affine affine;
+    if (values.channel_grid) load_affine(values, first, byte, bytes, affine);
+    for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
+      accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r,
+                                 values.channel_grid ? &affine : nullptr, sums + r * acc_dim,
+                                 acc_dim);
+    });
   }
 
   // Makes the weights of kRows rows for one group (`scale`: null on the channel grid), and adds them
   // to their sums, if these are given. The rows advance together, because the steps of one row wait
   // for each other.
   template <int kRows>
-  KVQUANT_NOINLINE static void make_rows(const float* scale, const uint64_t* columns,
+  KVQUANT_NOINLINE static void make_rows(const uint16_t* scale, const uint64_t* columns,
                                          const float* p, Row* row, float* weights, size_t acc_dim) {
     constexpr int kVecs = kTile / Vec::kWidth;
     Vec w[kRows][kVecs];
@@ -221,7 +234,7 @@ struct QuadValues {
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) {
         w[r][i] = Vec::load(p + r * kTile + i * Vec::kWidth);
-        if (scale) w[r][i] = w[r][i] * Vec::load(scale + i * Vec::kWidth);
+        if (scale) w[r][i] = w[r][i] * Vec::load((const Half*)scale + i * Vec::kWidth);
       }
       // A hidden column may have no scale yet.
       if (columns[r] != ~uint64_t(0)) {

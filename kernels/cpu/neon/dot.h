@@ -27,10 +27,10 @@ inline Vec floats_of(int32x4_t a, int32x4_t b) { return {vcvtq_f32_s32(a), vcvtq
 // then their high bytes.
 struct WeightMaker {
   static constexpr float kLargest = 127 * 256 + 127;
-  const Vec inverse;
   int32x4_t sums = vdupq_n_s32(0);
 
-  explicit WeightMaker(float factor) : inverse(factor == 0.0f ? 0.0f : 1.0f / factor) {}
+  // What floats are multiplied by before they are rounded to weights.
+  static float inverse(float factor) { return factor == 0.0f ? 0.0f : 1.0f / factor; }
   void make(Vec a, Vec b, int16_t* weights) {
     const Bytes x = bytes_of(a, b);
     vst1q_s8(reinterpret_cast<int8_t*>(weights), x.low);
@@ -43,7 +43,7 @@ struct WeightMaker {
     int8x16_t low, high;
   };
   Bytes bytes_of(Vec a, Vec b) {
-    const int16x8_t x = rounded(a * inverse), y = rounded(b * inverse);
+    const int16x8_t x = rounded(a), y = rounded(b);
     sums = vpadalq_s16(vpadalq_s16(sums, x), y);
     // The low byte is signed, so the high one is rounded, not truncated. No sum is above 32767.
     const int16x8_t half = vdupq_n_s16(128);
@@ -65,6 +65,7 @@ struct DotOperand {
   using KeyMaker = InOrder<WeightMaker>;
   static constexpr int kBytes = kBytesOf16<F>, kKeyRows = 2;
   static constexpr float kBias = std::is_same<F, Unsigned8>::value ? 128.0f : 0.0f;
+  static constexpr bool kRounds = true;  // the weights are integers
 
   static float factor(const Largest& x, int) { return x.factor(WeightMaker::kLargest); }
   // Turns stored bytes into codes; of a byte of two nibbles, the low or the high one.
@@ -83,6 +84,7 @@ struct E4M3Operand {
   using KeyMaker = InOrder<FloatMaker>;
   static constexpr int kBytes = 16, kKeyRows = 4;
   static constexpr float kBias = 0.0f;
+  static constexpr bool kRounds = false;
 
   static float factor(const Largest&, int) { return 256.0f; }
   static Vec load(const uint8_t* p) { return Vec::small_e4m3(p); }

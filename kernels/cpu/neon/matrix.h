@@ -19,7 +19,6 @@ using IntOperand = DotOperand<Format>;
 
 // Eight weights are stored as their low bytes, then their high bytes.
 struct MatrixWeightMaker : WeightMaker {
-  using WeightMaker::WeightMaker;
   void make(Vec a, Vec b, int16_t* weights) {
     const Bytes x = bytes_of(a, b);
     auto* to = reinterpret_cast<int64_t*>(weights);

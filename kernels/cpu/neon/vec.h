@@ -94,6 +94,7 @@ struct Vec {
   static Vec abs(Vec a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
   static Vec round(Vec a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
   static Vec exp2(Vec x) { return exp2_of(x); }
+  static Vec exp2_of_16_bits(Vec x) { return rough_exp2_of(x); }
   // a * 2^n for integral n >= -126.
   static Vec scale(Vec a, Vec n) { return a * Vec(power_of_two(n.low), power_of_two(n.high)); }
   static uint32_t less(Vec a, Vec b) {

@@ -96,6 +96,8 @@ struct Vec {
   static Vec exp2(Vec a) {
     return of([&](int i) { return std::exp2(a.lane[i]); });
   }
+  // The same as precisely as 16-bit outputs need it.
+  static Vec exp2_of_16_bits(Vec a) { return exp2(a); }
   static Vec where(uint32_t bits, Vec a, Vec b) {
     return of([&](int i) { return bits >> i & 1 ? a.lane[i] : b.lane[i]; });
   }

@@ -326,6 +326,67 @@ def test_a_bad_token_is_seen_only_by_the_rows_that_see_it(k, v, level):
     assert torch.equal(output[1], expected[1])
 
 
+def of_large_blocks(k: str, large: float):
+    """Keys of which one block in 16, which share a factor, is `large` times as large; most queries ignore it."""
+    key, value = (random_states(torch.Generator().manual_seed(seed), 1, 1, 2100, 64, torch.bfloat16) for seed in (1, 2))
+    key[:, :, 64 * 20 : 64 * 21, 5] *= large
+    query = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    query[..., 5] /= large
+    return query, make_states(key, KEY_SPECS[k]), make_states(value, VALUE_SPECS["int8"])
+
+
+@pytest.mark.parametrize("k", CHANNEL_SPECS)
+@pytest.mark.parametrize("large", [1, 30, 1000])
+def test_blocks_of_other_sizes_in_one_range(k, large):
+    check(*of_large_blocks(k, large))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("k", ["int8-channel", "int4-channel"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_hidden_block_that_is_not_finite_changes_nothing(k, bad, level):
+    query, keys, values = of_large_blocks(k, 1)
+    mask = torch.ones(1, 4, 1, 2100, dtype=torch.bool)
+    mask[..., 64 * 20 : 64 * 21] = False
+    expected, _ = cpu.decode_attention(query, keys, values, mask, scaling=0.125, isa=level)
+    scale = keys.scale.clone()
+    scale[:, :, 20] = bad
+    output, _ = cpu.decode_attention(query, replaced(keys, scale=scale), values, mask, scaling=0.125, isa=level)
+    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("k", ["int8-channel", "int4-channel"])
+def test_keys_that_are_all_zero_points(k, dtype):
+    """A block of one key repeated has scales of 0, or next to nothing, and so have all products with them."""
+    query, _, values = problem(dtype=dtype, kv_len=1300, num_kv_heads=1)
+    key = torch.randn(1, 1, 21, 64, generator=torch.Generator().manual_seed(8)).repeat_interleave(64, dim=2)
+    keys = make_states(key[:, :, :1300].to(dtype), KEY_SPECS[k])
+    check(query, keys, values)
+    check(query, replaced(keys, scale=torch.zeros_like(keys.scale)), values)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_splits_of_a_long_row_are_longer(level):
+    """Up to 65,535 columns a split is 1,024 long, then 2,048, and from 131,072 on 4,096."""
+    keys = [1, 1, 140_000, 16]
+    key, value = (torch.randn(keys, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    query = torch.randn(1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
+    states = [make_states(x, KEY_SPECS["int8"]) for x in (key, value)]
+    threads = torch.get_num_threads()
+    for length in (65_535, 65_537, 70_000, 131_071, 140_000):
+        part = [replace(s, length=length) for s in states]
+        expected = reference.decode_attention(query, *part, scaling=0.25)
+        output = cpu.decode_attention(query, *part, scaling=0.25, isa=level)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+        try:
+            torch.set_num_threads(3)
+            again = cpu.decode_attention(query, *part, scaling=0.25, isa=level)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(again[0], output[0]) and torch.equal(again[1], output[1])
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("k", "v"), [("int8", "int8"), ("int4-channel", "int4-rotated"), ("fp8", "fp8")])
 def test_threads_and_batch_do_not_change_a_bit(k, v, level):

@@ -327,8 +327,9 @@ def test_a_bad_token_is_seen_only_by_the_rows_that_see_it(k, v, level):
 
 
 def of_large_blocks(k: str, large: float):
-    """Keys of which one block in 16, which share a factor, is `large` times as large; most queries ignore it."""
-    key, value = (random_states(torch.Generator().manual_seed(seed), 1, 1, 2100, 64, torch.bfloat16) for seed in (1, 2))
+    """A channel of one block is `large` times as large, and that of queries as much smaller."""
+    shape = 1, 1, 2100, 64
+    key, value = (random_states(torch.Generator().manual_seed(seed), *shape, torch.bfloat16) for seed in (1, 2))
     key[:, :, 64 * 20 : 64 * 21, 5] *= large
     query = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     query[..., 5] /= large
@@ -368,9 +369,9 @@ def test_keys_that_are_all_zero_points(k, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_splits_of_a_long_row_are_longer(level):
-    """Up to 65,535 columns a split is 1,024 long, then 2,048, and from 131,072 on 4,096."""
-    keys = [1, 1, 140_000, 16]
-    key, value = (torch.randn(keys, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    """1,024 columns, from 65,536 columns on 2,048, and from 131,072 on 4,096."""
+    shape = 1, 1, 140_000, 16
+    key, value = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     query = torch.randn(1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
     states = [make_states(x, KEY_SPECS["int8"]) for x in (key, value)]
     threads = torch.get_num_threads()

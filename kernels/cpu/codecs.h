@@ -24,6 +24,7 @@ struct Body {
   const uint8_t* data;
   const uint16_t *scale, *zero_point;
   int64_t format, row_bytes, num_scales, group_length;
+  int64_t ahead;  // bytes from a row of a tile to the same row of the tile kTilesAhead further on
   const struct BlockRange* range;  // keys on the channel grid: the blocks around a tile (folding.h)
   int head_dim;
   float midpoint;  // subtracted from every code
@@ -35,6 +36,7 @@ inline Body body_of(const KvquantSide& side, int64_t dtype, int64_t b, int64_t h
   body.data = side.data + b * side.data_stride[0] + h * side.data_stride[1];
   body.format = side.format;
   body.row_bytes = row_bytes(side, dtype);
+  body.ahead = kTilesAhead * kTile * body.row_bytes;
   body.head_dim = int(side.head_dim);
   if (side.format == kDense) return body;
   int64_t offset = (b * side.scale_stride[0] + h * side.scale_stride[1]) / 2;

@@ -259,6 +259,14 @@ struct DecodeAttention {
       __builtin_prefetch(p + i, 0, 2);
   }
 
+  // With pages: what the tile at `first` prefetches may lie in another page.
+  void look_ahead(const KvquantSide& side, int64_t b, int64_t h, int64_t first, Body& body) const {
+    const int64_t then = first + kTilesAhead * kTile;
+    if (then >= length_of(a, b)) return;
+    const Body next = body_at(side, a.pages, a.dtype, b, h, then);
+    body.ahead = (next.data + then * next.row_bytes) - (body.data + first * body.row_bytes);
+  }
+
   // Query row r of a kv head is query r % q_len of its head r / q_len.
   void attend_chunk(int64_t b, int64_t h, int64_t split, int64_t item, Before before, int row0,
                     int m, std::atomic<int32_t>& merged_splits) {
@@ -352,6 +360,10 @@ struct DecodeAttention {
       }
       if (k_body.channel_grid && first >= range.end * k_body.group_length)
         range.set(a, k_body, b, h, first, length);
+      if (a.pages.table) {
+        look_ahead(a.keys, b, h, first, k_body);
+        look_ahead(a.values, b, h, first, v_body);
+      }
       for (int i = 0; i < kCopiesAhead && next_copy < end; ++i, ++next_copy) {
         k_copies.prefetch(next_copy);
         v_copies.prefetch(next_copy);

@@ -178,9 +178,9 @@ KVQUANT_INLINE void expand_rows(const uint8_t* row, int chunks, int n, int64_t a
 }
 
 template <bool kHigh>
-void expand_tile(const uint8_t* row, int head_dim, int64_t row_bytes, int n, uint8_t* nibbles) {
+void expand_tile(const uint8_t* row, int head_dim, int64_t row_bytes, int64_t ahead, int n,
+                 uint8_t* nibbles) {
   const int chunks = head_dim / 32;
-  const int64_t ahead = kTilesAhead * kTile * row_bytes;
   if (head_dim % 32) {
     for (int i = 0; i < n; ++i, row += row_bytes, nibbles += head_dim / 2) {
       const uint8_t* high = row + head_dim / 4;
@@ -216,10 +216,13 @@ inline Body in_nibbles(const Body& body, int64_t first, int n, uint8_t* tile) {
   if (!is_expanded(body)) return body;
   Body expanded = body;
   expanded.row_bytes = body.head_dim / 2;
+  expanded.ahead = 0;  // the tile is prefetched as it is expanded
   expanded.data = tile - first * expanded.row_bytes;
   const uint8_t* row = body.data + first * body.row_bytes;
-  if (body.format == kInt3) expand_tile<true>(row, body.head_dim, body.row_bytes, n, tile);
-  if (body.format == kInt2) expand_tile<false>(row, body.head_dim, body.row_bytes, n, tile);
+  if (body.format == kInt3)
+    expand_tile<true>(row, body.head_dim, body.row_bytes, body.ahead, n, tile);
+  if (body.format == kInt2)
+    expand_tile<false>(row, body.head_dim, body.row_bytes, body.ahead, n, tile);
   return expanded;
 }
 

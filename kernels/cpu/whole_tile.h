@@ -48,16 +48,24 @@ inline const uint8_t* whole_tile(const Body& body, int64_t first, int n, uint8_t
   return rest;
 }
 
+// The bytes from a column's row to the next one's, and `ahead` of them to the row that is prefetched
+// with it.
+struct RowStep {
+  int64_t bytes, ahead;
+  operator int64_t() const { return bytes; }
+};
+inline RowStep row_step(const Body& body) { return {body.row_bytes, body.ahead}; }
+
 // A tile as the loops of an operand read it, which takes Operand::kBytes bytes for 16 channels.
 struct Tile {
   const uint8_t* rows;
-  int64_t row_bytes;
+  RowStep row_bytes;
 };
 
 // The tile whose n columns begin at `first`; `room` is for a tile of kMaxDotDim channels.
 template <class Operand>
 inline Tile tile_of(Operand, const Body& body, int64_t first, int n, uint8_t* room) {
-  return {whole_tile(body, first, n, room), body.row_bytes};
+  return {whole_tile(body, first, n, room), row_step(body)};
 }
 template <class Operand>
 constexpr int kTileRoom = kTile * kMaxDotDim / 16 * Operand::kBytes;
@@ -67,7 +75,7 @@ constexpr int kTileRoom = kTile * kMaxDotDim / 16 * Operand::kBytes;
 template <class Operand>
 constexpr int kPasses = 1;
 template <int kRows, int kPass, class Operand, class Row>
-inline void sum_words(Operand, const uint8_t* chunks, int64_t row_bytes, const Row* row,
+inline void sum_words(Operand, const uint8_t* chunks, RowStep row_bytes, const Row* row,
                       Vec (*out)[2]);
 template <class Operand>
 inline void sort_sums(Operand, float* sums, int head_dim);
@@ -145,10 +153,10 @@ inline void for_row_blocks(int rows, F f) {
   for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
 }
 
-// Prefetches the row at p of the tile that is kTilesAhead further on. The loops spread these calls
+// Prefetches what the tile that is kTilesAhead further on has for p. The loops spread these calls
 // evenly over a tile: many at once would wait in a queue.
-inline void prefetch_tile(const uint8_t* p, int64_t row_bytes) {
-  __builtin_prefetch(p + kTilesAhead * kTile * row_bytes, 0, 2);
+inline void prefetch_tile(const uint8_t* p, RowStep row) {
+  __builtin_prefetch(p + row.ahead, 0, 2);
 }
 
 }  // namespace KVQUANT_ISA

@@ -263,13 +263,13 @@ inline Tile tile_of(E4M3Operand, const Body& body, int64_t first, int n, uint8_t
   uint8_t* to = room;
 #pragma GCC unroll 4
   for (int64_t i = 0; i < bytes; i += 16, to += 32) {
-    __builtin_prefetch(from + i + kTilesAhead * whole, 0, 2);
+    __builtin_prefetch(from + i + body.ahead, 0, 2);
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(from + i)));
     _mm256_store_si256((__m256i*)to, _mm256_and_si256(_mm256_slli_epi16(wide, 7),
                                                       _mm256_set1_epi16(int16_t(0xbfff))));
   }
   std::memset(to, 0, size_t(2 * (whole - bytes)));
-  return {room, 2 * body.row_bytes};
+  return {room, {2 * body.row_bytes, 0}};
 }
 
 }  // namespace KVQUANT_ISA

@@ -33,7 +33,7 @@ inline void dot_vector(const __m256i* bytes, const Row* row, int at, PairSums* s
 
 // Adds the products of a chunk of kBytes bytes of kPairs pairs of columns; see KeyWeightMaker.
 template <int kBytes, int kPairs, int kRows, class F, class Row>
-inline void dot_chunk(const uint8_t* columns, int64_t row_bytes, const Row* row, int at,
+inline void dot_chunk(const uint8_t* columns, RowStep row_bytes, const Row* row, int at,
                       PairSums* sums) {
 #pragma GCC unroll 2
   for (int half = 0; half < (kBytes == 8 ? 1 : 2); ++half) {
@@ -58,7 +58,7 @@ inline void dot_chunk(const uint8_t* columns, int64_t row_bytes, const Row* row,
 // totals[r]: the dot products of 8 columns, whose channels begin at `columns`, with the weights of
 // query row r from `at` on.
 template <int kRows, class F, class Row>
-inline void dot_columns(IntOperand<F>, const uint8_t* columns, int64_t row_bytes, int channels,
+inline void dot_columns(IntOperand<F>, const uint8_t* columns, RowStep row_bytes, int channels,
                         const Row* row, int at, Vec* totals) {
   constexpr int kPairs = kRows == 4 ? 2 : 4;
   constexpr int kChunkWeights = KeyWeightMaker<F>::room(1);
@@ -98,7 +98,7 @@ inline void dot_columns(IntOperand<F>, const uint8_t* columns, int64_t row_bytes
 
 // The same for fp8, as FP16 numbers, 16 channels at a time.
 template <int kRows, class Row>
-inline void dot_columns(E4M3Operand, const uint8_t* columns, int64_t row_bytes, int channels,
+inline void dot_columns(E4M3Operand, const uint8_t* columns, RowStep row_bytes, int channels,
                         const Row* row, int at, Vec* totals) {
   // A pass computes kOfLane columns, from kOfLane * pass on, for the lower lane of its totals, and
   // the columns 4 further on for the upper lane.

@@ -10,7 +10,7 @@ inline namespace KVQUANT_ISA {
 // the channels of 16 bytes in order, or the low nibbles and then the high nibbles of 8 bytes.
 // `columns` points at these bytes of the first column, which are those from `byte` on in a row.
 template <int kRows, class Operand, class Row>
-inline void sum_columns(Operand, const uint8_t* columns, int64_t row_bytes, int byte,
+inline void sum_columns(Operand, const uint8_t* columns, RowStep row_bytes, int byte,
                         const Row* row, Vec (*out)[2]) {
   using Vector = typename Operand::Vector;
   constexpr int kColumns = Operand::kColumns;
@@ -52,7 +52,7 @@ template <>
 constexpr int kPasses<IntOperand<Nibble>> = 4;
 
 template <int kRows, int kPass, class Row>
-inline void sum_words(IntOperand<Nibble>, const uint8_t* chunks, int64_t row_bytes, const Row* row,
+inline void sum_words(IntOperand<Nibble>, const uint8_t* chunks, RowStep row_bytes, const Row* row,
                       Vec (*out)[2]) {
   PairSums low[kRows], whole[kRows];
 #pragma GCC unroll 4

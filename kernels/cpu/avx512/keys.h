@@ -126,7 +126,7 @@ struct QuadKeys {
     const uint8_t* data = whole_tile(keys, first, n, rest);
     if (keys.channel_grid) {
       const Row* row = Folding<QuadKeys>::fold(keys, first, q, rows, prepared);
-      score_group(data, keys.row_bytes, int(keys.row_bytes), row, 0, 0, nullptr, rows, scores);
+      score_group(data, row_step(keys), int(keys.row_bytes), row, 0, 0, nullptr, rows, scores);
       return;
     }
     const int groups = int(keys.num_scales), group_bytes = int(keys.row_bytes) / groups;
@@ -134,7 +134,7 @@ struct QuadKeys {
     alignas(64) float scale[kTile];
     for (int g = 0; g < groups; ++g, data += group_bytes) {
       load_scales(keys, g, first, n, scale);
-      score_group(data, keys.row_bytes, group_bytes, static_cast<const Row*>(prepared), g,
+      score_group(data, row_step(keys), group_bytes, static_cast<const Row*>(prepared), g,
                   g * group_quads, scale, rows, scores);
     }
   }
@@ -178,7 +178,7 @@ struct QuadKeys {
   }
 
  private:
-  KVQUANT_NOINLINE static void score_group(const uint8_t* columns, int64_t row_bytes, int bytes,
+  KVQUANT_NOINLINE static void score_group(const uint8_t* columns, RowStep row_bytes, int bytes,
                                            const Row* row, int g, int quad, const float* scale,
                                            int rows, float* scores) {
     for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
@@ -190,7 +190,7 @@ struct QuadKeys {
   // column, from `columns` on in the first one. `quad`: the group's first quad of weights; `scale`:
   // the columns' scales, or null on the channel grid.
   template <int kRows>
-  KVQUANT_NOINLINE static void score_rows(const uint8_t* columns, int64_t row_bytes, int bytes,
+  KVQUANT_NOINLINE static void score_rows(const uint8_t* columns, RowStep row_bytes, int bytes,
                                           const Row* row, int g, int quad, const float* scale,
                                           float* scores) {
     constexpr int kColumns = kVecs * Quads::kCount;

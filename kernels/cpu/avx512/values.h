@@ -214,7 +214,7 @@ struct QuadValues {
     Affine affine;
     if (values.channel_grid) load_affine(values, first, byte, bytes, affine);
     for_row_blocks<kRowsAtOnce>(rows, [&](int r, auto block) {
-      accumulate_chunk<block, 0>(data + byte, values.row_bytes, bytes, row + r,
+      accumulate_chunk<block, 0>(data + byte, row_step(values), bytes, row + r,
                                  values.channel_grid ? &affine : nullptr, sums + r * acc_dim,
                                  acc_dim);
     });
@@ -267,7 +267,7 @@ struct QuadValues {
   // the `bytes` bytes at `columns`. Pass kPass takes the low or the high nibbles, and (kParts =
   // 2) the lower or the upper eight bytes of every lane; it calls the next pass.
   template <int kRows, int kPass>
-  KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, int64_t row_bytes,
+  KVQUANT_NOINLINE static void accumulate_chunk(const uint8_t* columns, RowStep row_bytes,
                                                 int bytes, const Row* row, const Affine* affine,
                                                 float* sums, size_t acc_dim) {
     constexpr int kNibble = kPass / kParts, kPart = kPass % kParts;
@@ -320,7 +320,7 @@ struct QuadValues {
   }
   // Each pass prefetches its share of the columns of a step.
   template <int kPass>
-  static void prefetch_columns(const uint8_t* p, int64_t row_bytes) {
+  static void prefetch_columns(const uint8_t* p, RowStep row_bytes) {
 #pragma GCC unroll 8
     for (int i = kPass; i < Operand::kColumns; i += kPasses)
       prefetch_tile(p + i * row_bytes, row_bytes);

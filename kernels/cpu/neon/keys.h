@@ -25,7 +25,7 @@ inline void dot_piece(const int8x16_t* codes, const Row* row, int c, ByteSums (*
 // totals[r]: the dot products of 8 columns, whose channels begin at `columns`, with the weights of
 // query row r from `begin` on.
 template <int kRows, class Format, class Row>
-inline void dot_columns(DotOperand<Format>, const uint8_t* columns, int64_t row_bytes, int channels,
+inline void dot_columns(DotOperand<Format>, const uint8_t* columns, RowStep row_bytes, int channels,
                         const Row* row, int begin, Vec* totals) {
   using Operand = DotOperand<Format>;
   constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
@@ -74,7 +74,7 @@ inline void dot_columns(DotOperand<Format>, const uint8_t* columns, int64_t row_
 
 // The same for floats: passes of 8 / kRows columns.
 template <int kRows, class Row>
-inline void dot_columns(E4M3Operand, const uint8_t* columns, int64_t row_bytes, int channels,
+inline void dot_columns(E4M3Operand, const uint8_t* columns, RowStep row_bytes, int channels,
                         const Row* row, int begin, Vec* totals) {
   constexpr int kColumns = 8 / kRows;
   alignas(16) float scores[8 * kRows];  // `[columns, rows]`

@@ -53,7 +53,7 @@ inline void multiply_columns(const int8x16_t* codes, const Row* row, int c, int3
 
 // As in keys.h.
 template <int kRows, class Format, class Row>
-inline void dot_columns(MatrixOperand<Format>, const uint8_t* columns, int64_t row_bytes,
+inline void dot_columns(MatrixOperand<Format>, const uint8_t* columns, RowStep row_bytes,
                         int channels, const Row* row, int begin, Vec* totals) {
   using Operand = MatrixOperand<Format>;
   constexpr bool kNibbles = std::is_same<Format, Nibble>::value;
@@ -123,7 +123,7 @@ inline void load_eight(const uint8_t* p, int64_t row_bytes, uint8x16_t* out) {
 
 // As in values.h.
 template <int kRows, bool kHigh, class Format, class Row>
-inline void sum_half(MatrixOperand<Format>, const uint8_t* columns, int64_t row_bytes,
+inline void sum_half(MatrixOperand<Format>, const uint8_t* columns, RowStep row_bytes,
                      int prefetched, const Row* row, Vec* out) {
   using Operand = MatrixOperand<Format>;
   int32x4_t sums[kRows][4];

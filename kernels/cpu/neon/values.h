@@ -35,7 +35,7 @@ inline void load_four(const uint8_t* p, int64_t row_bytes, int8x16_t* codes) {
 // out[r]: the sum over a tile's columns of the weights of row r times eight channels. One of every
 // four columns is prefetched, number `prefetched`.
 template <int kRows, bool kHigh, class Format, class Row>
-inline void sum_half(DotOperand<Format>, const uint8_t* columns, int64_t row_bytes, int prefetched,
+inline void sum_half(DotOperand<Format>, const uint8_t* columns, RowStep row_bytes, int prefetched,
                      const Row* row, Vec* out) {
   using Operand = DotOperand<Format>;
   ByteSums sums[kRows][2];
@@ -69,7 +69,7 @@ inline void sum_half(DotOperand<Format>, const uint8_t* columns, int64_t row_byt
 // high nibbles of 8 bytes. `columns` points at these bytes of the first column, which are those from
 // `byte` on in a row.
 template <int kRows, class Operand, class Row>
-inline void sum_columns(Operand operand, const uint8_t* columns, int64_t row_bytes, int byte,
+inline void sum_columns(Operand operand, const uint8_t* columns, RowStep row_bytes, int byte,
                         const Row* row, Vec (*out)[2]) {
   constexpr int kBytes = kBytesOf16<typename Operand::Format>;
   Vec half[2][kRows];
@@ -84,7 +84,7 @@ inline void sum_columns(Operand operand, const uint8_t* columns, int64_t row_byt
 
 // The same for floats.
 template <int kRows, class Row>
-inline void sum_columns(E4M3Operand, const uint8_t* columns, int64_t row_bytes, int, const Row* row,
+inline void sum_columns(E4M3Operand, const uint8_t* columns, RowStep row_bytes, int, const Row* row,
                         Vec (*out)[2]) {
   Vec sums[kRows][2];
   for (auto& of_row : sums) of_row[0] = of_row[1] = Vec(0.0f);

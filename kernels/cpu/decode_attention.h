@@ -369,7 +369,7 @@ struct DecodeAttention {
         v_copies.prefetch(next_copy);
       }
       // Adds the scores p to the softmax of row r, and makes them weights.
-      const auto soften = [&](int r, uint64_t visible, const float* bias) KVQUANT_INLINED {
+      const auto update_row = [&](int r, uint64_t visible, const float* bias) KVQUANT_INLINED {
         const float factor = softmax[r].template update<T>(p + r * kTile, visible, bias,
                                                            float(a.scaling), float(a.softcap));
         if (factor == 1.0f) return;
@@ -378,7 +378,7 @@ struct DecodeAttention {
       };
       if (first >= plain && first + kTile <= plain_end) {
         keys.score(k_tile(first, n), first, n, kAllColumns, q_body, prepared, padded, p);
-        for (int r = 0; r < m; ++r) soften(r, kAllColumns, nullptr);
+        for (int r = 0; r < m; ++r) update_row(r, kAllColumns, nullptr);
         values.accumulate(v_tile(first, n), first, n, all_columns, p, padded, acc);
         body_used = true;
         continue;
@@ -421,7 +421,7 @@ struct DecodeAttention {
       }
 
       const bool additive = a.mask_kind >= kAddFloat32;
-      for (int r = 0; r < m; ++r) soften(r, visible[r], additive ? bias + r * kTile : nullptr);
+      for (int r = 0; r < m; ++r) update_row(r, visible[r], additive ? bias + r * kTile : nullptr);
 
       if (any_v_body) {
         values.accumulate(v_tile(first, n), first, n, v_from_body, p, padded, acc);

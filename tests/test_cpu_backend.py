@@ -285,6 +285,14 @@ class TestTensorsAreCheckedOnce:
             cpu.decode_attention(*change(*used), scaling=0.1)
         cpu.decode_attention(*used, scaling=0.1)
 
+    @pytest.mark.parametrize("name", ["data", "scale", "recent", "sink"])
+    def test_tensors_without_memory(self, name, used):
+        """torch numbers device meta as the CPU."""
+        query, keys, values = used
+        keys = replaced(keys, **{name: getattr(keys, name).to("meta")})
+        with pytest.raises(ValueError, match=f"keys: the stored tensors do not fit: .*{name} [^;]* on meta"):
+            cpu.decode_attention(query, keys, values, scaling=0.1)
+
     def test_copies_remember_nothing(self, used):
         stored = used[1].stored
         assert stored.layout is not None and stored.sinks[0] is used[1].sink_positions

@@ -124,6 +124,11 @@ _ATTENTION, _APPEND, _READ, _PAGES, _ROTARY = (
 )
 
 
+def _is_on(tensor: torch.Tensor, device: int) -> bool:
+    """Whether the tensor has memory on the device with this index. The index of "meta" is that of the CPU, -1."""
+    return tensor.get_device() == device and not tensor.is_meta
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -181,9 +186,7 @@ def _misfit(
 
 def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
     """Check that a small tensor has this dtype and shape, and is on the device of `like`."""
-    if tensor is None or (
-        tensor.dtype is dtype and tensor.shape == shape and tensor.get_device() == like.get_device()
-    ):
+    if tensor is None or (tensor.dtype is dtype and tensor.shape == shape and _is_on(tensor, like.get_device())):
         return
     found = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
     raise ValueError(f"{name}: {found} does not fit; expected {shape} of {dtype} on {like.device}")
@@ -231,25 +234,25 @@ def _layout(name: str, states: QuantizedStates | PagedStates, dtype: torch.dtype
     row, num_scales, block, has_zero_point = _row_sizes(spec, head_dim)
     batch, num_kv_heads, capacity, _ = data.shape
     columns, device, ring_length, num_sinks = capacity, data.get_device(), 0, None
-    fits = data.shape[3] == row
+    fits = data.shape[3] == row and not data.is_meta
     if num_scales:
         fits = fits and data.dtype is torch.uint8 and scale is not None and (zero_point is not None) is has_zero_point
         if fits:
             _, _, rows, _ = shape = scale.shape
             columns = min(columns, rows * block)
             fits = shape == (batch, num_kv_heads, rows, num_scales)
-            fits = fits and scale.dtype is torch.float16 and scale.get_device() == device
+            fits = fits and scale.dtype is torch.float16 and _is_on(scale, device)
             if has_zero_point:
                 # The struct has one stride for both.
                 fits = fits and zero_point.shape == shape and zero_point.stride() == scale.stride()
-                fits = fits and zero_point.dtype is torch.float16 and zero_point.get_device() == device
+                fits = fits and zero_point.dtype is torch.float16 and _is_on(zero_point, device)
     if recent is not None:
         _, _, ring_length, _ = shape = recent.shape
         fits = fits and shape == (batch, num_kv_heads, ring_length, head_dim)
-        fits = fits and ring_length > 0 and recent.get_device() == device
+        fits = fits and ring_length > 0 and _is_on(recent, device)
     if sink is not None:
         num_sinks = sink.shape[2]
-        fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and sink.get_device() == device
+        fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and _is_on(sink, device)
     if not fits:
         return None
     constants = (
@@ -302,7 +305,7 @@ def _side(
 def _factors(name: str, factors: torch.Tensor, spec: QuantSpec, x: torch.Tensor) -> int:
     """The address of the error feedback of new tokens `x`."""
     check_factors(f"{name} factors", factors, spec, x.size(1), x.size(3))
-    if not factors.is_contiguous() or factors.get_device() != x.get_device():
+    if not factors.is_contiguous() or not _is_on(factors, x.get_device()):
         raise ValueError(
             f"{name} factors: strides {factors.stride()} on {factors.device} are not allowed; expected a contiguous "
             f"tensor on {x.device}"
@@ -490,7 +493,7 @@ def append(
         if head_dim != states.head_dim or (length is None and end > data.size(2)):
             room = (batch, num_kv_heads, data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
-        if not x.get_device() == device == data.get_device():
+        if not (_is_on(x, device) and data.get_device() == device):
             raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {data.device}")
         if states.stored.recent is None and states.spec.is_channel and start % states.spec.block_length:
             raise ValueError(f"{name}s recent: None is not allowed when a block is continued at column {start}")

@@ -323,8 +323,8 @@ def decode_attention(
         ValueError: a shape, dtype or length does not fit the others; it is named.
     """
     watched = _is_watched(query)
-    if not watched and mask is None and s_aux is None and keys.stored.again is not None:
-        results = keys.stored.again(query, keys, values, scaling, softcap)
+    if not watched and mask is None and s_aux is None and keys.stored.attend_again is not None:
+        results = keys.stored.attend_again(query, keys, values, scaling, softcap)
         if results is not None:
             return results
     _check(query, keys, values, mask, s_aux)
@@ -389,6 +389,9 @@ def quantize_append(
 ) -> None:
     """Same as `reference.quantize_append`, on the backend that the states name."""
     if not _is_watched(key):
+        again = keys.stored.append_again
+        if again is not None and again(key, value, keys, values, faults, padding, start, appends, factors):
+            return
         backend = _backend(key, keys, values, keys.backend)
         backend.quantize_append(
             key, value, keys, values, faults, padding, start=start, appends=appends, factors=factors

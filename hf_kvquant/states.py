@@ -89,8 +89,10 @@ class Stored(_Tensors):
     sinks: tuple[torch.Tensor | None, int, int, int] = (None, 0, 0, 0)
     # Whether backend "cuda" has checked their alignment, which does not change either.
     is_aligned = False
-    # Of keys: what backend "cpu" repeats its last call with (`ops.decode_attention`); None: there was none.
-    again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    # Of keys: how backend "cpu" repeats its last calls of `ops.decode_attention` and `ops.quantize_append` for other
+    # columns, queries and new tokens. They return None or False for another call, which has to be checked.
+    attend_again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    append_again: Callable[..., bool] | None = None
 
     def transformed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Stored:
         """The result of `function` for every tensor."""

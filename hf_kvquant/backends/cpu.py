@@ -7,6 +7,7 @@ the best instruction set that the processor has, or the one that the environment
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -47,6 +48,7 @@ def _library() -> ctypes.CDLL:
             raise OSError(f"{_path()} does not belong to this version of the package (size of {function} arguments)")
     pointer = ctypes.c_void_p
     library.kvquant_decode_attention_again.argtypes = ctypes.c_char_p, pointer, pointer, pointer, ctypes.c_int64
+    library.kvquant_quantize_append_again.argtypes = ctypes.c_char_p, pointer, pointer, ctypes.c_int64
     library.kvquant_use_openmp(ctypes.c_void_p(_openmp_parallel()))
     return library
 
@@ -148,6 +150,7 @@ def decode_attention(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
+    is_used_again = keys.stored.layout is not None
     call, output, logsumexp = arguments.attention(
         query, keys, values, mask, s_aux, scaling, softcap, _index(isa or _from_environment), torch.get_num_threads()
     )
@@ -155,17 +158,42 @@ def decode_attention(
         _check_length(keys.device_length, query.shape[2])
     _call(_library().kvquant_decode_attention, call)
     # A copy of the queries has other strides. Latents are keys and values at once, and would refer to themselves.
-    if mask is None and s_aux is None and isa is None and query.stride(3) == 1 and keys.stored is not values.stored:
-        keys.stored.again = _Again(call, query, keys, values, scaling, softcap)
+    is_plain = mask is None and s_aux is None and isa is None and query.stride(3) == 1
+    if is_used_again and is_plain and keys.stored is not values.stored:
+        keys.stored.attend_again = _AttendAgain(call, query, keys, values, scaling, softcap)
     return output, logsumexp
 
 
 class _Again:
-    """A call of `decode_attention` as steps repeat it: with other queries of the same layout, and more columns.
+    """A call as steps repeat it, with other queries or new tokens of the same layout, at another column.
 
     A step compares what the call depends on with the step before it. That takes half as long as to check it, to
     choose a backend, and to fill a struct, of which most time is lost where the processor's caches are cold.
     """
+
+    def __init__(self, call: ctypes.Structure, keys: QuantizedStates, values: QuantizedStates, *others: Any):
+        self._call = bytes(call)
+        self._objects = values.stored, keys.sink_positions, keys.device_length, *others
+        tensors = list(keys.stored)
+        for other in self._objects:
+            tensors += other if isinstance(other, tuple) else [other]
+        self._tensors = [tensor for tensor in tensors if tensor is not None]
+        self._addresses = self._read_addresses()
+        self._columns = min(side.stored.layout.columns for side in (keys, values))
+
+    def _read_addresses(self) -> list[int]:
+        """Of all tensors but those that differ from step to step; `share_memory_` moves memory, and leaves the tensors
+        as they are."""
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _has_same(self, keys: QuantizedStates, values: QuantizedStates, *others: Any) -> bool:
+        """Whether the call reads and writes the same objects, and these are where they were."""
+        objects = values.stored, keys.sink_positions, keys.device_length, *others
+        return all(map(operator.is_, objects, self._objects)) and self._read_addresses() == self._addresses
+
+
+class _AttendAgain(_Again):
+    """See `Stored.attend_again`."""
 
     def __init__(
         self,
@@ -176,18 +204,10 @@ class _Again:
         scaling: float,
         softcap: float,
     ):
-        self._function, self._call = _library().kvquant_decode_attention_again, bytes(call)
-        self._values, self._sink_positions, self._length = values.stored, keys.sink_positions, keys.device_length
-        tensors = (*keys.stored, *values.stored, keys.sink_positions, keys.device_length)
-        self._tensors = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = self._read_addresses()
-        self._columns = min(side.stored.layout.columns for side in (keys, values))
+        super().__init__(call, keys, values)
+        self._function = _library().kvquant_decode_attention_again
         self._size = *query.shape[:3], values.head_dim
         self._same = self._compared(query, keys, values, scaling, softcap)
-
-    def _read_addresses(self) -> list[int]:
-        """Of what is stored; `share_memory_` moves it, and leaves the tensors as they are."""
-        return list(map(torch.Tensor.data_ptr, self._tensors))
 
     @staticmethod
     def _compared(
@@ -201,27 +221,69 @@ class _Again:
     def __call__(
         self, query: torch.Tensor, keys: QuantizedStates, values: QuantizedStates, scaling: float, softcap: float
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The output and log-sum-exp, or None if this is another call, and has to be checked."""
         batch, num_heads, q_len, head_dim = self._size
-        kv_len = keys.length
+        kv_len, length = keys.length, keys.device_length
         if (
-            values.stored is not self._values
-            or keys.sink_positions is not self._sink_positions
-            or keys.device_length is not self._length
-            or values.length != kv_len
+            values.length != kv_len
             or not q_len <= kv_len <= self._columns
             or not query.is_cpu
             or self._compared(query, keys, values, scaling, softcap) != self._same
-            or self._read_addresses() != self._addresses
+            or not self._has_same(keys, values)
         ):
             return None
-        if self._length is not None:
-            _check_length(self._length, q_len)
+        if length is not None:
+            _check_length(length, q_len)
         output = query.new_empty(batch, num_heads, q_len, head_dim)
         logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
         addresses = query.data_ptr(), output.data_ptr(), logsumexp.data_ptr()
         _raise_if_failed(self._function(self._call, *addresses, kv_len))
         return output, logsumexp
+
+
+class _AppendAgain(_Again):
+    """See `Stored.append_again`."""
+
+    def __init__(
+        self, call: arguments.Append, key: torch.Tensor, value: torch.Tensor, keys: QuantizedStates,
+        values: QuantizedStates, *others: Any,
+    ):  # fmt: skip
+        super().__init__(call, keys, values, *others)
+        self._function = _library().kvquant_quantize_append_again
+        self._same = self._compared(key, value, keys, values)
+
+    @staticmethod
+    def _compared(key: torch.Tensor, value: torch.Tensor, keys: QuantizedStates, values: QuantizedStates) -> tuple:
+        return (
+            key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype, keys.head_dim,
+            values.head_dim, keys.spec, values.spec, keys.backend, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: QuantizedStates,
+        values: QuantizedStates,
+        faults: torch.Tensor,
+        padding: torch.Tensor | None,
+        start: int,
+        appends: torch.Tensor | None,
+        factors: arguments.Factors,
+    ) -> bool:
+        n, length = key.size(2), keys.device_length
+        if (
+            not (length is not None or 0 <= start <= self._columns - n)
+            or not (key.is_cpu and value.is_cpu)
+            or self._compared(key, value, keys, values) != self._same
+            or not self._has_same(keys, values, faults, padding, appends, factors)
+        ):
+            return False
+        if length is not None:
+            _check_length(length, 0)
+        _raise_if_failed(self._function(self._call, key.data_ptr(), value.data_ptr(), start))
+        if appends is not None:
+            keys.count_append(n, appends)
+        return True
 
 
 def reads_rotary_keys(latents: QuantizedStates, rotary: QuantizedStates) -> bool:
@@ -247,6 +309,7 @@ def quantize_append(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
+    is_used_again = keys.stored.layout is not None
     index, threads = _index(isa or _from_environment), torch.get_num_threads()
     call = arguments.append(key, value, keys, values, faults, padding, start, index, threads, appends, factors)
     if keys.device_length is not None:
@@ -254,6 +317,12 @@ def quantize_append(
     _call(_library().kvquant_quantize_append, call)
     if appends is not None:
         keys.count_append(key.shape[2], appends)
+    # Copies have other addresses. Without exact copies a block can only be begun at its start, which is checked.
+    is_plain = isa is None and key.stride(3) == value.stride(3) == 1 and (padding is None or padding.stride(1) == 1)
+    begins_blocks = any(side.stored.recent is None and side.spec.is_channel for side in (keys, values))
+    if is_used_again and is_plain and not begins_blocks and keys.stored is not values.stored:
+        others = faults, padding, appends, factors
+        keys.stored.append_again = _AppendAgain(call, key, value, keys, values, *others)
 
 
 def paged_attention(

@@ -164,6 +164,16 @@ KVQUANT_API int kvquant_quantize_append(const KvquantAppend* a) {
   return chosen->quantize_append(known) ? kDone : kNoMemory;
 }
 
+// The same call with other tokens of the same layout, from another column on.
+KVQUANT_API int kvquant_quantize_append_again(const KvquantAppend* a, const void* key,
+                                              const void* value, int64_t start) {
+  KvquantAppend next = *a;
+  next.keys.x = static_cast<const uint8_t*>(key);
+  next.values.x = static_cast<const uint8_t*>(value);
+  next.start = start;
+  return kvquant_quantize_append(&next);
+}
+
 KVQUANT_API int kvquant_prompt_attention(const KvquantPrompt* a) {
   const Level* chosen = level(a->isa);
   if (chosen == nullptr || chosen->prompt_attention == nullptr) return kNoLevel;

@@ -13,9 +13,10 @@
 namespace kvquant {
 inline namespace KVQUANT_ISA {
 
-constexpr int kTile = 64;       // columns
-constexpr int kTilesAhead = 2;  // how far ahead tiles are prefetched
-constexpr int kMaxRows = 64;    // query rows of a chunk
+constexpr int kTile = 64;                       // columns
+constexpr uint64_t kAllColumns = ~uint64_t(0);  // of a tile
+constexpr int kTilesAhead = 2;                  // how far ahead tiles are prefetched
+constexpr int kMaxRows = 64;                    // query rows of a chunk
 constexpr int kMaxPaddedRows = kMaxRows + 3;
 constexpr int kMaxHeadDim = 512;
 

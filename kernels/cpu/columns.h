@@ -13,7 +13,7 @@ namespace kvquant {
 inline namespace KVQUANT_ISA {
 
 inline uint64_t lowest_bits(int64_t n) {
-  return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
+  return n <= 0 ? 0 : n >= 64 ? kAllColumns : (uint64_t(1) << n) - 1;
 }
 
 // The columns from `start` on.

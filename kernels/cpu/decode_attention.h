@@ -40,7 +40,6 @@ constexpr int kSplit = 1024, kLongestSplit = 4096;  // columns of a work item
 constexpr int kManySplits = 32;        // of a head: with more of them, they become longer instead
 constexpr int kInlineBytes = 1 << 18;  // less is read sooner than another thread wakes up
 constexpr int kCopiesAhead = 12;       // exact copies that a tile prefetches
-constexpr uint64_t kAllColumns = ~uint64_t(0);
 
 // The columns of a split of a row. A split costs as much as half a tile.
 inline int64_t split_length(int64_t columns) {

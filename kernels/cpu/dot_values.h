@@ -72,7 +72,7 @@ struct DotValues {
         Vec x = Vec::load(p + r * kTile + i * Vec::kWidth);
         if (!kChannel) x = x * Vec::load(scale + i * Vec::kWidth);
         // A hidden column may have no scale yet.
-        if (columns[r] != ~uint64_t(0))
+        if (columns[r] != kAllColumns)
           x = Vec::where(uint32_t(columns[r] >> i * Vec::kWidth), x, Vec(0.0f));
         largest[r].take(x);
         x.store(w[r] + i * Vec::kWidth);

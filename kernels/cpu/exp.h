@@ -1,10 +1,22 @@
-// 2^x for instruction sets without an instruction that helps.
+// 2^x.
 #pragma once
 
 #include "kvquant/formats.h"
 
 namespace kvquant {
 inline namespace KVQUANT_ISA {
+
+// The polynomial with these coefficients, the constant one first.
+template <class Vec>
+inline Vec polynomial(Vec, float constant) {
+  return Vec(constant);
+}
+template <class Vec, class... Floats>
+inline Vec polynomial(Vec x, float constant, Floats... others) {
+  return Vec::fma(polynomial(x, others...), x, Vec(constant));
+}
+
+// The rest is for instruction sets without an instruction that helps.
 
 // x = whole + rest, with |rest| <= 1 / 2. An x below -100 counts as -100: 2^x then adds nothing to a
 // sum, and times a scale it is no subnormal number, which is slow.
@@ -23,12 +35,8 @@ struct Exponent {
 template <class Vec>
 inline Vec exp2_of(Vec x) {
   const Exponent<Vec> e(x);
-  Vec y = Vec(1.3264659e-3f);
-  y = Vec::fma(y, e.rest, Vec(9.6715659e-3f));
-  y = Vec::fma(y, e.rest, Vec(5.5507343e-2f));
-  y = Vec::fma(y, e.rest, Vec(2.4022241e-1f));
-  y = Vec::fma(y, e.rest, Vec(6.9314698e-1f));
-  y = Vec::fma(y, e.rest, Vec(1.0f));
+  const Vec y = polynomial(e.rest, 1.0f, 6.9314698e-1f, 2.4022241e-1f, 5.5507343e-2f, 9.6715659e-3f,
+                           1.3264659e-3f);
   return Vec::scale(y, e.whole);
 }
 
@@ -37,10 +45,7 @@ inline Vec exp2_of(Vec x) {
 template <class Vec>
 inline Vec rough_exp2_of(Vec x) {
   const Exponent<Vec> e(x);
-  Vec y = Vec(5.5171557e-2f);
-  y = Vec::fma(y, e.rest, Vec(2.4261106e-1f));
-  y = Vec::fma(y, e.rest, Vec(6.9326100e-1f));
-  y = Vec::fma(y, e.rest, Vec(9.9992808e-1f));
+  const Vec y = polynomial(e.rest, 9.9992808e-1f, 6.9326100e-1f, 2.4261106e-1f, 5.5171557e-2f);
   return Vec::scale(y, e.whole);
 }
 

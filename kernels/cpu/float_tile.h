@@ -106,7 +106,7 @@ void score_tile(const Codec& keys, uint64_t columns, const float* q, int rows, f
 template <class Codec>
 void accumulate_tile(const Codec& values, const uint64_t* columns, const float* p, int rows,
                      float* acc) {
-  uint64_t common = ~uint64_t(0);
+  uint64_t common = kAllColumns;
   for (int r = 0; r < rows; ++r) common &= columns[r];
   uint8_t list[kTile];
   const int n = list_columns(common, list), block = row_block(rows), head_dim = values.head_dim;

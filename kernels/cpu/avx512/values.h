@@ -237,7 +237,7 @@ struct QuadValues {
         if (scale) w[r][i] = w[r][i] * Vec::load((const Half*)scale + i * Vec::kWidth);
       }
       // A hidden column may have no scale yet.
-      if (columns[r] != ~uint64_t(0)) {
+      if (columns[r] != kAllColumns) {
 #pragma GCC unroll 4
         for (int i = 0; i < kVecs; ++i)
           w[r][i] = Vec::where(uint32_t(columns[r] >> i * Vec::kWidth), w[r][i], Vec(0.0f));

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/exp.h"
 #include "kvquant/constants.h"
 #include "kvquant/formats.h"
 
@@ -100,21 +101,14 @@ struct Vec {
   // r, and 0 for infinity; `scalef` rounds x down itself, and underflows to 0.
   static Vec exp2(Vec x) {
     const Vec r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF);
-    Vec y = Vec(1.8671301659196615e-3f);
-    y = fma(y, r, Vec(9.017029777169228e-3f));
-    y = fma(y, r, Vec(5.579991266131401e-2f));
-    y = fma(y, r, Vec(2.4016444385051727e-1f));
-    y = fma(y, r, Vec(6.931512951850891e-1f));
-    y = fma(y, r, Vec(1.0f));
+    const Vec y = polynomial(r, 1.0f, 6.931512951850891e-1f, 2.4016444385051727e-1f,
+                             5.579991266131401e-2f, 9.017029777169228e-3f, 1.8671301659196615e-3f);
     return _mm512_scalef_ps(y.v, x.v);
   }
   // The same with a relative error of 7.5e-5; see exp.h.
   static Vec exp2_of_16_bits(Vec x) {
     const Vec r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF);
-    Vec y = Vec(7.802428e-2f);
-    y = fma(y, r, Vec(2.2606727e-1f));
-    y = fma(y, r, Vec(6.9583363e-1f));
-    y = fma(y, r, Vec(9.9992519e-1f));
+    const Vec y = polynomial(r, 9.9992519e-1f, 6.9583363e-1f, 2.2606727e-1f, 7.802428e-2f);
     return _mm512_scalef_ps(y.v, x.v);
   }
   static uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }

@@ -193,6 +193,17 @@ class TestSpeed:
             for cell, row in zip(re.findall(r"[\d.]+", share), found):
                 assert float(cell) == pytest.approx(row["share_of_dense_bytes"], rel=0.02), name
 
+    def test_short_steps(self):
+        text = " ".join(self.text.partition("\nWhere little is cached")[2].partition("\n#")[0].split())
+        measured = [
+            milliseconds(steps(name)[cache, 128, 1])
+            for name in ("bench_short", "bench_short_in_a_row")
+            for cache in ("int8", "int4", "dense-static")
+        ]
+        assert list(map(float, re.findall(r"\d\.\d\d", text))) == pytest.approx(measured, abs=0.0051)
+        command = json.loads((RESULTS / "bench_short.json").read_text(encoding="utf-8"))["command"]
+        assert f"`{command}`" in text
+
     def test_compiled_steps(self):
         measured = steps("bench_compiled", "bench_compiled_32k", "bench_compiled_batch8")
         columns = [(128, 1), (512, 1), (1024, 1), (8192, 1), (32768, 1), (128, 8), (1024, 8), (8192, 8)]

@@ -124,9 +124,9 @@ _ATTENTION, _APPEND, _READ, _PAGES, _ROTARY = (
 )
 
 
-def _is_on(tensor: torch.Tensor, device: int) -> bool:
-    """Whether the tensor has memory on the device with this index. The index of "meta" is that of the CPU, -1."""
-    return tensor.get_device() == device and not tensor.is_meta
+def _device(tensor: torch.Tensor) -> int:
+    """The index of the tensor's device: -1 is the CPU, for which `get_device` takes "meta", too."""
+    return -2 if tensor.is_meta else tensor.get_device()
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -186,7 +186,7 @@ def _misfit(
 
 def _check_small(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
     """Check that a small tensor has this dtype and shape, and is on the device of `like`."""
-    if tensor is None or (tensor.dtype is dtype and tensor.shape == shape and _is_on(tensor, like.get_device())):
+    if tensor is None or (tensor.dtype is dtype and tensor.shape == shape and _device(tensor) == _device(like)):
         return
     found = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
     raise ValueError(f"{name}: {found} does not fit; expected {shape} of {dtype} on {like.device}")
@@ -233,26 +233,26 @@ def _layout(name: str, states: QuantizedStates | PagedStates, dtype: torch.dtype
             raise ValueError(f"{name}: dtype {tensor.dtype} does not fit; expected {dtype}")
     row, num_scales, block, has_zero_point = _row_sizes(spec, head_dim)
     batch, num_kv_heads, capacity, _ = data.shape
-    columns, device, ring_length, num_sinks = capacity, data.get_device(), 0, None
-    fits = data.shape[3] == row and not data.is_meta
+    columns, device, ring_length, num_sinks = capacity, _device(data), 0, None
+    fits = data.shape[3] == row
     if num_scales:
         fits = fits and data.dtype is torch.uint8 and scale is not None and (zero_point is not None) is has_zero_point
         if fits:
             _, _, rows, _ = shape = scale.shape
             columns = min(columns, rows * block)
             fits = shape == (batch, num_kv_heads, rows, num_scales)
-            fits = fits and scale.dtype is torch.float16 and _is_on(scale, device)
+            fits = fits and scale.dtype is torch.float16 and _device(scale) == device
             if has_zero_point:
                 # The struct has one stride for both.
                 fits = fits and zero_point.shape == shape and zero_point.stride() == scale.stride()
-                fits = fits and zero_point.dtype is torch.float16 and _is_on(zero_point, device)
+                fits = fits and zero_point.dtype is torch.float16 and _device(zero_point) == device
     if recent is not None:
         _, _, ring_length, _ = shape = recent.shape
         fits = fits and shape == (batch, num_kv_heads, ring_length, head_dim)
-        fits = fits and ring_length > 0 and _is_on(recent, device)
+        fits = fits and ring_length > 0 and _device(recent) == device
     if sink is not None:
         num_sinks = sink.shape[2]
-        fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and _is_on(sink, device)
+        fits = fits and sink.shape == (batch, num_kv_heads, num_sinks, head_dim) and _device(sink) == device
     if not fits:
         return None
     constants = (
@@ -305,7 +305,7 @@ def _side(
 def _factors(name: str, factors: torch.Tensor, spec: QuantSpec, x: torch.Tensor) -> int:
     """The address of the error feedback of new tokens `x`."""
     check_factors(f"{name} factors", factors, spec, x.size(1), x.size(3))
-    if not factors.is_contiguous() or not _is_on(factors, x.get_device()):
+    if not factors.is_contiguous() or _device(factors) != _device(x):
         raise ValueError(
             f"{name} factors: strides {factors.stride()} on {factors.device} are not allowed; expected a contiguous "
             f"tensor on {x.device}"
@@ -356,7 +356,7 @@ def attention(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    dtype, device = query.dtype, query.get_device()
+    dtype, device = query.dtype, _device(query)
     code = _dtype_code(dtype)
     batch_stride, head_stride, row_stride, element_stride = query.stride()
     if element_stride != 1:
@@ -455,7 +455,7 @@ def append(
     Raises:
         ValueError: a dtype, head_dim or layout that the kernels do not take, or a size that does not fit; it is named.
     """
-    dtype, device = key.dtype, key.get_device()
+    dtype, device = key.dtype, _device(key)
     code, itemsize = _dtype_code(dtype), dtype.itemsize
     batch, num_kv_heads, _, _ = key.shape
     positions, positions_stride, num_sinks = _sink_positions(keys, batch)
@@ -493,7 +493,7 @@ def append(
         if head_dim != states.head_dim or (length is None and end > data.size(2)):
             room = (batch, num_kv_heads, data.shape[2] - start, states.head_dim)
             raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit; storage has room for {room}")
-        if not (_is_on(x, device) and data.get_device() == device):
+        if not _device(x) == device == _device(data):
             raise ValueError(f"{name}: device {x.device} does not fit; the storage is on {data.device}")
         if states.stored.recent is None and states.spec.is_channel and start % states.spec.block_length:
             raise ValueError(f"{name}s recent: None is not allowed when a block is continued at column {start}")
@@ -555,9 +555,7 @@ def _paged_sides(keys: PagedStates, values: PagedStates, x: torch.Tensor) -> Ite
     """The fields of both sides, beside queries or new tokens x."""
     num_pages, num_kv_heads = keys.data.shape[:2]
     for name, states in (("keys", keys), ("values", values)):
-        yield _side(
-            name, states, x.dtype, x.get_device(), num_pages, num_kv_heads, keys.page_length, states.sink_length
-        )
+        yield _side(name, states, x.dtype, _device(x), num_pages, num_kv_heads, keys.page_length, states.sink_length)
 
 
 @lru_cache(maxsize=None)
@@ -633,7 +631,7 @@ def paged_read(states: PagedStates, row: int, output: torch.Tensor, isa: int, th
     )
     num_pages, num_kv_heads = states.data.shape[:2]
     side = _side(
-        "states", states, states.dtype, states.data.get_device(), num_pages, num_kv_heads, states.page_length,
+        "states", states, states.dtype, _device(states.data), num_pages, num_kv_heads, states.page_length,
         states.sink_length,
     )  # fmt: skip
     pages = _PAGES.pack(table.pages.data_ptr(), 0, table.lengths.data_ptr(), table.pages.shape[1], states.page_length)

@@ -251,13 +251,13 @@ def written(call: dict) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def an_append(k="int4-channel", v="int4-rotated", dtype=torch.bfloat16, n=1, batch=2, start=150) -> dict:
+def an_append(k="int4-channel", v="int4-rotated", dtype=torch.bfloat16, n=1) -> dict:
     """The arguments of an append, after it was made."""
-    past, key, value = (torch.randn(batch, length + 1, 2, 64).to(dtype).transpose(1, 2) for length in (149, n, n))
+    past, key, value = (torch.randn(2, length + 1, 2, 64).to(dtype).transpose(1, 2) for length in (149, n, n))
     key, value = key[:, :, :n], value[:, :, :n]
     options = dict(sink_length=2, recent_length=4, capacity=220, backend="auto")
     keys, values = store(past, past, KEY_SPECS[k], VALUE_SPECS[v], append=reference.quantize_append, **options)
-    call = dict(key=key, value=value, keys=keys, values=values, faults=no_faults(), padding=None, start=start,
+    call = dict(key=key, value=value, keys=keys, values=values, faults=no_faults(), padding=None, start=150,
                 appends=None, factors=NO_FACTORS)  # fmt: skip
     for _ in range(2):
         ops.quantize_append(**call)
